@@ -1,0 +1,319 @@
+"""Records to tokens: the ONLY place where the boundary between prompt and reply is decided.
+
+Prompt and reply are tokenised apart and their ids concatenated. Tokenised together they may merge across the
+boundary: with a merge "ab", "xa" + "bc" is [x, ab, c] jointly and [x, a | b, c] apart, and a sampler, which continues
+the ids of "xa", can only ever produce the second (huggingface/trl issue 2054). Masks come from lengths, never from
+comparing ids with the padding id, so that pad == eos keeps the end token in the loss (huggingface/trl issue 3200).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from rlhf_jax.data.records import Comparison, Demonstration, Message, Prompt
+from rlhf_jax.data.templates import Template, render_prompt, render_reply, render_turns
+from rlhf_jax.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossOn = Literal["response", "assistant", "all"]
+Overflow = Literal["drop", "keep_end", "drop_oldest"]
+"""When a prompt is too long. "drop": the record is skipped and counted. "keep_end": tokens go from the left (a
+leading BOS stays). "drop_oldest": whole turns go, oldest first; a system message and the last user turn stay, or the
+record is skipped. Replies are never cut: one that does not fit would lose its end token, so the record is skipped and
+counted."""
+_RecordT = TypeVar("_RecordT")
+_ItemT = TypeVar("_ItemT")
+_Tokens = tuple[list[int], list[bool]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document. tokens: ids, no padding. loss_mask: True where the token at this place is a target, never the
+    first.
+
+    prompt_length: tokens before the last reply. prompt_cut: how many prompt tokens ``Overflow`` removed. id: of the
+    record.
+    """
+
+    tokens: list[int]
+    loss_mask: list[bool]
+    prompt_length: int
+    prompt_cut: int = 0
+    id: str = ""
+
+
+class EncodedPair(NamedTuple):
+    """A comparison; both sides begin with the same ``prompt_length`` tokens. margin: units of reward."""
+
+    chosen: Encoded
+    rejected: Encoded
+    margin: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that does not fit. reason: what to count it under."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class EncodedSet(Generic[_RecordT, _ItemT]):
+    """``items[i]`` comes from ``records[i]``. dropped: number of skipped records by reason."""
+
+    items: list[_ItemT]
+    records: list[_RecordT]
+    dropped: Counter[str]
+
+
+def encode_all(
+    records: Iterable[_RecordT], encode: Callable[[_RecordT], _ItemT | Skipped]
+) -> EncodedSet[_RecordT, _ItemT]:
+    """Encodes every record and counts the skipped ones. Raises InputError when none is left.
+
+    encode_all(records, lambda record: encode_demonstration(record, tokenizer, template, max_length=512))
+    """
+    result: EncodedSet[_RecordT, _ItemT] = EncodedSet([], [], Counter())
+    for record in records:
+        item = encode(record)
+        if isinstance(item, Skipped):
+            result.dropped[item.reason] += 1
+        else:
+            result.items.append(item)
+            result.records.append(record)
+    if not result.items:
+        why = ", ".join(f"{reason} ({count})" for reason, count in result.dropped.items()) or "the data set is empty"
+        raise InputError(f"no example left to learn from: {why}; raise the length limit or give other data")
+    return result
+
+
+def encode_demonstration(
+    record: Demonstration,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    max_length: int,
+    loss_on: LossOn = "response",
+    overflow: Overflow = "drop",
+) -> Encoded | Skipped:
+    """Prompt and reply with its end token, at most ``max_length`` tokens.
+
+    loss_on: "response" counts the last reply, "assistant" every assistant turn, "all" everything; the end token of what
+    counts is included and a document's first token, which nothing predicts, never counts. Raises InputError.
+    """
+    if loss_on not in ("response", "assistant", "all"):
+        raise InputError(f"loss_on = {loss_on!r}: must be 'response', 'assistant' or 'all'")
+    reply = _reply(record.prompt, record.response, tokenizer, template)
+    if isinstance(reply, Skipped):
+        return reply
+
+    def tokenise(messages: Sequence[Message]) -> _Tokens:
+        return _prompt(messages, tokenizer, template, every_turn=loss_on == "assistant")
+
+    prompt = _fit(record.prompt, tokenise, max_length - len(reply), overflow, tokenizer.bos_token_id)
+    if isinstance(prompt, Skipped):
+        return prompt
+    ids, mask, cut = prompt
+    loss_mask = [True] * (len(ids) + len(reply)) if loss_on == "all" else mask + [True] * len(reply)
+    loss_mask[0] = False
+    return Encoded(ids + reply, loss_mask, len(ids), cut, record.id)
+
+
+def encode_comparison(
+    record: Comparison,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    max_length: int,
+    overflow: Overflow = "drop",
+) -> EncodedPair | Skipped:
+    """Both replies after the SAME prompt tokens; the longer reply decides how much of a long prompt stays.
+
+    Raises InputError.
+    """
+    replies = []
+    for text in (record.chosen, record.rejected):
+        reply = _reply(record.prompt, text, tokenizer, template)
+        if isinstance(reply, Skipped):
+            return reply
+        replies.append(reply)
+    if replies[0] == replies[1]:
+        return Skipped("chosen equals rejected")
+
+    def tokenise(messages: Sequence[Message]) -> _Tokens:
+        return _prompt(messages, tokenizer, template, every_turn=False)
+
+    prompt = _fit(record.prompt, tokenise, max_length - max(map(len, replies)), overflow, tokenizer.bos_token_id)
+    if isinstance(prompt, Skipped):
+        return prompt
+    ids, mask, cut = prompt
+    sides = []
+    for reply in replies:
+        loss_mask = mask + [True] * len(reply)
+        loss_mask[0] = False
+        sides.append(Encoded(ids + reply, loss_mask, len(ids), cut, record.id))
+    return EncodedPair(sides[0], sides[1], record.margin)
+
+
+def encode_prompt(
+    record: Prompt | Demonstration | Comparison,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    max_prompt_length: int,
+    overflow: Overflow = "drop",
+) -> list[int] | Skipped:
+    """The ids a reply is sampled after: exactly the prompt part of ``encode_demonstration``. Raises InputError."""
+
+    def tokenise(messages: Sequence[Message]) -> _Tokens:
+        return _prompt(messages, tokenizer, template, every_turn=False)
+
+    prompt = _fit(record.prompt, tokenise, max_prompt_length, overflow, tokenizer.bos_token_id)
+    if isinstance(prompt, Skipped):
+        return prompt
+    return prompt[0] or Skipped("prompt is empty")
+
+
+def truncate_by_lines(
+    format_text: Callable[[str], str], text: str, limit: int, encode: Callable[[str], Sequence[int]]
+) -> str:
+    """``text`` shortened from its end until ``encode(format_text(text))`` has at most ``limit`` tokens.
+
+    The TL;DR loop of Stiennon et al. 2020 (openai/summarize-from-feedback @ summarize_from_feedback/tasks.py): while
+    too long, cut at the last line end, or drop one character where no line end is left. Raises InputError when
+    nothing is left.
+    """
+    kept = text
+    while len(encode(format_text(kept))) > limit:
+        kept = kept[: kept.rindex("\n")] if "\n" in kept else kept[:-1]
+        if not kept:
+            raise InputError(f"text {text[:30]!r} does not fit in {limit} tokens with its format; raise the limit")
+    return kept
+
+
+def report(encoded: Iterable[Encoded], dropped: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Numbers to print before training: examples, tokens, length percentiles, loss share, cut prompts, drops by reason.
+
+    Raises InputError when there is no example.
+    """
+    documents = list(encoded)
+    if not documents:
+        raise InputError("no encoded example to report on; look at what was dropped")
+    lengths = np.array([len(document.tokens) for document in documents])
+    counted = sum(sum(document.loss_mask) for document in documents)
+    numbers = {"examples": float(len(documents)), "tokens": float(lengths.sum()), "length/mean": float(lengths.mean())}
+    for percentile in (50, 90, 99, 100):
+        # "higher" gives a length that occurs: the value can be used as a limit that keeps this share.
+        numbers[f"length/p{percentile}"] = float(np.percentile(lengths, percentile, method="higher"))
+    numbers["loss_fraction"] = counted / float(lengths.sum())
+    numbers["prompts_cut"] = float(sum(document.prompt_cut > 0 for document in documents))
+    return numbers | {f"dropped/{reason}": float(count) for reason, count in (dropped or {}).items()}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+def _stop(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, str]:
+    """(id, text) of the token that ends a reply."""
+    if template.stop_token is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has no end-of-sequence token; set Template.stop_token or tokenizer.eos_token"
+            )
+        return int(tokenizer.eos_token_id), str(tokenizer.eos_token)
+    ids = _ids(tokenizer, template.stop_token)
+    if len(ids) != 1:
+        raise InputError(
+            f"Template.stop_token {template.stop_token!r} is {len(ids)} tokens, not one; name a special token"
+        )
+    return ids[0], template.stop_token
+
+
+def _reply(
+    messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> list[int] | Skipped:
+    """Ids of a reply that end with the stop token, which occurs once. What a template writes after it is left out.
+
+    ChatML writes "Paris.<|im_end|>\\n": a sampler stops at <|im_end|>, so the "\\n" is the next prompt's, not the
+    reply's.
+    """
+    stop, stop_text = _stop(tokenizer, template)
+    content = text.removesuffix(stop_text)
+    if not content.strip():
+        return Skipped("reply is empty")
+    if stop_text in content:
+        return Skipped("end token inside the reply")
+    ids = _ids(tokenizer, render_reply(messages, content, tokenizer, template))
+    return [*ids[: ids.index(stop)], stop] if stop in ids else [*ids, stop]
+
+
+def _prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template, *, every_turn: bool
+) -> _Tokens:
+    """(ids, loss mask) of everything before the last reply, with BOS at most once."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    if every_turn:
+        stop, _ = _stop(tokenizer, template)
+        for piece in render_turns(messages, tokenizer, template):
+            piece_ids = _ids(tokenizer, piece.text)
+            learned = (piece_ids.index(stop) + 1 if stop in piece_ids else len(piece_ids)) if piece.reply else 0
+            ids += piece_ids
+            mask += [True] * learned + [False] * (len(piece_ids) - learned)
+    else:
+        ids = _ids(tokenizer, render_prompt(messages, tokenizer, template))
+        mask = [False] * len(ids)
+    bos = tokenizer.bos_token_id
+    if template.bos == "always" and bos is None:
+        raise InputError(
+            "Template.bos = 'always', but the tokenizer has no beginning-of-sequence token; use bos='auto'"
+        )
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise InputError("the rendered prompt begins with two beginning-of-sequence tokens; remove one from the data")
+    adds = template.bos == "always" or (template.bos == "auto" and tokenizer("a")["input_ids"][:1] == [bos])
+    if adds and ids[:1] != [bos]:
+        return [bos, *ids], [False, *mask]
+    return ids, mask
+
+
+def _fit(
+    messages: Sequence[Message],
+    tokenise: Callable[[Sequence[Message]], _Tokens],
+    room: int,
+    overflow: Overflow,
+    bos: int | None,
+) -> tuple[list[int], list[bool], int] | Skipped:
+    """(ids, mask, tokens removed) of a prompt with at most ``room`` tokens; one that has tokens keeps at least one."""
+    if overflow not in ("drop", "keep_end", "drop_oldest"):
+        raise InputError(f"overflow = {overflow!r}: must be 'drop', 'keep_end' or 'drop_oldest'")
+    ids, mask = tokenise(messages)
+    whole = len(ids)
+    if room < min(whole, 1):
+        return Skipped("reply too long")
+    if overflow == "keep_end" and whole > room:
+        keep = [0] if ids[0] == bos and room > 1 else []
+        keep += range(whole - room + len(keep), whole)
+        ids, mask = [ids[i] for i in keep], [mask[i] for i in keep]
+    while overflow == "drop_oldest" and len(ids) > room:
+        shorter = _without_oldest(messages)
+        if shorter is None:
+            break
+        messages = shorter
+        ids, mask = tokenise(messages)
+    return Skipped("prompt too long") if len(ids) > room else (ids, mask, whole - len(ids))
+
+
+def _without_oldest(messages: Sequence[Message]) -> list[Message] | None:
+    """Without the oldest user turn and its reply: system, u1, a1, u2 -> system, u2. None when only the last is left."""
+    head = [message for message in messages[:1] if message.role == "system"]
+    turns = messages[len(head) :]
+    later = [index for index, message in enumerate(turns) if index > 0 and message.role == "user"]
+    return [*head, *turns[later[0] :]] if later else None

@@ -1,0 +1,248 @@
+"""Encoded examples to batches of one fixed shape, shuffled anew each epoch, resumable to the exact example.
+
+The order comes from a grain ``MapDataset`` (seeded shuffle, repeated with another permutation each epoch), read by
+random access: batch ``k`` holds the examples at places ``k * batch_size`` and following of the endless stream, so the
+whole state is ``k``. Batches run on over the end of an epoch: nothing is dropped, each example comes exactly once an
+epoch. There are no workers, threads or iterators to restore. A state also carries a fingerprint, because grain itself
+resumes silently on another data set, seed or batch size. Every process of a multi-host run builds the same batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import grain
+import numpy as np
+
+from rlhf_jax.data.encode import Encoded, EncodedPair
+from rlhf_jax.data.packing import Row, stack_rows
+from rlhf_jax.types import InputError, PairBatch, PromptBatch, TokenBatch
+
+_BatchT = TypeVar("_BatchT")
+_ORDER_PROBE = 256  # places of the stream that go into the fingerprint: a grain that shuffles otherwise is noticed
+_MISSING = "(nothing)"
+
+
+class Batches(Generic[_BatchT]):
+    """An endless iterator of batches. ``make(indices)`` builds the batch of the examples with these indices.
+
+    settings: what else decides the stream (content hash, row length, ...), JSON-able, part of the fingerprint.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[int]], _BatchT],
+        *,
+        examples: int,
+        batch_size: int,
+        seed: int,
+        settings: Mapping[str, str | int],
+    ) -> None:
+        if examples < 1:
+            raise InputError("no examples to make batches of; look at what was dropped")
+        if batch_size < 1:
+            raise InputError(f"batch_size = {batch_size}: must be at least 1")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed = {seed}: must lie in [0, 2**32)")  # what grain takes
+        self._make = make
+        self._order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
+        self._batch_size = batch_size
+        self._next = 0
+        probe = np.array([self._order[place] for place in range(_ORDER_PROBE)], np.int64)
+        self._fingerprint: dict[str, str | int] = {
+            **settings,
+            "examples": examples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "order": hashlib.sha256(probe.tobytes()).hexdigest(),
+        }
+        self.batches_per_epoch = examples / batch_size
+        """float: an epoch need not end where a batch does."""
+
+    def __iter__(self) -> Iterator[_BatchT]:
+        return self
+
+    def __next__(self) -> _BatchT:
+        begin = self._next * self._batch_size
+        batch = self._make([int(self._order[begin + row]) for row in range(self._batch_size)])
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able: how many batches were handed out, and of what."""
+        return {"next_batch": self._next, "fingerprint": dict(self._fingerprint)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch that ``get_state`` followed. Raises InputError for a state of another stream."""
+        theirs, place = state.get("fingerprint"), state.get("next_batch")
+        if not isinstance(theirs, Mapping) or not isinstance(place, int) or isinstance(place, bool) or place < 0:
+            raise InputError("data state: 'next_batch' or 'fingerprint' is missing or damaged; use another checkpoint")
+        for key in sorted({*theirs, *self._fingerprint}):
+            before, now = theirs.get(key, _MISSING), self._fingerprint.get(key, _MISSING)
+            if before != now:
+                remedy = "resume with the data and settings of the checkpoint, or start a new run"
+                raise InputError(f"data state: {key!r} was {_short(before)} and is now {_short(now)}; {remedy}")
+        self._next = place
+
+
+def token_batches(
+    encoded: Sequence[Encoded | Row], *, batch_size: int, length: int, seed: int, pad_id: int
+) -> Batches[TokenBatch]:
+    """Endless TokenBatch [batch_size, length] (numpy) of documents or ``pack``ed rows. Raises InputError."""
+    rows = list(encoded)
+    _check_lengths((sum(len(document.tokens) for document in _documents(row)) for row in rows), length)
+
+    def make(indices: list[int]) -> TokenBatch:
+        return stack_rows([rows[index] for index in indices], length, pad_id)
+
+    content = _hash_documents(_documents(row) for row in rows)
+    settings: dict[str, str | int] = {"kind": "tokens", "length": length, "pad_id": pad_id, "content": content}
+    return Batches(make, examples=len(rows), batch_size=batch_size, seed=seed, settings=settings)
+
+
+def pair_batches(
+    pairs: Sequence[EncodedPair], *, batch_size: int, length: int, seed: int, pad_id: int
+) -> Batches[PairBatch]:
+    """Endless PairBatch [batch_size, length] (numpy). Raises InputError."""
+    kept = list(pairs)
+    _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in kept), length)
+
+    def make(indices: list[int]) -> PairBatch:
+        return _stack_pairs([kept[index] for index in indices], len(indices), length, pad_id)
+
+    content = _hash_documents((pair.chosen, pair.rejected) for pair in kept)
+    margins = hashlib.sha256(np.array([pair.margin for pair in kept], np.float64).tobytes()).hexdigest()
+    settings: dict[str, str | int] = {"kind": "pairs", "length": length, "pad_id": pad_id, "content": content + margins}
+    return Batches(make, examples=len(kept), batch_size=batch_size, seed=seed, settings=settings)
+
+
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], *, batch_size: int, length: int, seed: int, pad_id: int, samples: int = 1
+) -> Batches[PromptBatch]:
+    """Endless PromptBatch [batch_size * samples, length] (numpy), left-padded. Raises InputError.
+
+    batch_size: prompts a batch. Rows i * samples .. (i + 1) * samples - 1 are the samples of the batch's i-th prompt.
+    prompt_id: index in ``prompts``. sample_id: 0 .. samples - 1; when a prompt comes twice in one batch (the end of
+    an epoch and the beginning of the next) its second group goes on with samples, samples + 1, ..., so that
+    (prompt_id, sample_id) never repeats inside a batch and the two groups do not share their random bits.
+    """
+    kept = [[int(token) for token in prompt] for prompt in prompts]
+    if samples < 1:
+        raise InputError(f"samples = {samples}: must be at least 1")
+    _check_lengths(map(len, kept), length)
+
+    def make(indices: list[int]) -> PromptBatch:
+        return _stack_prompts(kept, [index for index in indices for _ in range(samples)], length, pad_id)
+
+    content = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    settings: dict[str, str | int] = {"kind": "prompts", "length": length, "pad_id": pad_id, "content": content}
+    return Batches(make, examples=len(kept), batch_size=batch_size, seed=seed, settings=settings | {"samples": samples})
+
+
+def evaluation_batches(
+    encoded: Sequence[Encoded | Row], *, batch_size: int, length: int, pad_id: int
+) -> Iterator[TokenBatch]:
+    """Every example once, in order, as TokenBatch [batch_size, length] (numpy).
+
+    The last batch is filled up with rows of padding: segment_ids 0, loss_mask all False. Raises InputError.
+    """
+    rows = list(encoded)
+    _check_lengths((sum(len(document.tokens) for document in _documents(row)) for row in rows), length)
+    for group in _groups(rows, batch_size):
+        yield stack_rows(_filled(group, batch_size), length, pad_id)
+
+
+def evaluation_pair_batches(
+    pairs: Sequence[EncodedPair], *, batch_size: int, length: int, pad_id: int
+) -> Iterator[PairBatch]:
+    """Every pair once, in order; rows that fill up the last batch are padding on both sides. Raises InputError."""
+    kept = list(pairs)
+    _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in kept), length)
+    for group in _groups(kept, batch_size):
+        yield _stack_pairs(group, batch_size, length, pad_id)
+
+
+def evaluation_prompt_batches(
+    prompts: Sequence[Sequence[int]], *, batch_size: int, length: int, pad_id: int
+) -> Iterator[PromptBatch]:
+    """Every prompt once, in order, left-padded. Raises InputError.
+
+    Rows that fill up the last batch repeat its last prompt (a sampler needs at least one real token) with prompt_id -1:
+    what is sampled after them does not count.
+    """
+    kept = [[int(token) for token in prompt] for prompt in prompts]
+    _check_lengths(map(len, kept), length)
+    for group in _groups(range(len(kept)), batch_size):
+        missing = batch_size - len(group)
+        batch = _stack_prompts(kept, [*group, *[group[-1]] * missing], length, pad_id)
+        ids = np.array([*group, *[-1] * missing], np.int32)
+        yield batch.replace(prompt_id=ids, sample_id=np.zeros(batch_size, np.int32))  # type: ignore[attr-defined]
+
+
+def _stack_pairs(pairs: Sequence[EncodedPair], rows: int, length: int, pad_id: int) -> PairBatch:
+    chosen = stack_rows(_filled([pair.chosen for pair in pairs], rows), length, pad_id)
+    rejected = stack_rows(_filled([pair.rejected for pair in pairs], rows), length, pad_id)
+    margin = np.zeros(rows, np.float32)
+    margin[: len(pairs)] = [pair.margin for pair in pairs]
+    return PairBatch(chosen=chosen, rejected=rejected, margin=margin)  # type: ignore[arg-type]
+
+
+def _stack_prompts(prompts: Sequence[Sequence[int]], indices: Sequence[int], length: int, pad_id: int) -> PromptBatch:
+    tokens = np.full((len(indices), length), pad_id, np.int32)
+    mask = np.zeros((len(indices), length), np.bool_)
+    sample_id = np.zeros(len(indices), np.int32)
+    seen: Counter[int] = Counter()
+    for row, index in enumerate(indices):
+        begin = length - len(prompts[index])
+        tokens[row, begin:] = prompts[index]
+        mask[row, begin:] = True
+        sample_id[row] = seen[index]
+        seen[index] += 1
+    ids = np.array(indices, np.int32)
+    return PromptBatch(tokens=tokens, mask=mask, prompt_id=ids, sample_id=sample_id)  # type: ignore[arg-type]
+
+
+_ItemT = TypeVar("_ItemT")
+
+
+def _groups(items: Sequence[_ItemT], size: int) -> Iterator[Sequence[_ItemT]]:
+    if size < 1:
+        raise InputError(f"batch_size = {size}: must be at least 1")
+    if not items:
+        raise InputError("no examples to evaluate on; look at what was dropped")
+    return (items[begin : begin + size] for begin in range(0, len(items), size))
+
+
+def _filled(rows: Sequence[Encoded | Row], size: int) -> list[Encoded | Row]:
+    """With empty rows at the end, which ``stack_rows`` makes all padding."""
+    return [*rows, *[()] * (size - len(rows))]
+
+
+def _documents(row: Encoded | Row) -> Row:
+    return (row,) if isinstance(row, Encoded) else row
+
+
+def _check_lengths(lengths: Iterable[int], limit: int) -> None:
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= limit:
+            raise InputError(f"example {index} has {length} tokens, rows hold 1 to {limit}; encode with that limit")
+
+
+def _hash_documents(rows: Iterable[Row]) -> str:
+    """sha256 (hex) of ids, masks and the boundaries of documents and rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.array([len(row), *(len(document.tokens) for document in row)], np.int64).tobytes())
+        for document in row:
+            digest.update(np.array(document.tokens, np.int32).tobytes())
+            digest.update(np.array(document.loss_mask, np.bool_).tobytes())
+    return digest.hexdigest()
+
+
+def _short(value: object) -> str:
+    """Hashes cut to 12 characters for a message."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 20 else str(value)

@@ -1,0 +1,51 @@
+"""Splitting records so that no prompt stands on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from rlhf_jax.data.records import Message, prompt_key
+from rlhf_jax.types import InputError
+
+
+class HasPrompt(Protocol):
+    """Demonstration, Comparison or Prompt."""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]: ...
+
+
+_RecordT = TypeVar("_RecordT", bound=HasPrompt)
+
+
+def prompt_fraction(messages: Sequence[Message], salt: str = "") -> float:
+    """A number in [0, 1) that depends on the prompt's ``prompt_key`` and the salt only: the first 53 bits of a sha256.
+
+    53 bits are what a float64 holds exactly, so that the value never rounds up to 1.0.
+    """
+    digest = hashlib.sha256(f"{salt}\n{prompt_key(messages)}".encode()).digest()
+    return float(int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
+
+
+def split_by_prompt(
+    records: Iterable[_RecordT], *, held_out: float, salt: str = ""
+) -> tuple[list[_RecordT], list[_RecordT]]:
+    """(training, held out), each in the given order. A prompt with ``prompt_fraction < held_out`` is held out.
+
+    A record's side does not depend on the other records: adding data moves nothing, and duplicates (also those that
+    differ in case or white space) stay together. held_out: the expected fraction, 0 < held_out < 1.
+    Raises InputError when a side is empty.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise InputError(f"held_out = {held_out}: must lie strictly between 0 and 1")
+    sides: tuple[list[_RecordT], list[_RecordT]] = ([], [])
+    for record in records:
+        sides[prompt_fraction(record.prompt, salt) < held_out].append(record)
+    if not all(sides):
+        side = "held-out" if sides[0] else "training"
+        raise InputError(
+            f"held_out = {held_out}: the {side} side is empty; give more distinct prompts or another fraction"
+        )
+    return sides

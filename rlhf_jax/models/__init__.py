@@ -1,0 +1,7 @@
+"""The decoder transformer: its configuration, its parameters as plain arrays, its pure functions."""
+
+from rlhf_jax.models.cache import KVCache, empty_cache
+from rlhf_jax.models.config import Head, ModelConfig
+from rlhf_jax.models.model import Model, parameter_count, unconstrained
+
+__all__ = ["Head", "KVCache", "Model", "ModelConfig", "empty_cache", "parameter_count", "unconstrained"]

@@ -1,0 +1,139 @@
+"""`Model`: a static description plus pure functions of (params, inputs). Params are a plain nested dict of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from rlhf_jax.models.cache import KVCache, empty_cache
+from rlhf_jax.models.config import Head, ModelConfig
+from rlhf_jax.models.decoder import Constrain, Decoder
+from rlhf_jax.types import InputError, Params, Rng
+
+nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logical names are only labels
+
+
+def unconstrained(x: Array, axes: tuple[str, ...]) -> Array:
+    """The default `Constrain`: leaves the sharding to the compiler."""
+    del axes
+    return x
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return nnx.split(module, nnx.Param)  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static argument.
+
+    config: the architecture. constrain: how activations are laid out over a mesh (`parallel.constrain_activations`).
+    """
+
+    config: ModelConfig
+    constrain: Constrain = unconstrained
+
+    def with_head(self, head: Head) -> Model:
+        """The same trunk under another head."""
+        return dataclasses.replace(self, config=self.config.replace(head=head))
+
+    def abstract(self) -> Params:
+        """The parameters as ShapeDtypeStructs."""
+        return nnx.to_pure_dict(_abstract(self.config)[1])  # type: ignore[no-any-return]
+
+    def logical_axes(self) -> Params:
+        """The logical axis names of each parameter: a tree like the parameters with a tuple of names per leaf."""
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config)[1]))
+        return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))  # type: ignore[no-any-return]
+
+    def init(self, rng: Rng) -> Params:
+        """Freshly drawn parameters (`Kernel`, `Embedding` and `ScalarHead` in `models.decoder` give the distributions)."""
+        module = Decoder(self.config, rngs=nnx.Rngs(params=rng))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))  # type: ignore[no-any-return]
+
+    def _module(self, params: Params) -> Decoder:
+        return nnx.merge(_abstract(self.config)[0], params)  # type: ignore[no-any-return]
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B S"],
+        *,
+        positions: Int32[Array, "B S"] | None = None,
+        segment_ids: Int32[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Final hidden states in compute_dtype. Defaults: positions 0.., one segment per row."""
+        positions, segment_ids = _defaults(tokens, positions, segment_ids)
+        return self._module(params).hidden(tokens, positions, segment_ids, self.constrain)[0]
+
+    def logits(self, params: Params, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Float32 logits of hidden states."""
+        if not self.config.has_lm:
+            raise InputError(f"a model with head {self.config.head!r} has no logits: load it with head='lm'")
+        return self._module(params).logits(hidden, self.constrain)
+
+    def scalars(self, params: Params, hidden: Float[Array, "B S D"]) -> Float[Array, "B S"]:
+        """Float32 output of the scalar head on hidden states."""
+        if not self.config.has_scalar:
+            raise InputError(f"a model with head {self.config.head!r} has no scalar: load it with head='scalar'")
+        return self._module(params).scalar_head(hidden)
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B S"],
+        *,
+        positions: Int32[Array, "B S"] | None = None,
+        segment_ids: Int32[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S V"]:
+        """Logits of whole sequences. For training use `hidden` with `ops.hidden_logprobs`: [B, S, V] float32 is large."""
+        return self.logits(params, self.hidden(params, tokens, positions=positions, segment_ids=segment_ids))
+
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B P"],
+        mask: Bool[Array, "B P"],
+        positions: Int32[Array, "B P"],
+        capacity: int,
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """Read left-padded prompts: the last column's hidden state and a cache of ``capacity`` >= P columns."""
+        segment_ids = mask.astype(jnp.int32)
+        hidden, (keys, values) = self._module(params).hidden(
+            tokens, positions, segment_ids, self.constrain, keep_keys_and_values=True
+        )
+        cache = empty_cache(self.config, tokens.shape[0], capacity)
+        width = tokens.shape[1]
+        return hidden[:, -1:], KVCache(
+            keys=self.constrain(cache.keys.at[:, :, :, :width].set(keys), KVCache.LOGICAL_AXES),
+            values=self.constrain(cache.values.at[:, :, :, :width].set(values), KVCache.LOGICAL_AXES),
+            valid=cache.valid.at[:, :width].set(mask),
+            index=jnp.asarray(width, jnp.int32),
+        )
+
+    def decode(
+        self, params: Params, tokens: Int32[Array, "B 1"], positions: Int32[Array, "B 1"], cache: KVCache
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """One token further for every row."""
+        return self._module(params).decode(tokens, positions, cache, self.constrain)
+
+
+def _defaults(tokens: Array, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    return positions, segment_ids
+
+
+def parameter_count(params: Params) -> int:
+    """How many numbers the tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

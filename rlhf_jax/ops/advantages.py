@@ -1,0 +1,128 @@
+"""Per-token rewards of a response and the advantages that follow from them.
+
+Where the sequence's score is paid is a convention, and the three in use are NOT equivalent (with values [.1, .2, .3,
+.4] the first advantage of the example in ``shape_rewards`` is 1.6335 under "eos" and 1.5692 under "after_eos"):
+
+- "eos": on the last response token, the end-of-sequence token when there is one. Most frameworks; the default here.
+- "after_eos": one column later when there is one, and the value mask grows by that column, the policy mask does not
+  (Huang et al. 2024, "The N+ implementation details of RLHF with PPO"; TRL).
+- "last_column": always on the last column of the fixed-length response (Ziegler et al. 2019).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops.masking import last_true_index, zero_outside
+from rlhf_jax.types import InputError
+
+Convention = Literal["eos", "after_eos", "last_column"]
+MissingEos = Literal["replace", "subtract"]
+Carry = tuple[jax.Array, jax.Array]
+
+
+def gae(
+    rewards: jax.Array, values: jax.Array, response_mask: jax.Array, *, discount: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) along the response.
+
+    ``delta_t = r_t + discount V_{t+1} - V_t``, ``A_t = delta_t + discount lam A_{t+1}``, ``returns_t = A_t + V_t``; the
+    value after the last counted token is 0 (no bootstrap, also when the response was cut at the length limit).
+
+    rewards, values: [B, T]; values[t] is read BEFORE emitting token t. response_mask: bool [B, T], the steps that
+    exist: the ``value_mask`` of the convention. Masked columns in the middle (tool output) are stepped over: the token
+    before them sees the next counted value and advantage, as if they were absent; so rewards and values in masked
+    columns, NaN included, are ignored. Returns (advantages, returns), float32 [B, T], 0 where masked.
+
+    Example: rewards [0, 0, 1], values [.5, .6, .7], discount 1, lam .95: A_2 = 1 - .7 = .3; A_1 = .7 - .6 + .95 * .3 =
+    .385; A_0 = .6 - .5 + .95 * .385 = .46575; returns [.96575, .985, 1].
+    """
+    values = zero_outside(values, response_mask)
+    rewards = zero_outside(rewards, response_mask)
+
+    def step(carry: Carry, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
+        next_value, next_advantage = carry
+        reward, value, counts = inputs
+        advantage = reward + discount * next_value - value + discount * lam * next_advantage
+        carried = (jnp.where(counts, value, next_value), jnp.where(counts, advantage, next_advantage))
+        return carried, jnp.where(counts, advantage, 0.0)
+
+    start = jnp.zeros(rewards.shape[:1], jnp.float32)
+    _, advantages = jax.lax.scan(step, (start, start), (rewards.T, values.T, response_mask.T), reverse=True)
+    advantages = advantages.T
+    return advantages, advantages + values
+
+
+def terminal_index(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
+    """The column where the sequence's score is paid. mask: bool [B, T] response mask (EOS included) -> int32 [B].
+
+    -1 for a row without any response token, except "last_column", which is T - 1 always. Under "after_eos" a response
+    that fills all T columns is paid on its last token.
+    """
+    last = last_true_index(mask)
+    final = mask.shape[-1] - 1
+    if convention == "eos":
+        return last
+    if convention == "after_eos":
+        return jnp.where(last < 0, -1, jnp.minimum(last + 1, final))
+    if convention == "last_column":
+        return jnp.full_like(last, final)
+    raise InputError(f"terminal convention={convention!r}: use one of 'eos', 'after_eos', 'last_column'")
+
+
+def terminal_mask(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
+    """True on the one column of ``terminal_index`` (nowhere in an empty row). bool [B, T] -> bool [B, T]."""
+    columns = jnp.arange(mask.shape[-1], dtype=jnp.int32)
+    return columns == terminal_index(mask, convention)[..., None]
+
+
+def value_mask(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
+    """Where values and returns exist, given the response mask. bool [B, T] -> bool [B, T].
+
+    "eos": the response mask. "after_eos": with the terminal column added. "last_column": every column.
+    """
+    if convention == "last_column":
+        return jnp.ones_like(mask)
+    return mask | terminal_mask(mask, convention)
+
+
+def shape_rewards(
+    scores: jax.Array,
+    kl: jax.Array,
+    mask: jax.Array,
+    *,
+    kl_coefficient: float | jax.Array,
+    convention: Convention = "eos",
+) -> jax.Array:
+    """Per-token rewards: ``-kl_coefficient * kl`` on response tokens, plus the score on the terminal column.
+
+    scores: [B], after penalties. kl: [B, T], per-token estimate in nats. mask: bool [B, T], the response mask.
+    Returns float32 [B, T], 0 elsewhere. Source: Ziegler et al. 2019, eq. 2, spread over tokens as in their code.
+
+    Example: kl [.2, -.1, .5, -.1], coefficient .05, score 2, "eos": [-.01, .005, -.025, 2.005].
+    """
+    penalty = jnp.where(mask, -kl_coefficient * kl.astype(jnp.float32), 0.0)
+    bonus = jnp.where(terminal_mask(mask, convention), scores.astype(jnp.float32)[..., None], 0.0)
+    return penalty + bonus
+
+
+def penalise_missing_eos(
+    scores: jax.Array, ended: jax.Array, *, penalty: float, mode: MissingEos = "replace"
+) -> jax.Array:
+    """Scores with responses that never ended made worse. scores: [B]; ended: bool [B] -> float32 [B].
+
+    "replace": the score of such a response becomes ``-penalty`` (Ziegler et al. 2019 and Huang et al. 2024 with penalty
+    1: a reward model only means something on finished text). "subtract": ``score - penalty`` (TRL). penalty: >= 0, in
+    units of the score.
+    """
+    if not penalty >= 0:
+        raise InputError(f"missing-EOS penalty={penalty}: give its size, 0 or more (it is subtracted or negated)")
+    scores = scores.astype(jnp.float32)
+    if mode == "replace":
+        return jnp.where(ended, scores, -penalty)
+    if mode == "subtract":
+        return jnp.where(ended, scores, scores - penalty)
+    raise InputError(f"missing-EOS mode={mode!r}: use 'replace' or 'subtract'")

@@ -1,0 +1,35 @@
+"""What every program of this package needs around its algorithm: configuration, run directory, checkpoints, metrics.
+
+``configurables`` is not imported here: it imports every room. Experiments import it themselves.
+"""
+
+from rlhf_jax.run.checkpoint import Checkpoints, fingerprint, latest_step, restore_params, saved_steps
+from rlhf_jax.run.config import BoundConfig, Change, bound_config, changes, launch, parse, scan
+from rlhf_jax.run.loop import LoopConfig, Run, due, open_run
+from rlhf_jax.run.provenance import Input, fingerprint_path, lineage, read_provenance
+from rlhf_jax.run.tracking import Tracker, fetch
+
+__all__ = [
+    "BoundConfig",
+    "Change",
+    "Checkpoints",
+    "Input",
+    "LoopConfig",
+    "Run",
+    "Tracker",
+    "bound_config",
+    "changes",
+    "due",
+    "fetch",
+    "fingerprint",
+    "fingerprint_path",
+    "latest_step",
+    "launch",
+    "lineage",
+    "open_run",
+    "parse",
+    "read_provenance",
+    "restore_params",
+    "saved_steps",
+    "scan",
+]

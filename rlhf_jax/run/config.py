@@ -1,0 +1,282 @@
+"""gin at the root of a program, and only there: flags, parsing, dead bindings, what may change on resume.
+
+An experiment is a module with one ``@gin.configurable def run(...)`` and, at its end,
+``if __name__ == "__main__": launch(run)``. Only this file, ``configurables.py`` and the experiments import gin.
+
+Exit codes of a launched program: 0 done; 1 a bug (traceback); 2 what the user gave cannot be used (one line, nothing
+written); 3 a guard stopped the run; 130 / 143 stopped by SIGINT / SIGTERM after saving (``run/loop.py``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import sys
+import tokenize
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gin
+from absl import flags
+from gin import config_parser
+
+from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, one_line, same_selector
+from rlhf_jax.types import InputError, RunStopped
+
+flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to add files, later ones win.")
+flags.DEFINE_multi_string("gin_bindings", [], "One binding, for instance 'run.seed = 1'; wins over every file.")
+flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MAY_CHANGE = ("run.run_dir", "run.steps", "run.iterations", "LoopConfig.*", "MeshConfig.*")
+"""Keys (without scope) that a resumed run may change; every other key is part of what the run IS."""
+
+
+@dataclass(frozen=True)
+class BoundConfig:
+    """What a run was asked for, as gin text. config: every binding. operative: every value in use, with defaults."""
+
+    config: str
+    operative: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value differs between two configurations; None stands for "not there"."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def allowed(self) -> bool:
+        return any(fnmatch.fnmatchcase(self.key.rsplit("/", 1)[-1], pattern) for pattern in MAY_CHANGE)
+
+
+class _ReadOnly:
+    """What gin's parser asks about names, answered without looking anything up."""
+
+    def configurable_reference(self, selector: str, evaluate: bool) -> Name:
+        return Name(f"@{selector}{'()' if evaluate else ''}")
+
+    def macro(self, name: str) -> Name:
+        return Name(f"%{name}")
+
+
+# ---- reading
+
+
+def _find(file: str) -> Path | None:
+    """A gin path is relative to the working directory or else to the repository."""
+    return next((path for path in (Path(file), REPOSITORY / file) if path.is_file()), None)
+
+
+def _statements(text: str, place: Callable[[int, str], str]) -> Iterator[tuple[Any, str]]:
+    """(statement, place) of gin text. Raises InputError at a place that is not gin."""
+    try:
+        for statement in config_parser.ConfigParser(text, _ReadOnly()):
+            yield statement, place(statement.location.line_num, statement.location.line_content)
+    except tokenize.TokenError as error:
+        raise InputError(f"{place(error.args[1][0], '')}: cannot read gin: {error.args[0]}") from error
+    except SyntaxError as error:
+        where = place(error.lineno or 0, error.text or "")
+        raise InputError(f"{where}: cannot read gin: {error.msg} ({(error.text or '').strip()!r})") from error
+    except ValueError as error:
+        raise InputError(f"{place(0, '')}: cannot read gin: {error}") from error
+
+
+def _binding(statement: Any, place: str, included: bool) -> Binding:
+    return Binding(statement.scope, statement.selector, statement.arg_name, statement.value, place, included)
+
+
+def _scan_file(file: str, asked_at: str, stack: tuple[str, ...] = ()) -> list[Binding]:
+    path = _find(file)
+    if path is None:
+        raise InputError(
+            f"{asked_at}: no such gin file {file!r}; paths are relative to the working directory ({Path.cwd()})"
+        )
+    if file in stack:
+        raise InputError(f"{asked_at}: {file!r} includes itself; remove the include")
+    found: list[Binding] = []
+    for statement, place in _statements(path.read_text(), lambda line, _: f"{file}:{line}"):
+        if isinstance(statement, config_parser.IncludeStatement):
+            found += _scan_file(statement.filename, place, (*stack, file))
+        elif isinstance(statement, config_parser.BindingStatement):
+            found.append(_binding(statement, place, included=bool(stack)))
+    return found
+
+
+def scan(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
+    """Every binding of ``files`` (includes followed) and ``bindings`` in gin's order, each with its place.
+
+    Raises InputError naming file and line when a file is missing or is not gin.
+    """
+    found = [binding for file in files for binding in _scan_file(file, f"--gin_file={file}")]
+    for text in bindings:
+        for statement, place in _statements(text, lambda _line, _text, text=text: f"--gin_bindings={text!r}"):  # type: ignore[misc]
+            if isinstance(statement, config_parser.BindingStatement):
+                found.append(_binding(statement, place, included=False))
+    return found
+
+
+def _configurables() -> list[str]:
+    registry = gin.config._REGISTRY  # gin has no public listing
+    return [registry.minimal_selector(selector) for selector, _ in registry.items() if not selector.startswith("gin.")]
+
+
+def _parameters(configurable: str) -> list[str]:
+    # Not gin.get_configurable: what gin wraps around a class has the signature (*args, **kwargs).
+    return list(inspect.signature(gin.config._REGISTRY.get_match(configurable).wrapped).parameters)
+
+
+def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
+    """Parse and lock the gin configuration; returns its bindings with their places.
+
+    Unknown names are errors, never skipped. Raises InputError (one line).
+    """
+    scanned = scan(files, bindings)
+    gin.add_config_file_search_path(str(REPOSITORY))
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True, skip_unknown=False)
+    except Exception as error:
+        raise InputError(explain_parse(str(error), scanned, _configurables(), _parameters)) from error
+    return scanned
+
+
+# ---- dead bindings
+
+
+def _from_text(text: str) -> dict[tuple[str, str, str], Any]:
+    """{(scope, selector, argument): value} of a gin text such as ``gin.config_str()``. A macro x is ('', x, '')."""
+    return {
+        (s.scope, s.selector, s.arg_name): s.value
+        for s, _ in _statements(text, lambda line, _: f"config line {line}")
+        if isinstance(s, config_parser.BindingStatement)
+    }
+
+
+def _is_live(key: tuple[str, str, str], used: Iterable[tuple[str, str, str]]) -> bool:
+    """A scope inherits from its prefixes: the binding of scope a (or of none) is in use when a/b uses it."""
+    scope, *rest = key
+    return any(rest == list(other) and (not scope or f"{inner}/".startswith(scope + "/")) for inner, *other in used)
+
+
+def bound_config() -> BoundConfig:
+    """The configuration of this run; call it on the first line of ``run``.
+
+    Raises InputError naming every DEAD binding: a key that was bound and that nothing reads, which gin ignores
+    silently. Only eager references (``@X()``) are used, so on run's first line every object of the run is built and
+    what has not been read never will be. A macro nobody reads is dead as well, except when all its definitions are in
+    included files: a shared file may define more than one run needs, but what the run's own file or the command line
+    defines is meant to have an effect.
+    """
+    config, operative = gin.config_str(), gin.operative_config_str()
+    used = _from_text(operative)
+    scanned = scan(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings) if flags.FLAGS.is_parsed() else []
+    dead = []
+    for key in _from_text(config):
+        sources = [
+            b for b in scanned if b.scope == key[0] and b.argument == key[2] and same_selector(b.selector, key[1])
+        ]
+        is_shared_macro = not key[2] and sources and all(b.included for b in sources)
+        if not _is_live(key, used) and not is_shared_macro:
+            name = "/".join(filter(None, key[:2])) + ("." + key[2] if key[2] else " (macro)")
+            dead.append(f"{sources[-1].place}: {name}" if sources else name)
+    if dead:
+        raise InputError(f"{'; '.join(dead)}: bound but nothing reads it; remove it or reference its object, '@...()'")
+    return BoundConfig(config, operative)
+
+
+# ---- comparing
+
+
+def _values(text: str) -> dict[str, Any]:
+    """{'scope/selector.argument': value} of a gin text with the macros replaced by their values."""
+    raw = _from_text(text)
+    macros = {"/".join(filter(None, key[:2])): value for key, value in raw.items() if not key[2]}
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, Name):
+            return expand(macros[value.text[1:]]) if value.text[1:] in macros and value.text[0] == "%" else value
+        if isinstance(value, dict):
+            return {expand(k): expand(v) for k, v in value.items()}
+        return type(value)(map(expand, value)) if isinstance(value, list | tuple) else value
+
+    return {f"{'/'.join(filter(None, key[:2]))}.{key[2]}": expand(value) for key, value in raw.items() if key[2]}
+
+
+def changes(old: str, new: str) -> list[Change]:
+    """The keys whose values differ between two gin texts, macros expanded.
+
+    Give it operative texts: a default written out then equals the default left alone, and a default that the code has
+    changed since shows. ``lr = 1e-3; O.lr = %lr`` and ``O.lr = 0.001`` are equal.
+    """
+    before, after = _values(old), _values(new)
+    keys = sorted(before.keys() | after.keys())
+    return [
+        Change(k, before.get(k), after.get(k))
+        for k in keys
+        if k not in before or k not in after or before[k] != after[k]
+    ]
+
+
+# ---- launching
+
+
+def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
+    """Whether the body of ``run_fn`` was reached before the error: before it, gin was still building its arguments."""
+    code, frame = inspect.unwrap(run_fn).__code__, error.__traceback__
+    while frame is not None and frame.tb_frame.f_code is not code:
+        frame = frame.tb_next
+    return frame is not None
+
+
+def _usage(run_fn: Callable[..., object]) -> str:
+    """The experiment's own words and the three flags."""
+    words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
+    options = "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in ("gin_file", "gin_bindings", "debug"))
+    return f"{words}\n\nflags:\n{options}"
+
+
+def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(_usage(run_fn))
+        return 0
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        print(f"error: {one_line(str(error))} (--help lists the flags)", file=sys.stderr)
+        return 2
+    if len(rest) > 1:
+        print(f"error: unexpected argument {rest[1]!r}; everything is a flag (--help lists them)", file=sys.stderr)
+        return 2
+    scanned: list[Binding] = []
+    try:
+        scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
+        run_fn()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        building, stopped = not _entered(run_fn, error), isinstance(error, RunStopped)
+        if not (building or stopped or isinstance(error, InputError)):
+            raise
+        if flags.FLAGS.debug:
+            traceback.print_exception(error)
+        hint = "" if stopped or isinstance(error, InputError) else f" ({type(error).__name__}; --debug shows where)"
+        message = explain_run(error, scanned, building)
+        print(f"{'stopped' if stopped else 'error'}: {message}{hint}", file=sys.stderr)
+        return 3 if stopped else 2
+    return 0
+
+
+def launch(run_fn: Callable[[], object]) -> None:
+    """Parse the flags, parse gin, call ``run_fn()``, exit. The whole body of a script's ``__main__``.
+
+    What the user can get wrong (a flag, a file, a name, a type, a value) ends in ONE line on stderr that names the
+    place and the remedy, exit code 2; a guard's RunStopped in one line, exit code 3; anything else is a bug and keeps
+    its traceback. ``--debug`` keeps every traceback.
+    """
+    sys.exit(_launch(run_fn, sys.argv))

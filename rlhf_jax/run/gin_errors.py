@@ -1,0 +1,104 @@
+"""gin's many-line errors in one line, with the place and the remedy. Pure text: gin is not imported."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_GIN_PLACE = re.compile(r'\n  In (?:file "(?P<file>[^"]+)",|bindings string) line (?P<line>\d+)\n\s*(?P<content>.*)')
+_GIN_CALL = re.compile(
+    r"\n  In call to configurable '(?P<name>[^']+)' \(.*?\)(?: in scope '(?P<scope>[^']*)')?(?=\n|$)"
+)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A gin reference (``@a/B()``) or macro (``%c``) that has only been read, not looked up."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One statement ``scope/selector.argument = value``; a macro has argument ''. place: file:line or the flag."""
+
+    scope: str
+    selector: str
+    argument: str
+    value: Any
+    place: str
+    included: bool
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X' and what is known, in one line."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{guess} known: {', '.join(names)}"
+
+
+def explain_parse(
+    text: str, scanned: Sequence[Binding], known: Sequence[str], parameters: Callable[[str], Iterable[str]]
+) -> str:
+    """gin's many-line message about parsing -> 'place: what is wrong; what is known'.
+
+    known: every configurable. parameters: those of one of them.
+    """
+    located = _GIN_PLACE.search(text)
+    place = ""
+    if located:
+        place = (
+            f"{located['file']}:{located['line']}: " if located["file"] else f"--gin_bindings={located['content']!r}: "
+        )
+    if match := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
+        return f"{place}unknown configurable {match[1]!r}{_closest(match[1], known)}"
+    if match := re.match(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
+        return f"{place}unknown parameter {match[2]!r} of {match[1]}{_closest(match[2], parameters(match[1]))}"
+    if match := re.match(r"No bindings specified for '([^']+?)(?:/gin\.macro)?' in config string", text):
+        user = next((b for b in scanned if Name(f"%{match[1]}") in _flatten(b.value)), None)
+        where = f"{user.place}: " if user else ""
+        return f"{where}unknown macro %{match[1]}: define it ({match[1]} = ...) before the run"
+    return place + one_line(text[: located.start()] if located else text)
+
+
+def _flatten(value: Any) -> list[Any]:
+    """Leaves of nested lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    return [leaf for item in value for leaf in _flatten(item)] if isinstance(value, list | tuple) else [value]
+
+
+def explain_run(error: BaseException, scanned: Sequence[Binding], building: bool) -> str:
+    """The message of an error raised under ``run``. building: before run's first line, so a binding is to blame."""
+    text = str(error)
+    call = _GIN_CALL.search(text)
+    message = one_line(re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", text)[0])
+    if not building or call is None:
+        return message
+    name = "/".join(filter(None, [call["scope"] or "", call["name"]]))
+    if match := re.search(r"No values supplied by Gin or caller for arguments: \[(.*?)\]", text):
+        missing = match[1].replace("'", "").split(", ")
+        return f"{name}.{missing[0]} has no value; bind it: --gin_bindings='{name}.{missing[0]} = ...'" + (
+            f" (and also {', '.join(missing[1:])})" if missing[1:] else ""
+        )
+    words = set(re.findall(r"\w+", message))
+    culprits = [b for b in scanned if b.argument in words and same_selector(b.selector, call["name"])]
+    culprits = [b for b in culprits if not b.scope or f"{call['scope']}/".startswith(b.scope + "/")]
+    where = f"{culprits[-1].place}: " if culprits else ""
+    return f"{where}{message}" if call["name"] in message else f"{where}{name}: {message}"
+
+
+def same_selector(one: str, other: str) -> bool:
+    """Whether two partial selectors can name the same thing: 'run.LoopConfig' and 'LoopConfig'."""
+    return one == other or one.endswith("." + other) or other.endswith("." + one)

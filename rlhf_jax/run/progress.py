@@ -1,0 +1,70 @@
+"""What a run shows while it works: a bar on a terminal, plain lines (one every ten seconds at most) everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHOWN = ("loss", "reward", "score", "kl", "accuracy")
+"""Metrics whose name holds one of these words are worth a place on the line, four at most."""
+
+
+def headline(values: Mapping[str, float | None]) -> str:
+    """'loss 0.6931  accuracy 0.5' of all the metrics."""
+    names = sorted((i, name) for name in values for i, word in enumerate(SHOWN) if word in name)
+    shown = list(dict.fromkeys(name for _, name in names))[:4]
+    return "  ".join(f"{name} {values[name]:.4g}" for name in shown if values[name] is not None)
+
+
+def line(stage: str, step: int, total: int, values: Mapping[str, float | None], seconds: float, done: int) -> str:
+    """One plain line. seconds: since this process began its first step; done: steps it has finished."""
+    left = seconds / done * (total - step) if done else 0.0
+    return f"{stage} {step}/{total}  {headline(values)}  {seconds:.0f} s, {left:.0f} s left"
+
+
+class Display:
+    """Progress of one loop, on stderr."""
+
+    def __init__(self, stage: str, start: int, total: int, shown: bool) -> None:
+        self.stage, self.start, self.total, self.shown = stage, start, total, shown
+        self._began = time.monotonic()
+        self._last = float("-inf")
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if shown and sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+            )
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+            self._task = self._bar.add_task(stage, total=total, completed=start, shown="")
+            self._bar.start()
+
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Show that ``step`` is done, with its metrics."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=headline(values))
+        elif self.shown and (now - self._last >= 10.0 or step == self.total):
+            self._last = now
+            text = line(self.stage, step, self.total, values, now - self._began, step - self.start)
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

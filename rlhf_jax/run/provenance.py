@@ -1,0 +1,201 @@
+"""Where a run comes from: versions, commit, devices, command, and the content of everything it read.
+
+``RUN_DIR/provenance.json`` holds ``stage``, ``seed``, ``inputs`` (name, path, fingerprint, for a run directory also its
+step) and ``launches``, one entry for the first start and each resume. ``lineage`` follows the inputs back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.types import InputError
+
+FILE = "provenance.json"
+PACKAGES = (
+    "rlhf_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "transformers",
+    "datasets",
+    "grain",
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a run reads. name: its role ('reward_model'). path: file, directory or run directory.
+
+    fingerprint: what identifies the content; None: computed from ``path``, which must then be local. What is not local
+    (a bucket, a hub id) needs one from whoever loaded it, for instance the revision.
+    """
+
+    name: str
+    path: str
+    fingerprint: str | None = None
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_path(path: str | Path) -> str:
+    """sha256 of a file's bytes, or of a directory's sorted lines ``relative path, NUL, sha256 of the file, newline``.
+
+    Empty directories do not count. Raises InputError when there is nothing at ``path``.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _hash_file(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or directory")
+    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    lines = [f"{name}\0{_hash_file(file)}\n" for name, file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _newest_step(run_dir: Path) -> int | None:
+    steps = [int(p.name) for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and (p / "state").is_dir()]
+    return max(steps, default=None)
+
+
+def describe(given: Input) -> dict[str, Any]:
+    """The entry of an input: name, absolute path, fingerprint; for a run directory the fingerprint of its newest step.
+
+    A run directory's logs go on changing (a later resume); the weights another run read do not.
+    """
+    if given.fingerprint is not None:
+        return asdict(given)
+    path = Path(given.path).absolute()
+    step = _newest_step(path) if (path / FILE).is_file() else None
+    if step is not None:
+        content = fingerprint_path(path / "checkpoints" / str(step))
+        return {"name": given.name, "path": str(path), "step": step, "fingerprint": content}
+    try:
+        return {"name": given.name, "path": str(path), "fingerprint": fingerprint_path(path)}
+    except InputError as error:
+        raise InputError(f"input {given.name!r}: {error}; what is not local needs a fingerprint") from error
+
+
+def _git(*arguments: str) -> str | None:
+    """git's answer about this source tree; None when it is not a checkout or there is no git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def launch_facts(resumed_step: int) -> dict[str, Any]:
+    """What this very process is: command, commit, versions, devices, random bits. resumed_step: 0 for a fresh start."""
+    status = _git("status", "--porcelain")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "working_directory": os.getcwd(),
+        "resumed_step": resumed_step,
+        "git": {"commit": _git("rev-parse", "--verify", "HEAD"), "dirty": None if status is None else bool(status)},
+        "versions": _versions(),
+        "devices": {
+            "platform": jax.default_backend(),
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "random_bits": {
+            "implementation": str(jax.config.values["jax_default_prng_impl"]),
+            "partitionable": bool(jax.config.values["jax_threefry_partitionable"]),
+        },
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write and rename: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_provenance(run_dir: str | Path) -> dict[str, Any] | None:
+    """The content of provenance.json, None when there is none."""
+    path = Path(run_dir) / FILE
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def write_provenance(
+    run_dir: str | Path, *, stage: str, seed: int, inputs: Sequence[dict[str, Any]], resumed_step: int
+) -> None:
+    """Write provenance.json, or add this launch to the one of the run that is being resumed (resumed_step > 0)."""
+    earlier = (read_provenance(run_dir) or {}).get("launches", []) if resumed_step else []
+    content = {
+        "stage": stage,
+        "seed": seed,
+        "inputs": list(inputs),
+        "launches": [*earlier, launch_facts(resumed_step)],
+    }
+    write_atomically(Path(run_dir) / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def lineage(run_dir: str | Path, *, verify: bool = False) -> dict[str, Any]:
+    """The tree of what made a run, down to files that no run made: {path, stage, seed, commit, inputs: [{name, ...}]}.
+
+    Each input carries its entry of provenance.json; ``state``: 'recorded', 'missing' when nothing is at its path any
+    more, with verify=True 'same' or 'changed' after hashing its content again; and, when it is a run itself, its own
+    tree under ``run``.
+    Raises InputError when ``run_dir`` has no provenance.json.
+    """
+    content = read_provenance(run_dir)
+    if content is None:
+        raise InputError(f"{Path(run_dir) / FILE}: no such file; give the directory of a run")
+    return {
+        "path": str(Path(run_dir).absolute()),
+        "stage": content["stage"],
+        "seed": content["seed"],
+        "commit": content["launches"][0]["git"]["commit"],
+        "inputs": [_ancestor(entry, verify) for entry in content["inputs"]],
+    }
+
+
+def _ancestor(entry: dict[str, Any], verify: bool) -> dict[str, Any]:
+    path = Path(entry["path"])
+    node: dict[str, Any] = {**entry, "state": "recorded" if path.exists() else "missing"}
+    if verify and path.exists():
+        content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
+        same = content.exists() and fingerprint_path(content) == entry["fingerprint"]
+        node["state"] = "same" if same else "changed"
+    if (path / FILE).is_file():
+        node["run"] = lineage(path, verify=verify)
+    return node

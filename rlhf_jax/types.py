@@ -1,0 +1,172 @@
+"""The pytrees that flow between rooms.
+
+Every room may import this module; it imports nothing of ours. Letters in shapes: ``B`` rows of a batch, ``P`` prompt
+columns (left-padded), ``T`` response columns (right-padded), ``S`` columns of a whole sequence, ``V`` vocabulary.
+Masks are boolean and True means *counts*. Losses, log-probabilities, rewards, values and advantages are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int32
+
+Params = dict[str, Any]
+"""A plain nested dict of arrays with string keys."""
+Rng = jax.Array
+"""A typed ``threefry2x32`` key (``jax.random.key``)."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: the place (file, line, field, key) and the remedy.
+
+    The command-line programs print it without a traceback and exit with code 2.
+    """
+
+
+class RunStopped(RuntimeError):
+    """A guard stopped the run (non-finite number, sampler and scorer disagree, ...). Exit code 3."""
+
+
+@struct.dataclass
+class Mean:
+    """A mean that merges by addition: ``value = total / weight``. Never average two of them: add them.
+
+    total: float32 [], the sum over the items that count. weight: float32 [], how many items count.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @classmethod
+    def of(cls, values: Array, mask: Array | None = None) -> Mean:
+        """The mean of ``values`` over True entries of ``mask`` (all entries when None)."""
+        values = values.astype(jnp.float32)
+        if mask is None:
+            return cls(values.sum(), jnp.asarray(values.size, jnp.float32))
+        counted = jnp.broadcast_to(mask, values.shape)
+        return cls(jnp.where(counted, values, 0.0).sum(), counted.sum().astype(jnp.float32))
+
+    def value(self) -> Float[Array, ""]:
+        """``total / weight``; NaN when nothing counted."""
+        return self.total / self.weight
+
+
+@struct.dataclass
+class Term:
+    """One addend of a loss: ``coefficient * total / weight``, the weight taken over the WHOLE optimiser step.
+
+    Keeping total and weight apart until every microbatch and device is summed is what makes gradient accumulation exact
+    (mean of means is the bug B1 of SPEC section 16).
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    coefficient: float | Float[Array, ""] = 1.0
+
+
+@struct.dataclass
+class TokenBatch:
+    """Token sequences for training and scoring.
+
+    tokens: int32 [B, S].
+    positions: int32 [B, S], position of the token inside its own document (restarts at 0 in packed rows).
+    segment_ids: int32 [B, S], 0 = padding, 1.. = document number inside the row; attention stays inside a segment.
+    loss_mask: bool [B, S], True where the token AT this column is a target (predicted from the column before).
+    """
+
+    tokens: Int32[Array, "B S"]
+    positions: Int32[Array, "B S"]
+    segment_ids: Int32[Array, "B S"]
+    loss_mask: Bool[Array, "B S"]
+
+
+@struct.dataclass
+class PairBatch:
+    """Comparisons: row i of ``chosen`` was preferred to row i of ``rejected``. margin: float32 [B] (0 when unknown)."""
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+    margin: Float[Array, "B"]  # noqa: F821  (jaxtyping axis name)
+
+
+@struct.dataclass
+class PromptBatch:
+    """Left-padded prompts.
+
+    tokens: int32 [B, P]. mask: bool [B, P], True on real tokens.
+    prompt_id: int32 [B], the prompt's index in its data set. sample_id: int32 [B], 0.. for samples of one prompt.
+    """
+
+    tokens: Int32[Array, "B P"]
+    mask: Bool[Array, "B P"]
+    prompt_id: Int32[Array, "B"]  # noqa: F821
+    sample_id: Int32[Array, "B"]  # noqa: F821
+
+
+@struct.dataclass
+class Completions:
+    """Prompts with what was sampled after them; a sequence is ``concatenate([prompts.tokens, tokens], axis=1)``.
+
+    tokens: int32 [B, T], pad id after the end. mask: bool [B, T], True through the first end-of-sequence token, included.
+    logprobs: float32 [B, T], log-probability of each token under softmax(logits / temperature), 0 where not mask.
+    ended: bool [B], True when an end-of-sequence token was sampled (False: cut at the length limit).
+    """
+
+    prompts: PromptBatch
+    tokens: Int32[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    ended: Bool[Array, "B"]  # noqa: F821
+
+
+@struct.dataclass
+class Rollout:
+    """Completions with everything PPO needs to know of them. Float arrays are 0 where ``completions.mask`` is False.
+
+    logprobs: float32 [B, T], policy's, recomputed by the scorer (these are the "old" ones of the ratio).
+    ref_logprobs: float32 [B, T], the frozen reference's, same temperature.
+    values: float32 [B, T], value BEFORE emitting token t (read at sequence column P - 1 + t).
+    scores: float32 [B], the sequence's reward before penalties and KL.
+    """
+
+    completions: Completions
+    logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"]
+    values: Float[Array, "B T"]
+    scores: Float[Array, "B"]  # noqa: F821
+
+
+@struct.dataclass
+class PolicyBatch:
+    """What the PPO update reads: a rollout with its (already whitened) advantages. All float32 [B, T] constants."""
+
+    completions: Completions
+    old_logprobs: Float[Array, "B T"]
+    old_values: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
+    value_mask: Bool[Array, "B T"]
+
+
+@struct.dataclass
+class TrainState:
+    """Arrays only, so that a checkpoint is plain data. step: int32 []. rng: the run's key; a step uses fold_in(rng, step)."""
+
+    step: Int32[Array, ""]
+    params: Params
+    opt_state: Any
+    rng: Rng
+
+
+LossFn = Callable[[Params, Params, Any, Rng], tuple[dict[str, Term], dict[str, Mean]]]
+"""(trainable, frozen, batch, rng) -> (terms of the loss, metrics)."""
+TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, Mean]]]
+"""(state, frozen, batch) -> (state, metrics). Frozen arrays are arguments, never closed over."""

@@ -1,0 +1,134 @@
+"""Reading files: what is yielded, and one line with file, line and remedy for what cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rlhf_jax.data import Demonstration, Message, fingerprint, read_rows
+from rlhf_jax.types import InputError
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_jsonl_skips_blank_lines_and_keeps_line_numbers(tmp_path: Path) -> None:
+    # U+2028 ends a line for str.splitlines but not here.
+    path = write(tmp_path / "a.jsonl", '\ufeff{"x": "a\u2028b"}\n\n{"x": 2}\r\n')
+    assert list(read_rows(path)) == [(1, {"x": "a\u2028b"}), (3, {"x": 2})]
+
+
+def test_gzip_and_explicit_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"x": 1}\n'))
+    assert list(read_rows(path)) == [(1, {"x": 1})]
+    other = write(tmp_path / "a.pos", b"caf\xe9 \x85 bar\n\nlast")
+    assert list(read_rows(other, format="txt", encoding="latin-1")) == [
+        (1, {"text": "caf\xe9 \x85 bar"}),
+        (3, {"text": "last"}),
+    ]
+
+
+def test_json_list(tmp_path: Path) -> None:
+    assert list(read_rows(write(tmp_path / "a.json", '[{"x": 1},\n {"x": 2}]'))) == [(1, {"x": 1}), (2, {"x": 2})]
+
+
+def test_csv_line_is_where_the_row_begins(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text,label\n"two\nlines, one cell",1\nb,2\n')
+    assert list(read_rows(path)) == [
+        (2, {"text": "two\nlines, one cell", "label": "1"}),
+        (4, {"text": "b", "label": "2"}),
+    ]
+
+
+def test_tsv_takes_quotes_as_text(tmp_path: Path) -> None:
+    assert list(read_rows(write(tmp_path / "a.tsv", 'text\tlabel\n"so\t1\n'))) == [(2, {"text": '"so', "label": "1"})]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"x": ["a", "b"]}), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet")) == [(1, {"x": "a"}), (2, {"x": "b"})]
+    with pytest.raises(InputError, match=r"bad\.parquet: row 1: not readable as parquet"):
+        list(read_rows(write(tmp_path / "bad.parquet", b"PAR1 nothing")))
+
+
+def error_of(path: Path, **options: str) -> str:
+    with pytest.raises(InputError) as caught:
+        list(read_rows(path, **options))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value) and ";" in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
+    assert "a.jsonl:2: not JSON" in error_of(write(tmp_path / "a.jsonl", '{"x": 1}\n{"x": \n'))
+    assert "b.jsonl:1: a JSON list, not an object" in error_of(write(tmp_path / "b.jsonl", "[1]\n"))
+    assert "c.json:2: not JSON" in error_of(write(tmp_path / "c.json", '{"x": 1}\n{"x": 2}\n'))
+    assert "d.json: a JSON dict, not a list" in error_of(write(tmp_path / "d.json", '{"x": 1}'))
+    assert "e.csv:3: 1 cells under a header of 2" in error_of(write(tmp_path / "e.csv", "a,b\n1,2\n3\n"))
+    assert "f.csv:2: not csv" in error_of(write(tmp_path / "f.csv", 'a,b\n1,"never closed\n'))
+    assert "g.csv:1: column 'a' occurs twice" in error_of(write(tmp_path / "g.csv", "a,a\n"))
+    assert "h.txt:2: byte 0xe9 is not utf-8" in error_of(write(tmp_path / "h.txt", b"ok\ncaf\xe9\n"))
+    assert "i.jsonl.gz:1: damaged gzip" in error_of(write(tmp_path / "i.jsonl.gz", b"no gzip"))
+
+
+def test_truncated_gzip_gives_the_whole_lines_then_an_error(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"x": i, "y": f"{i * i:x}"}).encode() + b"\n" for i in range(2000))
+    packed = gzip.compress(lines)
+    rows = read_rows(write(tmp_path / "a.jsonl.gz", packed[: len(packed) // 2]))
+    seen = []
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz:\d+: (damaged gzip|not JSON)"):
+        for _, row in rows:
+            seen.append(row["x"])
+    assert 0 < len(seen) < 2000 and seen == list(range(len(seen)))
+
+
+def test_places_that_are_not_files(tmp_path: Path) -> None:
+    assert "is a directory" in error_of(tmp_path)
+    assert "no such file" in error_of(tmp_path / "absent.jsonl")
+    assert "remote files are not read" in error_of("gs://bucket/a.jsonl")  # type: ignore[arg-type]
+    assert "needs a split" in error_of("owner/name")  # type: ignore[arg-type]
+    assert "format not known from the ending 'dat'" in error_of(write(tmp_path / "a.dat", ""))
+    assert "format 'xml' is unknown" in error_of(tmp_path / "a.dat", format="xml")
+    assert "a file has no splits" in error_of(write(tmp_path / "a.txt", "x"), split="train")
+    assert "encoding 'klingon' is unknown" in error_of(tmp_path / "a.txt", encoding="klingon")
+    assert "does not extend ASCII" in error_of(tmp_path / "a.txt", encoding="utf-16")
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(*arguments: object, **options: object) -> list[dict[str, int]]:
+        calls.append((arguments, options))
+        return [{"x": 1}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_rows("openai/gsm8k:main", split="train")) == [(1, {"x": 1})]
+    # Nothing lets a data set bring its own code.
+    assert calls == [(("openai/gsm8k", "main"), {"split": "train"})]
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError) as caught:
+        read_rows("owner/name", split="train")
+    assert "hub data set 'owner/name', split 'train': ConnectionError: Couldn't reach the hub; check" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_depends_on_content_and_order() -> None:
+    a = Demonstration("1", (Message("user", "q"),), "a")
+    b = Demonstration("2", (Message("user", "q"),), "b")
+    assert fingerprint([a, b]) == fingerprint([a, b])
+    assert len({fingerprint(records) for records in ([a, b], [b, a], [a], [])}) == 4
+    # sha256 of '{"x": 1}\n', by `printf '{"x": 1}\n' | sha256sum`
+    assert fingerprint([{"x": 1}]) == "936353965b4ba9180e3acb781d81aa634390ac95fd2874a9cbc4c4846b49fbd4"

@@ -1,0 +1,271 @@
+"""What a user can get wrong ends in one line with the place and the remedy. Real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+
+from rlhf_jax.run.config import Change, changes, scan
+from rlhf_jax.run.gin_errors import Name
+from rlhf_jax.types import InputError
+
+PROGRAM = '''
+"""Trains a toy."""
+from dataclasses import dataclass
+import os, sys
+import gin
+from rlhf_jax.run import bound_config, launch
+from rlhf_jax.types import InputError, RunStopped
+
+@gin.register
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float
+    decay: float = 0.0
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise InputError(f"OptimizerConfig.learning_rate: must be > 0, got {self.learning_rate!r}")
+
+@gin.register
+def built(size: int = 1):
+    return [0] * (4 // size)
+
+@gin.configurable
+def run(optimizer, steps=3, other=None, crash=""):
+    bound = bound_config()
+    if crash == "input":
+        raise InputError("data/x.jsonl:12: no field 'prompt'; add it")
+    if crash == "stopped":
+        raise RunStopped("step 7: not finite: loss=nan")
+    if crash == "bug":
+        raise ValueError("a bug")
+    print("operative:", "OptimizerConfig.decay = 0.0" in bound.operative, optimizer.learning_rate, steps)
+
+if __name__ == "__main__":
+    launch(run)
+'''
+GOOD = """\
+LR = 0.5
+run.optimizer = @OptimizerConfig()
+OptimizerConfig.learning_rate = %LR
+"""
+
+
+# Importing takes over a second; so one process imports and then forks itself for every command. Nothing else differs
+# from starting the program anew: a process of its own, real argv, stdout, stderr and exit code.
+FORKING = """
+import json, os, runpy, sys
+import rlhf_jax.run
+for line in sys.stdin:
+    cwd, argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(cwd)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        os._exit(99)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", FORKING]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+        yield process
+
+
+@pytest.fixture
+def program(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., Done]:
+    """Runs the toy program on the text of x.gin (which may include shared.gin)."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "shared.gin").write_text("UNUSED = 1\nSHARED = 2.0\n")
+
+    def call(text: str, *arguments: str, file: str = "x.gin") -> Done:
+        (tmp_path / "x.gin").write_text(text)
+        print(
+            json.dumps([str(tmp_path), ["program.py", f"--gin_file={file}", *arguments]]), file=server.stdin, flush=True
+        )
+        assert server.stdout is not None
+        code = int(server.stdout.readline())
+        return Done(code, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text())
+
+    return call
+
+
+def test_a_good_config_runs(program) -> None:
+    done = program('include "shared.gin"\n' + GOOD, "--gin_bindings=run.steps = 9", "--gin_bindings=LR = %SHARED")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "operative: True 2.0 9\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        pytest.param(
+            GOOD + "OptimizerConfig.learning_rat = 1\n",
+            [],
+            "x.gin:4: unknown parameter 'learning_rat' of OptimizerConfig; did you mean 'learning_rate'? "
+            "known: decay, learning_rate",
+            id="unknown parameter",
+        ),
+        pytest.param(
+            GOOD + "\nOptimiserConfig.decay = 1\n",
+            [],
+            "x.gin:5: unknown configurable 'OptimiserConfig'; did you mean 'OptimizerConfig'? "
+            "known: OptimizerConfig, built, run",
+            id="unknown configurable",
+        ),
+        pytest.param(
+            GOOD + "run.other = @bilt()\n",
+            [],
+            "x.gin:4: unknown configurable 'bilt'; did you mean 'built'? known: OptimizerConfig, built, run",
+            id="unknown reference",
+        ),
+        pytest.param(
+            GOOD,
+            ["--gin_bindings=run.step = 1"],
+            "--gin_bindings='run.step = 1': unknown parameter 'step' of run; did you mean 'steps'? "
+            "known: crash, optimizer, other, steps",
+            id="unknown parameter on the command line",
+        ),
+        pytest.param(
+            GOOD + "run.steps = %STEPS\n",
+            [],
+            "x.gin:4: unknown macro %STEPS: define it (STEPS = ...) before the run",
+            id="unknown macro",
+        ),
+        pytest.param(GOOD + "run.steps = = 3\n", [], "x.gin:4: cannot read gin: Unable to parse value.", id="syntax"),
+        pytest.param(GOOD + "run.steps = (3,\n", [], "x.gin:", id="open bracket"),
+        pytest.param(GOOD + 'include "no.gin"\n', [], "x.gin:4: no such gin file 'no.gin'", id="missing include"),
+        pytest.param(GOOD + 'include "x.gin"\n', [], "x.gin:4: 'x.gin' includes itself", id="include cycle"),
+        pytest.param(
+            GOOD + "OptimizerConfig.learning_rate = -1.0\n",
+            [],
+            "x.gin:4: OptimizerConfig.learning_rate: must be > 0, got -1.0",
+            id="out of range",
+        ),
+        pytest.param(
+            "run.optimizer = @OptimizerConfig()\n",
+            [],
+            "OptimizerConfig.learning_rate has no value; bind it: --gin_bindings='OptimizerConfig.learning_rate = ...'",
+            id="no value",
+        ),
+        pytest.param(
+            GOOD + "OptimizerConfig.learning_rate = 'big'\n",
+            [],
+            "OptimizerConfig: '>' not supported between instances of 'str' and 'int' (TypeError; --debug shows where)",
+            id="type error while building",
+        ),
+        pytest.param(
+            GOOD + "built.size = 2\n",
+            [],
+            "x.gin:4: built.size: bound but nothing reads it; remove it or reference its object, '@...()'",
+            id="dead binding",
+        ),
+        pytest.param(GOOD + "EXTRA = 2\n", [], "x.gin:4: EXTRA (macro): bound but nothing reads it", id="dead macro"),
+        pytest.param(
+            'include "shared.gin"\n' + GOOD + "UNUSED = 3\n",
+            [],
+            "x.gin:5: UNUSED (macro): bound but nothing reads it",
+            id="a shared macro redefined without effect",
+        ),
+        pytest.param(
+            GOOD,
+            ["--gin_bindings=policy/OptimizerConfig.decay = 1.0"],
+            "--gin_bindings='policy/OptimizerConfig.decay = 1.0': policy/OptimizerConfig.decay: bound but nothing",
+            id="dead scope",
+        ),
+        pytest.param(GOOD, ["--gin_fil=x"], "Unknown command line flag 'gin_fil'. Did you mean: gin_file ?", id="flag"),
+        pytest.param(GOOD, ["x.gin"], "unexpected argument 'x.gin'; everything is a flag", id="argument"),
+        pytest.param(
+            GOOD,
+            ["--gin_bindings=run.crash = 'input'"],
+            "data/x.jsonl:12: no field 'prompt'; add it",
+            id="InputError inside the run",
+        ),
+    ],
+)
+def test_one_line_and_exit_code_2(program, text: str, arguments: list[str], message: str) -> None:
+    done = program(text, *arguments)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines), done.stdout) == (2, 1, ""), done.stderr
+    assert lines[0].startswith("error: " + message)
+
+
+def test_missing_file(program) -> None:
+    done = program(GOOD, file="y.gin")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --gin_file=y.gin: no such gin file 'y.gin'; paths are relative to")
+
+
+def test_scoped_reference_keeps_the_unscoped_binding_alive(program) -> None:
+    done = program(
+        "run.optimizer = @policy/OptimizerConfig()\nOptimizerConfig.learning_rate = 1.0\n"
+        "policy/OptimizerConfig.learning_rate = 2.0\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert " 2.0 3" in done.stdout
+
+
+def test_guard_bug_and_debug(program) -> None:
+    stopped = program(GOOD, "--gin_bindings=run.crash = 'stopped'")
+    assert (stopped.returncode, stopped.stderr) == (3, "stopped: step 7: not finite: loss=nan\n")
+    bug = program(GOOD, "--gin_bindings=run.crash = 'bug'")
+    assert bug.returncode == 1 and "Traceback" in bug.stderr and "a bug" in bug.stderr
+    debug = program(GOOD, "--gin_bindings=run.crash = 'input'", "--debug")
+    assert debug.returncode == 2 and "Traceback" in debug.stderr and debug.stderr.endswith("add it\n")
+
+
+def test_help(program) -> None:
+    done = program(GOOD, "--help")
+    assert done.returncode == 0
+    assert "Trains a toy." in done.stdout and "--gin_bindings" in done.stdout
+
+
+def test_scan_gives_places(tmp_path: Path) -> None:
+    (tmp_path / "a.gin").write_text(f'include "{tmp_path}/b.gin"\n\na/X.p = [%M, @Y()]\nX:\n  q = 2\n')
+    (tmp_path / "b.gin").write_text("M = 1\n")
+    macro, p, q, last = scan([str(tmp_path / "a.gin")], ["X.r = 3"])
+    assert (macro.selector, macro.argument, macro.included) == ("M", "", True)
+    assert macro.place == f"{tmp_path}/b.gin:1"
+    assert (p.scope, p.argument, p.value, p.place) == ("a", "p", [Name("%M"), Name("@Y()")], f"{tmp_path}/a.gin:3")
+    assert (q.selector, q.argument, q.place) == ("X", "q", f"{tmp_path}/a.gin:5")
+    assert last.place == "--gin_bindings='X.r = 3'"
+
+
+def test_changes_expands_macros_and_names_keys() -> None:
+    old = "LR = 1e-3\nO.lr = %LR\nO.betas = (%LR, 2)\na/M.size = 4\nMeshConfig.data = 1\n"
+    same = "O.lr = 0.001\nO.betas = (0.001, 2)\na/M.size = 4\nMeshConfig.data = 1\n"
+    assert changes(old, same) == []
+    new = "O.lr = 0.001\nO.betas = (0.001, 3)\nMeshConfig.data = 8\np/LoopConfig.keep = 2\n"
+    assert changes(old, new) == [
+        Change("MeshConfig.data", 1, 8),
+        Change("O.betas", (0.001, 2), (0.001, 3)),
+        Change("a/M.size", 4, None),
+        Change("p/LoopConfig.keep", None, 2),
+    ]
+    assert [change.allowed for change in changes(old, new)] == [True, False, False, True]
+
+
+def test_scan_refuses_what_is_not_gin() -> None:
+    with pytest.raises(InputError, match=r"--gin_bindings='run.steps 3'.*cannot read gin"):
+        scan([], ["run.steps 3"])

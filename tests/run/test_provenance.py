@@ -1,0 +1,84 @@
+"""Fingerprints and lineage."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.run import Input, fingerprint, fingerprint_path, lineage, read_provenance
+from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run.provenance import describe, write_provenance
+from rlhf_jax.types import InputError
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_fingerprint_of_file_and_directory(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_bytes(b"two")
+    (tmp_path / "a").write_bytes(b"one")
+    assert fingerprint_path(tmp_path / "a") == sha(b"one")
+    assert fingerprint_path(tmp_path) == sha(f"a\0{sha(b'one')}\nb/x\0{sha(b'two')}\n".encode())
+    before = fingerprint_path(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "c")  # the same bytes under another name
+    assert fingerprint_path(tmp_path) != before
+
+
+def test_inputs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"input 'data': .*no such file or directory; what is not local needs"):
+        describe(Input("data", str(tmp_path / "absent")))
+    remote = Input("data", "hub/name", fingerprint="revision 12")
+    assert describe(remote) == {"name": "data", "path": "hub/name", "fingerprint": "revision 12"}
+
+
+def make_run(run_dir: Path, stage: str, *inputs: Input) -> None:
+    run_dir.mkdir()
+    with Checkpoints(run_dir, 1) as checkpoints:
+        checkpoints.save(2, {"params": {"w": jnp.ones(2)}}, {})
+    entries = [describe(given) for given in inputs]
+    write_provenance(run_dir, stage=stage, seed=3, inputs=entries, resumed_step=0)
+
+
+def test_lineage_goes_back_to_the_roots(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    data = Input("data", str(tmp_path / "data.jsonl"))
+    make_run(tmp_path / "sft", "sft", data)
+    make_run(tmp_path / "rm", "reward", Input("initial", str(tmp_path / "sft")), data)
+    make_run(tmp_path / "ppo", "ppo", Input("policy", str(tmp_path / "sft")), Input("reward", str(tmp_path / "rm")))
+    tree = lineage(tmp_path / "ppo", verify=True)
+    policy, reward = tree["inputs"]
+    assert (tree["stage"], tree["seed"]) == ("ppo", 3)
+    assert policy["fingerprint"] == fingerprint(tmp_path / "sft", 2) and policy["step"] == 2
+    assert [entry["run"]["stage"] for entry in (policy, reward)] == ["sft", "reward"]
+    assert reward["run"]["inputs"][0]["run"]["inputs"][0] == {
+        "name": "data",
+        "path": str(tmp_path / "data.jsonl"),
+        "fingerprint": sha(b"{}\n"),
+        "state": "same",
+    }
+    (tmp_path / "data.jsonl").write_text("{ }\n")
+    assert lineage(tmp_path / "sft", verify=True)["inputs"][0]["state"] == "changed"
+    assert lineage(tmp_path / "sft")["inputs"][0]["state"] == "recorded"
+    (tmp_path / "data.jsonl").unlink()
+    assert lineage(tmp_path / "sft", verify=True)["inputs"][0]["state"] == "missing"
+    with pytest.raises(InputError, match="give the directory of a run"):
+        lineage(tmp_path)
+
+
+def test_facts_and_launches(tmp_path: Path) -> None:
+    write_provenance(tmp_path, stage="sft", seed=1, inputs=[], resumed_step=0)
+    write_provenance(tmp_path, stage="sft", seed=1, inputs=[], resumed_step=40)
+    content = read_provenance(tmp_path)
+    assert content is not None
+    assert [launch["resumed_step"] for launch in content["launches"]] == [0, 40]
+    facts = content["launches"][0]
+    assert facts["random_bits"]["implementation"] == "threefry2x32"
+    assert facts["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
+    assert facts["versions"]["jax"] is not None and facts["command"]
+    write_provenance(tmp_path, stage="sft", seed=1, inputs=[], resumed_step=0)  # begun again: nothing was saved
+    assert len((read_provenance(tmp_path) or {})["launches"]) == 1
