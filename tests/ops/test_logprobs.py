@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.ops import entropy_from_logits, hidden_logprobs, token_logprobs, zero_outside
 from rlhf_jax.types import InputError
@@ -142,6 +145,22 @@ def test_full_logits_never_exist_forward_or_backward():
 
     assert largest(direct) >= full  # the walk does see them when they are there
     assert largest(chunked) <= 2 * 8 * 500
+
+
+def test_chunking_leaves_a_sharded_batch_where_it_is():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    hidden, kernel, targets = random_case(batch=8)
+
+    def chunked(hidden, kernel, targets):
+        return hidden_logprobs(hidden, lambda h: h @ kernel, targets, chunk_size=3)
+
+    placed = (jax.device_put(hidden, rows), jax.device_put(kernel, everywhere), jax.device_put(targets, rows))
+    compiled = jax.jit(chunked).lower(*placed).compile()
+    assert not re.findall(r"all-gather|all-to-all|collective-permute", compiled.as_text())
+    for ours, single in zip(compiled(*placed), chunked(hidden, kernel, targets), strict=True):
+        assert ours.sharding.is_equivalent_to(rows, 2)
+        np.testing.assert_allclose(ours, single, atol=1e-6)
 
 
 def test_masked_hidden_garbage_reaches_nothing():

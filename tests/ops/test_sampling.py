@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
 from rlhf_jax.ops import sample_tokens, token_keys, token_logprobs, truncate_logits
@@ -52,6 +55,17 @@ def test_a_row_does_not_depend_on_the_batch(settings):
         part = sample_tokens(LOGITS[rows], keys[rows], temperature=0.7, **settings)
         for together, alone in zip(whole, part, strict=True):
             np.testing.assert_array_equal(together[rows], alone)
+
+
+def test_a_row_does_not_depend_on_the_mesh():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows, grid = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    keys = token_keys(RNG, PROMPTS, SAMPLES, POSITIONS)
+    step = jax.jit(functools.partial(sample_tokens, temperature=0.7))
+    sharded = step(jax.device_put(LOGITS, grid), jax.device_put(keys, rows))
+    single = step(LOGITS, keys)
+    np.testing.assert_array_equal(sharded[0], single[0])
+    np.testing.assert_allclose(sharded[1], single[1], atol=1e-6)  # a sharded sum adds up in another order
 
 
 def test_padded_vocabulary_samples_the_same_tokens():

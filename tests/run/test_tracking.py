@@ -20,7 +20,7 @@ def mean(total: float, weight: float) -> Mean:
 
 def test_fetch_divides_in_float64() -> None:
     values = fetch({"b": mean(1.0, 3.0), "a": 2, "c": jnp.float32(0.1), "d": mean(1.0, 2.0) + mean(3.0, 6.0)})
-    # 1 / 3 in double precision; float32(0.1) is 0.100000001490116...; (1 + 3) / (2 + 6) = 0.5, not the mean of two means.
+    # 1 / 3 in double precision; float32(0.1) is 0.100000001490116...; (1 + 3) / (2 + 6) = 0.5.
     assert values == {"a": 2.0, "b": 1 / 3, "c": float(np.float32(0.1)), "d": 0.5}
     assert list(values) == ["a", "b", "c", "d"]
 

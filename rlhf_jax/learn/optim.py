@@ -1,0 +1,112 @@
+"""Optimisers: AdamW with a schedule and global-norm clipping."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.types import InputError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """learning_rate: peak. schedule: after the warm-up, over the rest of the run down to ``final_fraction`` of the peak.
+    warmup_steps: linear from 0. adam: "optax" adds epsilon after bias correction (PyTorch, optax), "tf" before it
+    (TensorFlow, as in Ziegler et al. 2019; with epsilon 1e-5 the early steps differ up to 16-fold). weight_decay:
+    decoupled, on matrices only. max_grad_norm: clip by global norm, None for none.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    adam: Literal["optax", "tf"] = "optax"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        bounds = {"learning_rate": (0, 10), "final_fraction": (0, 1), "b1": (0, 1), "b2": (0, 1), "epsilon": (0, 1), "weight_decay": (0, 10)}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise InputError(f"OptimizerConfig.{name} = {value!r}: give a number in [{low}, {high}]")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"OptimizerConfig.schedule = {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        if self.adam not in ("optax", "tf"):
+            raise InputError(f"OptimizerConfig.adam = {self.adam!r}: 'optax' or 'tf'")
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise InputError(f"OptimizerConfig.warmup_steps = {self.warmup_steps!r}: give a whole number >= 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise InputError(f"OptimizerConfig.max_grad_norm = {self.max_grad_norm!r}: give a positive number or None")
+
+
+def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:
+    """Learning rate by update count. steps: of the run; updates_per_step: optimiser updates in each (PPO: epochs x
+    minibatches), during which the rate stands still (lm-human-preferences steps it per rollout batch).
+
+    Linear over 4 steps without warm-up: 1, .75, .5, .25 of the peak.
+    """
+    decay = max(steps - config.warmup_steps, 1)
+
+    def schedule(count: Any) -> Any:
+        step = (jnp.asarray(count) // updates_per_step).astype(jnp.float32)
+        progress = jnp.clip((step - config.warmup_steps) / decay, 0.0, 1.0)
+        if config.schedule == "linear":
+            shape = 1.0 - progress
+        elif config.schedule == "cosine":
+            shape = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        else:
+            shape = jnp.ones(())
+        if config.schedule != "constant":
+            shape = config.final_fraction + (1.0 - config.final_fraction) * shape
+        warmup = jnp.minimum(1.0, (step + 1.0) / (config.warmup_steps + 1.0))
+        return config.learning_rate * shape * warmup
+
+    return schedule
+
+
+def scale_by_adam_tf(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
+    """Adam as TensorFlow 1 computes it: ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + epsilon)``.
+
+    First step with g = 1e-5, epsilon 1e-5: 0.0306534 of the learning rate, where optax.adam gives 0.5 of it.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
+        t = count.astype(jnp.float32)
+        scale = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        return jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + epsilon), mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled weight decay, learning rate. See `make_schedule` for steps and updates_per_step."""
+    if config.adam == "tf":
+        adam = scale_by_adam_tf(config.b1, config.b2, config.epsilon)
+    else:
+        adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm is not None else []
+    parts.append(adam)
+    if config.weight_decay:
+        # Norm scales are [D], or [L, D] when stacked; kernels have at least one axis more.
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_matrices))
+    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)))
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding"), params
+    )

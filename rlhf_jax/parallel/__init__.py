@@ -1,0 +1,27 @@
+"""Meshes, the logical-to-mesh rules table, and placing arrays by it."""
+
+from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from rlhf_jax.parallel.placement import born_sharded, state_shardings, to_global
+from rlhf_jax.parallel.rules import (
+    RULES,
+    ActivationConstraint,
+    batch_sharding,
+    partition_spec,
+    replicated,
+    tree_shardings,
+)
+
+__all__ = [
+    "AXES",
+    "RULES",
+    "ActivationConstraint",
+    "MeshConfig",
+    "batch_sharding",
+    "born_sharded",
+    "make_mesh",
+    "partition_spec",
+    "replicated",
+    "state_shardings",
+    "to_global",
+    "tree_shardings",
+]

@@ -1,0 +1,56 @@
+"""Arrays that are born where they live: parameters, optimiser state, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.parallel.rules import batch_sharding, replicated
+from rlhf_jax.types import InputError, Params
+
+_T = TypeVar("_T")
+
+
+def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) -> Any:
+    """Shardings of anything that holds trees like the parameters: a leaf whose path ends in a parameter's path (Adam's
+    moments, the parameters themselves) lies as that parameter does; every other leaf (counts, keys) is on all devices.
+    """
+    known = {
+        tuple(str(key) for key in path): sharding
+        for path, sharding in jax.tree_util.tree_flatten_with_path(param_shardings)[0]
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        keys = tuple(str(key) for key in path)
+        for start in range(len(keys)):
+            sharding = known.get(keys[start:])
+            if sharding is not None and len(sharding.spec) <= len(leaf.shape):
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def born_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
+    """``make(*arguments)`` under jit with every output created on its shards: no device ever holds the whole."""
+    shardings = state_shardings(jax.eval_shape(make, *arguments), param_shardings, mesh)
+    return jax.jit(make, out_shardings=shardings)(*arguments)  # type: ignore[no-any-return]
+
+
+def to_global(batch: _T, mesh: Mesh) -> _T:
+    """A host batch (numpy, the whole of it in every process) as global arrays with rows over the batch axes.
+
+    Raises InputError when the rows do not divide over the mesh's batch axes.
+    """
+    sharding = batch_sharding(mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(x: Any) -> Any:
+        if x.shape[0] % shards:
+            raise InputError(f"batch of {x.shape[0]} rows does not divide over {shards} devices: change batch_size or MeshConfig")
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, batch)  # type: ignore[no-any-return]

@@ -1,0 +1,94 @@
+"""THE table from logical axis names to mesh axes, and shardings made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from rlhf_jax.types import InputError
+
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: dict[str, tuple[str, ...]] = {
+    # weights
+    "layers": (),
+    "embed": ("fsdp",),
+    "embed_table": (),  # not fsdp: the looked-up rows would arrive split over fsdp and be replicated by XLA
+    "vocab": ("fsdp", "tensor"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    "scalar": (),
+    # activations
+    "act_batch": ("data", "fsdp"),
+    "act_length": (),
+    "act_embed": (),
+    "act_vocab": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_head_dim": (),
+}
+
+
+def partition_spec(axes: tuple[str, ...], rules: Rules = RULES) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes. Raises InputError for a name that the table lacks."""
+    for name in axes:
+        if name not in rules:
+            raise InputError(f"logical axis {name!r} is not in the rules table; known: {', '.join(sorted(rules))}")
+    return PartitionSpec(*(rules[name] if rules[name] else None for name in axes))
+
+
+def _divided(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
+    """``spec`` once it is known to divide ``shape``."""
+    for size, entry in zip(shape, spec, strict=False):
+        shards = math.prod(mesh.shape[axis] for axis in entry or ())
+        if size % shards:
+            raise InputError(
+                f"mesh {dict(mesh.shape)}: {name} has a dimension of {size}, not divisible over {entry} ({shards}); choose another MeshConfig"
+            )
+    return spec
+
+
+def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A NamedSharding per leaf. abstract: tree of shapes; logical_axes: same tree of tuples of names.
+
+    Raises InputError naming the parameter whose dimension does not divide.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    axes = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    shardings = [
+        NamedSharding(mesh, _divided(mesh, partition_spec(names, rules), leaf.shape, jax.tree_util.keystr(path)))
+        for (path, leaf), names in zip(leaves, axes, strict=True)
+    ]
+    return treedef.unflatten(shardings)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    """Rows over the batch axes, everything else whole."""
+    return NamedSharding(mesh, partition_spec(("act_batch",), rules))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationConstraint:
+    """Lays activations out over the mesh; hand it to a `Model`. Hashable."""
+
+    mesh: Mesh
+
+    def __call__(self, x: Array, axes: tuple[str, ...]) -> Array:
+        spec = partition_spec(axes)
+        for size, entry in zip(x.shape, spec, strict=True):
+            if size % math.prod(self.mesh.shape[axis] for axis in entry or ()):
+                return x  # e.g. a row count below the number of devices: left to the compiler
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -1,0 +1,24 @@
+"""Sampling completions and scoring them."""
+
+from rlhf_jax.rollout.generate import SamplingConfig, generate
+from rlhf_jax.rollout.score import (
+    RolloutModels,
+    RolloutParams,
+    as_token_batch,
+    policy_and_values,
+    score,
+    sequence_logprobs,
+    sequence_scores,
+)
+
+__all__ = [
+    "RolloutModels",
+    "RolloutParams",
+    "SamplingConfig",
+    "as_token_batch",
+    "generate",
+    "policy_and_values",
+    "score",
+    "sequence_logprobs",
+    "sequence_scores",
+]

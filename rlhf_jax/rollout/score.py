@@ -1,0 +1,127 @@
+"""Reading sequences with models: token log-probabilities, values, rewards. One forward definition for all loops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array
+
+from rlhf_jax import ops
+from rlhf_jax.models import Model
+from rlhf_jax.types import Completions, Params, Rollout, TokenBatch
+
+
+def as_token_batch(completions: Completions) -> TokenBatch:
+    """Prompt and response as one sequence [B, P + T]; loss_mask True on response tokens."""
+    prompts = completions.prompts
+    mask = jnp.concatenate([prompts.mask, completions.mask], axis=1)
+    return TokenBatch(
+        tokens=jnp.concatenate([prompts.tokens, completions.tokens], axis=1),
+        positions=ops.positions_from_mask(mask),
+        segment_ids=mask.astype(jnp.int32),
+        loss_mask=jnp.concatenate([jnp.zeros_like(prompts.mask), completions.mask], axis=1),
+    )
+
+
+def batch_hidden(model: Model, params: Params, batch: TokenBatch) -> Array:
+    """Final hidden states [B, S, D] of a batch."""
+    return model.hidden(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+
+
+def sequence_logprobs(model: Model, params: Params, batch: TokenBatch, *, chunk_size: int = 128) -> tuple[Array, Array]:
+    """(log-probability of the token at each column given those before it, entropy there), float32 [B, S], at
+    temperature 1; both 0 where loss_mask is False. Logits exist for ``chunk_size`` columns at a time."""
+    hidden = batch_hidden(model, params, batch)
+    logprobs, entropy = ops.hidden_logprobs(
+        hidden[:, :-1],
+        lambda chunk: model.logits(params, chunk),
+        batch.tokens[:, 1:],
+        chunk_size=chunk_size,
+        mask=batch.loss_mask[:, 1:],
+    )
+    return jnp.pad(logprobs, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+
+
+def response_hidden(model: Model, params: Params, completions: Completions) -> Array:
+    """Hidden states [B, T, D] from which response token t is predicted: sequence columns P - 1 ... P + T - 2."""
+    width = completions.prompts.tokens.shape[1]
+    return batch_hidden(model, params, as_token_batch(completions))[:, width - 1 : -1]
+
+
+def response_logprobs(
+    model: Model,
+    params: Params,
+    hidden: Array,
+    completions: Completions,
+    *,
+    temperature: float,
+    chunk_size: int = 128,
+) -> tuple[Array, Array]:
+    """(log-probabilities of the response tokens, entropies), float32 [B, T], 0 outside the response."""
+    return ops.hidden_logprobs(
+        hidden,
+        lambda chunk: model.logits(params, chunk),
+        completions.tokens,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        mask=completions.mask,
+    )
+
+
+def sequence_scores(model: Model, params: Params, batch: TokenBatch) -> Array:
+    """The scalar head at the last real token of each row, float32 [B] (0 for rows that are all padding)."""
+    scalars = model.scalars(params, batch_hidden(model, params, batch))
+    last = ops.last_true_index(batch.segment_ids > 0)
+    picked = jnp.take_along_axis(scalars, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(last >= 0, picked, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutModels:
+    """The four models of PPO. ``value`` None: the policy's trunk carries the value head. ``reward`` None: the score comes
+    from elsewhere and `score` leaves it 0."""
+
+    policy: Model
+    reference: Model
+    value: Model | None
+    reward: Model | None
+
+
+@struct.dataclass
+class RolloutParams:
+    """Their parameters; None where the model is None."""
+
+    policy: Params
+    reference: Params
+    value: Params | None
+    reward: Params | None
+
+
+def policy_and_values(
+    models: RolloutModels,
+    policy: Params,
+    value: Params | None,
+    completions: Completions,
+    *,
+    temperature: float,
+) -> tuple[Array, Array, Array]:
+    """(logprobs, entropy, values), float32 [B, T] each; values are NOT masked (conventions differ in where they count)."""
+    hidden = response_hidden(models.policy, policy, completions)
+    logprobs, entropy = response_logprobs(models.policy, policy, hidden, completions, temperature=temperature)
+    if models.value is None:
+        return logprobs, entropy, models.policy.scalars(policy, hidden)
+    assert value is not None
+    return logprobs, entropy, models.value.scalars(value, response_hidden(models.value, value, completions))
+
+
+def score(models: RolloutModels, params: RolloutParams, completions: Completions, *, temperature: float) -> Rollout:
+    """Everything PPO needs to know of completions, at the sampling temperature. Pure; jit with models static."""
+    logprobs, _, values = policy_and_values(models, params.policy, params.value, completions, temperature=temperature)
+    hidden = response_hidden(models.reference, params.reference, completions)
+    reference, _ = response_logprobs(models.reference, params.reference, hidden, completions, temperature=temperature)
+    scores = jnp.zeros(completions.ended.shape, jnp.float32)
+    if models.reward is not None and params.reward is not None:
+        scores = sequence_scores(models.reward, params.reward, as_token_batch(completions))
+    return Rollout(completions=completions, logprobs=logprobs, ref_logprobs=reference, values=values, scores=scores)

@@ -1,0 +1,312 @@
+"""The loop: an interrupted run is the unbroken run, byte for byte; what must not be resumed is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.run import BoundConfig, Input, LoopConfig, due, open_run, restore_params, saved_steps
+from rlhf_jax.run.progress import headline, line
+from rlhf_jax.types import InputError, Mean, RunStopped
+
+PROGRAM = """
+import os, time
+import gin, jax, jax.numpy as jnp
+from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
+from rlhf_jax.types import Mean
+
+gin.register(LoopConfig, module="rlhf_jax")
+
+@jax.jit
+def train_step(state):
+    key = jax.random.fold_in(state["rng"], state["step"])
+    params = {"w": jnp.sin(state["params"]["w"] * 1.3) + jax.random.normal(key, (64,))}
+    loss = Mean.of(params["w"] ** 2)
+    return {"step": state["step"] + 1, "params": params, "rng": state["rng"]}, {"loss": loss}
+
+@gin.configurable
+def run(run_dir, steps, seed=0, loop=LoopConfig()):
+    bound = bound_config()
+    params = {"w": jnp.zeros(64)}
+    state = {"step": jnp.int32(0), "params": params, "rng": jax.random.key(seed, impl="threefry2x32")}
+    with open_run(run_dir, stage="toy", bound=bound, seed=seed, loop=loop) as run:
+        state, host = run.restore(state, {"row": 0})
+        for step in run.steps(run.resumed_step, steps):
+            time.sleep(float(os.environ["SLEEP"]))
+            state, metrics = train_step(state)
+            host = {"row": host["row"] + 4}
+            run.log(step, {**metrics, "row": host["row"]}, tokens=4)
+            run.save(step, state, host)
+    print("after the loop")
+
+if __name__ == "__main__":
+    launch(run)
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts the toy program as a process of its own."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def call(run_dir: str, steps: int, *bindings: str, sleep: float = 0.0) -> subprocess.Popen[str]:
+        all_of_them = (f"run.run_dir = '{run_dir}'", f"run.steps = {steps}", "run.loop = @LoopConfig()", *bindings)
+        command = [sys.executable, "program.py", *(f"--gin_bindings={text}" for text in all_of_them)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "SLEEP": str(sleep)}
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return call
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.is_file() or path.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    return out, err
+
+
+def test_interrupted_by_signals_is_the_unbroken_run(start, tmp_path: Path) -> None:
+    every = ("LoopConfig.save_every = 100", "LoopConfig.tensorboard = False", "LoopConfig.progress = False")
+    out, _ = finish(start("unbroken", 120, *every), 0)
+    assert out == "after the loop\n"
+
+    broken = tmp_path / "broken"
+    first = start("broken", 120, *every, sleep=0.1)
+    wait_for_lines(broken / "metrics.jsonl", 7, first)
+    second = start("broken", 120, *every, sleep=0.1)  # while the first one works on it
+    _, err = finish(second, 2)
+    assert err.startswith(f"error: {broken}: in use by process {first.pid} on ") and err.count("\n") == 1
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    out, err = finish(first, 143)
+    (saved,) = saved_steps(broken)  # not a multiple of 100: saved because of the signal
+    assert out == "" and f"stopped at step {saved}; the same command goes on from here" in err and 7 <= saved < 100
+
+    killed = start("broken", 120, *every, sleep=0.1)
+    wait_for_lines(broken / "metrics.jsonl", saved + 5, killed)
+    killed.kill()  # SIGKILL: the steps since the last save are done again
+    killed.communicate()
+    assert saved_steps(broken) == [saved]
+    lines = (broken / "metrics.jsonl").read_text().count("\n")
+    assert lines > saved  # these are removed and written again
+
+    last = start("broken", 120, *every, sleep=0.1)
+    wait_for_lines(broken / "metrics.jsonl", lines + 2, last)
+    last.send_signal(signal.SIGINT)
+    finish(last, 130)
+    finish(start("broken", 120, *every), 0)
+
+    unbroken = tmp_path / "unbroken"
+    assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    assert (unbroken / "metrics.jsonl").read_text().count("\n") == 120
+    for ours, theirs in zip(*(jax.tree.leaves(restore_params(d)) for d in (broken, unbroken)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    resumed = [launch["resumed_step"] for launch in json.loads((broken / "provenance.json").read_text())["launches"]]
+    assert resumed[:3] == [0, saved, saved] and len(resumed) == 4
+
+
+def test_second_signal_exits_at_once(start, tmp_path: Path) -> None:
+    process = start("slow", 60, sleep=30.0)
+    wait_for_lines(tmp_path / "slow" / "provenance.json", 1, process)
+    time.sleep(1.0)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    if process.poll() is None:  # it was in the loop, finishing its 30 s step
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert time.monotonic() - began < 20
+    assert saved_steps(tmp_path / "slow") == []
+
+
+# ---- in this process
+
+
+def bound(**values: Any) -> BoundConfig:
+    text = "".join(f"{key.replace('__', '.')} = {value!r}\n" for key, value in values.items())
+    return BoundConfig(text, text)
+
+
+def train(
+    run_dir: Path,
+    total: int,
+    *,
+    config: BoundConfig | None = None,
+    metric: Any = None,
+    loop: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    inputs: tuple[Input, ...] = (),
+) -> list[int]:
+    """Adds 1 to w in each step; returns the steps done."""
+    settings = LoopConfig(**{"save_every": 2, "keep": 9, "tensorboard": False, "progress": False, **(loop or {})})
+    state, done = {"params": {"w": jnp.zeros(2)}}, []
+    config = config or bound(run__steps=total)
+    with open_run(run_dir, stage="toy", bound=config, seed=seed, loop=settings, inputs=inputs) as run:
+        state, host = run.restore(state, {"row": 0})
+        assert float(state["params"]["w"][0]) == host["row"] == run.resumed_step
+        for step in run.steps(run.resumed_step, total):
+            state = jax.tree.map(lambda x: x + 1, state)
+            run.log(step, {"loss": metric(step) if metric else Mean.of(state["params"]["w"])}, tokens=8)
+            run.save(step, state, {"row": step})
+            done.append(step)
+    return done
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_cadence_last_step_and_files(tmp_path: Path) -> None:
+    config = bound(run__steps=7)
+    assert train(tmp_path / "r", 7, config=config, loop={"save_every": 3, "log_every": 2}) == [1, 2, 3, 4, 5, 6, 7]
+    assert saved_steps(tmp_path / "r") == [3, 6, 7]
+    metrics = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert metrics == [{"step": s, "stage": "toy", "loss": float(s)} for s in (2, 4, 6, 7)]
+    timing = read_lines(tmp_path / "r" / "timing.jsonl")
+    assert [set(entry) for entry in timing] == [{"step", "stage", "seconds", "tokens_per_second"}] * 4
+    assert (tmp_path / "r" / "config.gin").read_text() == config.config
+    assert (tmp_path / "r" / "operative_config.gin").read_text() == config.operative
+
+
+def test_more_steps_complete_and_fewer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "r", 4) == [1, 2, 3, 4]
+    assert train(tmp_path / "r", 4) == []
+    assert "already complete (4 steps)" in capsys.readouterr().err
+    assert train(tmp_path / "r", 6) == [5, 6]
+    with pytest.raises(InputError, match="already at step 6, asked for 5"):
+        train(tmp_path / "r", 5)
+    assert [entry["step"] for entry in read_lines(tmp_path / "r" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_changed_key_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    train(run_dir, 4, config=bound(O__lr=0.1, run__steps=4, LoopConfig__keep=3))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(InputError, match=r"^O\.lr changed from 0\.1 to 0\.2: may not change on resume; .*at step 4"):
+        train(run_dir, 8, config=bound(O__lr=0.2, run__steps=8, LoopConfig__keep=3))
+    with pytest.raises(InputError, match="seed changed from 0 to 1"):
+        train(run_dir, 8, config=bound(O__lr=0.1), seed=1)
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert train(run_dir, 8, config=bound(O__lr=0.1, run__steps=8, LoopConfig__keep=5)) == [5, 6, 7, 8]
+
+
+def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped):
+        train(tmp_path / "r", 4, config=bound(O__lr=9.0), metric=lambda step: float("inf"))
+    assert train(tmp_path / "r", 4, config=bound(O__lr=0.1)) == [1, 2, 3, 4]
+    assert [entry["step"] for entry in read_lines(tmp_path / "r" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_inputs_may_move_but_not_change(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("data")
+    train(tmp_path / "r", 2, config=bound(run__data=str(one)), inputs=(Input("data", str(one)),))
+    one.rename(other)
+    there = bound(run__data=str(other))
+    assert train(tmp_path / "r", 4, config=there, inputs=(Input("data", str(other)),)) == [3, 4]
+    other.write_text("other")
+    with pytest.raises(InputError, match=r"input 'data': the content of .*other\.txt is not what the run began with"):
+        train(tmp_path / "r", 6, config=there, inputs=(Input("data", str(other)),))
+    other.write_text("data")
+    with pytest.raises(InputError, match=r"^run\.data changed from .*other\.txt' to '/else'"):
+        train(tmp_path / "r", 6, config=bound(run__data="/else"), inputs=(Input("data", str(other)),))
+
+
+def test_not_finite_stops_before_saving(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match="step 4: not finite: loss=nan"):
+        train(tmp_path / "r", 9, metric=lambda step: 1.0 if step < 4 else float("nan"))
+    assert saved_steps(tmp_path / "r") == [2]
+    assert read_lines(tmp_path / "r" / "metrics.jsonl")[-1] == {"step": 4, "stage": "toy", "loss": None}
+
+
+def test_not_finite_between_two_logged_steps_is_not_saved_either(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match="step 4: not finite: loss=nan"):
+        train(tmp_path / "r", 9, metric=lambda step: 1.0 if step < 4 else float("nan"), loop={"log_every": 9})
+    assert saved_steps(tmp_path / "r") == [2]
+
+
+def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("")
+    with pytest.raises(InputError, match=r"photos: not empty and not a run \(a\.jpg is there\)"):
+        train(tmp_path / "photos", 1)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+    with pytest.raises(InputError, match="not a directory"):
+        train(tmp_path / "photos" / "a.jpg", 1)
+    with pytest.raises(InputError, match="no such file"):
+        train(tmp_path / "new", 1, inputs=(Input("data", str(tmp_path / "absent")),))
+    assert not (tmp_path / "new").exists()
+
+
+def test_host_values_are_checked_and_steps_must_start_where_the_run_is(tmp_path: Path) -> None:
+    train(tmp_path / "r", 2)
+    loop = LoopConfig(tensorboard=False, progress=False)
+    state = {"params": {"w": jnp.zeros(2)}}
+    with open_run(tmp_path / "r", stage="toy", bound=bound(run__steps=2), seed=0, loop=loop) as run:
+        with pytest.raises(InputError, match=r"holds the host values \['row'\], this program keeps \['line'\]"):
+            run.restore(state, {"line": 0})
+        with pytest.raises(ValueError, match="resumed_step=2, not 0"):
+            next(run.steps(0, 4))
+
+
+def test_signal_handlers_and_lock_are_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train(tmp_path / "r", 2)
+    train(tmp_path / "r", 4)
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_record_writes_at_once_and_evaluation_cadence(tmp_path: Path) -> None:
+    loop = LoopConfig(evaluate_every=2, log_every=9, tensorboard=False, progress=False)
+    with open_run(tmp_path / "r", stage="toy", bound=bound(), seed=0, loop=loop) as run:
+        seen = []
+        for step in run.steps(0, 5):
+            if run.evaluation_due(step):
+                run.record(step, {"accuracy": step / 2, "none": Mean(jnp.float32(0), jnp.float32(0))})
+                seen.append(step)
+    assert seen == [2, 4, 5]
+    entries = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert entries[1] == {"step": 4, "stage": "toy", "accuracy": 2.0, "none": None}
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
+    assert not any(due(step, 0, 7) for step in range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("save_every", 0), ("keep", 1.5), ("log_every", True), ("evaluate_every", -1), ("progress", 1)]
+)
+def test_loop_config_checks(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^LoopConfig\.{field}: must be .*got {value!r}$"):
+        LoopConfig(**{field: value})
+
+
+def test_plain_progress_line() -> None:
+    values = {"accuracy": 0.5, "grad_norm": 3.0, "loss": 0.693147, "kl": None}
+    assert headline(values) == "loss 0.6931  accuracy 0.5"
+    # 30 s for 10 steps of this process, 20 to go: 60 s left.
+    assert line("sft", 30, 50, values, 30.0, 10) == "sft 30/50  loss 0.6931  accuracy 0.5  30 s, 60 s left"
