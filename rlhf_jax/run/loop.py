@@ -320,6 +320,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         if first:
             stack.callback(_lock(directory).close)
+        signals = stack.enter_context(Signals())
         resumed = latest_step(directory) or 0
         now = {"stage": stage, "seed": seed, "inputs": described}
         if resumed:
@@ -328,7 +329,6 @@ def open_run(
             write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed)
             write_atomically(directory / "config.gin", bound.config)
             write_atomically(directory / "operative_config.gin", bound.operative)
-        signals = stack.enter_context(Signals())
         tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
         stack.callback(tracker.close)
         checkpoints = stack.enter_context(Checkpoints(directory, loop.keep))

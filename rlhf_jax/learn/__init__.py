@@ -1,0 +1,38 @@
+"""Losses and the training step. Handed functions, never imports a model."""
+
+from rlhf_jax.learn.optim import OptimizerConfig, make_optimizer, make_schedule, scale_by_adam_tf
+from rlhf_jax.learn.policy_gradient import (
+    PPOConfig,
+    PPOState,
+    make_ppo_loss,
+    minibatch_indices,
+    next_kl_coefficient,
+    ppo_optimizer_labels,
+    prepare,
+    update,
+)
+from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores
+from rlhf_jax.learn.sft import make_sft_loss
+from rlhf_jax.learn.step import gradients, initial_state, make_train_step
+
+__all__ = [
+    "OptimizerConfig",
+    "PPOConfig",
+    "PPOState",
+    "gradients",
+    "initial_state",
+    "make_optimizer",
+    "make_ppo_loss",
+    "make_reward_loss",
+    "make_schedule",
+    "make_sft_loss",
+    "make_train_step",
+    "minibatch_indices",
+    "next_kl_coefficient",
+    "pair_mask",
+    "pair_scores",
+    "ppo_optimizer_labels",
+    "prepare",
+    "scale_by_adam_tf",
+    "update",
+]

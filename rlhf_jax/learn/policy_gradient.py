@@ -1,0 +1,243 @@
+"""PPO: shaped rewards, advantages and the clipped update (Schulman et al. 2017; Ziegler et al. 2019 for language models)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array
+
+from rlhf_jax import ops
+from rlhf_jax.types import Completions, InputError, LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Term, TrainState, TrainStep
+
+PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
+"""(trainable params, completions) -> (logprobs, entropy, values), float32 [B, T]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """PPO's own numbers. Defaults: TL;DR of Huang et al. 2024 (N+), with the score paid at EOS.
+
+    epochs, minibatches: passes over a rollout, each with a fresh permutation, and updates per pass. clip_low, clip_high,
+    dual_clip: of the ratio. value_clip: None = off. value_coefficient, entropy_coefficient: weights in the loss.
+    discount, lam: GAE. kl_coefficient: initial; kl_kind: estimator in the reward; kl_target: None = fixed coefficient,
+    else nats per response for the adaptive controller with kl_horizon (episodes). terminal: where the score is paid.
+    missing_eos_penalty (None = off) and missing_eos: "replace" or "subtract". whiten_rewards: scale the shaped rewards
+    (mean kept). whiten_advantages: over the whole "rollout", per "minibatch" or "none"; whiten_ddof: 0 or 1.
+    score_clip: bound on |score|, None = off. max_sampler_gap: mean |sampler - scorer| log-probability, nats, beyond
+    which the run stops. max_identity_gap: largest |log ratio| allowed before the first update.
+    """
+
+    epochs: int = 4
+    minibatches: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    value_coefficient: float = 0.1
+    entropy_coefficient: float = 0.0
+    discount: float = 1.0
+    lam: float = 0.95
+    kl_coefficient: float = 0.05
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: float | None = None
+    kl_horizon: float = 10000.0
+    terminal: Literal["eos", "after_eos", "last_column"] = "eos"
+    missing_eos_penalty: float | None = 1.0
+    missing_eos: Literal["replace", "subtract"] = "replace"
+    whiten_rewards: bool = False
+    whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
+    whiten_ddof: int = 0
+    score_clip: float | None = None
+    max_sampler_gap: float = 1e-3
+    max_identity_gap: float = 1e-3
+
+    def __post_init__(self) -> None:
+        choices = {
+            "kl_kind": ("k1", "k2", "k3"),
+            "terminal": ("eos", "after_eos", "last_column"),
+            "missing_eos": ("replace", "subtract"),
+            "whiten_advantages": ("rollout", "minibatch", "none"),
+            "whiten_ddof": (0, 1),
+            "whiten_rewards": (True, False),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"PPOConfig.{name} = {getattr(self, name)!r}: one of {', '.join(map(repr, allowed))}")
+        for name in ("epochs", "minibatches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"PPOConfig.{name} = {value!r}: give a whole number >= 1")
+        for name in ("clip_low", "clip_high", "value_coefficient", "entropy_coefficient", "kl_coefficient", "max_sampler_gap", "max_identity_gap"):
+            self._require(name, 0.0, None)
+        for name in ("discount", "lam"):
+            self._require(name, 0.0, 1.0)
+        self._require("kl_horizon", 1.0, None)
+        for name in ("value_clip", "kl_target", "missing_eos_penalty", "score_clip", "dual_clip"):
+            if getattr(self, name) is not None:
+                self._require(name, 1.0 if name == "dual_clip" else 0.0, None)
+
+    def _require(self, name: str, low: float, high: float | None) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not value >= low or (high is not None and not value <= high):
+            bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
+            raise InputError(f"PPOConfig.{name} = {value!r}: give a number {bounds}")
+
+
+@struct.dataclass
+class PPOState:
+    """What a PPO run is at the end of an iteration. train: params {"policy"[, "value"]} with their optimiser.
+    kl_coefficient: float32 []. iteration: int32 []."""
+
+    train: TrainState
+    kl_coefficient: Array
+    iteration: Array
+
+
+def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple[PolicyBatch, dict[str, Mean]]:
+    """Shaped rewards, advantages and returns of a whole rollout, and what to report of it.
+
+    Metrics: score and its spread, KL (summed over the response, mean over rows), the sampler-scorer gap, lengths, how
+    many ended, explained variance of the value function.
+    """
+    done, mask = rollout.completions, rollout.completions.mask
+    values_at = ops.value_mask(mask, config.terminal)
+    kl = ops.zero_outside(ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind), mask)
+    scores = rollout.scores.astype(jnp.float32)
+    if config.score_clip is not None:
+        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        scores = ops.penalise_missing_eos(scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos)
+    rewards = ops.shape_rewards(scores, kl, mask, kl_coefficient=kl_coefficient, convention=config.terminal)
+    if config.whiten_rewards:
+        rewards = ops.whiten(rewards, values_at, ddof=config.whiten_ddof, shift_mean=False)
+    values = ops.zero_outside(rollout.values, values_at)
+    advantages, returns = ops.gae(rewards, values, values_at, discount=config.discount, lam=config.lam)
+    residual = ops.masked_var(returns - values, values_at)
+    spread = ops.masked_var(returns, values_at)
+    k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
+    gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
+    one = jnp.ones(())
+    metrics = {
+        "score": Mean.of(rollout.scores),
+        "score_std": Mean(rollout.scores.std(), one),
+        "score_shaped": Mean.of(rewards.sum(axis=1)),
+        "kl": Mean.of(k1.sum(axis=1)),
+        "kl_per_token": Mean.of(k1, mask),
+        "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
+        "sampler_gap": Mean.of(gap, mask),
+        "sampler_gap_max": Mean(gap.max(), one),
+        "response_length": Mean.of(mask.sum(axis=1)),
+        "ended": Mean.of(done.ended),
+        "value": Mean.of(values, values_at),
+        "return": Mean.of(returns, values_at),
+        "explained_variance": Mean(1.0 - residual / jnp.maximum(spread, 1e-8), one),
+    }
+    if config.whiten_advantages == "rollout":
+        advantages = ops.whiten(advantages, mask, ddof=config.whiten_ddof)
+    batch = PolicyBatch(
+        completions=done,
+        old_logprobs=rollout.logprobs,
+        old_values=values,
+        advantages=ops.zero_outside(advantages, mask),
+        returns=returns,
+        value_mask=values_at,
+    )
+    return batch, metrics
+
+
+def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
+    """Clipped policy loss + value_coefficient * clipped value loss - entropy_coefficient * entropy, token means."""
+
+    def loss(params: Params, frozen: Params, batch: PolicyBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
+        del frozen, rng
+        mask, values_at = batch.completions.mask, batch.value_mask
+        logprobs, entropy, values = policy_fn(params, batch.completions)
+        # What lies outside the masks is put to 0 before the maths: its gradient is then exactly 0 too.
+        logprobs, old = ops.zero_outside(logprobs, mask), ops.zero_outside(batch.old_logprobs, mask)
+        policy, clipped, ratio = ops.policy_loss(
+            logprobs,
+            old,
+            batch.advantages,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+        )
+        value, value_clipped = ops.value_loss(
+            ops.zero_outside(values, values_at), batch.old_values, batch.returns, config.value_clip
+        )
+        pg, vf, spread = Mean.of(policy, mask), Mean.of(value, values_at), Mean.of(entropy, mask)
+        terms = {
+            "policy": Term(pg.total, pg.weight),
+            "value": Term(vf.total, vf.weight, config.value_coefficient),
+        }
+        if config.entropy_coefficient:
+            terms["entropy"] = Term(spread.total, spread.weight, -config.entropy_coefficient)
+        log_ratio = logprobs - old
+        metrics = {
+            "ratio": Mean.of(ratio, mask),
+            "identity_gap": Mean(jnp.abs(log_ratio).max(), jnp.ones(())),
+            "clip_fraction": Mean.of(clipped, mask),
+            "value_clip_fraction": Mean.of(value_clipped, values_at),
+            "entropy": spread,
+            # Samples come from the old policy: the first argument of the estimators is the old log-probability.
+            "approx_kl_k1": Mean.of(ops.kl_estimate(old, logprobs, "k1"), mask),
+            "approx_kl_k2": Mean.of(ops.kl_estimate(old, logprobs, "k2"), mask),
+            "approx_kl_k3": Mean.of(ops.kl_estimate(old, logprobs, "k3"), mask),
+        }
+        return terms, metrics
+
+    return loss
+
+
+def minibatch_indices(rng: Rng, rows: int, config: PPOConfig) -> Array:
+    """int32 [epochs * minibatches, rows / minibatches]: a fresh permutation of the rows for every epoch, cut up."""
+    if rows % config.minibatches:
+        raise InputError(f"a rollout of {rows} rows does not divide into PPOConfig.minibatches = {config.minibatches}")
+    orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(rng, config.epochs))
+    return orders.reshape(config.epochs * config.minibatches, -1).astype(jnp.int32)
+
+
+def update(
+    train_step: TrainStep, state: TrainState, batch: PolicyBatch, rng: Rng, config: PPOConfig
+) -> tuple[TrainState, dict[str, Mean]]:
+    """Epochs x minibatches of ``train_step`` in one scan.
+
+    Metrics are summed over all of them (token means over the whole update); ``identity/*`` are those of the first
+    minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding.
+    """
+    indices = minibatch_indices(rng, batch.advantages.shape[0], config)
+
+    def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Mean]]:
+        chosen: PolicyBatch = jax.tree.map(lambda x: x[rows], batch)
+        if config.whiten_advantages == "minibatch":
+            white = ops.whiten(chosen.advantages, chosen.completions.mask, ddof=config.whiten_ddof)
+            chosen = chosen.replace(advantages=white)  # type: ignore[attr-defined]
+        return train_step(state, {}, chosen)
+
+    state, metrics = jax.lax.scan(one, state, indices)
+    merged: dict[str, Mean] = jax.tree.map(lambda x: x.sum(axis=0), metrics)
+    first: dict[str, Mean] = jax.tree.map(lambda x: x[0], metrics)
+    for name in ("identity_gap", "approx_kl_k2", "clip_fraction", "ratio"):
+        merged[f"identity/{name}"] = first[name]
+    del merged["identity_gap"]  # a maximum: summing it over minibatches means nothing
+    return state, merged
+
+
+def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episodes: int) -> Array:
+    """The adaptive controller after an update (fixed when kl_target is None). kl: mean over rows of the summed KL."""
+    if config.kl_target is None:
+        return coefficient
+    return ops.adaptive_kl_coefficient(
+        coefficient, kl, episodes=episodes, target=config.kl_target, horizon=config.kl_horizon
+    )
+
+
+def ppo_optimizer_labels(params: Params) -> Any:
+    """Which optimiser ("policy" or "value") owns each leaf of {"policy": ..., "value": ...}."""
+    return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
