@@ -33,11 +33,11 @@ if [[ ! -x $venv/bin/python ]]; then
     "$python" -m venv "$venv" </dev/null || fail "cannot make $venv; does $python have the venv module?"
 fi
 
-wanted=$( (echo "$extras" && cat pyproject.toml constraints.txt) | sha256sum)
+wanted=$( (echo "$PWD $extras" && cat pyproject.toml constraints.txt) | sha256sum)
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     rm -f "$stamp"
     echo "setup: installing into $venv (once; some minutes)" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
         -e ".[$extras]" -c constraints.txt </dev/null || fail "pip could not install .[$extras]; its reason is above"
     echo "$wanted" >"$stamp"
 fi

@@ -45,10 +45,16 @@ def partition_spec(axes: tuple[str, ...], rules: Rules = RULES) -> PartitionSpec
     return PartitionSpec(*(rules[name] if rules[name] else None for name in axes))
 
 
+def _shards(mesh: Mesh, entry: Any) -> int:
+    """Over how many devices a PartitionSpec entry (None, an axis, a tuple of axes) splits a dimension."""
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def _divided(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
     """``spec`` once it is known to divide ``shape``."""
     for size, entry in zip(shape, spec, strict=False):
-        shards = math.prod(mesh.shape[axis] for axis in entry or ())
+        shards = _shards(mesh, entry)
         if size % shards:
             raise InputError(
                 f"mesh {dict(mesh.shape)}: {name} has a dimension of {size}, not divisible over {entry} ({shards}); choose another MeshConfig"
@@ -89,6 +95,6 @@ class ActivationConstraint:
     def __call__(self, x: Array, axes: tuple[str, ...]) -> Array:
         spec = partition_spec(axes)
         for size, entry in zip(x.shape, spec, strict=True):
-            if size % math.prod(self.mesh.shape[axis] for axis in entry or ()):
+            if size % _shards(self.mesh, entry):
                 return x  # e.g. a row count below the number of devices: left to the compiler
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

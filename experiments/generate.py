@@ -1,0 +1,107 @@
+"""Sample completions from a model into RUN_DIR/completions.jsonl, and with an annotator compare them.
+
+    python experiments/generate.py --gin_file=configs/smoke/generate.gin
+
+With ``annotator`` (a simulated one) and samples >= 2 the first two replies of each prompt are compared and
+RUN_DIR/comparisons.jsonl is what train_reward.py reads.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+import jax
+import numpy as np
+
+from rlhf_jax import data, rollout
+from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
+from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
+from rlhf_jax.rewards.support_desk import has_flattery
+from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
+from rlhf_jax.run.configurables import (
+    BatchConfig,
+    ModelSource,
+    Records,
+    ScoreTexts,
+    decode_responses,
+    load_model,
+)
+from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.types import InputError
+
+
+@gin.configurable
+def run(
+    run_dir: str,
+    seed: int,
+    model: ModelSource,
+    prompts: Records,
+    batch: BatchConfig,
+    sampling: rollout.SamplingConfig,
+    samples: int = 1,
+    score_texts: ScoreTexts | None = None,
+    annotator: AnnotatorConfig | None = None,
+    mesh: MeshConfig = MeshConfig(),
+) -> None:
+    """samples: completions per prompt. score_texts: scores written with each completion (the annotator needs "gold")."""
+    bound = bound_config()
+    if annotator is not None and (samples < 2 or score_texts is None):
+        raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
+    devices = make_mesh(mesh)
+    rng = jax.random.key(seed, impl="threefry2x32")
+    loaded = load_model(model, "lm", devices, rng)
+    tokenizer = loaded.tokenizer
+
+    encoded = data.encode_all(
+        prompts.train,
+        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
+    )
+    pad, eos = tokenizer.pad_token_id, (tokenizer.eos_token_id,)
+
+    @jax.jit
+    def generate(params, prompts, rng):
+        return rollout.generate(loaded.model, params, prompts, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
+
+    rows: list[dict] = []
+    inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
+    with open_run(run_dir, stage="generate", bound=bound, seed=seed, loop=LoopConfig(tensorboard=False), inputs=inputs) as here:
+        for sample in range(samples):
+            for part in data.evaluation_prompt_batches(
+                encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
+            ):
+                part = part.replace(sample_id=np.full_like(part.sample_id, sample))
+                done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
+                texts = decode_responses(tokenizer, done.tokens, done.mask)
+                for i, text, ended in zip(part.prompt_id.tolist(), texts, done.ended.tolist(), strict=True):
+                    if i >= 0:
+                        record = encoded.records[i]
+                        rows.append({"id": record.id, "prompt": record.prompt[-1].content, "sample": sample, "response": text, "ended": ended})
+        if score_texts is not None:
+            scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
+            for index, row in enumerate(rows):
+                row["scores"] = {name: values[index] for name, values in scores.items()}
+        _write(here.directory / "completions.jsonl", rows)
+        if annotator is not None:
+            by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
+            replies = [[Reply(row["response"], row["scores"]["gold"]) for row in side] for side in by_sample]
+            keys = [(row["id"], row["prompt"]) for row in by_sample[0]]
+            labels = label_pairs(annotator, keys, zip(*replies, strict=True), has_flattery)
+            usable = [pair for pair in labels.comparisons if pair["chosen"].strip() and pair["rejected"].strip()]
+            _write(here.directory / "comparisons.jsonl", usable)
+            summary = {"comparisons": len(usable), "identical": labels.dropped, "agreement_with_gold": labels.agreement}
+            write_atomically(here.directory / "annotation.json", json.dumps(summary) + "\n")
+            print(json.dumps(summary))
+    print(f"{len(rows)} completions: {run_dir}/completions.jsonl")
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    launch(run)

@@ -1,0 +1,103 @@
+"""A pairwise reward model (Bradley-Terry) from comparisons.
+
+    python experiments/train_reward.py --gin_file=configs/smoke/reward.gin
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+import jax
+import numpy as np
+
+from rlhf_jax import data, learn, ops, rollout
+from rlhf_jax.evaluate.preference import pairwise_accuracy
+from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
+from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, load_model, write_model_card
+from rlhf_jax.run.provenance import write_atomically
+
+
+@gin.configurable
+def run(
+    run_dir: str,
+    steps: int,
+    seed: int,
+    model: ModelSource,
+    records: Records,
+    batch: BatchConfig,
+    optimizer: learn.OptimizerConfig,
+    loop: LoopConfig,
+    mesh: MeshConfig = MeshConfig(),
+    centring: float = 0.0,
+) -> None:
+    """steps: optimiser steps. centring: weight of (chosen + rejected)^2. The rest: rlhf_jax/run/configurables.py.
+
+    At the end reward_normalisation.json holds the gain and bias that give held-out rewards mean 0 and deviation 1; whoever
+    loads this run as a reward model gets them, so that a KL coefficient means the same for every reward model.
+    """
+    bound = bound_config()
+    devices = make_mesh(mesh)
+    init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+
+    # 1. Model and data.
+    loaded = load_model(model, "scalar", devices, init_rng)
+    tokenizer, network = loaded.tokenizer, loaded.model
+
+    def encode(record: data.Comparison) -> data.EncodedPair | data.Skipped:
+        return data.encode_comparison(record, tokenizer, records.template, max_length=batch.length)
+
+    train = data.encode_all(records.train, encode).items
+    heldout = data.encode_all(records.heldout, encode).items
+    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
+    batches = data.pair_batches(train, seed=seed, **shape)
+
+    # 2. The step.
+    def score(params, tokens):
+        return rollout.sequence_scores(network, params, tokens)
+
+    loss = learn.make_reward_loss(score, centring=centring)
+    adam = learn.make_optimizer(optimizer, steps)
+    train_step = jax.jit(learn.make_train_step(loss, adam, microbatches=batch.microbatches), donate_argnums=0)
+    score_pairs = jax.jit(lambda params, pairs: learn.pair_scores(score, params, pairs))
+    shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
+    state = born_sharded(
+        lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params
+    )
+
+    def heldout_scores(params) -> np.ndarray:
+        """float32 [2, N]: chosen, rejected."""
+        parts = data.evaluation_pair_batches(heldout, **shape)
+        scored = [np.stack(jax.device_get(score_pairs(params, to_global(part, devices)))) for part in parts]
+        return np.concatenate(scored, axis=1)[:, : len(heldout)]
+
+    # 3. The loop.
+    inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
+    with open_run(run_dir, stage="reward", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
+        write_model_card(here.directory, network, tokenizer)
+        state, host = here.restore(state, {"data": batches.get_state()})
+        batches.set_state(host["data"])
+        for step in here.steps(here.resumed_step, steps):
+            pairs = next(batches)
+            state, metrics = train_step(state, {}, to_global(pairs, devices))
+            here.log(step, metrics)
+            if here.evaluation_due(step):
+                chosen, rejected = heldout_scores(state.params)
+                accuracy = pairwise_accuracy(chosen, rejected)
+                nll = float(np.mean(np.logaddexp(0.0, rejected.astype(np.float64) - chosen)))
+                names = {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+                here.record(step, {f"heldout/{name}": value for name, value in names.items()} | {"heldout/loss": nll})
+            here.save(step, state, {"data": batches.get_state()})
+        rewards = heldout_scores(state.params)
+        gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
+        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout)}
+        write_atomically(here.directory / "reward_normalisation.json", json.dumps(numbers) + "\n")
+
+
+if __name__ == "__main__":
+    launch(run)

@@ -1,0 +1,88 @@
+"""Supervised fine-tuning, and pre-training a small base model: cross-entropy on demonstrations.
+
+    python experiments/train_sft.py --gin_file=configs/smoke/sft.gin --gin_bindings='run.steps=20'
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+import jax
+
+from rlhf_jax import data, learn, rollout
+from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
+from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, load_model, write_model_card
+from rlhf_jax.types import Mean
+
+
+@gin.configurable
+def run(
+    run_dir: str,
+    steps: int,
+    seed: int,
+    model: ModelSource,
+    records: Records,
+    batch: BatchConfig,
+    optimizer: learn.OptimizerConfig,
+    loop: LoopConfig,
+    mesh: MeshConfig = MeshConfig(),
+) -> None:
+    """steps: optimiser steps. Everything else is described at its dataclass in rlhf_jax/run/configurables.py."""
+    bound = bound_config()
+    devices = make_mesh(mesh)
+    root = jax.random.key(seed, impl="threefry2x32")
+    init_rng, train_rng = jax.random.split(root)
+
+    # 1. Model and data.
+    loaded = load_model(model, "lm", devices, init_rng)
+    tokenizer, network = loaded.tokenizer, loaded.model
+
+    def encode(record: data.Demonstration) -> data.Encoded | data.Skipped:
+        return data.encode_demonstration(
+            record, tokenizer, records.template, max_length=batch.length, loss_on=records.loss_on
+        )
+
+    train = data.encode_all(records.train, encode).items
+    heldout = data.encode_all(records.heldout, encode).items
+    rows = data.pack(train, batch.length) if batch.packed else train
+    pad = tokenizer.pad_token_id
+    batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)
+
+    # 2. The step.
+    loss = learn.make_sft_loss(lambda params, tokens: rollout.sequence_logprobs(network, params, tokens))
+    adam = learn.make_optimizer(optimizer, steps)
+    train_step = jax.jit(learn.make_train_step(loss, adam, microbatches=batch.microbatches), donate_argnums=0)
+    evaluate = jax.jit(lambda params, tokens: Mean(*_totals(loss(params, {}, tokens, train_rng)[0]["nll"])))
+    shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
+    state = born_sharded(
+        lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params
+    )
+
+    # 3. The loop.
+    inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
+    with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
+        write_model_card(here.directory, network, tokenizer)
+        state, host = here.restore(state, {"data": batches.get_state()})
+        batches.set_state(host["data"])
+        for step in here.steps(here.resumed_step, steps):
+            tokens = next(batches)
+            state, metrics = train_step(state, {}, to_global(tokens, devices))
+            here.log(step, metrics, tokens=int(tokens.loss_mask.sum()))
+            if here.evaluation_due(step):
+                held = data.evaluation_batches(heldout, batch_size=batch.batch_size, length=batch.length, pad_id=pad)
+                parts = [evaluate(state.params, to_global(part, devices)) for part in held]
+                here.record(step, {"heldout/loss": sum(parts[1:], parts[0])})
+            here.save(step, state, {"data": batches.get_state()})
+
+
+def _totals(term):
+    return term.total, term.weight
+
+
+if __name__ == "__main__":
+    launch(run)

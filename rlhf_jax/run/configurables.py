@@ -1,0 +1,298 @@
+"""The configurable surface on one page: every dataclass and builder that a gin file may name.
+
+The only module of the package that imports every room. Builders return records and frozen dataclasses; nothing here
+touches a device except `load_model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_jax import data as data_room
+from rlhf_jax.data import Comparison, Demonstration, Fields, Message, Prompt, Template
+from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
+from rlhf_jax.feedback import AnnotatorConfig
+from rlhf_jax.learn import OptimizerConfig, PPOConfig
+from rlhf_jax.models import Head, Model, ModelConfig
+from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
+from rlhf_jax.rewards import support_desk
+from rlhf_jax.rollout import SamplingConfig
+from rlhf_jax.run.checkpoint import restore_params
+from rlhf_jax.run.loop import LoopConfig
+from rlhf_jax.run.provenance import Input, write_atomically
+from rlhf_jax.testing import train_bpe_tokenizer
+from rlhf_jax.types import InputError, Params, Rng
+
+for _configurable in (
+    AnnotatorConfig,
+    DeskConfig,
+    Fields,
+    LoopConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    SamplingConfig,
+    Template,
+):
+    gin.register(_configurable, module="rlhf_jax")
+
+# ---- models
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: ``path`` (a run directory of ours) or ``config`` with ``tokenizer`` (drawn from the seed)."""
+
+    path: str | None = None
+    config: ModelConfig | None = None
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.config is None):
+            raise InputError("ModelSource: give either path (an existing model) or config (a new one)")
+        if self.config is not None and self.tokenizer is None:
+            raise InputError("ModelSource.tokenizer: a new model needs one, for instance @desk_tokenizer()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model ready to use. input: what provenance records (None for a new model)."""
+
+    model: Model
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    input: str | None
+
+    def as_inputs(self, name: str) -> list[Input]:
+        """For `open_run`."""
+        return [] if self.input is None else [Input(name, self.input)]
+
+
+def write_model_card(run_dir: Path, model: Model, tokenizer: PreTrainedTokenizerBase, subtree: str = "params") -> None:
+    """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters)
+    and tokenizer/."""
+    card = {"config": json.loads(model.config.to_json()), "subtree": subtree}
+    write_atomically(run_dir / "model.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(run_dir / "tokenizer")
+
+
+def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
+    """(configuration, subtree) of a run directory. Raises InputError when it is none."""
+    card = Path(path) / "model.json"
+    if not card.is_file():
+        raise InputError(f"{card}: no such file; give a run directory of train_sft, train_reward or train_ppo")
+    try:
+        fields = json.loads(card.read_text())
+        return ModelConfig.from_json(json.dumps(fields["config"]), str(card)), fields["subtree"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"{card}: damaged ({error}); train again or restore the file") from error
+
+
+def _checked(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens; set at least that"
+        )
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise InputError("tokenizer: needs an end-of-sequence and a padding token; set eos_token and pad_token")
+
+
+def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng) -> Loaded:
+    """The model under ``head``, on its shards. Parts of a head that the checkpoint lacks are drawn from ``rng``.
+
+    A reward model (head "scalar") that keeps reward_normalisation.json gets gain and bias folded into its head.
+    """
+    constrain = ActivationConstraint(mesh)
+    if source.config is not None:
+        model = Model(source.config.replace(head=head), constrain)
+        _checked(model.config, source.tokenizer)
+        shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+        return Loaded(model, born_sharded(model.init, shardings, mesh, rng), source.tokenizer, None)
+    assert source.path is not None
+    config, subtree = read_model_card(source.path)
+    saved, model = Model(config, constrain), Model(config.replace(head=head), constrain)
+    tokenizer = AutoTokenizer.from_pretrained(Path(source.path) / "tokenizer")
+    _checked(config, tokenizer)
+    saved_shardings = tree_shardings(saved.abstract(), saved.logical_axes(), mesh)
+    like = jax.tree.map(_placed, saved.abstract(), saved_shardings)
+    params = restore_params(source.path, subtree=subtree, like=like)
+    wanted = model.abstract()
+    params = {name: tree for name, tree in params.items() if name in wanted}
+    if missing := [name for name in wanted if name not in params]:
+        shardings = tree_shardings(wanted, model.logical_axes(), mesh)
+        fresh = born_sharded(lambda rng: {name: model.init(rng)[name] for name in missing}, shardings, mesh, rng)
+        params |= fresh
+    if head == "scalar" and "scalar_head" not in missing:
+        params = _normalised(Path(source.path), params)
+    return Loaded(model, params, tokenizer, source.path)
+
+
+def _placed(leaf: Any, sharding: Any) -> Any:
+    struct: Any = jax.ShapeDtypeStruct
+    return struct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _normalised(run_dir: Path, params: Params) -> Params:
+    """gain * (w h + b) + bias, exactly, by scaling the head."""
+    file = run_dir / "reward_normalisation.json"
+    if not file.is_file():
+        return params
+    numbers = json.loads(file.read_text())
+    head = params["scalar_head"]
+    scaled = {"kernel": head["kernel"] * numbers["gain"], "bias": head["bias"] * numbers["gain"] + numbers["bias"]}
+    return params | {"scalar_head": scaled}
+
+
+@gin.register
+def desk_tokenizer(desk: DeskConfig, vocab_size: int = 1024, documents: int = 3000) -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on the support desk's corpus."""
+    return train_bpe_tokenizer(list(corpus_text(desk, "train", 0, documents)), vocab_size)
+
+
+# ---- data
+
+DESK_TEMPLATE = Template(style="plain", prompt_format="{prompt}", response_prefix=" ")
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """batch_size: rows (RM: pairs; PPO: prompts). length: columns of a row (PPO: of a prompt). microbatches: splits of an
+    optimiser step. packed: several documents in a row."""
+
+    batch_size: int
+    length: int
+    microbatches: int = 1
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length", "microbatches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"BatchConfig.{name} = {value!r}: give a whole number >= 1")
+        if self.batch_size % self.microbatches:
+            raise InputError(
+                f"BatchConfig.batch_size = {self.batch_size} does not divide into microbatches = {self.microbatches}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints."""
+
+    train: Sequence[Any]
+    heldout: Sequence[Any]
+    template: Template
+    loss_on: data_room.LossOn = "response"
+    files: tuple[str, ...] = ()
+
+    def as_inputs(self) -> list[Input]:
+        """For `open_run`: the files, or the hash of generated records."""
+        if self.files:
+            return [Input(f"data {index}", file) for index, file in enumerate(self.files)]
+        return [Input("data", "generated", data_room.fingerprint([*self.train, *self.heldout]))]
+
+
+def _one_message(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
+
+
+def _desk_demonstrations(desk: DeskConfig, split: str, start: int, count: int) -> list[Demonstration]:
+    rows = demonstration_records(desk, split, start, count)
+    return [Demonstration(row["id"], _one_message(row["prompt"]), row["response"]) for row in rows]
+
+
+@gin.register
+def desk_corpus(desk: DeskConfig, count: int, heldout: int = 256) -> Records:
+    """Documents to pre-train on; every token is a target."""
+
+    def documents(split: str, count: int) -> list[Demonstration]:
+        texts = corpus_text(desk, split, 0, count)
+        return [Demonstration(f"{split}-{index}", (), text) for index, text in enumerate(texts)]
+
+    return Records(documents("train", count), documents("validation", heldout), Template(style="raw"), "all")
+
+
+@gin.register
+def desk_demonstrations(desk: DeskConfig, start: int, count: int, heldout: int = 256) -> Records:
+    """Demonstrations of mixed quality, cases start ... start + count - 1 of the train split."""
+    train = _desk_demonstrations(desk, "train", start, count)
+    return Records(train, _desk_demonstrations(desk, "validation", 0, heldout), DESK_TEMPLATE)
+
+
+@gin.register
+def desk_prompts(desk: DeskConfig, split: str, start: int, count: int) -> Records:
+    """Prompts of the support desk (as ``train``)."""
+    rows = prompt_records(desk, split, start, count)
+    return Records([Prompt(str(r["id"]), _one_message(str(r["prompt"]))) for r in rows], [], DESK_TEMPLATE)
+
+
+def _split(records: Sequence[Any], heldout: float, limit: int | None) -> tuple[list[Any], list[Any]]:
+    train, held = data_room.split_by_prompt(records, held_out=heldout)
+    return train[:limit], held[:limit]
+
+
+@gin.register
+def demonstration_file(
+    path: str, template: Template, fields: Fields | None = None, heldout: float = 0.05, limit: int | None = None
+) -> Records:
+    """Demonstrations from a file; ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side."""
+    records, _ = data_room.demonstrations(data_room.read_rows(path), fields, source=path, unusable="drop")
+    return Records(*_split(records, heldout, limit), template, files=(path,))
+
+
+@gin.register
+def comparison_file(
+    path: str,
+    template: Template,
+    fields: Fields | None = None,
+    heldout: float = 0.1,
+    hh_dialogues: bool = False,
+    limit: int | None = None,
+) -> Records:
+    """Comparisons from a file; hh_dialogues: rows are Anthropic hh-rlhf dialogues."""
+    rows = data_room.read_rows(path)
+    if hh_dialogues:
+        records, _ = data_room.hh_comparisons(rows, source=path)
+    else:
+        records, _ = data_room.comparisons(rows, fields, source=path, unusable="drop")
+    return Records(*_split(records, heldout, limit), template, files=(path,))
+
+
+@gin.register
+def prompt_file(path: str, template: Template, fields: Fields | None = None, limit: int | None = None) -> Records:
+    """Prompts from a file (as ``train``)."""
+    records, _ = data_room.prompts(data_room.read_rows(path), fields, source=path)
+    return Records(records[:limit], [], template, files=(path,))
+
+
+# ---- rewards
+
+ScoreTexts = Callable[[Sequence[Mapping[str, Any]], Sequence[str], Sequence[bool]], dict[str, list[float]]]
+"""(prompt rows with "id", responses, ended) -> named scores, one number per response."""
+
+
+@gin.register
+def desk_gold() -> ScoreTexts:
+    """The support desk's exact scorer: "gold" and "gold/COMPONENT" in [0, 1]."""
+    return support_desk.score
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Responses [B, T] as texts, without special tokens."""
+    return [
+        tokenizer.decode([int(t) for t in row[keep]], skip_special_tokens=True)
+        for row, keep in zip(tokens, mask, strict=True)
+    ]
