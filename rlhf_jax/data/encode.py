@@ -110,6 +110,7 @@ def encode_demonstration(
     """
     if loss_on not in ("response", "assistant", "all"):
         raise InputError(f"loss_on = {loss_on!r}: must be 'response', 'assistant' or 'all'")
+    _check_length(max_length)
     reply = _reply(record.prompt, record.response, tokenizer, template)
     if isinstance(reply, Skipped):
         return reply
@@ -138,6 +139,7 @@ def encode_comparison(
 
     Raises InputError.
     """
+    _check_length(max_length)
     replies = []
     for text in (record.chosen, record.rejected):
         reply = _reply(record.prompt, text, tokenizer, template)
@@ -171,6 +173,8 @@ def encode_prompt(
     overflow: Overflow = "drop",
 ) -> list[int] | Skipped:
     """The ids a reply is sampled after: exactly the prompt part of ``encode_demonstration``. Raises InputError."""
+    if max_prompt_length < 1:
+        raise InputError(f"max_prompt_length = {max_prompt_length}: must be at least 1")
 
     def tokenise(messages: Sequence[Message]) -> _Tokens:
         return _prompt(messages, tokenizer, template, every_turn=False)
@@ -215,6 +219,11 @@ def report(encoded: Iterable[Encoded], dropped: Mapping[str, int] | None = None)
     numbers["loss_fraction"] = counted / float(lengths.sum())
     numbers["prompts_cut"] = float(sum(document.prompt_cut > 0 for document in documents))
     return numbers | {f"dropped/{reason}": float(count) for reason, count in (dropped or {}).items()}
+
+
+def _check_length(max_length: int) -> None:
+    if max_length < 2:
+        raise InputError(f"max_length = {max_length}: must be at least 2, a reply's token and its end token")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

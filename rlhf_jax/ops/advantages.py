@@ -40,8 +40,7 @@ def gae(
     Example: rewards [0, 0, 1], values [.5, .6, .7], discount 1, lam .95: A_2 = 1 - .7 = .3; A_1 = .7 - .6 + .95 * .3 =
     .385; A_0 = .6 - .5 + .95 * .385 = .46575; returns [.96575, .985, 1].
     """
-    values = zero_outside(values, response_mask)
-    rewards = zero_outside(rewards, response_mask)
+    rewards, values = rewards.astype(jnp.float32), zero_outside(values, response_mask)
 
     def step(carry: Carry, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
         next_value, next_advantage = carry

@@ -55,7 +55,7 @@ def plackett_luce_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax
     length). Returns float32 [...]. K = 2 equals ``pairwise_loss``. Example: [1.2, .3, -.5]: .834365.
     """
     counted = jnp.ones(rewards.shape, jnp.bool_) if mask is None else mask
-    # -1e30 instead of -inf: a log-sum-exp over nothing but -inf has a NaN gradient even where it is masked afterwards.
+    # -1e30 instead of -inf, so that no -inf - -inf = NaN is computed below, not even in an entry that is masked afterwards.
     ranked = jnp.where(counted, rewards.astype(jnp.float32), -1e30)
     remaining = jax.lax.cumlogsumexp(ranked, axis=ranked.ndim - 1, reverse=True)
     return jnp.where(counted, remaining - ranked, 0.0).sum(axis=-1)
