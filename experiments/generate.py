@@ -69,7 +69,9 @@ def run(
 
     rows: list[dict] = []
     inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
-    with open_run(run_dir, stage="generate", bound=bound, seed=seed, loop=LoopConfig(tensorboard=False), inputs=inputs) as here:
+    with open_run(
+        run_dir, stage="generate", bound=bound, seed=seed, loop=LoopConfig(tensorboard=False), inputs=inputs
+    ) as here:
         for sample in range(samples):
             for part in data.evaluation_prompt_batches(
                 encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
@@ -80,7 +82,15 @@ def run(
                 for i, text, ended in zip(part.prompt_id.tolist(), texts, done.ended.tolist(), strict=True):
                     if i >= 0:
                         record = encoded.records[i]
-                        rows.append({"id": record.id, "prompt": record.prompt[-1].content, "sample": sample, "response": text, "ended": ended})
+                        rows.append(
+                            {
+                                "id": record.id,
+                                "prompt": record.prompt[-1].content,
+                                "sample": sample,
+                                "response": text,
+                                "ended": ended,
+                            }
+                        )
         if score_texts is not None:
             scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
             for index, row in enumerate(rows):

@@ -97,9 +97,7 @@ def run(
             models, params["policy"], params.get("value"), completions, temperature=sampling.temperature
         )
 
-    train_step = learn.make_train_step(
-        learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=batch.microbatches
-    )
+    train_step = learn.make_train_step(learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=batch.microbatches)
 
     @jax.jit
     def generate(params, prompts, rng):

@@ -1,6 +1,6 @@
 """A pairwise reward model (Bradley-Terry) from comparisons.
 
-    python experiments/train_reward.py --gin_file=configs/smoke/reward.gin
+python experiments/train_reward.py --gin_file=configs/smoke/reward.gin
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def run(
     train_step = jax.jit(learn.make_train_step(loss, adam, microbatches=batch.microbatches), donate_argnums=0)
     score_pairs = jax.jit(lambda params, pairs: learn.pair_scores(score, params, pairs))
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
-    state = born_sharded(
-        lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params
-    )
+    state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
 
     def heldout_scores(params) -> np.ndarray:
         """float32 [2, N]: chosen, rejected."""

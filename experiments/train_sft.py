@@ -1,6 +1,6 @@
 """Supervised fine-tuning, and pre-training a small base model: cross-entropy on demonstrations.
 
-    python experiments/train_sft.py --gin_file=configs/smoke/sft.gin --gin_bindings='run.steps=20'
+python experiments/train_sft.py --gin_file=configs/smoke/sft.gin --gin_bindings='run.steps=20'
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def run(
     train_step = jax.jit(learn.make_train_step(loss, adam, microbatches=batch.microbatches), donate_argnums=0)
     evaluate = jax.jit(lambda params, tokens: Mean(*_totals(loss(params, {}, tokens, train_rng)[0]["nll"])))
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
-    state = born_sharded(
-        lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params
-    )
+    state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]

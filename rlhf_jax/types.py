@@ -64,7 +64,7 @@ class Term:
     """One addend of a loss: ``coefficient * total / weight``, the weight taken over the WHOLE optimiser step.
 
     Keeping total and weight apart until every microbatch and device is summed is what makes gradient accumulation exact
-    (mean of means is the bug B1 of SPEC section 16).
+    (mean of means is a bug many frameworks shipped: huggingface/transformers issue 34191).
     """
 
     total: Float[Array, ""]

@@ -23,7 +23,7 @@ from rlhf_jax.data.packing import Row, stack_rows
 from rlhf_jax.types import InputError, PairBatch, PromptBatch, TokenBatch
 
 _BatchT = TypeVar("_BatchT")
-# Places of the stream that go into the fingerprint, so that a grain that shuffles otherwise is noticed. Few, because grain
+# Places of the stream in the fingerprint, so that a grain that shuffles otherwise is noticed. Few, because grain
 # needs 2 ms a place when there are 10 examples (it draws until an index falls inside); 10 us from 5,000 on.
 _ORDER_PROBE = 32
 _MISSING = "(nothing)"

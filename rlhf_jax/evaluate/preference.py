@@ -49,7 +49,9 @@ def calibration(predicted: ArrayLike, outcome: ArrayLike, *, bins: int = 10, low
     """
     claims, truths = np.asarray(predicted, np.float64), np.asarray(outcome, np.float64)
     if claims.ndim != 1 or claims.shape != truths.shape or claims.size == 0:
-        raise InputError(f"calibration: shapes {claims.shape} and {truths.shape}; give two equally long, non-empty lists")
+        raise InputError(
+            f"calibration: shapes {claims.shape} and {truths.shape}; give two equally long, non-empty lists"
+        )
     if bins < 1:
         raise InputError(f"calibration: bins = {bins}; give at least 1")
     if not (np.all((claims >= low) & (claims <= 1)) and np.all((truths >= 0) & (truths <= 1))):
@@ -63,7 +65,9 @@ def calibration(predicted: ArrayLike, outcome: ArrayLike, *, bins: int = 10, low
         if count:
             observed = wilson_interval(float(truths[inside].sum()), count)
             found.append(
-                CalibrationBin(float(edges[index]), float(edges[index + 1]), count, claims[inside].mean().item(), observed)
+                CalibrationBin(
+                    float(edges[index]), float(edges[index + 1]), count, claims[inside].mean().item(), observed
+                )
             )
     error = sum(each.n * abs(each.predicted - each.observed.mean) for each in found) / claims.size
     return Calibration(tuple(found), error)

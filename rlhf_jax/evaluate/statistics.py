@@ -192,7 +192,9 @@ def length_controlled_difference(
     meat = (design * residuals[:, None] ** 2).T @ design
     covariance = bread @ meat @ bread * n / (n - 2)
     half = float(scipy.stats.t.ppf(0.5 + confidence / 2, n - 2) * math.sqrt(max(covariance[0, 0], 0.0)))
-    return LengthControlled(Interval(float(gain), float(gain) - half, float(gain) + half, n), float(slope), extrapolated)
+    return LengthControlled(
+        Interval(float(gain), float(gain) - half, float(gain) + half, n), float(slope), extrapolated
+    )
 
 
 def across_seeds(runs: Sequence[Mapping[str, float]], confidence: float = 0.95) -> dict[str, Interval]:

@@ -34,7 +34,14 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        bounds = {"learning_rate": (0, 10), "final_fraction": (0, 1), "b1": (0, 1), "b2": (0, 1), "epsilon": (0, 1), "weight_decay": (0, 10)}
+        bounds = {
+            "learning_rate": (0, 10),
+            "final_fraction": (0, 1),
+            "b1": (0, 1),
+            "b2": (0, 1),
+            "epsilon": (0, 1),
+            "weight_decay": (0, 10),
+        }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -87,7 +94,9 @@ def scale_by_adam_tf(b1: float, b2: float, epsilon: float) -> optax.GradientTran
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
         t = count.astype(jnp.float32)
         scale = jnp.sqrt(1 - b2**t) / (1 - b1**t)
-        return jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + epsilon), mu, nu), optax.ScaleByAdamState(count, mu, nu)
+        return jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + epsilon), mu, nu), optax.ScaleByAdamState(
+            count, mu, nu
+        )
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 

@@ -12,7 +12,19 @@ from flax import struct
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.types import Completions, InputError, LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Term, TrainState, TrainStep
+from rlhf_jax.types import (
+    Completions,
+    InputError,
+    LossFn,
+    Mean,
+    Params,
+    PolicyBatch,
+    Rng,
+    Rollout,
+    Term,
+    TrainState,
+    TrainStep,
+)
 
 PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
 """(trainable params, completions) -> (logprobs, entropy, values), float32 [B, T]."""
@@ -72,7 +84,15 @@ class PPOConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"PPOConfig.{name} = {value!r}: give a whole number >= 1")
-        for name in ("clip_low", "clip_high", "value_coefficient", "entropy_coefficient", "kl_coefficient", "max_sampler_gap", "max_identity_gap"):
+        for name in (
+            "clip_low",
+            "clip_high",
+            "value_coefficient",
+            "entropy_coefficient",
+            "kl_coefficient",
+            "max_sampler_gap",
+            "max_identity_gap",
+        ):
             self._require(name, 0.0, None)
         for name in ("discount", "lam"):
             self._require(name, 0.0, 1.0)
@@ -112,7 +132,9 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     if config.score_clip is not None:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
-        scores = ops.penalise_missing_eos(scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos)
+        scores = ops.penalise_missing_eos(
+            scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
+        )
     rewards = ops.shape_rewards(scores, kl, mask, kl_coefficient=kl_coefficient, convention=config.terminal)
     if config.whiten_rewards:
         rewards = ops.whiten(rewards, values_at, ddof=config.whiten_ddof, shift_mean=False)

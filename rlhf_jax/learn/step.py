@@ -61,7 +61,10 @@ def gradients(
     def accumulate(carry: Any, inputs: tuple[Any, Array]) -> tuple[Any, Any]:
         (value, (terms, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, *inputs)
         parts = {f"loss/{name}": Mean(term.total, term.weight) for name, term in terms.items()}
-        return jax.tree.map(jnp.add, carry, jax.tree.map(lambda g: g.astype(jnp.float32), grads)), (value, parts | metrics)
+        return jax.tree.map(jnp.add, carry, jax.tree.map(lambda g: g.astype(jnp.float32), grads)), (
+            value,
+            parts | metrics,
+        )
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     grads, (values, metrics) = jax.lax.scan(accumulate, zeros, (batches, keys))
@@ -70,9 +73,7 @@ def gradients(
     return grads, summed
 
 
-def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1
-) -> TrainStep:
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> TrainStep:
     """A pure step; jit it with ``donate_argnums=0``. Metrics: ``loss``, ``loss/TERM``, ``grad_norm`` and the loss's own.
 
     When the loss or the gradient norm is not finite the state comes back as it was (only the step has advanced) and the

@@ -189,7 +189,9 @@ class Decoder(nnx.Module):
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, jnp.ones_like(tokens, dtype=bool), cache.index, axis=1)
         zero = jnp.zeros((), jnp.int32)
 
-        def body(carry: tuple[Array, Array, Array], scanned: tuple[Array, Any]) -> tuple[tuple[Array, Array, Array], None]:
+        def body(
+            carry: tuple[Array, Array, Array], scanned: tuple[Array, Any]
+        ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
             layer_index, layer = scanned
             block = nnx.merge(definition, layer)
@@ -197,8 +199,10 @@ class Decoder(nnx.Module):
             where = (layer_index, zero, zero, cache.index, zero)
             keys = jax.lax.dynamic_update_slice(keys, key[None], where)
             values = jax.lax.dynamic_update_slice(values, value[None], where)
-            here = [jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False) for stack in (keys, values)]
-            return (block(x, query, *here, valid[:, None, :]), keys, values), None
+            seen_keys, seen_values = (
+                jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False) for stack in (keys, values)
+            )
+            return (block(x, query, seen_keys, seen_values, valid[:, None, :]), keys, values), None
 
         carry = (self._embed(tokens, constrain), cache.keys, cache.values)
         layer_indices = jnp.arange(self._config.num_layers, dtype=jnp.int32)

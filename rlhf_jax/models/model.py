@@ -28,7 +28,7 @@ def unconstrained(x: Array, axes: tuple[str, ...]) -> Array:
 @functools.lru_cache(maxsize=64)
 def _abstract(config: ModelConfig) -> tuple[Any, Any]:
     module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return nnx.split(module, nnx.Param)  # type: ignore[no-any-return]
+    return nnx.split(module, nnx.Param)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Model:
 
     def abstract(self) -> Params:
         """The parameters as ShapeDtypeStructs."""
-        return nnx.to_pure_dict(_abstract(self.config)[1])  # type: ignore[no-any-return]
+        return nnx.to_pure_dict(_abstract(self.config)[1])
 
     def logical_axes(self) -> Params:
         """The logical axis names of each parameter: a tree like the parameters with a tuple of names per leaf."""
         specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config)[1]))
-        return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))  # type: ignore[no-any-return]
+        return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
 
     def init(self, rng: Rng) -> Params:
         """Freshly drawn parameters (`Kernel`, `Embedding` and `ScalarHead` in `models.decoder` give the distributions)."""
         module = Decoder(self.config, rngs=nnx.Rngs(params=rng))
-        return nnx.to_pure_dict(nnx.state(module, nnx.Param))  # type: ignore[no-any-return]
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def _module(self, params: Params) -> Decoder:
-        return nnx.merge(_abstract(self.config)[0], params)  # type: ignore[no-any-return]
+        return nnx.merge(_abstract(self.config)[0], params)
 
     def hidden(
         self,

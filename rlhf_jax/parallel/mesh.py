@@ -44,8 +44,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if len(devices) % known:
-            raise InputError(f"MeshConfig: {len(devices)} devices do not divide by {known} ({dict(zip(AXES, sizes, strict=True))})")
+            raise InputError(
+                f"MeshConfig: {len(devices)} devices do not divide by {known} ({dict(zip(AXES, sizes, strict=True))})"
+            )
         sizes[sizes.index(-1)] = len(devices) // known
     elif known != len(devices):
-        raise InputError(f"MeshConfig: {dict(zip(AXES, sizes, strict=True))} needs {known} devices, there are {len(devices)}")
+        raise InputError(
+            f"MeshConfig: {dict(zip(AXES, sizes, strict=True))} needs {known} devices, there are {len(devices)}"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

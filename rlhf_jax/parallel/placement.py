@@ -50,7 +50,9 @@ def to_global(batch: _T, mesh: Mesh) -> _T:
 
     def place(x: Any) -> Any:
         if x.shape[0] % shards:
-            raise InputError(f"batch of {x.shape[0]} rows does not divide over {shards} devices: change batch_size or MeshConfig")
+            raise InputError(
+                f"batch of {x.shape[0]} rows does not divide over {shards} devices: change batch_size or MeshConfig"
+            )
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, batch)  # type: ignore[no-any-return]

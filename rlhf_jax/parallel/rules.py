@@ -73,7 +73,7 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Rules = 
         NamedSharding(mesh, _divided(mesh, partition_spec(names, rules), leaf.shape, jax.tree_util.keystr(path)))
         for (path, leaf), names in zip(leaves, axes, strict=True)
     ]
-    return treedef.unflatten(shardings)
+    return jax.tree.unflatten(treedef, shardings)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
@@ -97,4 +97,5 @@ class ActivationConstraint:
         for size, entry in zip(x.shape, spec, strict=True):
             if size % _shards(self.mesh, entry):
                 return x  # e.g. a row count below the number of devices: left to the compiler
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        constrained: Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return constrained

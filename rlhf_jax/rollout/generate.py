@@ -64,7 +64,7 @@ def generate(
             logits, keys, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
         )
 
-    State = tuple[Array, Array, KVCache, Array, Array, Array, Array]  # noqa: N806
+    State = tuple[Array, Array, KVCache, Array, Array, Array, Array]
 
     def running(state: State) -> Array:
         column, ended = state[0], state[4]

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
-from rlhf_jax.data import Comparison, Demonstration, Fields, Message, Prompt, Template
+from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
+from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
@@ -195,7 +196,7 @@ class Records:
     train: Sequence[Any]
     heldout: Sequence[Any]
     template: Template
-    loss_on: data_room.LossOn = "response"
+    loss_on: LossOn = "response"
     files: tuple[str, ...] = ()
 
     def as_inputs(self) -> list[Input]:
@@ -293,6 +294,6 @@ def desk_gold() -> ScoreTexts:
 def decode_responses(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """Responses [B, T] as texts, without special tokens."""
     return [
-        tokenizer.decode([int(t) for t in row[keep]], skip_special_tokens=True)
+        str(tokenizer.decode([int(t) for t in row[keep]], skip_special_tokens=True))
         for row, keep in zip(tokens, mask, strict=True)
     ]

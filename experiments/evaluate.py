@@ -1,0 +1,147 @@
+"""Compare policies on the same held-out prompts: scores by component with intervals, paired and length-controlled gains.
+
+    python experiments/evaluate.py --gin_file=configs/support_desk/evaluate.gin
+
+Writes RUN_DIR/evaluation.json and prints a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax import data, rollout
+from rlhf_jax.evaluate.statistics import length_controlled_difference, mean_interval, paired_difference
+from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
+from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, ScoreTexts, decode_responses, load_model
+from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.types import InputError
+
+
+@gin.configurable
+def run(
+    run_dir: str,
+    seed: int,
+    policies: list[tuple[str, str]],
+    prompts: Records,
+    batch: BatchConfig,
+    sampling: rollout.SamplingConfig,
+    score_texts: ScoreTexts,
+    reward: ModelSource | None = None,
+    mesh: MeshConfig = MeshConfig(),
+    samples_shown: int = 8,
+) -> None:
+    """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy)."""
+    bound = bound_config()
+    if len(policies) < 1:
+        raise InputError("run.policies: name at least one (name, run directory)")
+    devices = make_mesh(mesh)
+    rng = jax.random.key(seed, impl="threefry2x32")
+    judge = None if reward is None else load_model(reward, "scalar", devices, rng)
+    inputs = [Input(name, path) for name, path in policies] + prompts.as_inputs()
+    loop = LoopConfig(tensorboard=False)
+    with open_run(run_dir, stage="evaluate", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
+        results = {}
+        for name, path in policies:
+            results[name] = _sample(ModelSource(path=path), judge, prompts, batch, sampling, score_texts, devices, rng)
+        evaluation = _compare(results, samples_shown)
+        write_atomically(here.directory / "evaluation.json", json.dumps(evaluation, indent=1, sort_keys=True) + "\n")
+    _print(evaluation)
+
+
+def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) -> dict:
+    """Replies of one policy with every score as a float64 vector in the order of the prompts."""
+    loaded = load_model(source, "lm", devices, rng)
+    tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    encoded = data.encode_all(
+        prompts.train,
+        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
+    )
+
+    @jax.jit
+    def reply(params, frozen, part, rng):
+        done = rollout.generate(
+            loaded.model, params, part, rng, sampling=sampling, eos_ids=(tokenizer.eos_token_id,), pad_id=pad
+        )
+        if judge is None:
+            return done, None
+        return done, rollout.sequence_scores(judge.model, frozen, rollout.as_token_batch(done))
+
+    rows, texts, ended, rewards, lengths = [], [], [], [], []
+    for part in data.evaluation_prompt_batches(
+        encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
+    ):
+        done, reward = jax.device_get(
+            reply(loaded.params, None if judge is None else judge.params, to_global(part, devices), rng)
+        )
+        real = part.prompt_id >= 0
+        records = [encoded.records[i] for i in part.prompt_id[real]]
+        rows += [{"id": record.id, "prompt": record.prompt[-1].content} for record in records]
+        texts += decode_responses(tokenizer, done.tokens[real], done.mask[real])
+        ended += done.ended[real].tolist()
+        lengths += done.mask[real].sum(axis=1).tolist()
+        rewards += [] if reward is None else reward[real].tolist()
+    scores = {name: np.asarray(values, np.float64) for name, values in score_texts(rows, texts, ended).items()}
+    scores |= {"length": np.asarray(lengths, np.float64), "ended": np.asarray(ended, np.float64)}
+    scores |= {"reward": np.asarray(rewards, np.float64)} if rewards else {}
+    return {"rows": rows, "texts": texts, "scores": scores}
+
+
+def _compare(results: dict, shown: int) -> dict:
+    policies = [
+        {"name": name, "scores": {key: dataclasses.asdict(mean_interval(v)) for key, v in result["scores"].items()}}
+        for name, result in results.items()
+    ]
+    differences = []
+    names = list(results)
+    for before, after in zip(names, names[1:], strict=False):
+        a, b = results[after]["scores"], results[before]["scores"]
+        paired = {key: dataclasses.asdict(paired_difference(a[key], b[key])) for key in a}
+        controlled = (
+            length_controlled_difference(a["gold"], b["gold"], a["length"], b["length"]) if "gold" in a else None
+        )
+        entry = {"from": before, "to": after, "paired": paired}
+        if controlled is not None:
+            entry["length_controlled"] = dataclasses.asdict(controlled)
+        differences.append(entry)
+    first = results[names[0]]["rows"][:shown]
+    samples = [
+        {"prompt": row["prompt"], "replies": {name: results[name]["texts"][i] for name in names}}
+        for i, row in enumerate(first)
+    ]
+    return {"policies": policies, "differences": differences, "samples": samples}
+
+
+def _print(evaluation: dict) -> None:
+    table = Table(title="held-out prompts: mean [95 % interval]")
+    table.add_column("score")
+    for policy in evaluation["policies"]:
+        table.add_column(policy["name"])
+    for key in evaluation["policies"][0]["scores"]:
+        cells = [policy["scores"][key] for policy in evaluation["policies"]]
+        table.add_row(key, *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
+    console = Console()
+    console.print(table)
+    for entry in evaluation["differences"]:
+        gold = entry["paired"].get("gold")
+        if gold is not None:
+            even = entry["length_controlled"]["gain"]
+            console.print(
+                f"{entry['from']} -> {entry['to']}: gold {gold['mean']:+.3f} [{gold['low']:+.3f}, {gold['high']:+.3f}], "
+                f"at equal length {even['mean']:+.3f} [{even['low']:+.3f}, {even['high']:+.3f}]"
+            )
+
+
+if __name__ == "__main__":
+    launch(run)

@@ -1,0 +1,133 @@
+"""One self-contained HTML page about a pipeline run: stages, learning curves, evaluation, samples."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_CURVES = (
+    "loss",
+    "heldout/loss",
+    "accuracy",
+    "heldout/accuracy",
+    "score",
+    "monitor/gold",
+    "kl",
+    "response_length",
+    "entropy",
+    "explained_variance",
+)
+
+_PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem;color-scheme:light dark}
+table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.3rem .7rem;border-bottom:1px solid #8886;
+text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-space:pre-wrap;margin:0}</style></head>
+<body><h1>{{ title }}</h1>
+{% for line in headlines %}<p><strong>{{ line }}</strong></p>{% endfor %}
+<h2>Stages</h2><table><tr><th>stage<th>steps<th>seconds in steps<th>last metrics<th>started from</tr>
+{% for s in stages %}<tr><td>{{ s.name }}<td>{{ s.steps }}<td>{{ s.seconds }}<td>{{ s.last }}<td>{{ s.inputs }}</tr>
+{% endfor %}</table>
+{% if policies %}<h2>Held-out prompts: mean [95 % interval]</h2><table><tr><th>score
+{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}{% for p in policies %}
+<td>{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}{% endfor %}</tr>
+{% endfor %}</table>{% else %}<p>No evaluation was run.</p>{% endif %}
+{% if samples %}<h2>Samples</h2><table><tr><th>prompt{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>
+{% for s in samples %}<tr><td><pre>{{ s.prompt }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
+<h2>Learning curves</h2>{% for s in stages %}{% if s.picture %}<h3>{{ s.name }}</h3>
+<img alt="learning curves of {{ s.name }}" src="data:image/png;base64,{{ s.picture }}">{% endif %}{% endfor %}
+</body></html>
+""")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _picture(rows: Sequence[dict[str, Any]]) -> str | None:
+    """PNG, base64, one panel per known metric; None when there is none."""
+    names = [name for name in _CURVES if any(row.get(name) is not None for row in rows)]
+    if not names:
+        return None
+    columns = min(3, len(names))
+    figure, axes = plt.subplots(
+        -(-len(names) // columns), columns, squeeze=False, figsize=(4 * columns, 2.6 * -(-len(names) // columns))
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        axis.set_visible(True)
+        axis.plot(*zip(*points, strict=True), color="#0072b2")
+        axis.set(title=name, xlabel="step")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _stage(directory: Path) -> dict[str, Any]:
+    rows, timing = _lines(directory / "metrics.jsonl"), _lines(directory / "timing.jsonl")
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= {key: row[key] for key in _CURVES if row.get(key) is not None}
+    seconds, before = 0.0, 0
+    for row in timing:
+        seconds += row.get("seconds", 0.0) * (row["step"] - before)
+        before = row["step"]
+    provenance = directory / "provenance.json"
+    inputs = json.loads(provenance.read_text())["inputs"] if provenance.is_file() else []
+    return {
+        "name": directory.name if directory.is_dir() else f"{directory.name} (missing)",
+        "steps": rows[-1]["step"] if rows else "",
+        "seconds": f"{seconds:.0f}" if timing else "",
+        "last": ", ".join(f"{key} {value:.3f}" for key, value in last.items()),
+        "inputs": ", ".join(f"{entry['name']} ({entry['fingerprint'][:12]})" for entry in inputs),
+        "picture": _picture(rows),
+    }
+
+
+def headlines(evaluation: dict[str, Any]) -> list[str]:
+    """One sentence per pair of policies on what gold gained; says so when the interval includes zero."""
+    sentences = []
+    for entry in evaluation.get("differences", []):
+        gold = entry["paired"].get("gold")
+        if gold is None:
+            continue
+        sure = "" if gold["low"] > 0 or gold["high"] < 0 else " (the interval includes zero: no difference shown)"
+        even = entry["length_controlled"]["gain"]
+        sentences.append(
+            f"{entry['from']} to {entry['to']}: gold {gold['mean']:+.3f} [{gold['low']:+.3f}, {gold['high']:+.3f}]{sure}; "
+            f"at equal length {even['mean']:+.3f} [{even['low']:+.3f}, {even['high']:+.3f}]"
+        )
+    return sentences
+
+
+def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
+    """Write RUN_DIR/report.html from what the stages left on disk. Returns its path."""
+    file = run_dir / "evaluation" / "evaluation.json"
+    evaluation = json.loads(file.read_text()) if file.is_file() else {}
+    policies = evaluation.get("policies", [])
+    page = _PAGE.render(
+        title=f"{run_dir.name}: from base to PPO",
+        headlines=headlines(evaluation),
+        stages=[_stage(run_dir / name) for name in stages],
+        policies=policies,
+        keys=list(policies[0]["scores"]) if policies else [],
+        samples=evaluation.get("samples", []),
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
