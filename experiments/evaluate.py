@@ -8,6 +8,7 @@ Writes RUN_DIR/evaluation.json and prints a table.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -105,7 +106,7 @@ def _compare(results: dict, shown: int) -> dict:
     ]
     differences = []
     names = list(results)
-    for before, after in zip(names, names[1:], strict=False):
+    for before, after in itertools.pairwise(names):
         a, b = results[after]["scores"], results[before]["scores"]
         paired = {key: dataclasses.asdict(paired_difference(a[key], b[key])) for key in a}
         controlled = (

@@ -16,14 +16,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 
 from rlhf_jax.evaluate.report import write_report
 from rlhf_jax.run import bound_config, launch
 from rlhf_jax.types import InputError, RunStopped
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @gin.register

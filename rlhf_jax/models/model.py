@@ -57,10 +57,12 @@ class Model:
     def init(self, rng: Rng) -> Params:
         """Freshly drawn parameters (`Kernel`, `Embedding` and `ScalarHead` in `models.decoder` give the distributions)."""
         module = Decoder(self.config, rngs=nnx.Rngs(params=rng))
-        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        params: Params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        return params
 
     def _module(self, params: Params) -> Decoder:
-        return nnx.merge(_abstract(self.config)[0], params)
+        module: Decoder = nnx.merge(_abstract(self.config)[0], params)
+        return module
 
     def hidden(
         self,

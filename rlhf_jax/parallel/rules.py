@@ -57,7 +57,8 @@ def _divided(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], name: str)
         shards = _shards(mesh, entry)
         if size % shards:
             raise InputError(
-                f"mesh {dict(mesh.shape)}: {name} has a dimension of {size}, not divisible over {entry} ({shards}); choose another MeshConfig"
+                f"mesh {dict(mesh.shape)}: {name} has a dimension of {size}, not divisible "
+                f"over {entry} ({shards}); choose another MeshConfig"
             )
     return spec
 
