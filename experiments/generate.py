@@ -1,6 +1,6 @@
 """Sample completions from a model into RUN_DIR/completions.jsonl, and with an annotator compare them.
 
-    python experiments/generate.py --gin_file=configs/smoke/generate.gin
+    python experiments/generate.py --gin_file=configs/support_desk/completions.gin
 
 With ``annotator`` (a simulated one) and samples >= 2 the first two replies of each prompt are compared and
 RUN_DIR/comparisons.jsonl is what train_reward.py reads.

@@ -1,6 +1,6 @@
 """PPO against a reward model, or against a programmatic reward.
 
-    python experiments/train_ppo.py --gin_file=configs/smoke/ppo.gin
+    python experiments/train_ppo.py --gin_file=configs/support_desk/ppo.gin
 
 One iteration: sample, score, prepare, update, adapt the KL coefficient.
 """

@@ -1,6 +1,6 @@
 """A pairwise reward model (Bradley-Terry) from comparisons.
 
-python experiments/train_reward.py --gin_file=configs/smoke/reward.gin
+python experiments/train_reward.py --gin_file=configs/support_desk/reward.gin
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Supervised fine-tuning, and pre-training a small base model: cross-entropy on demonstrations.
 
-python experiments/train_sft.py --gin_file=configs/smoke/sft.gin --gin_bindings='run.steps=20'
+python experiments/train_sft.py --gin_file=configs/support_desk/sft.gin --gin_bindings='run.steps=20'
 """
 
 from __future__ import annotations
