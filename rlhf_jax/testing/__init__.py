@@ -1,7 +1,27 @@
-"""What tests need, ours and those of users: small tokenizers."""
+"""What tests need, ours and those of users: tiny models, small tokenizers, hand-made batches, toy rewards, pretended devices."""
 
 from __future__ import annotations
 
+from rlhf_jax.testing.batches import completions, prompt_batch, random_prompts, token_batch
+from rlhf_jax.testing.devices import MESHES_OF_EIGHT, bytes_per_device, mesh_of, pretend_devices
+from rlhf_jax.testing.models import random_params, tiny_config, tiny_model
+from rlhf_jax.testing.rewards import count_reward, table_reward
 from rlhf_jax.testing.tokenizer import byte_tokenizer, train_bpe_tokenizer
 
-__all__ = ["byte_tokenizer", "train_bpe_tokenizer"]
+__all__ = [
+    "MESHES_OF_EIGHT",
+    "byte_tokenizer",
+    "bytes_per_device",
+    "completions",
+    "count_reward",
+    "mesh_of",
+    "pretend_devices",
+    "prompt_batch",
+    "random_params",
+    "random_prompts",
+    "table_reward",
+    "tiny_config",
+    "tiny_model",
+    "token_batch",
+    "train_bpe_tokenizer",
+]

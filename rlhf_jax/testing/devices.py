@@ -1,0 +1,47 @@
+"""Many devices on one CPU: meshes for tests, and how much each device holds."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.types import InputError
+
+MESHES_OF_EIGHT = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+"""(data, fsdp, tensor) of meshes over eight devices; `tiny_config` divides over each."""
+
+
+def pretend_devices(count: int) -> None:
+    """Make one CPU look like ``count`` devices, for the first lines of a conftest.py.
+
+    Raises InputError when JAX has started already: the number of devices is then fixed.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise InputError(f"pretend_devices({count}): JAX has started already; call it before anything else") from error
+
+
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data * fsdp * tensor devices. Raises InputError when there are fewer."""
+    count = data * fsdp * tensor
+    if count > len(jax.devices()):
+        raise InputError(f"mesh_of: needs {count} devices, there are {len(jax.devices())}; see pretend_devices")
+    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[:count])
+
+
+def bytes_per_device(tree: Any) -> dict[int, int]:
+    """Bytes of the arrays of ``tree`` on each device, by device id. Replicated data counts on every device it lies on."""
+    held: dict[int, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        raw = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for shard in raw.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    return held
