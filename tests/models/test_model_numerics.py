@@ -1,0 +1,157 @@
+"""Precision, and the distributions parameters are born with."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import Model, ModelConfig, parameter_count
+from rlhf_jax.models.attention import attend, rotary
+from rlhf_jax.testing import tiny_config, tiny_model
+
+POSITIONS = np.unique([0, 1, 2, 255, 256, 257, 511, 1000, 2047, 4095, 4096, 8190, *range(0, 8192, 97), 8191])
+
+
+def exact_rotation(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
+    """float64: pairs (i, i + K/2) as complex numbers. x: [S, K]."""
+    half = x.shape[1] // 2
+    phases = positions[:, None] * theta ** (-np.arange(half) / half)
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * phases)
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 100000.0])
+def test_rotary_phases_are_float32_to_position_8191(theta):
+    """A float32 angle near 8191 is rounded by up to 2.4e-4, its frequency by as much again; bfloat16 angles are off by 16."""
+    x = np.random.default_rng(0).standard_normal((len(POSITIONS), 64))
+    exact = exact_rotation(x, POSITIONS, theta)
+    got = rotary(jnp.asarray(x, jnp.float32)[None, :, None], jnp.asarray(POSITIONS)[None], theta)[0, :, 0]
+    radius = np.sqrt(x[:, :32] ** 2 + x[:, 32:] ** 2)
+    assert np.abs((got - exact) / np.tile(radius, 2)).max() < 1.5e-3
+    near = POSITIONS <= 257
+    assert np.abs((got - exact)[near]).max() < 1e-4
+
+
+def test_rotary_in_bfloat16_tells_position_257_from_256():
+    """bfloat16 input and output, but float32 inside: the result is the exact one, rounded once."""
+    x = np.asarray(
+        jnp.asarray(np.random.default_rng(1).standard_normal((len(POSITIONS), 64)), jnp.bfloat16), np.float64
+    )
+    got = rotary(jnp.asarray(x, jnp.bfloat16)[None, :, None], jnp.asarray(POSITIONS)[None], 10000.0)
+    assert got.dtype == jnp.bfloat16
+    exact = exact_rotation(x, POSITIONS, 10000.0)
+    error = np.abs(np.asarray(got, np.float64)[0, :, 0] - exact)
+    # half an ulp of bfloat16 is 2^-9 of the value; the float32 angle adds up to 1.5e-3 of the radius
+    assert (error <= np.abs(exact) * 2.0**-9 + 6e-3).all()
+    same = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
+    two = rotary(same, jnp.array([[256, 257]]), 10000.0)[0, :, 0]
+    assert np.abs(np.asarray(two[0] - two[1], np.float64)).max() > 0.1
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    query, key = jnp.ones((1, 2, 1, 1, 4)), jnp.full((1, 1, 3, 4), 50.0)
+    value = jnp.arange(12.0).reshape(1, 1, 3, 4)
+    mask = jnp.array([[[False, False, False], [False, True, False]]])
+    out = attend(query, key, value, mask, None)
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(out[0, 1, 0, 0], value[0, 0, 1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: Model, params, tokens, positions):
+    return model.apply(params, tokens, positions=positions)
+
+
+@pytest.mark.parametrize("start", [0, 8000])
+def test_bfloat16_compute_stays_within_its_bound(start):
+    """8 bits of mantissa through 2 layers with peaked attention: 2 % of the logits' spread on average, 15 % at most, and
+    no more at position 8000 than at 0 (bfloat16 rotary angles would give noise there, error 1)."""
+    model, params = tiny_model(max_length=8192)
+    tokens = np.random.default_rng(0).integers(3, 64, (4, 16)).astype(np.int32)
+    positions = np.tile(np.arange(start, start + 16, dtype=np.int32), (4, 1))
+    exact = np.asarray(apply(model, params, tokens, positions), np.float64)
+    short = apply(Model(model.config.replace(compute_dtype="bfloat16")), params, tokens, positions)
+    assert short.dtype == jnp.float32  # the logits themselves
+    error = np.abs(short - exact) / exact.std()
+    assert 1e-3 < error.mean() < 0.02 and error.max() < 0.15
+
+
+def test_activations_have_the_compute_dtype_and_results_are_float32():
+    model, params = tiny_model("lm+scalar", compute_dtype="bfloat16")
+    hidden, cache = jax.eval_shape(
+        lambda p: model.prefill(
+            p, jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), bool), jnp.zeros((1, 3), jnp.int32), 5
+        ),
+        params,
+    )
+    assert hidden.dtype == cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.keys.shape == (2, 1, 2, 5, 8)
+    for read in (model.logits, model.scalars):
+        assert jax.eval_shape(read, params, hidden).dtype == jnp.float32
+    halved = tiny_model(param_dtype="bfloat16")[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(halved)} == {jnp.dtype(jnp.bfloat16)}
+
+
+BIG = ModelConfig(
+    vocab_size=97, hidden_size=24, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=10, ffn_size=40,
+    tie_embeddings=False, head="lm+scalar",
+)  # fmt: skip
+
+
+def named(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def test_initial_parameters():
+    """Deterministic in the key; layers and kernels all different; norms 1; the documented spreads."""
+    model = Model(BIG)
+    init = jax.jit(model.init)
+    params, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), model.abstract()
+    )
+    for first, second in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(first, second)
+    kernels, others = (
+        {name: leaf for name, leaf in named(tree).items() if "scale" not in name and "bias" not in name}
+        for tree in (params, other)
+    )
+    assert len(kernels) == 4 + 3 + 3
+    for name, leaf in kernels.items():
+        assert (leaf != others[name]).all()
+        if name.startswith("['layers']"):
+            assert (leaf[0] != leaf[1]).all()
+    # truncated at two sigma of 1/sqrt(fan_in): no larger value, and the spread is .880 of sigma
+    for name, fan_in in {
+        "['layers']['mlp']['down']['kernel']": 40,
+        "['layers']['attention']['output']['kernel']": 30,
+        "['layers']['attention']['query']['kernel']": 24,
+        "['lm_head']['kernel']": 24,
+    }.items():
+        scaled = np.asarray(kernels[name]) * math.sqrt(fan_in)
+        assert np.abs(scaled).max() <= 2.0 and abs(scaled.std() - 0.880) < 0.05
+    assert abs(np.asarray(kernels["['embed']['embedding']"]).std() - 0.02) < 0.002
+    for norm in (params["final_norm"], params["layers"]["attention_norm"], params["layers"]["mlp_norm"]):
+        assert (norm["scale"] == 1.0).all()
+    assert params["scalar_head"]["bias"].tolist() == [0.0]
+
+
+def test_scalar_head_starts_with_the_square_root():
+    """std 1 / sqrt(D + 1) = .2425 for D = 16; the paper's misprint 1 / (D + 1) = .0588 was shipped by others."""
+    model = Model(tiny_config(head="scalar"))
+    heads = jax.jit(jax.vmap(lambda key: model.init(key)["scalar_head"]["kernel"]))(
+        jax.random.split(jax.random.key(0), 256)
+    )
+    spread = float(heads.std())
+    assert abs(spread - 17**-0.5) < 0.01 and abs(float(heads.mean())) < 0.01
+
+
+def test_counts_by_hand():
+    # table 97*24, head 24*97, final norm 24, scalar 25; a layer: q 24*30, k and v 24*10 each, o 30*24, mlp 3*24*40, norms 2*24
+    expected = 2 * 97 * 24 + 24 + 25 + 2 * (2 * 24 * 30 + 2 * 24 * 10 + 3 * 24 * 40 + 2 * 24)
+    assert parameter_count(Model(BIG).abstract()) == expected
