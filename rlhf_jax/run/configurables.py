@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import gin
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
 from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
+from rlhf_jax.io import load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Head, Model, ModelConfig
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
 from rlhf_jax.rewards import support_desk
 from rlhf_jax.rollout import SamplingConfig
-from rlhf_jax.run.checkpoint import restore_params
 from rlhf_jax.run.loop import LoopConfig
 from rlhf_jax.run.provenance import Input, write_atomically
 from rlhf_jax.testing import train_bpe_tokenizer
@@ -54,31 +53,48 @@ for _configurable in (
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: ``path`` (a run directory of ours) or ``config`` with ``tokenizer`` (drawn from the seed)."""
+    """Where a model comes from: ``path``, or ``config`` with ``tokenizer`` (a new one, drawn from the seed).
+
+    path: a run directory of ours, a Hugging Face directory, a .gguf file, or a hub id (name/model, name/model@revision).
+    The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
+    remat: as in ModelConfig. pad_token: a token of the vocabulary to pad with, for tokenizers that name none.
+    """
 
     path: str | None = None
     config: ModelConfig | None = None
     tokenizer: Any = None
+    param_dtype: str | None = None
+    compute_dtype: str | None = None
+    remat: bool | None = None
+    pad_token: str | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.config is None):
             raise InputError("ModelSource: give either path (an existing model) or config (a new one)")
-        if self.config is not None and self.tokenizer is None:
+        if self.config is None:
+            return
+        if self.tokenizer is None:
             raise InputError("ModelSource.tokenizer: a new model needs one, for instance @desk_tokenizer()")
+        for name in ("param_dtype", "compute_dtype", "remat", "pad_token"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"ModelSource.{name}: goes with path; a new model has it from its config and tokenizer"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model ready to use. input: what provenance records (None for a new model)."""
+    """A model ready to use. input: what provenance records (None for a new model); revision: its commit on the hub."""
 
     model: Model
     params: Params
     tokenizer: PreTrainedTokenizerBase
     input: str | None
+    revision: str | None = None
 
     def as_inputs(self, name: str) -> list[Input]:
         """For `open_run`."""
-        return [] if self.input is None else [Input(name, self.input)]
+        return [] if self.input is None else [Input(name, self.input, self.revision)]
 
 
 def write_model_card(run_dir: Path, model: Model, tokenizer: PreTrainedTokenizerBase, subtree: str = "params") -> None:
@@ -89,71 +105,41 @@ def write_model_card(run_dir: Path, model: Model, tokenizer: PreTrainedTokenizer
     tokenizer.save_pretrained(run_dir / "tokenizer")
 
 
-def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
-    """(configuration, subtree) of a run directory. Raises InputError when it is none."""
-    card = Path(path) / "model.json"
-    if not card.is_file():
-        raise InputError(f"{card}: no such file; give a run directory of train_sft, train_reward or train_ppo")
-    try:
-        fields = json.loads(card.read_text())
-        return ModelConfig.from_json(json.dumps(fields["config"]), str(card)), fields["subtree"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"{card}: damaged ({error}); train again or restore the file") from error
-
-
 def _checked(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens; set at least that"
         )
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError("tokenizer: needs an end-of-sequence and a padding token; set eos_token and pad_token")
+        raise InputError(
+            "tokenizer: needs an end-of-sequence and a padding token; set eos_token, and pad_token or ModelSource.pad_token"
+        )
 
 
 def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng) -> Loaded:
-    """The model under ``head``, on its shards. Parts of a head that the checkpoint lacks are drawn from ``rng``.
+    """The model under ``head``, on its shards. A scalar head that the checkpoint lacks is drawn from ``rng``.
 
     A reward model (head "scalar") that keeps reward_normalisation.json gets gain and bias folded into its head.
     """
-    constrain = ActivationConstraint(mesh)
     if source.config is not None:
-        model = Model(source.config.replace(head=head), constrain)
+        model = Model(source.config.replace(head=head), ActivationConstraint(mesh))
         _checked(model.config, source.tokenizer)
         shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
         return Loaded(model, born_sharded(model.init, shardings, mesh, rng), source.tokenizer, None)
     assert source.path is not None
-    config, subtree = read_model_card(source.path)
-    saved, model = Model(config, constrain), Model(config.replace(head=head), constrain)
-    tokenizer = AutoTokenizer.from_pretrained(Path(source.path) / "tokenizer")
-    _checked(config, tokenizer)
-    saved_shardings = tree_shardings(saved.abstract(), saved.logical_axes(), mesh)
-    like = jax.tree.map(_placed, saved.abstract(), saved_shardings)
-    params = restore_params(source.path, subtree=subtree, like=like)
-    wanted = model.abstract()
-    params = {name: tree for name, tree in params.items() if name in wanted}
-    if missing := [name for name in wanted if name not in params]:
-        shardings = tree_shardings(wanted, model.logical_axes(), mesh)
-        fresh = born_sharded(lambda rng: {name: model.init(rng)[name] for name in missing}, shardings, mesh, rng)
-        params |= fresh
-    if head == "scalar" and "scalar_head" not in missing:
-        params = _normalised(Path(source.path), params)
-    return Loaded(model, params, tokenizer, source.path)
-
-
-def _placed(leaf: Any, sharding: Any) -> Any:
-    struct: Any = jax.ShapeDtypeStruct
-    return struct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _normalised(run_dir: Path, params: Params) -> Params:
-    """gain * (w h + b) + bias, exactly, by scaling the head."""
-    file = run_dir / "reward_normalisation.json"
-    if not file.is_file():
-        return params
-    numbers = json.loads(file.read_text())
-    head = params["scalar_head"]
-    scaled = {"kernel": head["kernel"] * numbers["gain"], "bias": head["bias"] * numbers["gain"] + numbers["bias"]}
-    return params | {"scalar_head": scaled}
+    location = locate(source.path)
+    model, params, tokenizer = load_pretrained(
+        source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, rng=rng
+    )
+    chosen = {"compute_dtype": source.compute_dtype, "remat": source.remat}
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    model = dataclasses.replace(model, config=model.config.replace(**changes))
+    if source.pad_token is not None:
+        if source.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"ModelSource.pad_token = {source.pad_token!r}: not in the vocabulary of {source.path}")
+        tokenizer.pad_token = source.pad_token
+    _checked(model.config, tokenizer)
+    return Loaded(model, params, tokenizer, source.path, location.revision)
 
 
 @gin.register

@@ -1,0 +1,17 @@
+"""Weights in and out: run directories, Hugging Face directories, GGUF files and hub ids, with tokenizer and configuration."""
+
+from rlhf_jax.io.export import export_pretrained
+from rlhf_jax.io.load import Pretrained, load_pretrained
+from rlhf_jax.io.location import Location, locate
+from rlhf_jax.io.run_directory import read_model_card
+from rlhf_jax.io.tokenizers import load_tokenizer
+
+__all__ = [
+    "Location",
+    "Pretrained",
+    "export_pretrained",
+    "load_pretrained",
+    "load_tokenizer",
+    "locate",
+    "read_model_card",
+]

@@ -1,0 +1,153 @@
+"""`export_pretrained`: a directory that transformers (and what reads its format) loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.io.json_files import write_json
+from rlhf_jax.io.layout import parse
+from rlhf_jax.io.placing import names_of
+from rlhf_jax.io.tensors import INDEX, SINGLE, listed
+from rlhf_jax.io.tokenizers import save_tokenizer
+from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.models.families import config_to_hf, dimensions, weights_of
+from rlhf_jax.types import InputError, Params
+
+MAX_FILE_BYTES = 4 * 2**30
+
+
+def export_pretrained(
+    path: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write config.json, generation_config.json, safetensors files and the tokenizer with its chat template to ``path``.
+
+    Everything is written next to ``path`` and renamed at the end: a directory that exists is complete. Numbers are the
+    parameters bit for bit, in their dtype; `load_pretrained` gives them back. max_file_bytes: weights beyond it are
+    split over several files with an index; also the host memory that an export takes, above one stacked parameter.
+
+    Head "scalar" becomes LlamaForSequenceClassification with one label. transformers' score has no bias: ours is stored
+    as the tensor ``score.bias`` (when not zero), which transformers reports as unexpected, so its scores differ from
+    ours by that constant. transformers scores the last token that is not padding, ours the last token: padding must
+    therefore not be the end-of-sequence token.
+    Raises InputError: ``path`` exists, parameters of another model, a head or tokenizer that cannot be exported.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path}: already exists; give another directory or remove it")
+    fields = config_to_hf(model.config) | _special_ids(model.config, tokenizer)
+    _check_params(model, params)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write_weights(temporary, model.config, params, max_file_bytes)
+        write_json(temporary / "config.json", fields)
+        ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if model.config.has_lm:
+            write_json(temporary / "generation_config.json", {name: i for name, i in ids.items() if i is not None})
+        save_tokenizer(tokenizer, temporary)
+        _make_readable(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _make_readable(directory: Path) -> None:
+    """The permissions that open() and mkdir() would have given: mkdtemp and safetensors make theirs private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for file in directory.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
+def _special_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Beginning, end and padding of the tokenizer. Raises InputError when the model cannot be used with it."""
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"tokenizer: its {len(tokenizer)} tokens do not fit vocab_size = {config.vocab_size}")
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        raise InputError("tokenizer: has no end-of-sequence token; set tokenizer.eos_token")
+    if config.has_scalar and (pad is None or pad == eos):
+        raise InputError(
+            f"tokenizer: pad_token is {'absent' if pad is None else 'eos_token'}: transformers scores the last token that "
+            "is not padding, which would not be the last token; set tokenizer.pad_token to a token that ends no text"
+        )
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
+
+
+def _check_params(model: Model, params: Params) -> None:
+    """Raises InputError listing the parameters that are not the model's."""
+
+    def layout(tree: Any) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(at, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for at, x in leaves}
+
+    given, wanted = layout(params), layout(model.abstract())
+    if wrong := sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)):
+        told = [f"{n} is {given.get(n, 'missing')}, the model has {wanted.get(n, 'no such parameter')}" for n in wrong]
+        raise InputError(f"params: {listed(told)}")
+    if remote := [n for n, leaf in zip(given, jax.tree.leaves(params), strict=True) if not _is_here(leaf)]:
+        raise InputError(f"params: {listed(remote)} lies on several hosts; export from a single process")
+
+
+def _is_here(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Every (name, tensor), one stacked parameter on the host at a time; ``score.bias`` only when it says something."""
+    sizes = dimensions(config)
+    for weight in weights_of(config):
+        leaf: Any = params
+        for key in weight.ours.split("/"):
+            leaf = leaf[key]
+        host = np.asarray(leaf)
+        if weight.zero_when_absent and not host.any():
+            continue
+        layers = host if "{layer}" in weight.theirs else host[None]
+        for name, one in zip(names_of(weight, config), layers, strict=True):
+            yield name, parse(weight.layout).to_theirs(sizes, one)
+
+
+def _write_weights(directory: Path, config: ModelConfig, params: Params, max_file_bytes: int) -> None:
+    """One file, or as many as keep each at ``max_file_bytes`` (a single larger tensor has its own), and the index."""
+    parts: list[list[str]] = []
+    part: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(part, directory / f"part-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(part))
+        part.clear()
+
+    total = 0
+    for name, tensor in _tensors(config, params):
+        total += tensor.nbytes
+        if part and sum(other.nbytes for other in part.values()) + tensor.nbytes > max_file_bytes:
+            flush()
+        part[name] = tensor
+    flush()
+    if len(parts) == 1:
+        (directory / "part-0").rename(directory / SINGLE)
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(parts):
+        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        (directory / f"part-{number}").rename(directory / file)
+        places |= dict.fromkeys(names, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

@@ -1,0 +1,136 @@
+"""`load_pretrained`: a model from wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.io.gguf_file import open_gguf
+from rlhf_jax.io.json_files import read_json
+from rlhf_jax.io.location import Location, locate
+from rlhf_jax.io.placing import check_tensors, place
+from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
+from rlhf_jax.io.tensors import Tensors, open_safetensors
+from rlhf_jax.io.tokenizers import load_tokenizer, tokenizer_from_gguf
+from rlhf_jax.models import Head, Model, ModelConfig, unconstrained
+from rlhf_jax.models.families import config_from_hf, weights_of
+from rlhf_jax.parallel import RULES, ActivationConstraint, MeshConfig, born_sharded, make_mesh, tree_shardings
+from rlhf_jax.parallel.rules import Rules
+from rlhf_jax.types import InputError, Params, Rng
+
+
+class Pretrained(NamedTuple):
+    """A model ready to use: ``model, params, tokenizer = load_pretrained(path)``."""
+
+    model: Model
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    head: Head | None = None,
+    param_dtype: str | None = None,
+    rng: Rng | None = None,
+) -> Pretrained:
+    """A model from a run directory, a Hugging Face directory, a .gguf file or a hub id, its weights on their shards.
+
+    mesh: None = everything on the first device. rules: how weights lie on the mesh. head: None = the checkpoint's own;
+    "scalar" on a language model keeps the trunk and draws a fresh scalar head from ``rng``, "lm+scalar" likewise.
+    A reward run with reward_normalisation.json gets gain and bias folded into its scalar head. param_dtype: dtype of the
+    parameters, float32 or a run's own when None; conversions round to nearest even.
+    Raises InputError naming file, field or tensors, and the remedy.
+    """
+    opened = _open(locate(path))
+    config = opened.config.replace(
+        head=_chosen_head(opened.config.head, head, rng, path), param_dtype=param_dtype or opened.config.param_dtype
+    )
+    model = Model(config, unconstrained if mesh is None else ActivationConstraint(mesh))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh, rules)
+    params = opened.read(config, shardings)
+    if "scalar_head" in shardings and "scalar_head" not in params:
+
+        def fresh(rng: Rng) -> Params:
+            return {"scalar_head": model.init(rng)["scalar_head"]}
+
+        params |= born_sharded(fresh, shardings, mesh, rng)
+    return Pretrained(model, params, opened.tokenizer)
+
+
+class _Opened(NamedTuple):
+    """A checkpoint whose headers were read. config: as saved. read: (wanted configuration, shardings) -> the parameters
+    that both have, in the wanted dtype."""
+
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    read: Callable[[ModelConfig, Params], Params]
+
+
+def _chosen_head(saved: Head, wanted: Head | None, rng: Rng | None, path: str | Path) -> Head:
+    """The head to load under. Raises InputError when the checkpoint has no language-model head or no key was given."""
+    if wanted is None or wanted == saved:
+        return saved
+    if "lm" in wanted and "lm" not in saved:
+        raise InputError(
+            f"{path}: holds a reward or value model (head {saved!r}), which has no language-model head: head={wanted!r} "
+            "cannot be loaded from it; give the language model that it was made from"
+        )
+    if "scalar" in wanted and "scalar" not in saved and rng is None:
+        raise InputError(
+            f"{path}: has no scalar head and head={wanted!r} draws a fresh one: give rng=jax.random.key(...)"
+        )
+    return wanted
+
+
+def _open(location: Location) -> _Opened:
+    if location.kind == "run":
+        return _open_run(location.path)
+    if location.kind == "gguf":
+        fields, tensors, metadata = open_gguf(location.path)
+        return _open_foreign(fields, str(location.path), tensors, tokenizer_from_gguf(metadata, str(location.path)))
+    file = location.path / "config.json"
+    return _open_foreign(read_json(file), str(file), open_safetensors(location.path), load_tokenizer(location.path))
+
+
+def _open_foreign(
+    fields: Mapping[str, Any], where: str, tensors: Tensors, tokenizer: PreTrainedTokenizerBase
+) -> _Opened:
+    """A checkpoint of Hugging Face's layout. where: what holds ``fields``."""
+    family, saved = config_from_hf(fields, where)
+    table = weights_of(saved, family)
+    check_tensors(tensors, table, saved)
+
+    def read(wanted: ModelConfig, shardings: Params) -> Params:
+        needed = weights_of(wanted, family)
+        return place(tensors, [weight for weight in table if weight in needed], wanted, shardings)
+
+    return _Opened(saved, tokenizer, read)
+
+
+def _open_run(run_dir: Path) -> _Opened:
+    """A run directory of ours."""
+    saved, subtree = read_model_card(run_dir)
+
+    def read(wanted: ModelConfig, shardings: Params) -> Params:
+        both = {name: tree for name, tree in Model(saved).abstract().items() if name in shardings}
+        like = jax.tree.map(_placed, both, {name: shardings[name] for name in both})
+        params = read_parameters(run_dir, subtree, Model(saved).abstract(), like)
+        if wanted.head == "scalar" and saved.has_scalar:
+            params = normalised_scalar_head(run_dir, params)
+        return jax.tree.map(lambda leaf: leaf.astype(wanted.param_dtype), params)  # type: ignore[no-any-return]
+
+    return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
+
+
+def _placed(leaf: Any, sharding: Any) -> Any:
+    struct: Any = jax.ShapeDtypeStruct
+    return struct(leaf.shape, leaf.dtype, sharding=sharding)

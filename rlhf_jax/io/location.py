@@ -1,0 +1,91 @@
+"""What a path given by a user is: a run directory, a Hugging Face directory, a GGUF file, or a model on the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from rlhf_jax.io.run_directory import CARD
+from rlhf_jax.types import InputError
+
+Kind = Literal["run", "huggingface", "gguf"]
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+_WANTED = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """path: where the files lie on this machine. revision: the commit of a model from the hub, None for local paths."""
+
+    kind: Kind
+    path: Path
+    revision: str | None = None
+
+
+def locate(given: str | Path) -> Location:
+    """Find out what ``given`` is; a hub id (``name/model`` or ``name/model@revision``) is downloaded or taken from the cache.
+
+    What exists locally is local. Raises InputError when there is no such thing anywhere.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"{path}: a single file must be a .gguf; give the directory that holds the checkpoint")
+        return Location("gguf", path)
+    if path.is_dir():
+        return Location(_kind_of_directory(path), path)
+    match = _HUB_ID.fullmatch(str(given))
+    if match is None:
+        raise InputError(f"{given}: no such file or directory (and no hub id, which looks like name/model)")
+    snapshot = _download(match["repo"], match["revision"])
+    return Location("huggingface", snapshot, snapshot.name)
+
+
+def _kind_of_directory(path: Path) -> Kind:
+    if (path / CARD).is_file():
+        return "run"
+    if (path / "config.json").is_file():
+        return "huggingface"
+    if found := sorted(file.name for file in path.glob("*.gguf")):
+        raise InputError(f"{path}: give the file itself, for instance {path / found[0]}")
+    raise InputError(
+        f"{path}: neither a run directory ({CARD}) nor a checkpoint directory (config.json); is the path complete?"
+    )
+
+
+@functools.cache
+def _download(repo: str, revision: str | None) -> Path:
+    """The snapshot directory of a hub model, named after its commit. Once per process: all its readers see one commit."""
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{repo}: access to this model must be asked for on its hub page; then run `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repo}: the hub has no revision {revision!r} of it") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{repo}: no such directory here and no such model on the hub (private? `hf auth login`)"
+        ) from error
+    except HFValidationError as error:
+        raise InputError(
+            f"{repo}: no such directory here, and not a hub id ({' '.join(str(error).split())})"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:  # no network, offline mode, nothing in the cache
+        raise InputError(
+            f"{repo}: no such directory here, and the hub cannot be reached ({type(error).__name__}): check the path, or "
+            f"run `hf download {repo}` where there is a network and copy the directory"
+        ) from error

@@ -1,0 +1,128 @@
+"""From named tensors to parameters on their shards, tensor by tensor.
+
+Host memory above the model: one shard of one stacked parameter, and what one read of one tensor needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.io.layout import Layout, Window, parse
+from rlhf_jax.io.tensors import Tensors, listed
+from rlhf_jax.models import ModelConfig
+from rlhf_jax.models.families import DERIVED_TENSORS, Weight, dimensions
+from rlhf_jax.types import InputError, Params
+
+LM_HEAD = "lm_head.weight"
+
+
+def check_tensors(tensors: Tensors, table: Iterable[Weight], config: ModelConfig) -> None:
+    """Raises InputError listing every tensor that is missing, extra, of another shape, or of a dtype that is not read.
+
+    table: the rows of the checkpoint's own head. config: of the checkpoint. Two kinds of extra tensors are let through:
+    rotary frequencies of old transformers, and a copy of tied embeddings, which has to equal them.
+    """
+    sizes = dimensions(config)
+    expected: dict[str, tuple[int, ...]] = {}
+    wrong = []
+    for weight in table:
+        for name in names_of(weight, config):
+            if name in tensors.stored or not weight.zero_when_absent:
+                expected[name] = parse(weight.layout).their_shape(sizes)
+    stored = tensors.stored
+    if missing := sorted(expected.keys() - stored.keys()):
+        wrong.append(f"missing: {listed(missing)}")
+    extra = sorted(name for name in stored.keys() - expected.keys() if not re.fullmatch(DERIVED_TENSORS, name))
+    if LM_HEAD in extra and config.has_lm and _equals_the_embeddings(tensors, table):
+        extra.remove(LM_HEAD)
+    if extra:
+        wrong.append(f"not of this architecture: {listed(extra)}")
+    both = sorted(expected.keys() & stored.keys())
+    if reshaped := [
+        f"{n} {_words(stored[n].shape)}, not {_words(expected[n])}" for n in both if stored[n].shape != expected[n]
+    ]:
+        wrong.append(f"of another shape than config.json says: {listed(reshaped)}")
+    if retyped := [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in tensors.readable]:
+        wrong.append(f"of a dtype that is not read: {listed(retyped)} (read: {', '.join(sorted(tensors.readable))})")
+    if wrong:
+        raise InputError(f"{tensors.where}: tensors {'; '.join(wrong)}")
+
+
+def names_of(weight: Weight, config: ModelConfig) -> list[str]:
+    """The tensor names of a row: one per layer for a stacked parameter."""
+    if "{layer}" not in weight.theirs:
+        return [weight.theirs]
+    return [weight.theirs.format(layer=layer) for layer in range(config.num_layers)]
+
+
+def place(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardings: Params) -> Params:
+    """The parameters of ``table``'s rows, in config.param_dtype, on their shards.
+
+    shardings: one per parameter (others are ignored). Every process reads only what its own devices hold. Call
+    `check_tensors` first.
+    """
+    params: Params = {}
+    for weight in table:
+        *parents, leaf = weight.ours.split("/")
+        node, at = params, shardings
+        for key in parents:
+            node, at = node.setdefault(key, {}), at[key]
+        node[leaf] = _parameter(tensors, weight, config, at[leaf])
+    return params
+
+
+def _parameter(tensors: Tensors, weight: Weight, config: ModelConfig, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One parameter. Shards that several devices hold are read once."""
+    layout, sizes, dtype = parse(weight.layout), dimensions(config), jnp.dtype(config.param_dtype)
+    layers = (config.num_layers,) if "{layer}" in weight.theirs else ()
+    shape = layers + layout.our_shape(sizes)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = (part.indices(size) for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(tuple((start, stop) for start, stop, _ in bounds), []).append(device)
+    pieces = []
+    for bounds_of_shard, devices in holders.items():
+        shard = np.zeros([stop - start for start, stop in bounds_of_shard], dtype)
+        _fill(shard, tensors, weight, (layout, sizes), tuple(slice(*pair) for pair in bounds_of_shard))
+        for device in devices:
+            # Waiting keeps the host from holding the next shard while this one is still being copied.
+            pieces.append(jax.block_until_ready(jax.device_put(shard, device)))
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _fill(
+    shard: np.ndarray, tensors: Tensors, weight: Weight, how: tuple[Layout, Mapping[str, int]], window: Window
+) -> None:
+    """Write the part ``window`` of a parameter into ``shard`` (zeros until then), layer by layer."""
+    layout, sizes = how
+
+    def part(name: str, window: Window) -> np.ndarray:
+        return layout.to_ours(sizes, window, lambda theirs: tensors.read(name, theirs))
+
+    if "{layer}" in weight.theirs:
+        for row, layer in enumerate(range(window[0].start, window[0].stop)):
+            shard[row] = part(weight.theirs.format(layer=layer), window[1:])
+    elif weight.theirs in tensors.stored or not weight.zero_when_absent:
+        shard[...] = part(weight.theirs, window)
+
+
+def _equals_the_embeddings(tensors: Tensors, table: Iterable[Weight]) -> bool:
+    """Whether the checkpoint's output head is a copy of its embeddings, looked at a thousand rows at a time."""
+    name = next(weight.theirs for weight in table if weight.ours == "embed/embedding")
+    if name not in tensors.stored or tensors.stored[name].shape != tensors.stored[LM_HEAD].shape:
+        return False
+    rows, width = tensors.stored[name].shape
+    for start in range(0, rows, 1024):
+        window = (slice(start, min(start + 1024, rows)), slice(0, width))
+        if not np.array_equal(tensors.read(name, window), tensors.read(LM_HEAD, window)):
+            return False
+    return True
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

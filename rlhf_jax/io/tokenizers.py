@@ -1,0 +1,143 @@
+"""Tokenizers: read as the file says, written so that transformers 4 and 5 read the same, made from GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlhf_jax.io.json_files import read_json, write_json
+from rlhf_jax.types import InputError
+
+_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory, exactly as its tokenizer.json describes it.
+
+    Not through AutoTokenizer: transformers 5 rebuilds the pipeline from the class that tokenizer_config.json names (a
+    GPT2Tokenizer loses the digit splitting of SmolLM2 that way). Raises InputError when there is no tokenizer.json, or
+    when what was loaded is not what the file says.
+    """
+    file = Path(directory) / _FILE
+    if not file.is_file():
+        raise InputError(
+            f"{file}: no such file; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    described = read_json(file)
+    if (Path(directory) / _SETTINGS).is_file() and read_json(Path(directory) / _SETTINGS).get("auto_map"):
+        raise InputError(
+            f"{Path(directory) / _SETTINGS}: auto_map: the tokenizer brings its own code, which is never run"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from error
+    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if loaded[part] != described.get(part):
+            raise InputError(
+                f"{file}: transformers loads another {part} than the file describes; the texts would differ"
+            )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """tokenizer.json, tokenizer_config.json, special_tokens_map.json and, when there is one, chat_template.jinja.
+
+    tokenizer_config.json names PreTrainedTokenizerFast (transformers 4 does not know what transformers 5 writes there,
+    and any other class may rebuild the pipeline) and holds the chat template too, where older readers look for it.
+    """
+    tokenizer.save_pretrained(str(directory))
+    settings = read_json(directory / _SETTINGS)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("backend", "is_local", "local_files_only"):  # how it was loaded here
+        settings.pop(name, None)
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    write_json(directory / _SETTINGS, settings)
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    write_json(directory / "special_tokens_map.json", specials)
+
+
+# ---- GGUF
+
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _pre_tokenizer(kind: str, where: str) -> pre_tokenizers.PreTokenizer:
+    """What ``tokenizer.ggml.pre`` stands for (llama.cpp, src/llama-vocab.cpp: llm_tokenizer_bpe)."""
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind in ("gpt-2", "default"):
+        return bytes_of_words
+    if kind == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of_words])
+    if kind in ("llama-bpe", "llama3", "llama-v3"):
+        split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise InputError(
+        f"{where}: tokenizer.ggml.pre = {kind!r} is not known (gpt-2, smollm, llama-bpe are); "
+        "use the checkpoint's Hugging Face directory"
+    )
+
+
+def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedTokenizerBase:
+    """The byte-level BPE that the ``tokenizer.*`` metadata of a GGUF file describe. fields: key -> value.
+
+    Raises InputError for other kinds of tokenizer and for missing keys.
+    """
+    kind = fields.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise InputError(
+            f"{where}: tokenizer.ggml.model = {kind!r}: only byte-level BPE ('gpt2') is read; "
+            "use the checkpoint's Hugging Face directory"
+        )
+    for key in ("tokens", "merges", "pre", "eos_token_id"):
+        if f"tokenizer.ggml.{key}" not in fields:
+            raise InputError(f"{where}: tokenizer.ggml.{key} is missing; use the checkpoint's Hugging Face directory")
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    try:
+        model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"{where}: tokenizer.ggml.merges: {' '.join(str(error).split())}") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = _pre_tokenizer(fields["tokenizer.ggml.pre"], where)
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_special_tokens(tokenizer, tokens, fields.get("tokenizer.ggml.token_type", []))
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()}
+    if outside := [name for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)]:
+        raise InputError(f"{where}: the id of {', '.join(outside)} is not below the {len(tokens)} tokens")
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        _add_bos(tokenizer, tokens, ids["bos_token"], where)
+    longest = fields.get("llama.context_length")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **({} if longest is None else {"model_max_length": longest}),
+        clean_up_tokenization_spaces=False,
+        chat_template=fields.get("tokenizer.chat_template"),
+        **{name: tokens[i] for name, i in ids.items() if i is not None},
+    )
+
+
+def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
+    """Token types of GGUF: 3 = control (special), 4 = user defined (matched before splitting, but ordinary text)."""
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind == 3:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif kind == 4:
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+
+
+def _add_bos(tokenizer: Tokenizer, tokens: list[str], bos: int | None, where: str) -> None:
+    """Begin every text with the beginning-of-sequence token."""
+    if bos is None:
+        raise InputError(f"{where}: tokenizer.ggml.add_bos_token without bos_token_id; use the Hugging Face directory")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+    )
