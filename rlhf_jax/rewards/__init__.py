@@ -1,0 +1,24 @@
+"""Where a scalar comes from when no model gives it: programmatic rewards, functions of prompt rows, texts and endings."""
+
+from rlhf_jax.rewards.sentiment import (
+    SentimentCorpus,
+    SentimentModel,
+    SentimentScorer,
+    fit_sentiment,
+    opening_prompts,
+    read_sentences,
+    sentiment_scorer,
+)
+from rlhf_jax.rewards.support_desk import GoldScore, gold_score
+
+__all__ = [
+    "GoldScore",
+    "SentimentCorpus",
+    "SentimentModel",
+    "SentimentScorer",
+    "fit_sentiment",
+    "gold_score",
+    "opening_prompts",
+    "read_sentences",
+    "sentiment_scorer",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from rlhf_jax import data as data_room
 from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
+from rlhf_jax.evaluate import wilson_interval
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.io import load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Head, Model, ModelConfig
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
-from rlhf_jax.rewards import support_desk
+from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig
 from rlhf_jax.run.loop import LoopConfig
 from rlhf_jax.run.provenance import Input, write_atomically
@@ -43,6 +45,7 @@ for _configurable in (
     OptimizerConfig,
     PPOConfig,
     SamplingConfig,
+    SentimentCorpus,
     Template,
 ):
     gin.register(_configurable, module="rlhf_jax")
@@ -265,6 +268,16 @@ def prompt_file(path: str, template: Template, fields: Fields | None = None, lim
     return Records(records[:limit], [], template, files=(path,))
 
 
+@gin.register
+def sentiment_prompts(
+    corpus: SentimentCorpus, part: str = "prompts", sentiment: str = "positive", limit: int | None = None
+) -> Records:
+    """Openings of labelled sentences to continue, as plain text (as ``train``). part: "prompts", or "heldout" to compare
+    policies on; the reward is fitted on neither. sentiment: "positive", "negative" or "both"."""
+    prompts = opening_prompts(corpus, part, sentiment)
+    return Records(prompts[:limit], [], Template(style="raw"), files=tuple(corpus.files.values()))
+
+
 # ---- rewards
 
 ScoreTexts = Callable[[Sequence[Mapping[str, Any]], Sequence[str], Sequence[bool]], dict[str, list[float]]]
@@ -275,6 +288,25 @@ ScoreTexts = Callable[[Sequence[Mapping[str, Any]], Sequence[str], Sequence[bool
 def desk_gold() -> ScoreTexts:
     """The support desk's exact scorer: "gold" and "gold/COMPONENT" in [0, 1]."""
     return support_desk.score
+
+
+@gin.register
+def sentiment_scores(corpus: SentimentCorpus) -> ScoreTexts:
+    """How positive a continuation sounds: "sentiment" (the reward), "second_opinion", "words", "distinct".
+
+    Says on stderr how accurate both classifiers are on held-out continuations; raises InputError when one of them is
+    not better than chance there.
+    """
+    scorer = sentiment_scorer(corpus)
+    for name, model in (("reward", scorer.reward), ("second opinion", scorer.second)):
+        found = wilson_interval(*model.accuracy)
+        text = f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] of {found.n} held-out continuations"
+        if found.low <= 0.5:
+            raise InputError(
+                f"{corpus.directory}: sentiment {name} is right on {text}: no better than chance; give more"
+            )
+        print(f"sentiment {name}: right on {text}", file=sys.stderr)
+    return scorer
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
