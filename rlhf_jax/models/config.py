@@ -60,8 +60,11 @@ class ModelConfig:
                 raise InputError(f"ModelConfig.{name} = {value!r}: give a positive whole number")
         for name in ("rope_theta", "norm_epsilon"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise InputError(f"ModelConfig.{name} = {value!r}: give a positive number")
+        for name in ("tie_embeddings", "remat"):
+            if not isinstance(getattr(self, name), bool):  # gin reads 'False' as a string, which is true
+                raise InputError(f"ModelConfig.{name} = {getattr(self, name)!r}: give True or False")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"ModelConfig.num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}"
@@ -104,6 +107,8 @@ class ModelConfig:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{where}:{error.lineno}: not JSON ({error.msg})") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"{where}: expected a JSON object with the fields of ModelConfig")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise InputError(f"{where}: unknown fields {', '.join(unknown)}: written by another version?")
