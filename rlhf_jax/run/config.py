@@ -9,11 +9,13 @@ written); 3 a guard stopped the run; 130 / 143 stopped by SIGINT / SIGTERM after
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 import sys
 import tokenize
 import traceback
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from absl import flags
 from gin import config_parser
 
 from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, one_line, same_selector
+from rlhf_jax.run.gin_types import settled, wrong_type
 from rlhf_jax.types import InputError, RunStopped
 
 flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to add files, later ones win.")
@@ -132,10 +135,45 @@ def _parameters(configurable: str) -> list[str]:
     return list(inspect.signature(gin.config._REGISTRY.get_match(configurable).wrapped).parameters)
 
 
+def _wrapped(configurable: str) -> Any:
+    """The class or function behind a selector; None for what is not in the registry (gin's own)."""
+    found = gin.config._REGISTRY.get_match(configurable)
+    return found and found.wrapped
+
+
+def _hints(configurable: str) -> dict[str, Any]:
+    """{parameter: annotation}, and "return" of a function."""
+    made = _wrapped(configurable)
+    is_plain_class = isinstance(made, type) and not dataclasses.is_dataclass(made)
+    return typing.get_type_hints(made.__init__ if is_plain_class else made) if made else {}
+
+
+def _returns(reference: Name) -> Any:
+    """What '@scope/X()' gives."""
+    selector = reference.text.strip("@()").rsplit("/", 1)[-1]
+    made = _wrapped(selector)
+    return made if isinstance(made, type) else _hints(selector).get("return", Any)
+
+
+def _refuse_wrong_types(scanned: Sequence[Binding]) -> None:
+    """Raises InputError at the first binding whose value is not of its parameter's type."""
+
+    def full(selector: str) -> str | None:
+        found = gin.config._REGISTRY.get_match(selector)
+        return str(found.selector) if found else None
+
+    bindings, macros = settled(scanned, full)
+    for binding in bindings:
+        message = wrong_type(binding, macros, _hints(binding.selector).get(binding.argument, Any), _returns)
+        if message:
+            raise InputError(message)
+
+
 def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     """Parse and lock the gin configuration; returns its bindings with their places.
 
-    Unknown names are errors, never skipped. Raises InputError (one line).
+    Unknown names are errors, never skipped; so are values of another type than the parameter's annotation. Raises
+    InputError (one line).
     """
     scanned = scan(files, bindings)
     gin.add_config_file_search_path(str(REPOSITORY))
@@ -143,6 +181,7 @@ def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True, skip_unknown=False)
     except Exception as error:
         raise InputError(explain_parse(str(error), scanned, _configurables(), _parameters)) from error
+    _refuse_wrong_types(scanned)
     return scanned
 
 

@@ -172,8 +172,14 @@ def test_a_good_config_runs(program) -> None:
         pytest.param(
             GOOD + "OptimizerConfig.learning_rate = 'big'\n",
             [],
-            "OptimizerConfig: '>' not supported between instances of 'str' and 'int' (TypeError; --debug shows where)",
-            id="type error while building",
+            "x.gin:4: OptimizerConfig.learning_rate = 'big': must be a number",
+            id="wrong type",
+        ),
+        pytest.param(
+            GOOD + "run.other = @built()\nbuilt.size = 0\n",
+            [],
+            "built: integer division or modulo by zero (ZeroDivisionError; --debug shows where)",
+            id="any error while building",
         ),
         pytest.param(
             GOOD + "built.size = 2\n",
