@@ -49,7 +49,7 @@ def run(
 
     train = data.encode_all(records.train, encode).items
     heldout = data.encode_all(records.heldout, encode).items
-    rows = data.pack(train, batch.length) if batch.packed else train
+    rows, held_rows = (data.pack(side, batch.length) if batch.packed else side for side in (train, heldout))
     pad = tokenizer.pad_token_id
     batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)
 
@@ -61,20 +61,25 @@ def run(
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
 
+    def heldout_loss(params) -> Mean:
+        held = data.evaluation_batches(held_rows, batch_size=batch.batch_size, length=batch.length, pad_id=pad)
+        parts = [evaluate(params, to_global(part, devices)) for part in held]
+        return sum(parts[1:], parts[0])
+
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
         write_model_card(here.directory, network, tokenizer)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
+        if here.resumed_step == 0 and loop.evaluate_every:  # before any training, to compare with
+            here.record(0, {"heldout/loss": heldout_loss(state.params)})
         for step in here.steps(here.resumed_step, steps):
             tokens = next(batches)
             state, metrics = train_step(state, {}, to_global(tokens, devices))
             here.log(step, metrics, tokens=int(tokens.loss_mask.sum()))
             if here.evaluation_due(step):
-                held = data.evaluation_batches(heldout, batch_size=batch.batch_size, length=batch.length, pad_id=pad)
-                parts = [evaluate(state.params, to_global(part, devices)) for part in held]
-                here.record(step, {"heldout/loss": sum(parts[1:], parts[0])})
+                here.record(step, {"heldout/loss": heldout_loss(state.params)})
             here.save(step, state, {"data": batches.get_state()})
 
 

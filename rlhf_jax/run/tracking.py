@@ -84,12 +84,14 @@ class Tracker:
         if jax.process_index() != 0:
             return
         for name in ("metrics", "timing"):
-            cut(run_dir / f"{name}.jsonl", resumed_step)
+            cut(run_dir / f"{name}.jsonl", resumed_step or -1)  # a fresh start writes step 0 (evaluations) again too
             self._files[name] = (run_dir / f"{name}.jsonl").open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter  # a slow import that programs without it need not pay
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0
+            )
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line to metrics.jsonl, and to TensorBoard what is a finite number."""

@@ -56,6 +56,14 @@ def test_resume_removes_later_and_torn_lines(tmp_path: Path) -> None:
     assert (tmp_path / "timing.jsonl").read_text() == "".join(lines[:3])
 
 
+def test_a_fresh_start_removes_step_0_of_an_attempt_without_checkpoint(tmp_path: Path) -> None:
+    for _ in range(2):
+        tracker = Tracker(tmp_path, "sft", resumed_step=0, tensorboard=False)
+        tracker.write(0, {"heldout/loss": 2.0})
+        tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "stage": "sft", "heldout/loss": 2.0}\n'
+
+
 def test_a_torn_line_at_the_restored_step_goes_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "stage": "s"}\n{"step": 2, "stage": "s", "loss": 0.')
