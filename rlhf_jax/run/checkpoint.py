@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from rlhf_jax.run.provenance import fingerprint_path
+from rlhf_jax.run.provenance import fingerprint_path, is_complete_step
 from rlhf_jax.types import InputError, Params, RunStopped
 
 Layout = dict[str, list[Any]]
@@ -34,17 +34,11 @@ def checkpoint_dir(run_dir: str | Path) -> Path:
     return Path(run_dir).absolute() / "checkpoints"
 
 
-def _is_complete(step_dir: Path) -> bool:
-    """Whether both items were committed. Orbax itself counts an empty directory as a step and then fails to restore."""
-    parts = (step_dir / "state" / "_METADATA", step_dir / "host" / "metadata")
-    return all(part.is_file() and part.stat().st_size > 0 for part in parts)
-
-
 def saved_steps(run_dir: str | Path) -> list[int]:
     """The complete steps of a run, ascending; [] when there is none. Reads directory names only."""
     directory = checkpoint_dir(run_dir)
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit() and _is_complete(directory / name))
+    return sorted(int(name) for name in names if name.isdigit() and is_complete_step(directory / name))
 
 
 def latest_step(run_dir: str | Path) -> int | None:
@@ -112,7 +106,7 @@ class Checkpoints:
         self.directory = checkpoint_dir(run_dir)
         if jax.process_index() == 0 and self.directory.is_dir():
             for entry in self.directory.iterdir():
-                if entry.name.isdigit() and not _is_complete(entry):
+                if entry.name.isdigit() and not is_complete_step(entry):
                     _set_aside(entry)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)

@@ -232,7 +232,7 @@ def bound_config() -> BoundConfig:
 # ---- comparing
 
 
-def _values(text: str) -> dict[str, Any]:
+def bound_values(text: str) -> dict[str, Any]:
     """{'scope/selector.argument': value} of a gin text with the macros replaced by their values."""
     raw = _from_text(text)
     macros = {"/".join(filter(None, key[:2])): value for key, value in raw.items() if not key[2]}
@@ -253,7 +253,7 @@ def changes(old: str, new: str) -> list[Change]:
     Give it operative texts: a default written out then equals the default left alone, and a default that the code has
     changed since shows. ``lr = 1e-3; O.lr = %lr`` and ``O.lr = 0.001`` are equal.
     """
-    before, after = _values(old), _values(new)
+    before, after = bound_values(old), bound_values(new)
     keys = sorted(before.keys() | after.keys())
     return [
         Change(k, before.get(k), after.get(k))

@@ -16,7 +16,6 @@ the program exits at once, with the same codes. A second signal exits at once, w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -26,20 +25,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax.run.checkpoint import Checkpoints, checkpoint_dir, latest_step
-from rlhf_jax.run.config import BoundConfig, Change, changes
+from rlhf_jax.run.config import BoundConfig
 from rlhf_jax.run.progress import Display
-from rlhf_jax.run.provenance import Input, describe, read_provenance, write_atomically, write_provenance
+from rlhf_jax.run.provenance import Input, describe, write_atomically, write_provenance
+from rlhf_jax.run.resume import lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
 from rlhf_jax.run.tracking import Metrics, Tracker, fetch, stop_if_not_finite
 from rlhf_jax.types import InputError
-
-OURS = {".lock", "config.gin", "operative_config.gin", "provenance.json"}
 
 
 @dataclass(frozen=True)
@@ -230,72 +228,6 @@ class Run:
 # ---- opening
 
 
-def _lock(directory: Path) -> IO[str]:
-    """Hold RUN_DIR/.lock until this process ends. Raises InputError when another process holds it."""
-    file = (directory / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise InputError(f"{directory}: in use by {owner}; wait for it, stop it, or use another run_dir") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
-    return file
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """Raises InputError when ``directory`` holds files and is not a run: nothing is written into a mistyped path."""
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: not a directory; give another run_dir")
-    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
-    if names and not names & OURS:
-        raise InputError(f"{directory}: not empty and not a run ({sorted(names)[0]} is there); give another run_dir")
-
-
-def _refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, step: int) -> None:
-    """Raises InputError by name when a resumed run is not the run that was begun.
-
-    now: {"stage", "seed", "inputs"}. A path may move when it still holds the same content.
-    """
-    before = read_provenance(directory)
-    stored = directory / "operative_config.gin"
-    if before is None or not stored.is_file():
-        raise InputError(
-            f"{directory}: has checkpoints but no provenance.json or operative_config.gin; use another run_dir"
-        )
-    remedy = f"put it back, or use a new run_dir ({directory} is at step {step})"
-    for key in ("stage", "seed"):
-        if before[key] != now[key]:
-            raise InputError(f"{key} changed from {before[key]!r} to {now[key]!r}: {remedy}")
-    old, new = ({entry["name"]: entry for entry in entries} for entries in (before["inputs"], now["inputs"]))
-    if old.keys() != new.keys():
-        raise InputError(f"inputs changed from {sorted(old)} to {sorted(new)}: {remedy}")
-    for name in sorted(old):
-        if old[name]["fingerprint"] != new[name]["fingerprint"]:
-            raise InputError(
-                f"input {name!r}: the content of {new[name]['path']} is not what the run began with: {remedy}"
-            )
-    cwd = before["launches"][-1]["working_directory"]
-    moves = {(old[name]["path"], new[name]["path"]) for name in old}
-    refused = [
-        f"{change.key} changed from {change.old!r} to {change.new!r}"
-        for change in changes(stored.read_text(), operative)
-        if not change.allowed and not _is_move(change, cwd, moves)
-    ]
-    if refused:
-        raise InputError(f"{'; '.join(refused)}: may not change on resume; {remedy}")
-
-
-def _is_move(change: Change, old_cwd: str, moves: set[tuple[str, str]]) -> bool:
-    """Whether a key changed only because an input (its content already compared) lies elsewhere now."""
-    if not isinstance(change.old, str) or not isinstance(change.new, str):
-        return False
-    return (str(Path(old_cwd, change.old)), str(Path(change.new).absolute())) in moves
-
-
 @contextlib.contextmanager
 def open_run(
     run_dir: str | Path,
@@ -313,18 +245,19 @@ def open_run(
     A directory without a checkpoint has nothing to lose: its configuration may change freely.
     """
     directory = Path(run_dir).absolute()
-    _refuse_foreign(directory)
+    refuse_foreign(directory, stage)
+    refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]
     first = jax.process_index() == 0
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with contextlib.ExitStack() as stack:
         if first:
-            stack.callback(_lock(directory).close)
+            stack.callback(lock(directory).close)
         signals = stack.enter_context(Signals())
         resumed = latest_step(directory) or 0
         now = {"stage": stage, "seed": seed, "inputs": described}
         if resumed:
-            _refuse_changes(directory, now, bound.operative, resumed)
+            refuse_changes(directory, now, bound.operative, resumed)
         if first:
             write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed)
             write_atomically(directory / "config.gin", bound.config)

@@ -1,7 +1,8 @@
 """Where a run comes from: versions, commit, devices, command, and the content of everything it read.
 
-``RUN_DIR/provenance.json`` holds ``stage``, ``seed``, ``inputs`` (name, path, fingerprint, for a run directory also its
-step) and ``launches``, one entry for the first start and each resume. ``lineage`` follows the inputs back.
+``RUN_DIR/provenance.json`` holds ``stage``, ``seed``, ``inputs`` (name, path, fingerprint; of a run directory also its
+step and the fingerprint of its configuration; of a file that a run wrote also that run) and ``launches``, one entry for
+the first start and each resume. ``lineage`` follows the inputs back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +71,38 @@ def fingerprint_path(path: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def is_complete_step(step_dir: Path) -> bool:
+    """Whether both items were committed. Orbax itself counts an empty directory as a step and then fails to restore."""
+    parts = (step_dir / "state" / "_METADATA", step_dir / "host" / "metadata")
+    return all(part.is_file() and part.stat().st_size > 0 for part in parts)
+
+
 def _newest_step(run_dir: Path) -> int | None:
-    steps = [int(p.name) for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and (p / "state").is_dir()]
+    steps = [int(p.name) for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and is_complete_step(p)]
     return max(steps, default=None)
 
 
 def describe(given: Input) -> dict[str, Any]:
-    """The entry of an input: name, absolute path, fingerprint; for a run directory the fingerprint of its newest step.
+    """The entry of an input: ``name``, absolute ``path``, ``fingerprint``.
 
-    A run directory's logs go on changing (a later resume); the weights another run read do not.
+    For a run directory the fingerprint is that of its newest complete ``step``: its logs go on changing (a later
+    resume), the weights another run read do not. A file that lies in a run directory was ``made_by`` that run. Either
+    way ``config`` is the sha256 of that run's operative_config.gin, None when it has none.
     """
     if given.fingerprint is not None:
-        return asdict(given)
+        return {"name": given.name, "path": given.path, "fingerprint": given.fingerprint}
     path = Path(given.path).absolute()
-    step = _newest_step(path) if (path / FILE).is_file() else None
-    if step is not None:
-        content = fingerprint_path(path / "checkpoints" / str(step))
-        return {"name": given.name, "path": str(path), "step": step, "fingerprint": content}
+    entry: dict[str, Any] = {"name": given.name, "path": str(path)}
+    run = path if path.is_dir() else path.parent
+    if (run / FILE).is_file():
+        step = _newest_step(run) if run == path else None
+        entry |= {} if step is None else {"step": step}
+        entry |= {} if run == path else {"made_by": str(run)}
+        config = run / "operative_config.gin"
+        entry["config"] = _hash_file(config) if config.is_file() else None
+    content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
     try:
-        return {"name": given.name, "path": str(path), "fingerprint": fingerprint_path(path)}
+        return {**entry, "fingerprint": fingerprint_path(content)}
     except InputError as error:
         raise InputError(f"input {given.name!r}: {error}; what is not local needs a fingerprint") from error
 
@@ -173,8 +187,8 @@ def lineage(run_dir: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """The tree of what made a run, down to files that no run made: {path, stage, seed, commit, inputs: [{name, ...}]}.
 
     Each input carries its entry of provenance.json; ``state``: 'recorded', 'missing' when nothing is at its path any
-    more, with verify=True 'same' or 'changed' after hashing its content again; and, when it is a run itself, its own
-    tree under ``run``.
+    more, with verify=True 'same' or 'changed' after hashing its content again; and, when it is a run itself or a file
+    that a run wrote, the tree of that run under ``run``.
     Raises InputError when ``run_dir`` has no provenance.json.
     """
     content = read_provenance(run_dir)
@@ -196,6 +210,7 @@ def _ancestor(entry: dict[str, Any], verify: bool) -> dict[str, Any]:
         content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
         same = content.exists() and fingerprint_path(content) == entry["fingerprint"]
         node["state"] = "same" if same else "changed"
-    if (path / FILE).is_file():
-        node["run"] = lineage(path, verify=verify)
+    run = Path(entry.get("made_by", path))
+    if (run / FILE).is_file():
+        node["run"] = lineage(run, verify=verify)
     return node

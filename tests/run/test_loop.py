@@ -196,8 +196,13 @@ def test_more_steps_complete_and_fewer(tmp_path: Path, capsys: pytest.CaptureFix
     assert train(tmp_path / "r", 4) == []
     assert "already complete (4 steps)" in capsys.readouterr().err
     assert train(tmp_path / "r", 6) == [5, 6]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").glob("*.*") if path.name != ".lock"}
     with pytest.raises(InputError, match="already at step 6, asked for 5"):
         train(tmp_path / "r", 5)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").glob("*.*") if path.name != ".lock"}
+    with pytest.raises(InputError, match=r"run\.steps = 0: give a whole number >= 1"):
+        train(tmp_path / "new", 0)
+    assert not (tmp_path / "new").exists()
     assert [entry["step"] for entry in read_lines(tmp_path / "r" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -258,7 +263,18 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
         train(tmp_path / "photos" / "a.jpg", 1)
     with pytest.raises(InputError, match="no such file"):
         train(tmp_path / "new", 1, inputs=(Input("data", str(tmp_path / "absent")),))
+    with pytest.raises(InputError, match=r"a\.jpg.*cannot make it"):
+        train(tmp_path / "photos" / "a.jpg" / "run", 1)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_another_stage_is_left_alone_even_without_a_checkpoint(tmp_path: Path) -> None:
+    with open_run(tmp_path / "r", stage="generate", bound=bound(), seed=0, loop=LoopConfig(tensorboard=False)):
+        pass
+    before = (tmp_path / "r" / "provenance.json").read_bytes()
+    with pytest.raises(InputError, match="belongs to a run of stage 'generate', this is 'toy'; give another run_dir"):
+        train(tmp_path / "r", 1)
+    assert (tmp_path / "r" / "provenance.json").read_bytes() == before
 
 
 def test_host_values_are_checked_and_steps_must_start_where_the_run_is(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_inputs(tmp_path: Path) -> None:
 
 def make_run(run_dir: Path, stage: str, *inputs: Input) -> None:
     run_dir.mkdir()
+    (run_dir / "operative_config.gin").write_text(f"run.stage = {stage!r}\n")
     with Checkpoints(run_dir, 1) as checkpoints:
         checkpoints.save(2, {"params": {"w": jnp.ones(2)}}, {})
     entries = [describe(given) for given in inputs]
@@ -68,6 +69,37 @@ def test_lineage_goes_back_to_the_roots(tmp_path: Path) -> None:
     assert lineage(tmp_path / "sft", verify=True)["inputs"][0]["state"] == "missing"
     with pytest.raises(InputError, match="give the directory of a run"):
         lineage(tmp_path)
+
+
+def test_a_file_that_a_run_wrote_leads_to_that_run(tmp_path: Path) -> None:
+    """Comparisons are what ties a reward model to the policy that wrote the replies."""
+    make_run(tmp_path / "sft", "sft")
+    make_run(tmp_path / "replies", "generate", Input("model", str(tmp_path / "sft")))
+    file = tmp_path / "replies" / "comparisons.jsonl"
+    file.write_text("{}\n")
+    make_run(tmp_path / "rm", "reward", Input("data", str(file)))
+    (entry,) = (read_provenance(tmp_path / "rm") or {})["inputs"]
+    config = sha(b"run.stage = 'generate'\n")
+    made_by = str(tmp_path / "replies")
+    assert entry == {
+        "name": "data",
+        "path": str(file),
+        "made_by": made_by,
+        "config": config,
+        "fingerprint": sha(b"{}\n"),
+    }
+    (node,) = lineage(tmp_path / "rm", verify=True)["inputs"]
+    assert (node["state"], node["run"]["stage"]) == ("same", "generate")
+    assert node["run"]["inputs"][0]["run"]["stage"] == "sft"
+
+
+def test_a_step_that_was_never_completed_is_not_the_newest(tmp_path: Path) -> None:
+    make_run(tmp_path / "sft", "sft")
+    half = tmp_path / "sft" / "checkpoints" / "7" / "state"
+    half.mkdir(parents=True)
+    (half / "part").write_text("x")
+    entry = describe(Input("policy", str(tmp_path / "sft")))
+    assert (entry["step"], entry["fingerprint"]) == (2, fingerprint(tmp_path / "sft", 2))
 
 
 def test_facts_and_launches(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""What a directory must be before a run may open it, and what a resumed run may not change. Every refusal comes before
+anything is written."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rlhf_jax.run.config import Change, bound_values, changes
+from rlhf_jax.run.provenance import read_provenance
+from rlhf_jax.types import InputError
+
+OURS = {"config.gin", "operative_config.gin", "provenance.json"}
+STEPS = ("run.steps", "run.iterations")
+"""How an experiment may call its number of steps."""
+
+
+def lock(directory: Path) -> IO[str]:
+    """Hold DIRECTORY/.lock until the file is closed or this process ends. Raises InputError when another holds it."""
+    file = (directory / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise InputError(f"{directory}: in use by {owner}; wait for it, stop it, or use another run_dir") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
+
+
+def refuse_foreign(directory: Path, stage: str) -> None:
+    """Raises InputError when ``directory`` holds files and is no run of this stage: nothing is written into a mistyped
+    path, and no run's record is overwritten by another program's."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: not a directory; give another run_dir")
+    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    if names - {".lock"} and not names & OURS:
+        raise InputError(f"{directory}: not empty and not a run ({sorted(names)[0]} is there); give another run_dir")
+    theirs = (read_provenance(directory) or {}).get("stage", stage)
+    if theirs != stage:
+        raise InputError(f"{directory}: belongs to a run of stage {theirs!r}, this is {stage!r}; give another run_dir")
+
+
+def refuse_steps(directory: Path, operative: str, step: int) -> None:
+    """Raises InputError when the steps asked for are none, or fewer than the run has done already."""
+    for key, asked in bound_values(operative).items():
+        if key not in STEPS or not isinstance(asked, int):
+            continue
+        if asked < 1:
+            raise InputError(f"{key} = {asked}: give a whole number >= 1")
+        if asked < step:
+            raise InputError(
+                f"{directory}: already at step {step}, asked for {asked} ({key}): ask for more, or a new run_dir"
+            )
+
+
+def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, step: int) -> None:
+    """Raises InputError by name when a resumed run is not the run that was begun.
+
+    now: {"stage", "seed", "inputs"}. A path may move when it still holds the same content.
+    """
+    before = read_provenance(directory)
+    stored = directory / "operative_config.gin"
+    if before is None or not stored.is_file():
+        raise InputError(
+            f"{directory}: has checkpoints but no provenance.json or operative_config.gin; use another run_dir"
+        )
+    remedy = f"put it back, or use a new run_dir ({directory} is at step {step})"
+    for key in ("stage", "seed"):
+        if before[key] != now[key]:
+            raise InputError(f"{key} changed from {before[key]!r} to {now[key]!r}: {remedy}")
+    old, new = ({entry["name"]: entry for entry in entries} for entries in (before["inputs"], now["inputs"]))
+    if old.keys() != new.keys():
+        raise InputError(f"inputs changed from {sorted(old)} to {sorted(new)}: {remedy}")
+    for name in sorted(old):
+        if old[name]["fingerprint"] != new[name]["fingerprint"]:
+            raise InputError(
+                f"input {name!r}: the content of {new[name]['path']} is not what the run began with: {remedy}"
+            )
+    cwd = before["launches"][-1]["working_directory"]
+    moves = {(old[name]["path"], new[name]["path"]) for name in old}
+    refused = [
+        f"{change.key} changed from {change.old!r} to {change.new!r}"
+        for change in changes(stored.read_text(), operative)
+        if not change.allowed and not _is_move(change, cwd, moves)
+    ]
+    if refused:
+        raise InputError(f"{'; '.join(refused)}: may not change on resume; {remedy}")
+
+
+def make_directory(directory: Path) -> None:
+    """Raises InputError when it cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot make it ({error.strerror}); give another run_dir") from error
+
+
+def _is_move(change: Change, old_cwd: str, moves: set[tuple[str, str]]) -> bool:
+    """Whether a key changed only because an input (its content already compared) lies elsewhere now."""
+    if not isinstance(change.old, str) or not isinstance(change.new, str):
+        return False
+    return (str(Path(old_cwd, change.old)), str(Path(change.new).absolute())) in moves
