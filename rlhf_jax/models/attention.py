@@ -41,9 +41,19 @@ def attend(
     mask: Bool[Array, "B S C"],
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "B S G R K"]:
-    """Softmax attention; scores and softmax in float32, the result in the dtype of ``value``."""
-    scale = query.shape[-1] ** -0.5
-    scores = jnp.einsum("bsgrk,bgck->bgrsc", query, key, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * scale, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgrsc,bgck->bsgrk", weights, value, precision=precision)
+    """Softmax attention; scores and softmax in float32, the result in the dtype of ``value``.
+
+    The R query heads of a key/value head are rows of ONE matrix, and the sum of the weights divides the [S, K] result
+    instead of the [S, C] weights: both save a pass over the largest array there is here.
+    """
+    batch, length, groups, per_group, size = query.shape
+    rows = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * length, size)
+    scores = jnp.einsum("bgqk,bgck->bgqc", rows, key, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, per_group, length, -1) * size**-0.5
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)  # [B, G, R, S, 1], at least 1
+    rows = weights.astype(value.dtype).reshape(batch, groups, per_group * length, -1)
+    mixed = jnp.einsum("bgqc,bgck->bgqk", rows, value, precision=precision, preferred_element_type=jnp.float32)
+    mixed = (mixed.reshape(batch, groups, per_group, length, size) / total).astype(value.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4)

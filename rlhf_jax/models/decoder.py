@@ -29,7 +29,11 @@ def _precision(config: ModelConfig) -> jax.lax.Precision | None:
 
 
 class Kernel(nnx.Module):
-    """A weight matrix, N(0, 1/fan_in) truncated at two sigma, applied by an einsum."""
+    """A weight matrix, N(0, 1/fan_in) truncated at two sigma, applied by an einsum over rows (``n`` = B * S).
+
+    Rows and not [B, S]: the gradient of the weights then contracts over one dimension. Over two, XLA on a CPU writes a
+    transposed copy of the activations first, which doubles the backward pass of a small model.
+    """
 
     def __init__(
         self, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, *, rngs: nnx.Rngs
@@ -39,7 +43,10 @@ class Kernel(nnx.Module):
         self._dtype, self._precision = config.dtype, _precision(config)
 
     def __call__(self, equation: str, x: Array) -> Array:
-        return jnp.einsum(equation, x, self.kernel[...].astype(self._dtype), precision=self._precision)
+        """x: [B, S, ...]; the equation sees [n, ...]."""
+        rows = x.reshape(-1, *x.shape[2:])
+        out = jnp.einsum(equation, rows, self.kernel[...].astype(self._dtype), precision=self._precision)
+        return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
 class RMSNorm(nnx.Module):
@@ -69,9 +76,9 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "B S D"], positions: Int32[Array, "B S"]) -> tuple[Array, Array, Array]:
         """Rotated queries [B, S, G, R, K], rotated keys [B, G, S, K] and values [B, G, S, K]."""
         config = self._config
-        query = rotary(self.query("bsd,dhk->bshk", x), positions, config.rope_theta)
-        key = rotary(self.key("bsd,dgk->bsgk", x), positions, config.rope_theta)
-        value = self.value("bsd,dgk->bsgk", x)
+        query = rotary(self.query("nd,dhk->nhk", x), positions, config.rope_theta)
+        key = rotary(self.key("nd,dgk->ngk", x), positions, config.rope_theta)
+        value = self.value("nd,dgk->ngk", x)
         groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads)
         query = query.reshape(*query.shape[:2], *groups, config.head_dim)
         return query, key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -79,7 +86,7 @@ class Attention(nnx.Module):
     def __call__(self, query: Array, key: Array, value: Array, mask: Array) -> Float[Array, "B S D"]:
         """Attend and project back to the residual stream."""
         mixed = attend(query, key, value, mask, _precision(self._config))
-        return self.output("bshk,hkd->bsd", mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1]))
+        return self.output("nhk,hkd->nd", mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1]))
 
 
 class GatedMLP(nnx.Module):
@@ -92,7 +99,7 @@ class GatedMLP(nnx.Module):
         self.down = Kernel(config, (f, d), ("mlp", "embed"), f, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.down("bsf,fd->bsd", jax.nn.silu(self.gate("bsd,df->bsf", x)) * self.up("bsd,df->bsf", x))
+        return self.down("nf,fd->nd", jax.nn.silu(self.gate("nd,df->nf", x)) * self.up("nd,df->nf", x))
 
 
 class Block(nnx.Module):
