@@ -231,7 +231,8 @@ def update(
     """Epochs x minibatches of ``train_step`` in one scan.
 
     Metrics are summed over all of them (token means over the whole update); ``identity/*`` are those of the first
-    minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding.
+    minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding. ``identity/identity_gap`` is
+    the largest |log ratio| of that minibatch (with microbatches: the sum of each one's largest, never less).
     """
     indices = minibatch_indices(rng, batch.advantages.shape[0], config)
 
@@ -247,7 +248,9 @@ def update(
     first: dict[str, Mean] = jax.tree.map(lambda x: x[0], metrics)
     for name in ("identity_gap", "approx_kl_k2", "clip_fraction", "ratio"):
         merged[f"identity/{name}"] = first[name]
-    del merged["identity_gap"]  # a maximum: summing it over minibatches means nothing
+    # A maximum does not merge by addition: the mean of the microbatches' maxima would hide one bad row from the guard.
+    merged["identity/identity_gap"] = Mean(first["identity_gap"].total, jnp.ones(()))
+    del merged["identity_gap"]
     return state, merged
 
 

@@ -1,0 +1,139 @@
+"""One device and eight: the same losses, gradients, metrics and updated parameters, the same sampled tokens."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import learn, rollout
+from rlhf_jax.models import Model
+from rlhf_jax.parallel import ActivationConstraint, born_sharded, to_global, tree_shardings
+from rlhf_jax.testing import MESHES_OF_EIGHT, bytes_per_device, mesh_of, random_params, random_prompts, tiny_config
+from rlhf_jax.types import Completions, PairBatch, PolicyBatch, TokenBatch
+
+ROWS, LENGTH = 16, 10
+EOS = tuple(range(2, 12))  # ten of 64 tokens: some rows end, some do not
+SAMPLING = rollout.SamplingConfig(temperature=0.7, max_new_tokens=6)
+
+
+def random_tokens(seed: int) -> TokenBatch:
+    """Rows of different lengths and with different numbers of targets, the worst case for means of means."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, LENGTH + 1, ROWS)
+    real = np.arange(LENGTH) < lengths[:, None]
+    targets = real & (np.arange(LENGTH) >= rng.integers(1, lengths)[:, None])
+    tokens = np.where(real, rng.integers(3, 64, real.shape), 0).astype(np.int32)
+    positions = np.where(real, np.arange(LENGTH), 0).astype(np.int32)
+    return TokenBatch(tokens, positions, real.astype(np.int32), targets)
+
+
+def model_of(mesh, head: str) -> Model:
+    return Model(tiny_config(head=head), ActivationConstraint(mesh))
+
+
+def placed(model: Model, seed: int, mesh):
+    return jax.device_put(random_params(model, seed), tree_shardings(model.abstract(), model.logical_axes(), mesh))
+
+
+@functools.lru_cache
+def completed() -> Completions:
+    """Completions of a policy on one device."""
+    mesh = mesh_of()
+    model = model_of(mesh, "lm")
+    sample = jax.jit(functools.partial(rollout.generate, model, sampling=SAMPLING, eos_ids=EOS, pad_id=0))
+    return jax.device_get(sample(placed(model, 0, mesh), random_prompts(0, ROWS, 4, 64), jax.random.key(5)))
+
+
+def policy_batch() -> PolicyBatch:
+    done, rng = completed(), np.random.default_rng(1)
+    noise = {name: rng.standard_normal(done.mask.shape).astype(np.float32) for name in ("old", "values", "adv", "ret")}
+    return PolicyBatch(
+        completions=done,
+        old_logprobs=np.where(done.mask, done.logprobs + 0.1 * noise["old"], 0),
+        old_values=np.where(done.mask, noise["values"], 0),
+        advantages=np.where(done.mask, noise["adv"], 0),
+        returns=np.where(done.mask, noise["ret"], 0),
+        value_mask=done.mask,
+    )
+
+
+def sft(mesh):
+    model = model_of(mesh, "lm")
+    loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs, model))
+    return loss, placed(model, 0, mesh), random_tokens(0)
+
+
+def reward(mesh):
+    model = model_of(mesh, "scalar")
+    loss = learn.make_reward_loss(functools.partial(rollout.sequence_scores, model), centring=0.1)
+    margin = np.linspace(0, 1, ROWS, dtype=np.float32)
+    return loss, placed(model, 0, mesh), PairBatch(random_tokens(0), random_tokens(1), margin)
+
+
+def ppo(mesh):
+    policy, value = model_of(mesh, "lm"), model_of(mesh, "scalar")
+    models = rollout.RolloutModels(policy, policy, value, None)
+
+    def policy_fn(params, done):
+        return rollout.policy_and_values(models, params["policy"], params["value"], done, temperature=0.7)
+
+    loss = learn.make_ppo_loss(policy_fn, learn.PPOConfig(entropy_coefficient=0.01, dual_clip=3.0))
+    return loss, {"policy": placed(policy, 0, mesh), "value": placed(value, 1, mesh)}, policy_batch()
+
+
+ALGORITHMS = {"sft": sft, "reward": reward, "ppo": ppo}
+
+
+@functools.lru_cache
+def gradients(algorithm: str, sizes: tuple[int, int, int], microbatches: int):
+    mesh = mesh_of(*sizes)
+    loss, params, batch = ALGORITHMS[algorithm](mesh)
+    call = jax.jit(lambda params, batch: learn.gradients(loss, params, {}, batch, jax.random.key(0), microbatches))
+    return jax.device_get(call(params, to_global(batch, mesh)))
+
+
+@pytest.mark.parametrize(("algorithm", "mesh"), [("sft", "fsdp"), ("sft", "all"), ("reward", "all"), ("ppo", "all")])
+def test_eight_devices_and_two_microbatches_give_the_gradients_of_one_device(algorithm, mesh):
+    (one, metrics), (eight, others) = gradients(algorithm, (1, 1, 1), 1), gradients(algorithm, MESHES_OF_EIGHT[mesh], 2)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(eight), strict=True):
+        scale = np.abs(a).max()
+        assert scale > 0, f"no gradient at {path}"
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * scale, err_msg=str(path))
+    assert metrics.keys() == others.keys()
+    for name in metrics.keys() - {"identity_gap"}:  # a maximum, see learn.update
+        np.testing.assert_allclose(others[name].value(), metrics[name].value(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "all"])
+def test_rollouts_have_the_same_tokens(mesh):
+    mesh = mesh_of(*MESHES_OF_EIGHT[mesh])
+    model = model_of(mesh, "lm")
+    sample = jax.jit(functools.partial(rollout.generate, model, sampling=SAMPLING, eos_ids=EOS, pad_id=0))
+    params, prompts = placed(model, 0, mesh), to_global(random_prompts(0, ROWS, 4, 64), mesh)
+    got, expected = jax.device_get(sample(params, prompts, jax.random.key(5))), completed()
+    assert 0 < expected.ended.sum() < ROWS
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_the_state_keeps_its_place_over_donated_steps():
+    """Parameters and moments come back split as they went in: a state that ends up whole everywhere is not sharded."""
+    mesh = mesh_of(2, 2, 2)
+    loss, params, batch = sft(mesh)
+    optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-2), steps=10)
+    step = jax.jit(learn.make_train_step(loss, optimizer), donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    state = born_sharded(lambda p: learn.initial_state(p, optimizer, jax.random.key(0)), shardings, mesh, params)
+    before = jax.tree.map(lambda leaf: (leaf.sharding, leaf.ndim), state)
+    held = bytes_per_device(state)
+    for expected_step in (1, 2):
+        state, metrics = step(state, {}, to_global(batch, mesh))
+        assert int(state.step) == expected_step and jnp.isfinite(metrics["loss"].value())
+    assert bytes_per_device(state) == held
+    after = jax.tree.map(lambda leaf, was: leaf.sharding.is_equivalent_to(*was), state, before)
+    assert all(jax.tree.leaves(after))
