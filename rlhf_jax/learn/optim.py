@@ -19,7 +19,8 @@ class OptimizerConfig:
     """learning_rate: peak. schedule: after the warm-up, over the rest of the run down to ``final_fraction`` of the peak.
     warmup_steps: linear from 0. adam: "optax" adds epsilon after bias correction (PyTorch, optax), "tf" before it
     (TensorFlow, as in Ziegler et al. 2019; with epsilon 1e-5 the early steps differ up to 16-fold). weight_decay:
-    decoupled, on matrices only. max_grad_norm: clip by global norm, None for none.
+    decoupled, on matrices only. max_grad_norm: clip by global norm, None for none. Moments are float32 whatever the
+    parameters' dtype.
     """
 
     learning_rate: float = 1e-5
@@ -37,8 +38,6 @@ class OptimizerConfig:
         bounds = {
             "learning_rate": (0, 10),
             "final_fraction": (0, 1),
-            "b1": (0, 1),
-            "b2": (0, 1),
             "epsilon": (0, 1),
             "weight_decay": (0, 10),
         }
@@ -46,14 +45,21 @@ class OptimizerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise InputError(f"OptimizerConfig.{name} = {value!r}: give a number in [{low}, {high}]")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise InputError(
+                    f"OptimizerConfig.{name} = {value!r}: give a number in [0, 1)"
+                )  # 1 never forgets: 0 / 0
         if self.schedule not in SCHEDULES:
             raise InputError(f"OptimizerConfig.schedule = {self.schedule!r}: one of {', '.join(SCHEDULES)}")
         if self.adam not in ("optax", "tf"):
             raise InputError(f"OptimizerConfig.adam = {self.adam!r}: 'optax' or 'tf'")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise InputError(f"OptimizerConfig.warmup_steps = {self.warmup_steps!r}: give a whole number >= 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise InputError(f"OptimizerConfig.max_grad_norm = {self.max_grad_norm!r}: give a positive number or None")
+        norm = self.max_grad_norm
+        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, int | float) or not norm > 0):
+            raise InputError(f"OptimizerConfig.max_grad_norm = {norm!r}: give a positive number or None")
 
 
 def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:
@@ -108,11 +114,17 @@ def make_optimizer(config: OptimizerConfig, steps: int, updates_per_step: int = 
     else:
         adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm is not None else []
-    parts.append(adam)
+    parts.append(optax.GradientTransformation(lambda params: adam.init(_as_float32(params)), adam.update))
     if config.weight_decay:
         # Norm scales are [D], or [L, D] when stacked; kernels have at least one axis more.
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_matrices))
     return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)))
+
+
+def _as_float32(params: Any) -> Any:
+    """Moments of bfloat16 parameters in their own dtype would round away a 0.999 decay, and the state would change dtype
+    in its first step (gradients are float32)."""
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def _matrices(params: Any) -> Any:
