@@ -2,74 +2,183 @@
 
     python experiments/pipeline.py --gin_file=configs/pipeline/quickstart.gin
 
-Finished stages are skipped (each experiment resumes its own run directory), so the same command goes on after a stop. A
-stage's provenance.json names the run directories and fingerprints it started from.
+The same command goes on after a stop: a finished stage is skipped while its configuration and everything it read are
+what they were, and every experiment resumes its own run directory. SIGTERM and Ctrl-C are passed on to the stage under
+way, which saves first. A stage's provenance.json names the run directories, configurations and checkpoint fingerprints
+it started from; RUN_DIR/pipeline.json holds what each stage was asked for and when it finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 
 from rlhf_jax.evaluate.report import write_report
-from rlhf_jax.run import bound_config, launch
+from rlhf_jax.run import (
+    STOPPED,
+    Input,
+    bound_config,
+    fingerprint_asked,
+    launch,
+    lock,
+    make_directory,
+    read_provenance,
+    run_child,
+    scan,
+    settable,
+)
+from rlhf_jax.run.provenance import describe, write_atomically
 from rlhf_jax.types import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = "pipeline.json"
 
 
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """name: sub-directory of run_dir. experiment: script name. macros: gin macros that name earlier stages' directories.
-    bindings: more gin bindings. done: the file that says this stage is complete (None: let the stage resume itself)."""
+    """name: sub-directory of run_dir. experiment: script name. gin_file: its configuration. macros: gin macros of that
+    file with paths of earlier stages, relative to run_dir: ('BASE', 'base'). bindings: more gin bindings."""
 
     name: str
     experiment: str
     gin_file: str
     macros: tuple[tuple[str, str], ...] = ()
     bindings: tuple[str, ...] = ()
-    done: str | None = None
 
     def __post_init__(self) -> None:
         if not (ROOT / "experiments" / f"{self.experiment}.py").is_file():
             raise InputError(f"Stage.experiment = {self.experiment!r}: no experiments/{self.experiment}.py")
+        if not self.name.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"Stage.name = {self.name!r}: letters, digits, - and _ only; it names a directory")
 
 
 @gin.configurable
 def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
-    """stages: run in order; the first that fails stops the pipeline with its exit code in the message."""
-    bound_config()
+    """stages: in order; the first that fails ends the pipeline with its exit code. seed: of every stage."""
+    bound = bound_config()
     directory = Path(run_dir).absolute()
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-    }
-    for number, stage in enumerate(stages, 1):
-        print(f"[{number}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
-        if stage.done is not None and (directory / stage.name / stage.done).is_file():
-            continue
-        macros = {"RUN_DIR": str(directory / stage.name)} | {name: str(directory / path) for name, path in stage.macros}
-        bindings = [f"{name} = {value!r}" for name, value in macros.items()] + [f"SEED = {seed}", *stage.bindings]
-        began = time.monotonic()
-        command = [sys.executable, str(ROOT / "experiments" / f"{stage.experiment}.py"), f"--gin_file={stage.gin_file}"]
-        finished = subprocess.run(
-            [*command, *(f"--gin_bindings={binding}" for binding in bindings)], env=environment, check=False
-        )
-        if finished.returncode:
-            raise RunStopped(f"stage {stage.name} ended with exit code {finished.returncode}; its message is above")
-        print(f"    {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    report = write_report(directory, [stage.name for stage in stages])
+    check(stages, seed)
+    _refuse_foreign(directory, [stage.name for stage in stages])
+    make_directory(directory)
+    with lock(directory):
+        record = _read_record(directory) | {"config": bound.config}
+        # What compiles once compiles for every stage and every later start; a cache of the user's own comes first.
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+        } | os.environ
+        for number, stage in enumerate(stages, 1):
+            print(f"[{number}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
+            asked = fingerprint_asked(scan([stage.gin_file], bindings(stage, Path(), seed)))
+            if _is_finished(directory / stage.name, record["stages"].get(stage.name), asked):
+                print("    finished before", file=sys.stderr, flush=True)
+                continue
+            began = time.monotonic()
+            code = run_child(command(stage, directory, seed), environment)
+            if code:
+                _fail(stage, code)
+            seconds = time.monotonic() - began
+            print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
+            entry = {"experiment": stage.experiment, "gin_file": stage.gin_file, "asked": asked}
+            record["stages"][stage.name] = entry | {"seconds": round(seconds, 1), "finished": _now()}
+            write_atomically(directory / RECORD, json.dumps(record, indent=2) + "\n")
+        report = write_report(directory, [stage.name for stage in stages])
     print(f"report: {report}")
+
+
+def bindings(stage: Stage, directory: Path, seed: int) -> list[str]:
+    """The gin bindings of a stage whose pipeline lives in ``directory``."""
+    scanned = scan([stage.gin_file], [])
+    values = {
+        settable(scanned, "run.run_dir"): str(directory / stage.name),
+        settable(scanned, "run.seed"): seed,
+        **{name: str(directory / path) for name, path in stage.macros},
+    }
+    return [f"{name} = {value!r}" for name, value in values.items()] + list(stage.bindings)
+
+
+def command(stage: Stage, directory: Path, seed: int) -> list[str]:
+    """What runs a stage."""
+    flags = [f"--gin_file={stage.gin_file}", *(f"--gin_bindings={text}" for text in bindings(stage, directory, seed))]
+    return [sys.executable, str(ROOT / "experiments" / f"{stage.experiment}.py"), *flags]
+
+
+def check(stages: Sequence[Stage], seed: int) -> None:
+    """Raises InputError for what can be seen before the first stage starts: files, syntax, macros, order."""
+    before: list[str] = []
+    for stage in stages:
+        if stage.name in before:
+            raise InputError(f"run.stages: two are named {stage.name!r}; give each a name of its own")
+        scanned = scan([stage.gin_file], list(stage.bindings))
+        defined = {binding.selector for binding in scanned if not binding.argument}
+        for name, path in stage.macros:
+            if name not in defined:
+                known = ", ".join(sorted(defined)) or "none"
+                raise InputError(f"{stage.name}/Stage.macros: {stage.gin_file} has no macro {name}; it defines {known}")
+            if path.split("/")[0] not in before:
+                raise InputError(
+                    f"{stage.name}/Stage.macros: {name} = {path!r} is not below a stage before it "
+                    f"({', '.join(before) or 'there is none'})"
+                )
+        scan([stage.gin_file], bindings(stage, Path(), seed))
+        before.append(stage.name)
+
+
+def _refuse_foreign(directory: Path, names: Sequence[str]) -> None:
+    found = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    if found and not found & {RECORD, ".lock", *names}:
+        raise InputError(f"{directory}: not empty and not a pipeline's ({min(found)} is there); give another run_dir")
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    file = directory / RECORD
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {"stages": {}}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: damaged ({error}); delete it: finished stages are then looked at again") from error
+
+
+def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:
+    """Whether a stage ended well with this configuration, and everything it read is still what it read then."""
+    made = read_provenance(run_dir)
+    if entry is None or entry["asked"] != asked or made is None:
+        return False
+    local = [given for given in made["inputs"] if Path(given["path"]).is_absolute()]
+    return all(
+        Path(given["path"]).exists()
+        and describe(Input(given["name"], given["path"]))["fingerprint"] == given["fingerprint"]
+        for given in local
+    )
+
+
+def _fail(stage: Stage, code: int) -> None:
+    """Leaves with the exit code of the stage."""
+    if code in STOPPED:
+        print(f"stopped in stage {stage.name}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(code)
+    killed = " (killed; out of memory?)" if code == 137 else ""
+    message = f"stage {stage.name} ended with exit code {code}{killed}; its message is above"
+    if code == 2:
+        raise InputError(message)
+    if code == 3:
+        raise RunStopped(message)
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 if __name__ == "__main__":

@@ -4,12 +4,25 @@
 """
 
 from rlhf_jax.run.checkpoint import Checkpoints, fingerprint, latest_step, restore_params, saved_steps
-from rlhf_jax.run.config import BoundConfig, Change, bound_config, changes, launch, parse, scan
+from rlhf_jax.run.child import STOPPED, run_child
+from rlhf_jax.run.config import (
+    BoundConfig,
+    Change,
+    bound_config,
+    changes,
+    fingerprint_asked,
+    launch,
+    parse,
+    scan,
+    settable,
+)
 from rlhf_jax.run.loop import LoopConfig, Run, due, open_run
 from rlhf_jax.run.provenance import Input, fingerprint_path, lineage, read_provenance
+from rlhf_jax.run.resume import lock, make_directory
 from rlhf_jax.run.tracking import Tracker, fetch
 
 __all__ = [
+    "STOPPED",
     "BoundConfig",
     "Change",
     "Checkpoints",
@@ -22,14 +35,19 @@ __all__ = [
     "due",
     "fetch",
     "fingerprint",
+    "fingerprint_asked",
     "fingerprint_path",
     "latest_step",
     "launch",
     "lineage",
+    "lock",
+    "make_directory",
     "open_run",
     "parse",
     "read_provenance",
     "restore_params",
+    "run_child",
     "saved_steps",
     "scan",
+    "settable",
 ]

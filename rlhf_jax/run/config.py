@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
 import inspect
 import sys
 import tokenize
@@ -122,6 +123,29 @@ def scan(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
         for statement, place in _statements(text, lambda _line, _text, text=text: f"--gin_bindings={text!r}"):  # type: ignore[misc]
             if isinstance(statement, config_parser.BindingStatement):
                 found.append(_binding(statement, place, included=False))
+    return found
+
+
+def fingerprint_asked(scanned: Sequence[Binding]) -> str:
+    """sha256 of what bindings ask for: places, comments, order and overridden bindings do not count."""
+    bindings, macros = settled(scanned, lambda selector: selector)
+    lines = [f"{b.scope}/{b.selector}.{b.argument} = {b.value!r}\n" for b in bindings]
+    lines += [f"{name} = {value!r}\n" for name, value in macros.items()]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def settable(scanned: Sequence[Binding], parameter: str) -> str:
+    """What to bind so that ``parameter`` gets another value: the macro it is given, or else itself.
+
+    With ``run.seed = %SEED`` that is SEED: binding run.seed would leave the macro dead, and whatever else reads it as
+    it was.
+    """
+    macros = {b.selector: b.value for b in scanned if not b.argument and not b.scope}
+    values = [b.value for b in scanned if not b.scope and f"{b.selector}.{b.argument}" == parameter]
+    found, value = parameter, values[-1] if values else None
+    while isinstance(value, Name) and value.text[0] == "%" and value.text[1:] in macros:
+        found = value.text[1:]
+        value = macros.pop(found)
     return found
 
 

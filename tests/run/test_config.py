@@ -13,7 +13,7 @@ from subprocess import PIPE
 
 import pytest
 
-from rlhf_jax.run.config import Change, changes, scan
+from rlhf_jax.run.config import Change, changes, fingerprint_asked, scan, settable
 from rlhf_jax.run.gin_errors import Name
 from rlhf_jax.types import InputError
 
@@ -275,3 +275,27 @@ def test_changes_expands_macros_and_names_keys() -> None:
 def test_scan_refuses_what_is_not_gin() -> None:
     with pytest.raises(InputError, match=r"--gin_bindings='run.steps 3'.*cannot read gin"):
         scan([], ["run.steps 3"])
+
+
+def test_settable_is_the_macro_behind_a_parameter() -> None:
+    scanned = scan([], ["SEED = 0", "OTHER = %SEED", "run.seed = %OTHER", "run.run_dir = 'x'", "run.steps = %UNKNOWN"])
+    assert settable(scanned, "run.seed") == "SEED"
+    assert settable(scanned, "run.run_dir") == "run.run_dir"
+    assert settable(scanned, "run.steps") == "run.steps"
+    assert settable(scanned, "run.absent") == "run.absent"
+    assert settable(scan([], ["A = %B", "B = %A", "run.seed = %A"]), "run.seed") == "B"  # a circle ends
+
+
+def test_fingerprint_of_what_is_asked_for(tmp_path: Path) -> None:
+    def of(*bindings: str) -> str:
+        return fingerprint_asked(scan([], bindings))
+
+    (tmp_path / "a.gin").write_text("# comment\nX.q = 2\n\nM=1\nX.p = %M\n")
+    same = fingerprint_asked(scan([str(tmp_path / "a.gin")], []))
+    assert of("M = 1", "X.p = 0", "X.p = %M", "X.q = 2") == same
+    others = [
+        of("M = 2", "X.p = %M", "X.q = 2"),
+        of("M = 1", "X.p = 1", "X.q = 2"),
+        of("M = 1", "a/X.p = %M", "X.q = 2"),
+    ]
+    assert len({same, *others}) == 4
