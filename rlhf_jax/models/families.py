@@ -79,6 +79,14 @@ _LLAMA_FIELDS = {
     "rms_norm_eps": "norm_epsilon",
     "tie_word_embeddings": "tie_embeddings",
 }
+_LLAMA_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+}
 LLAMA = Family(
     fields=_LLAMA_FIELDS,
     defaults={
@@ -88,20 +96,13 @@ LLAMA = Family(
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
     },
-    fixed={
-        "hidden_act": ("silu",),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "attention_dropout": (0, None),
-        "pretraining_tp": (1, None),
-        "rope_interleaved": (False, None),
-    },
+    fixed=_LLAMA_FIXED,
     weights=LLAMA_WEIGHTS,
 )
 MISTRAL = Family(
     fields=_LLAMA_FIELDS,
     defaults=dict(LLAMA.defaults) | {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},
-    fixed={"hidden_act": ("silu",), "attention_dropout": (0, None), "sliding_window": (None,)},
+    fixed=_LLAMA_FIXED | {"sliding_window": (None,)},
     weights=LLAMA_WEIGHTS,
 )
 _ABSENT_IS_NOT_FIXED = {"sliding_window": 4096}
@@ -175,8 +176,6 @@ def config_from_hf(fields: Mapping[str, Any], where: str) -> tuple[Family, Model
         if theirs not in fields and theirs not in family.defaults:
             raise InputError(f"{where}: {theirs} is missing; take config.json and weights from the same checkpoint")
         values[ours] = fields.get(theirs, family.defaults.get(theirs))
-    if not isinstance(values["tie_embeddings"], bool):
-        raise InputError(f"{where}: tie_word_embeddings = {values['tie_embeddings']!r}: must be true or false")
     if values["num_kv_heads"] is None:
         values["num_kv_heads"] = values["num_heads"]
     if values["head_dim"] is None:

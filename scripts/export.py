@@ -1,0 +1,73 @@
+"""A run directory as a Hugging Face style directory, which transformers and what reads its format load.
+
+    python scripts/export.py --run_dir=runs/support_desk/ppo --out=exports/ppo
+
+Writes config.json, generation_config.json, safetensors, the tokenizer and its chat template. A reward run becomes
+LlamaForSequenceClassification with one label, its reward normalisation folded into the head. The run's provenance.json
+goes along, so that the lineage of what is trained from the export goes back to the run. --run_dir also takes whatever
+else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub id.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import app, flags
+
+from rlhf_jax.io import export_pretrained, load_pretrained, locate
+from rlhf_jax.types import InputError
+
+
+def export() -> None:
+    """Raises InputError for what cannot be read or written."""
+    given = flags.FLAGS
+    out = Path(given.out)
+    if out.exists():
+        raise InputError(f"--out: {out} already exists; give another directory or remove it")
+    model, params, tokenizer = load_pretrained(given.run_dir, head=given.head, param_dtype=given.dtype)
+    if given.pad_token is not None:
+        if given.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
+        tokenizer.pad_token = given.pad_token
+    export_pretrained(out, model, params, tokenizer)
+    provenance = locate(given.run_dir).path / "provenance.json"
+    if provenance.is_file():
+        shutil.copyfile(provenance, out / provenance.name)
+    print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's own parser ends in a page of usage."""
+    try:
+        rest: list[str] = flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+    if len(rest) > 1:
+        print(f"error: unexpected argument {rest[1]!r}; everything is a flag (--help lists them)", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
+def main(_: list[str]) -> None:
+    """One line and exit code 2 for what the user can get wrong."""
+    try:
+        export()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("run_dir", None, "Run directory of train_sft, train_reward or train_ppo.", required=True)
+    flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
+    flags.DEFINE_enum("head", None, ["lm", "scalar"], "Which head, for a model that has both.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; default: as saved.")
+    flags.DEFINE_string("pad_token", None, "Padding token; a reward model's must not be the end of sequence.")
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,246 @@
+"""GGUF files, written here with the gguf package's own writer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from llama_files import llama_fields, llama_tensors, write_checkpoint
+
+from rlhf_jax.io import load_pretrained
+from rlhf_jax.io.gguf_file import open_gguf
+from rlhf_jax.io.tokenizers import tokenizer_from_gguf
+from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
+from rlhf_jax.types import InputError
+
+FIELDS = llama_fields(intermediate_size=64, head_dim=8, rms_norm_eps=1e-5, rope_theta=100000.0)
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+KINDS = {"ffn_down": Kind.Q4_1, "ffn_up": Kind.Q8_0, "attn_q": Kind.Q8_0, "attn_k": Kind.Q4_1, "ffn_gate": Kind.F16}
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    if name.startswith("model.layers."):
+        layer, rest = name.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    return NAMES[name.removesuffix(".weight")] + ".weight"
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's LlamaModel.permute: rows i and i + head_dim / 2 of a head become neighbours."""
+    rows = weight.shape[0] // heads
+    return weight.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, fields: dict[str, Any], *, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Write a file; returns the numbers it holds, under Hugging Face's names and in its order. keys: more metadata."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(fields["num_hidden_layers"])
+    writer.add_context_length(fields["max_position_embeddings"])
+    writer.add_embedding_length(fields["hidden_size"])
+    writer.add_feed_forward_length(fields["intermediate_size"])
+    writer.add_head_count(fields["num_attention_heads"])
+    writer.add_head_count_kv(fields["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
+    writer.add_rope_freq_base(fields["rope_theta"])
+    writer.add_rope_dimension_count(fields["head_dim"])
+    writer.add_vocab_size(fields["vocab_size"])
+    vocabulary = byte_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*tokens, "ab"])
+    writer.add_token_types([3] * 3 + [1] * 257)
+    writer.add_token_merges(["a b"])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    for key, value in (keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
+    held = {}
+    for name, tensor in llama_tensors(fields).items():
+        kind = KINDS.get(gguf_name(name).split(".")[-2], Kind.F32)
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        data = gguf.quantize(tensor, kind)
+        held[name] = gguf.dequantize(data, kind)
+        if heads is not None:
+            data = interleaved(data, fields[heads])  # whole rows move, and a row is quantised by itself
+        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fsdp", [None, 4])
+def test_a_gguf_file_is_the_checkpoint_it_was_made_from(tied: bool, fsdp: int | None, tmp_path: Path) -> None:
+    fields = FIELDS | {"tie_word_embeddings": tied}
+    held = write_gguf(tmp_path / "model.gguf", fields)
+    write_checkpoint(tmp_path / "hf", fields, held)
+    mesh = None if fsdp is None else make_mesh(MeshConfig(fsdp=fsdp, tensor=2))
+    model, params, tokenizer = load_pretrained(tmp_path / "model.gguf", mesh=mesh)
+    other, same, _ = load_pretrained(tmp_path / "hf")
+    assert model.config == other.config  # norm_epsilon 1e-5 exactly, although the file keeps a float32
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(same))
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.encode("cab") == [3 + ord("c"), 259]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+
+
+def test_absent_keys_follow_from_others(tmp_path: Path) -> None:
+    """Sizes of the vocabulary and of a head are often left out."""
+    held = write_gguf(tmp_path / "model.gguf", FIELDS)
+    fields, tensors, metadata = open_gguf(tmp_path / "model.gguf")
+    assert fields["head_dim"] == 8 and "head_dim" not in metadata
+    assert {name: stored.shape for name, stored in tensors.stored.items()} == {n: t.shape for n, t in held.items()}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type = 'linear'"),
+        ({"llama.rope.scaling.factor": 2.0}, "llama.rope.scaling.factor"),
+        ({"llama.expert_count": 8}, "llama.expert_count = 8"),
+        ({"llama.attention.value_length": 16}, "llama.attention.value_length = 16"),
+        ({"llama.logit_scale": 2.0}, "llama.logit_scale = 2.0"),
+    ],
+)
+def test_keys_that_change_the_computation_are_refused(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", FIELDS, keys=keys)
+    with pytest.raises(InputError, match=f"{words}.*not implemented"):
+        load_pretrained(tmp_path / "model.gguf")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, FIELDS)
+    content = path.read_bytes()
+    for damaged in (b"GGUF", b"", b"PK\x03\x04" + content[4:], content[:2000], content[:-64]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="not a whole GGUF file"):
+            load_pretrained(path)
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="general.architecture = 'mamba' is not supported; supported: llama"):
+        load_pretrained(tmp_path / "other.gguf")
+
+
+def test_a_tensor_that_is_not_known_is_named(tmp_path: Path) -> None:
+    """Llama 3.1 files say their rotary scaling with such a tensor and in no key."""
+    fields = llama_fields(intermediate_size=64)
+    original = NAMES | {}
+    NAMES["model.norm"] = "rope_freqs"
+    try:
+        write_gguf(tmp_path / "model.gguf", fields)
+    finally:
+        NAMES.update(original)
+    with pytest.raises(InputError, match="missing: model.norm.weight; not of this architecture: rope_freqs.weight"):
+        load_pretrained(tmp_path / "model.gguf")
+
+
+# ---- tokenizers
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    """What a converter writes of a byte-pair encoding trained on the spot."""
+    trained = train_bpe_tokenizer(["costs 2026 dollars, not 1999"] * 9, 300)
+    vocabulary = trained.get_vocab()
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+
+
+def test_the_tokenizer_of_the_metadata_is_the_original() -> None:
+    trained = train_bpe_tokenizer(["costs 2026 dollars, not 1999"] * 9, 300)
+    made = tokenizer_from_gguf(metadata(), "x.gguf")
+    for text in ["", "costs  1999", "not<|eos|> 20 26\n\n dollars", "Grüße 🙂"]:
+        assert made.encode(text) == trained.encode(text)
+        assert made.decode(made.encode(text)) == text
+    assert made.decode(made.encode("not<|eos|>"), skip_special_tokens=True) == "not"
+
+
+def test_pre_tokenizers_differ_where_they_should() -> None:
+    def pieces(kind: str, text: str) -> list[str]:
+        made = tokenizer_from_gguf(metadata(pre=kind), "x.gguf")
+        return [piece for piece, _ in made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert pieces("smollm", "x  5 1234") == ["x", "ĠĠ", "5", "Ġ", "1", "2", "3", "4"]
+    assert pieces("gpt-2", "x  5 1234") == ["x", "Ġ", "Ġ5", "Ġ1234"]
+    assert pieces("llama-bpe", "x  5 1234") == ["x", "Ġ", "Ġ", "5", "Ġ", "123", "4"]
+    assert pieces("llama-bpe", "it'S ok\n\n") == ["it", "'S", "Ġok", "ĊĊ"]
+
+
+def test_a_file_may_ask_for_a_first_token() -> None:
+    plain = tokenizer_from_gguf(metadata(), "x.gguf")
+    made = tokenizer_from_gguf(metadata(add_bos_token=True), "x.gguf")
+    assert made.encode("not") == [1, *plain.encode("not")]
+    assert made.encode("not", add_special_tokens=False) == plain.encode("not")
+
+
+def test_llama_3_begins_with_bos_and_takes_whole_words_first() -> None:
+    """llama.cpp: ignore_merges and add_bos of its llama-bpe. 'sd' is a token that no merge makes."""
+    tokens = [*metadata()["tokenizer.ggml.tokens"], "sd"]
+    made = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens), "x.gguf")
+    assert made.encode("sd") == [1, len(tokens) - 1]
+    assert len(tokenizer_from_gguf(metadata(tokens=tokens), "x.gguf").encode("sd")) == 2
+    without = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens, add_bos_token=False), "x.gguf")
+    assert without.encode("sd") == [len(tokens) - 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "llama"}, "only byte-level BPE.*Hugging Face directory"),
+        ({"pre": "qwen9"}, "tokenizer.ggml.pre = 'qwen9' is not known"),
+        ({"merges": ["zz yy"]}, "tokenizer.ggml.merges"),
+        ({"eos_token_id": 4000}, "eos_token is not below the 273 tokens"),
+        ({"tokens": ["a", "a", "b"]}, "tokenizer.ggml.tokens: 'a' is there twice"),
+        ({"add_bos_token": True, "bos_token_id": None}, "add_bos_token without bos_token_id"),
+    ],
+)
+def test_metadata_that_make_no_tokenizer(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=f"^x.gguf: .*{words}"):
+        tokenizer_from_gguf(metadata(**changes), "x.gguf")
+
+
+@pytest.mark.parametrize("key", ["tokens", "merges", "pre", "eos_token_id"])
+def test_metadata_that_lack_a_key(key: str) -> None:
+    fields = metadata()
+    del fields[f"tokenizer.ggml.{key}"]
+    with pytest.raises(InputError, match=f"tokenizer.ggml.{key} is missing"):
+        tokenizer_from_gguf(fields, "x.gguf")

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rlhf_jax.io.layout import Window, parse, whole
+
+SIZES = {"h": 3, "k": 2, "d": 4}
+
+
+def reader(stored: np.ndarray, asked: list[Window]):
+    def read(window: Window) -> np.ndarray:
+        asked.append(window)
+        return stored[window]
+
+    return read
+
+
+def test_a_layout_by_hand() -> None:
+    """Rows are 3 heads of 2; the number in row 2 h + k, column d goes to [d, h, k]."""
+    layout = parse("(h k) d -> d h k")
+    assert layout.their_shape(SIZES) == (6, 4) and layout.our_shape(SIZES) == (4, 3, 2)
+    stored = np.arange(24).reshape(6, 4)
+    ours = layout.to_ours(SIZES, whole((4, 3, 2)), lambda window: stored[window])
+    assert ours[1, 2, 0] == stored[4, 1] == 17
+    assert all(ours[d, h, k] == stored[2 * h + k, d] for d, h, k in np.ndindex(4, 3, 2))
+
+
+@pytest.mark.parametrize("text", ["(h k) d -> d h k", "d (h k) -> h k d", "h d -> d h", "h k -> h k", "d -> d"])
+def test_a_window_is_the_same_part_of_the_whole_and_reads_no_more(text: str) -> None:
+    layout = parse(text)
+    stored = np.random.default_rng(0).standard_normal(layout.their_shape(SIZES))
+    complete = layout.to_ours(SIZES, whole(layout.our_shape(SIZES)), lambda window: stored[window])
+    np.testing.assert_array_equal(layout.to_theirs(SIZES, complete), stored)
+    bounds = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in layout.our_shape(SIZES)]
+    for window in itertools.product(*bounds):
+        asked: list[Window] = []
+        part = layout.to_ours(SIZES, window, reader(stored, asked))
+        np.testing.assert_array_equal(part, complete[window])
+        # of an axis (h k) whole blocks of k are read, whatever part of a block is wanted
+        cut = "(h k)" in text and part.shape[layout.ours.index("k")] < SIZES["k"]
+        assert sum(stored[one].size for one in asked) == part.size * (SIZES["k"] if cut else 1)
+
+
+def test_what_is_written_is_contiguous() -> None:
+    layout = parse("(h k) d -> d h k")
+    assert layout.to_theirs(SIZES, np.zeros((4, 3, 2))).flags.c_contiguous
+
+
+@pytest.mark.parametrize("text", ["(h k) d -> d h", "h d -> d h k", "h h -> h", "h d"])
+def test_a_table_row_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match="same letters"):
+        parse(text)

@@ -1,0 +1,97 @@
+"""`ModelSource` and `load_model`: what a gin file says of a model, and what provenance records of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from llama_files import llama_fields, llama_tensors, write_checkpoint
+from test_gguf import FIELDS, write_gguf
+from test_run_directory import make_run
+
+from rlhf_jax.io import locate
+from rlhf_jax.io.location import _download
+from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.run import fingerprint_path
+from rlhf_jax.run.configurables import Loaded, ModelSource, load_model
+from rlhf_jax.run.provenance import describe, write_provenance
+from rlhf_jax.testing import byte_tokenizer, tiny_config
+from rlhf_jax.types import InputError
+
+
+def load(path: Path | str, head: Any = "lm", **fields: Any) -> Loaded:
+    source = ModelSource(path=str(path), **fields)
+    return load_model(source, head, make_mesh(MeshConfig(fsdp=4, tensor=2)), jax.random.key(0))
+
+
+def recorded(loaded: Loaded) -> str:
+    (given,) = loaded.as_inputs("model")
+    return str(describe(given)["fingerprint"])
+
+
+def test_each_kind_of_path_loads_and_is_fingerprinted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run by its newest step, a directory by its files, a GGUF file by its bytes, a hub id by its commit."""
+    make_run(tmp_path / "run", steps=(1, 2))
+    write_provenance(tmp_path / "run", stage="sft", seed=0, inputs=[], resumed_step=0)
+    assert recorded(load(tmp_path / "run")) == fingerprint_path(tmp_path / "run" / "checkpoints" / "2")
+    hf = write_checkpoint(tmp_path / "a1b2", llama_fields(), llama_tensors(llama_fields()))
+    assert recorded(load(hf)) == fingerprint_path(hf)
+    write_gguf(tmp_path / "model.gguf", FIELDS)
+    assert recorded(load(tmp_path / "model.gguf")) == fingerprint_path(tmp_path / "model.gguf")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(hf))
+    _download.cache_clear()
+    assert recorded(load("some/model")) == "a1b2" == locate("some/model").revision
+    _download.cache_clear()
+
+
+def test_dtypes_and_remat_go_with_the_path(tmp_path: Path) -> None:
+    hf = write_checkpoint(tmp_path / "hf", llama_fields(), llama_tensors(llama_fields()))
+    loaded = load(hf, param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
+    config = loaded.model.config
+    assert (config.param_dtype, config.compute_dtype, config.remat) == ("bfloat16", "bfloat16", True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("bfloat16")}
+    tokens = jnp.ones((8, 4), jnp.int32)
+    assert loaded.model.hidden(loaded.params, tokens).dtype == jnp.bfloat16
+    plain = load(hf).model.config
+    assert (plain.param_dtype, plain.compute_dtype, plain.remat) == ("float32", "float32", False)
+    with pytest.raises(InputError, match="param_dtype = 'int8'"):
+        load(hf, param_dtype="int8")
+
+
+def test_a_run_started_from_a_checkpoint_is_loaded_as_a_run(tmp_path: Path) -> None:
+    """The fresh scalar head depends on the key alone, whatever the weights come from."""
+    make_run(tmp_path / "run")
+    one, two = load(tmp_path / "run", "scalar"), load(tmp_path / "run", "scalar")
+    np.testing.assert_array_equal(one.params["scalar_head"]["kernel"], two.params["scalar_head"]["kernel"])
+    with pytest.raises(InputError, match="has no language-model head"):
+        make_run(tmp_path / "scorer", "scalar")
+        load(tmp_path / "scorer", "lm")
+
+
+def test_a_tokenizer_without_padding_needs_a_word(tmp_path: Path) -> None:
+    hf = write_checkpoint(tmp_path / "hf", llama_fields(), llama_tensors(llama_fields()))
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(hf)
+    with pytest.raises(InputError, match="a padding token; set .*ModelSource.pad_token"):
+        load(hf)
+    assert load(hf, pad_token="<|bos|>").tokenizer.pad_token_id == 1
+    with pytest.raises(InputError, match="ModelSource.pad_token = '<pad>': not in the vocabulary"):
+        load(hf, pad_token="<pad>")
+
+
+def test_a_source_says_one_thing() -> None:
+    config = tiny_config(vocab_size=272)
+    with pytest.raises(InputError, match="either path .* or config"):
+        ModelSource()
+    with pytest.raises(InputError, match="either path .* or config"):
+        ModelSource(path="x", config=config, tokenizer=byte_tokenizer())
+    with pytest.raises(InputError, match="ModelSource.tokenizer: a new model needs one"):
+        ModelSource(config=config)
+    with pytest.raises(InputError, match="ModelSource.compute_dtype: goes with path"):
+        ModelSource(config=config, tokenizer=byte_tokenizer(), compute_dtype="bfloat16")

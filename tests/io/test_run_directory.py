@@ -1,0 +1,144 @@
+"""Run directories as models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.io import load_pretrained, read_model_card
+from rlhf_jax.models import Head, Model
+from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
+from rlhf_jax.run import restore_params
+from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run.configurables import write_model_card
+from rlhf_jax.testing import byte_tokenizer, bytes_per_device, random_params, tiny_config
+from rlhf_jax.types import InputError, Params
+
+
+def make_run(
+    run_dir: Path, head: Head = "lm", *, subtree: str = "params", steps: tuple[int, ...] = (1,), **changes: Any
+) -> tuple[Model, Params]:
+    """A run that saved ``steps``; the parameters of step n are those of seed n. Returns the newest."""
+    run_dir.mkdir()
+    model = Model(tiny_config(head=head, vocab_size=272, **changes))
+    write_model_card(run_dir, model, byte_tokenizer(), subtree)
+    with Checkpoints(run_dir, 3) as checkpoints:
+        for step in steps:
+            params = jax.tree.map(jnp.asarray, random_params(model, step))
+            state: Any = params
+            for key in reversed(subtree.split("/")):
+                state = {key: state, "other": jnp.ones((3,))}
+            checkpoints.save(step, state, {})
+    return model, params
+
+
+def assert_equal(one: Params, other: Params) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+@pytest.mark.parametrize("subtree", ["params", "train/params/policy"])
+def test_the_newest_checkpoint_is_what_restore_params_reads(subtree: str, tmp_path: Path) -> None:
+    model, params = make_run(tmp_path / "run", subtree=subtree, steps=(1, 2, 10))
+    (tmp_path / "run" / "checkpoints" / "11").mkdir()  # a save that never finished
+    loaded, read, tokenizer = load_pretrained(tmp_path / "run")
+    assert loaded.config == model.config and tokenizer.encode("A") == [68]
+    assert_equal(read, params)
+    assert_equal(read, restore_params(tmp_path / "run", subtree=subtree))
+    assert read_model_card(tmp_path / "run") == (model.config, subtree)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_the_runs_own_unless_told_otherwise(dtype: str, tmp_path: Path) -> None:
+    _, params = make_run(tmp_path / "run", param_dtype=dtype)
+    assert load_pretrained(tmp_path / "run").model.config.param_dtype == dtype
+    model, other, _ = load_pretrained(tmp_path / "run", param_dtype="bfloat16")
+    assert model.config.param_dtype == "bfloat16"
+    assert_equal(other, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+
+
+def test_parameters_land_on_their_shards(tmp_path: Path) -> None:
+    model, params = make_run(tmp_path / "run", tie_embeddings=False)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    read = load_pretrained(tmp_path / "run", mesh=mesh).params
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+    jax.tree.map(
+        lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or pytest.fail(), read, shardings
+    )
+    assert_equal(read, params)
+    assert max(bytes_per_device(read).values()) < 0.4 * max(bytes_per_device(params).values())
+
+
+def test_heads(tmp_path: Path) -> None:
+    """A fresh scalar head on a language model; parts left out; no language model out of a scorer, tied or not."""
+    _, params = make_run(tmp_path / "lm")
+    scorer = load_pretrained(tmp_path / "lm", head="scalar", rng=jax.random.key(0)).params
+    assert set(scorer) == {"embed", "layers", "final_norm", "scalar_head"}
+    assert_equal(scorer["layers"], params["layers"])
+    _, params = make_run(tmp_path / "both", "lm+scalar", tie_embeddings=False)
+    for head, parts in {"lm": {"lm_head"}, "scalar": {"scalar_head"}, None: {"lm_head", "scalar_head"}}.items():
+        loaded: Any = load_pretrained(tmp_path / "both", head=head)
+        assert set(loaded.params) == {"embed", "layers", "final_norm"} | parts
+        assert_equal(loaded.params, {name: params[name] for name in loaded.params})
+    for tied in (True, False):
+        make_run(tmp_path / f"scorer {tied}", "scalar", tie_embeddings=tied)
+        for wanted in ("lm", "lm+scalar"):
+            with pytest.raises(InputError, match="has no language-model head"):
+                load_pretrained(tmp_path / f"scorer {tied}", head=wanted, rng=jax.random.key(0))
+
+
+def test_a_reward_runs_normalisation_is_folded_into_its_head(tmp_path: Path) -> None:
+    model, params = make_run(tmp_path / "run", "scalar")
+    file = tmp_path / "run" / "reward_normalisation.json"
+    file.write_text(json.dumps({"gain": 2.0, "bias": -3.0, "pairs": 9}))
+    tokens = jnp.arange(10, dtype=jnp.int32)[None]
+    raw = model.scalars(params, model.hidden(params, tokens))
+    read = load_pretrained(tmp_path / "run").params
+    np.testing.assert_allclose(model.scalars(read, model.hidden(read, tokens)), 2 * raw - 3, rtol=1e-5)
+    file.write_text(json.dumps({"gain": "2", "bias": -3.0}))
+    with pytest.raises(InputError, match="reward_normalisation.json: gain = '2'"):
+        load_pretrained(tmp_path / "run")
+
+
+def test_what_is_no_run_or_a_damaged_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run)
+    card = json.loads((run / "model.json").read_text())
+
+    def refuse(words: str) -> None:
+        with pytest.raises(InputError, match=words) as caught:
+            load_pretrained(run)
+        assert "\n" not in str(caught.value)
+
+    def with_card(content: Any) -> None:
+        (run / "model.json").write_text(json.dumps(content))
+
+    with_card(card | {"config": card["config"] | {"ffn_size": 64, "tie_embeddings": False}})
+    refuse("layers/mlp/down/kernel: saved .*32, 16.*model.json says .*64, 16.*lm_head/kernel: saved None")
+    with_card(card | {"config": card["config"] | {"param_dtype": "bfloat16"}})
+    refuse("'float32'.*model.json says .*'bfloat16'")
+    with_card(card | {"subtree": "policy"})
+    refuse("no 'policy', which model.json names")
+    with_card({"config": card["config"]})
+    refuse("model.json: damaged .needs config and subtree")
+    with_card(card | {"config": card["config"] | {"windows": 3}})
+    refuse("unknown fields windows")
+    with_card(card)
+    data = [
+        file for file in (run / "checkpoints" / "1" / "state").rglob("*") if file.is_file() and "ocdbt" not in file.name
+    ]
+    for file in data:
+        if file.name not in ("_METADATA", "_sharding"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    refuse("damaged checkpoint")
+    (run / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+    refuse("no complete checkpoint")
+    (run / "model.json").unlink()
+    refuse("neither a run directory .model.json. nor a checkpoint directory .config.json.")
+    with pytest.raises(InputError, match="model.json: no such file; give a run directory"):
+        read_model_card(run)

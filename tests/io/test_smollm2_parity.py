@@ -1,0 +1,105 @@
+"""SmolLM2-135M-Instruct against transformers and torch, with real weights.
+
+    python scripts/fetch_smollm2.py --out=models/smollm2
+    SMOLLM2_DIR=models/smollm2 pytest -m parity tests/io/test_smollm2_parity.py
+
+SMOLLM2_REFERENCE may name an .npz with the outputs of an earlier torch run over float16 weights: input_ids [S],
+last_logits [V], argmax [S], logsumexp [S], chat_prompt_ids, greedy_ids (prompt and continuation).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import rollout
+from rlhf_jax.io import export_pretrained, load_pretrained
+from rlhf_jax.io.load import Pretrained
+from rlhf_jax.types import PromptBatch
+
+pytestmark = pytest.mark.parity
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+TEXT = "SmolLM2 was born in 2024.  It has 135 million   parameters; def f(x):\n    return x+10\n"
+
+
+def directory(variable: str) -> Path:
+    if variable not in os.environ:
+        pytest.skip(f"{variable} is not set: see the docstring of this module")
+    return Path(os.environ[variable])
+
+
+@pytest.fixture(scope="module")
+def ours() -> Pretrained:
+    return load_pretrained(directory("SMOLLM2_DIR"))
+
+
+def greedy(loaded: Pretrained, prompt: list[int], length: int = 24) -> list[int]:
+    """The continuation that the rollout samples at temperature 0, with its key/value cache."""
+    model, params, tokenizer = loaded
+    prompts = PromptBatch(
+        tokens=jnp.asarray([[tokenizer.pad_token_id] * 3 + prompt], jnp.int32),  # left padding changes nothing
+        mask=jnp.asarray([[False] * 3 + [True] * len(prompt)]),
+        prompt_id=jnp.zeros((1,), jnp.int32),
+        sample_id=jnp.zeros((1,), jnp.int32),
+    )
+    sampling = rollout.SamplingConfig(temperature=0, max_new_tokens=length)
+    stop, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
+
+    @jax.jit
+    def generate(params: Any, prompts: PromptBatch) -> Any:
+        return rollout.generate(model, params, prompts, jax.random.key(0), sampling=sampling, eos_ids=stop, pad_id=pad)
+
+    done = jax.device_get(generate(params, prompts))
+    return [int(token) for token in done.tokens[0][done.mask[0]]]
+
+
+def chat(loaded: Pretrained) -> list[int]:
+    text = loaded.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = loaded.tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def test_logits_and_greedy_text_equal_those_of_torch(ours: Pretrained, tmp_path: Path) -> None:
+    """The directory, and what we export from it, as transformers reads them."""
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    import transformers
+
+    model, params, tokenizer = ours
+    ids = tokenizer.encode(TEXT)
+    logits = np.asarray(jax.jit(model.apply)(params, jnp.asarray([ids])))
+    export_pretrained(tmp_path / "export", model, params, tokenizer)
+    for path in (directory("SMOLLM2_DIR"), tmp_path / "export"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        assert their_tokenizer.encode(TEXT) == ids
+        with torch.no_grad():
+            difference = np.abs(logits - theirs(torch.tensor([ids])).logits.numpy()).max()
+        print(f"{path}: max |logit difference| {difference:.2e} over {logits.shape}")
+        assert difference <= 1e-4
+        prompt = chat(ours)
+        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0][len(prompt) :].tolist()
+        assert answer == greedy(ours, prompt)
+        print(f"{path}: {their_tokenizer.decode(answer)!r}")
+
+
+def test_the_stored_reference(ours: Pretrained) -> None:
+    """It was computed over weights rounded to float16, so ours are rounded first and computed with in float32."""
+    reference = np.load(directory("SMOLLM2_REFERENCE"))
+    model, params, tokenizer = load_pretrained(directory("SMOLLM2_DIR"), param_dtype="float16")
+    logits = np.asarray(jax.jit(model.apply)(params, jnp.asarray(reference["input_ids"])[None]))[0]
+    differences = np.abs(logits[-1] - reference["last_logits"]).max()
+    normalisers = np.abs(np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - reference["logsumexp"]).max()
+    print(f"max |difference|: last logits {differences:.2e}, logsumexp {normalisers:.2e}")
+    assert differences <= 1e-4 and normalisers <= 1e-4
+    np.testing.assert_array_equal(logits.argmax(-1), reference["argmax"])
+    prompt = reference["chat_prompt_ids"].tolist()
+    assert chat(ours) == prompt
+    continuation = greedy(Pretrained(model, params, tokenizer), prompt)
+    assert prompt + continuation == reference["greedy_ids"].tolist()
+    print(repr(tokenizer.decode(continuation)))
