@@ -23,6 +23,7 @@ from rich.table import Table
 
 from rlhf_jax import data, rollout
 from rlhf_jax.evaluate.statistics import length_controlled_difference, mean_interval, paired_difference
+from rlhf_jax.io import locate
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, ScoreTexts, decode_responses, load_model
@@ -47,10 +48,13 @@ def run(
     bound = bound_config()
     if len(policies) < 1:
         raise InputError("run.policies: name at least one (name, run directory)")
+    if len({name for name, _ in policies}) < len(policies):
+        raise InputError("run.policies: two have the same name; give each one of its own")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     judge = None if reward is None else load_model(reward, "scalar", devices, rng)
-    inputs = [Input(name, path) for name, path in policies] + prompts.as_inputs()
+    inputs = [Input(name, path, locate(path).revision) for name, path in policies]
+    inputs += [*(judge.as_inputs("reward") if judge else []), *prompts.as_inputs()]
     loop = LoopConfig(tensorboard=False)
     with open_run(run_dir, stage="evaluate", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
         results = {}
@@ -65,6 +69,12 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
     """Replies of one policy with every score as a float64 vector in the order of the prompts."""
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    if judge is not None and judge.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"{judge.input}: its tokenizer is not that of {source.path}; ids of one mean nothing to the other"
+        )
+    for each in filter(None, (loaded, judge)):
+        each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     encoded = data.encode_all(
         prompts.train,
         lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),

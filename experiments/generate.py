@@ -56,6 +56,7 @@ def run(
     rng = jax.random.key(seed, impl="threefry2x32")
     loaded = load_model(model, "lm", devices, rng)
     tokenizer = loaded.tokenizer
+    loaded.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
     encoded = data.encode_all(
         prompts.train,

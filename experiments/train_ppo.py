@@ -72,6 +72,8 @@ def run(
     for other in (judge, critic):
         if other is not None and other.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"{other.input}: its tokenizer is not the policy's; train both from one base model")
+    for each in filter(None, (loaded, judge, critic)):
+        each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     models = rollout.RolloutModels(
         loaded.model, reference.model, None if critic is None else critic.model, None if judge is None else judge.model
     )
@@ -161,6 +163,8 @@ def run(
                 ended = np.asarray(completions.ended).tolist()
             if reward_texts is not None:
                 values = reward_texts(rows, replies, ended)
+                if reward_key not in values:
+                    raise InputError(f"run.reward_key = {reward_key!r}: reward_texts gives {', '.join(sorted(values))}")
                 scored = scored.replace(scores=jnp.asarray(values[reward_key], jnp.float32))
             if monitor is not None:
                 texts = {f"monitor/{name}": float(np.mean(v)) for name, v in monitor(rows, replies, ended).items()}

@@ -21,6 +21,7 @@ from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tr
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, load_model, write_model_card
 from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.types import InputError
 
 
 @gin.configurable
@@ -54,6 +55,11 @@ def run(
 
     train = data.encode_all(records.train, encode).items
     heldout = data.encode_all(records.heldout, encode).items
+    loaded.refuse_longer(batch.length, "BatchConfig.length")
+    if not heldout:
+        raise InputError(
+            "run.records: no held-out comparisons; the builder's heldout must leave some (they scale the reward)"
+        )
     shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
     batches = data.pair_batches(train, seed=seed, **shape)
 

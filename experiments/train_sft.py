@@ -17,7 +17,7 @@ from rlhf_jax import data, learn, rollout
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, load_model, write_model_card
-from rlhf_jax.types import Mean
+from rlhf_jax.types import InputError, Mean
 
 
 @gin.configurable
@@ -49,6 +49,10 @@ def run(
 
     train = data.encode_all(records.train, encode).items
     heldout = data.encode_all(records.heldout, encode).items
+    if loop.evaluate_every and not heldout:
+        raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
+    longest = max((len(item.tokens) for item in (*train, *heldout)), default=0)
+    loaded.refuse_longer(longest, "BatchConfig.length")
     rows, held_rows = (data.pack(side, batch.length) if batch.packed else side for side in (train, heldout))
     pad = tokenizer.pad_token_id
     batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)

@@ -99,6 +99,13 @@ class Loaded:
         """For `open_run`."""
         return [] if self.input is None else [Input(name, self.input, self.revision)]
 
+    def refuse_longer(self, tokens: int, what: str) -> None:
+        """Raises InputError when sequences of ``tokens`` are longer than the model's max_length: rotary positions past
+        it give numbers, and nonsense. what: the keys that decide the length."""
+        limit = self.model.config.max_length
+        if tokens > limit:
+            raise InputError(f"{what}: sequences of {tokens} tokens; the model's max_length is {limit}")
+
 
 def write_model_card(run_dir: Path, model: Model, tokenizer: PreTrainedTokenizerBase, subtree: str = "params") -> None:
     """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters)

@@ -35,7 +35,7 @@ from rlhf_jax.run.checkpoint import Checkpoints, checkpoint_dir, latest_step
 from rlhf_jax.run.config import BoundConfig
 from rlhf_jax.run.progress import Display
 from rlhf_jax.run.provenance import Input, describe, write_atomically, write_provenance
-from rlhf_jax.run.resume import lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
+from rlhf_jax.run.resume import forget, lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
 from rlhf_jax.run.tracking import Metrics, Tracker, fetch, stop_if_not_finite
 from rlhf_jax.types import InputError
 
@@ -242,29 +242,35 @@ def open_run(
 
     run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... Raises InputError, before anything is
     written, when the directory belongs to something else, is in use, or was begun with another configuration.
-    A directory without a checkpoint has nothing to lose: its configuration may change freely.
+    A directory without a checkpoint has nothing to lose: its configuration may change freely. An InputError before the
+    first step of a new run removes its directory again.
     """
     directory = Path(run_dir).absolute()
     refuse_foreign(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]
-    first = jax.process_index() == 0
+    first, fresh = jax.process_index() == 0, not directory.exists()
     make_directory(directory)
-    with contextlib.ExitStack() as stack:
-        if first:
-            stack.callback(lock(directory).close)
-        signals = stack.enter_context(Signals())
-        resumed = latest_step(directory) or 0
-        now = {"stage": stage, "seed": seed, "inputs": described}
-        if resumed:
-            refuse_changes(directory, now, bound.operative, resumed)
-        if first:
-            write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed)
-            write_atomically(directory / "config.gin", bound.config)
-            write_atomically(directory / "operative_config.gin", bound.operative)
-        tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
-        stack.callback(tracker.close)
-        checkpoints = stack.enter_context(Checkpoints(directory, loop.keep))
-        run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals)
-        stack.callback(run.close_display)
-        yield run
+    try:
+        with contextlib.ExitStack() as stack:
+            if first:
+                stack.callback(lock(directory).close)
+            signals = stack.enter_context(Signals())
+            resumed = latest_step(directory) or 0
+            if resumed:
+                now = {"stage": stage, "seed": seed, "inputs": described}
+                refuse_changes(directory, now, bound.operative, resumed)
+            if first:
+                write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed)
+                write_atomically(directory / "config.gin", bound.config)
+                write_atomically(directory / "operative_config.gin", bound.operative)
+            tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
+            stack.callback(tracker.close)
+            checkpoints = stack.enter_context(Checkpoints(directory, loop.keep))
+            run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals)
+            stack.callback(run.close_display)
+            yield run
+    except InputError:
+        if first and fresh:
+            forget(directory)
+        raise

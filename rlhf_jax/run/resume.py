@@ -4,7 +4,9 @@ anything is written."""
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +16,16 @@ from rlhf_jax.run.provenance import read_provenance
 from rlhf_jax.types import InputError
 
 OURS = {"config.gin", "operative_config.gin", "provenance.json"}
+MADE_ON_OPENING = {
+    *OURS,
+    ".lock",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "model.json",
+    "tokenizer",
+}
 STEPS = ("run.steps", "run.iterations")
 """How an experiment may call its number of steps."""
 
@@ -100,6 +112,16 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{directory}: cannot make it ({error.strerror}); give another run_dir") from error
+
+
+def forget(directory: Path) -> None:
+    """Remove a run directory that this process made and in which nothing was done: no step, no file of an algorithm's
+    own. What could not be used (a batch that does not divide over the mesh shows late) then leaves nothing behind."""
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    begun = any(json.loads(line)["step"] for line in lines) or any((directory / "checkpoints").glob("*"))
+    if not begun and {entry.name for entry in directory.iterdir()} <= MADE_ON_OPENING:
+        shutil.rmtree(directory)
 
 
 def _is_move(change: Change, old_cwd: str, moves: set[tuple[str, str]]) -> bool:

@@ -268,6 +268,27 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_an_input_error_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    def fail(run_dir: Path, step: int, file: str | None = None) -> None:
+        loop = LoopConfig(progress=False)
+        with open_run(run_dir, stage="toy", bound=bound(), seed=0, loop=loop) as run:
+            run.record(step, {"loss": 1.0})
+            if file:
+                (run_dir / file).touch()
+            raise InputError("batch of 3 rows")
+
+    with pytest.raises(InputError, match="batch of 3 rows"):
+        fail(tmp_path / "none", 0)
+    with pytest.raises(InputError):
+        fail(tmp_path / "one step", 1)
+    with pytest.raises(InputError):
+        fail(tmp_path / "a file", 0, "completions.jsonl")
+    (tmp_path / "was there").mkdir()
+    with pytest.raises(InputError):
+        fail(tmp_path / "was there", 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "one step", "was there"]
+
+
 def test_a_run_of_another_stage_is_left_alone_even_without_a_checkpoint(tmp_path: Path) -> None:
     with open_run(tmp_path / "r", stage="generate", bound=bound(), seed=0, loop=LoopConfig(tensorboard=False)):
         pass
