@@ -100,6 +100,8 @@ class PPOConfig:
         for name in ("value_clip", "kl_target", "missing_eos_penalty", "score_clip", "dual_clip"):
             if getattr(self, name) is not None:
                 self._require(name, 1.0 if name == "dual_clip" else 0.0, None)
+        if self.kl_target == 0:
+            raise InputError("PPOConfig.kl_target = 0: give nats above 0, or None for a fixed kl_coefficient")
 
     def _require(self, name: str, low: float, high: float | None) -> None:
         value = getattr(self, name)

@@ -1,0 +1,228 @@
+"""From a scored rollout to advantages: conventions, penalties, whitening and the numbers reported of it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import ops
+from rlhf_jax.learn import PPOConfig, next_kl_coefficient, prepare
+from rlhf_jax.testing import completions, prompt_batch
+from rlhf_jax.types import InputError, Rollout
+
+PLAIN = PPOConfig(whiten_advantages="none", missing_eos_penalty=None, kl_coefficient=0.05)
+LOGP, REF = [-1.0, -0.5, -2.0, -0.2], [-1.2, -0.4, -2.5, -0.1]
+VALUES = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def padded(numbers, length=5, outside=np.nan):
+    return np.float32([*numbers, *[outside] * (length - len(numbers))])
+
+
+def rollout_of(responses, scores, *, logprobs=None, ref=None, values=None, length=5, sampled=None, pad_id=0) -> Rollout:
+    """Rows of numbers per response; what lies outside is NaN, except in ``values`` (the scorer leaves numbers there)."""
+    done = completions(prompt_batch([[5]] * len(responses)), responses, length=length, pad_id=pad_id, logprobs=sampled)
+    zeros = [[0.0] * len(row) for row in responses]
+    stack = functools.partial(np.stack, axis=0)
+    return Rollout(
+        completions=done,
+        logprobs=stack([padded(row, length) for row in logprobs or zeros]),
+        ref_logprobs=stack([padded(row, length) for row in ref or zeros]),
+        values=stack([padded(row, length, 0.0) for row in values or zeros]),
+        scores=np.asarray(scores, np.float32),
+    )
+
+
+def example(responses=((7, 8, 9, 2),), scores=(2.0,), **changes):
+    return rollout_of(responses, scores, logprobs=[LOGP], ref=[REF], values=[VALUES], **changes)
+
+
+ORACLES = {  # SPEC: one response of 4 tokens in 5 columns, beta .05, score 2, discount 1, lam .95
+    "eos": ([1.633524, 1.624762, 1.599750, 1.605000, 0.0], [1.733524, 1.824762, 1.899750, 2.005000, 0.0], 4),
+    "after_eos": ([1.569221, 1.557075, 1.528500, 1.530000, 0.0], [1.669221, 1.757075, 1.828500, 1.930000, 2.0], 5),
+    "last_column": ([1.569221, 1.557075, 1.528500, 1.530000, 0.0], [1.669221, 1.757075, 1.828500, 1.930000, 2.0], 5),
+}
+
+
+@pytest.mark.parametrize("terminal", ORACLES)
+def test_three_conventions(terminal):
+    """Advantages belong to the policy's tokens only; returns and the value mask reach one column further after EOS."""
+    advantages, returns, columns = ORACLES[terminal]
+    config = PPOConfig(terminal=terminal, whiten_advantages="none")
+    batch, metrics = prepare(example(), config, jnp.asarray(0.05))
+    np.testing.assert_allclose(batch.advantages, [advantages], atol=2e-6)
+    np.testing.assert_allclose(batch.returns, [returns], atol=2e-6)
+    assert batch.value_mask.sum() == columns and batch.completions.mask.sum() == 4
+    np.testing.assert_allclose(batch.old_values, [VALUES[:columns] + [0.0] * (5 - columns)], atol=1e-7)
+    assert float(metrics["kl"].value()) == pytest.approx(0.5, abs=1e-6)
+    assert float(metrics["kl_per_token"].value()) == pytest.approx(0.125, abs=1e-6)
+    assert float(metrics["score_shaped"].value()) == pytest.approx(2 - 0.05 * 0.5, abs=1e-6)
+
+
+def test_a_response_without_room_after_its_end():
+    """Four columns: the score of "after_eos" lands on the end token, as under "eos"."""
+    four = {"logprobs": [LOGP], "ref": [REF], "values": [VALUES[:4]], "length": 4}
+    rollout = rollout_of([(7, 8, 9, 2)], [2.0], **four)
+    results = [
+        prepare(rollout, PPOConfig(terminal=terminal, whiten_advantages="none"), jnp.asarray(0.05))[0]
+        for terminal in ("eos", "after_eos", "last_column")
+    ]
+    for batch in results:
+        np.testing.assert_allclose(batch.advantages, [ORACLES["eos"][0][:4]], atol=2e-6)
+        assert batch.value_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "penalties"),
+    [
+        ("k1", [0.2, -0.1, 0.5, -0.1]),
+        ("k2", [0.02, 0.005, 0.125, 0.005]),
+        ("k3", [0.018731, 0.005171, 0.106531, 0.005171]),
+    ],
+)
+def test_kl_estimators_in_the_reward(kind, penalties):
+    """d = .2, -.1, .5, -.1; values 0 and lam 1: the return of a token is what is still to come."""
+    config = PPOConfig(kl_kind=kind, lam=1.0, whiten_advantages="none")
+    rollout = rollout_of([(7, 8, 9, 2)], [2.0], logprobs=[LOGP], ref=[REF])
+    batch, metrics = prepare(rollout, config, jnp.asarray(0.1))
+    expected = 2 - 0.1 * np.cumsum(penalties[::-1])[::-1]
+    np.testing.assert_allclose(batch.returns[0, :4], expected, atol=2e-6)
+    assert float(metrics["kl"].value()) == pytest.approx(0.5, abs=1e-6)  # reported as k1 whatever is paid
+
+
+CUT, ENDED = (7, 8, 9), (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "paid"),
+    [
+        ({"missing_eos_penalty": None}, [1.5, 1.5]),
+        ({"missing_eos_penalty": 1.0, "missing_eos": "replace"}, [1.5, -1.0]),
+        ({"missing_eos_penalty": 1.0, "missing_eos": "subtract"}, [1.5, 0.5]),
+        ({"missing_eos_penalty": 0.0, "missing_eos": "replace"}, [1.5, 0.0]),  # 0 is a penalty, None is none
+        ({"missing_eos_penalty": None, "score_clip": 0.5}, [0.5, 0.5]),
+        ({"missing_eos_penalty": 2.0, "missing_eos": "replace", "score_clip": 0.5}, [0.5, -2.0]),
+    ],
+)
+def test_penalty_and_clip(changes, paid):
+    config = PPOConfig(**{"whiten_advantages": "none", "lam": 1.0, **changes})
+    batch, metrics = prepare(rollout_of([ENDED, CUT], [1.5, 1.5]), config, jnp.asarray(0.0))
+    np.testing.assert_allclose(batch.returns[:, 0], paid)
+    assert float(metrics["score"].value()) == 1.5 and float(metrics["ended"].value()) == 0.5
+    assert float(metrics["score_shaped"].value()) == pytest.approx(np.mean(paid))
+
+
+def test_fractions_and_zeros_are_paid():
+    """A buffer of the tokens' integer type would make .7 a 0 (B20); a test for truth would drop a score of 0 (B21)."""
+    batch, _ = prepare(rollout_of([ENDED, ENDED], [0.7, 0.0]), PLAIN, jnp.asarray(0.0))
+    np.testing.assert_allclose(batch.returns[:, 1], [0.7, 0.0])
+    assert batch.returns.dtype == batch.advantages.dtype == jnp.float32
+    zero, _ = prepare(rollout_of([ENDED, CUT], [0.0, 0.0]), PLAIN, jnp.asarray(0.0))
+    assert (zero.returns == 0.0).all()
+
+
+def test_pad_and_end_may_be_the_same_token():
+    """The score sits on the sampled end token, not before it, although everything after it is that token too (B3)."""
+    rollout = rollout_of([(7, 8, 2)], [0.7], pad_id=2)
+    assert rollout.completions.tokens.tolist() == [[7, 8, 2, 2, 2]]
+    config = PPOConfig(whiten_advantages="none", lam=0.0)
+    batch, _ = prepare(rollout, config, jnp.asarray(0.0))
+    np.testing.assert_allclose(batch.returns, [[0.0, 0.0, 0.7, 0.0, 0.0]])
+    assert batch.value_mask.tolist() == [[True, True, True, False, False]]
+
+
+def two_rows():
+    """Four counted tokens with advantages 1, 2, 3, 4 (lam 1, values chosen so)."""
+    return rollout_of([(7, 2), (8, 2)], [5.0, 5.0], values=[[4.0, 3.0], [2.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("ddof", "expected"),
+    [(0, [-1.341641, -0.447214, 0.447214, 1.341641]), (1, [-1.161895, -0.387298, 0.387298, 1.161895])],
+)
+def test_advantages_are_whitened_over_the_whole_rollout(ddof, expected):
+    config = PPOConfig(lam=1.0, whiten_ddof=ddof)
+    batch, _ = prepare(two_rows(), config, jnp.asarray(0.0))
+    np.testing.assert_allclose(batch.advantages[:, :2].reshape(-1), expected, atol=1e-5)
+    np.testing.assert_array_equal(batch.advantages[:, 2:], 0.0)
+    np.testing.assert_allclose(batch.returns[:, :2], 5.0)  # of the advantages before whitening
+    for scope in ("none", "minibatch"):  # the latter is done where minibatches are cut
+        raw, _ = prepare(two_rows(), PPOConfig(lam=1.0, whiten_advantages=scope), jnp.asarray(0.0))
+        np.testing.assert_allclose(raw.advantages[:, :2], [[1.0, 2.0], [3.0, 4.0]])
+
+
+def test_rewards_are_scaled_and_keep_their_mean():
+    rollout = example()
+    config = PPOConfig(whiten_rewards=True, whiten_advantages="none", lam=1.0)
+    batch, metrics = prepare(rollout, config, jnp.asarray(0.05))
+    rewards = np.array([-0.01, 0.005, -0.025, 2.005])
+    scaled = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    np.testing.assert_allclose(batch.returns[0, :4], np.cumsum(scaled[::-1])[::-1], atol=1e-4)
+    assert float(metrics["score_shaped"].value()) == pytest.approx(rewards.sum(), abs=1e-4)
+
+
+def test_reported_numbers():
+    sampled = np.float32([[-1.0, -0.5, -2.1, -0.2, 0.0], [-0.3, -0.4, 0.0, 0.0, 0.0]])
+    rollout = rollout_of(
+        [(7, 8, 9, 2), (7, 8)], [2.0, 1.0], logprobs=[LOGP, [-0.3, -0.8]], ref=[REF, [-0.3, -0.8]],
+        values=[VALUES, [0.0, 1.0]], sampled=sampled,
+    )  # fmt: skip
+    config = PPOConfig(lam=1.0, missing_eos_penalty=None, whiten_advantages="none")
+    _, metrics = prepare(rollout, config, jnp.asarray(0.0))
+    returns, values = np.array([2, 2, 2, 2, 1, 1]), np.array([0.1, 0.2, 0.3, 0.4, 0.0, 1.0])
+    expected = {
+        "score": 1.5, "score_std": 0.5, "kl": 0.25, "kl_per_token": 0.5 / 6,
+        "sampled_entropy": (3.7 + 1.1) / 2,
+        "sampler_gap": (0.1 + 0.4) / 6, "sampler_gap_max": 0.4,
+        "response_length": 3.0, "ended": 0.5, "value": values.mean(), "return": returns.mean(),
+        "explained_variance": 1 - (returns - values).var() / returns.var(),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert float(metrics[name].value()) == pytest.approx(value, abs=1e-5), name
+    assert set(metrics) == {*expected, "score_shaped"}
+
+
+def test_nothing_outside_the_masks_is_read():
+    """NaN stands outside the response in every test here; values there are numbers, and any numbers will do."""
+    clean, wild = example(), example()
+    wild = wild.replace(values=np.where(wild.completions.mask, wild.values, 77.0))
+    first, second = (prepare(rollout, PPOConfig(), jnp.asarray(0.05)) for rollout in (clean, wild))
+    for a, b in ((first[0].advantages, second[0].advantages), (first[0].returns, second[0].returns)):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
+
+
+def test_adaptive_controller():
+    """Coefficient .15, 512 episodes, target 6, horizon 1e4: the nudge is clipped at 20 % of 512 / 10000."""
+    config = PPOConfig(kl_target=6.0, kl_horizon=1e4, kl_coefficient=0.15)
+    for kl, expected in ((0.0, 0.148464), (12.0, 0.151536), (6.6, 0.150768), (6.0, 0.15)):
+        got = next_kl_coefficient(config, jnp.asarray(0.15), jnp.asarray(kl), 512)
+        assert float(got) == pytest.approx(expected, abs=1e-6)
+    fixed = next_kl_coefficient(PPOConfig(), jnp.asarray(0.15), jnp.asarray(99.0), 512)
+    assert float(fixed) == pytest.approx(0.15)
+
+
+def test_the_score_after_whitening_is_the_rollouts_own():
+    """ops.whiten on the same numbers: prepare adds nothing of its own."""
+    batch, _ = prepare(two_rows(), PPOConfig(lam=1.0), jnp.asarray(0.0))
+    raw, _ = prepare(two_rows(), PPOConfig(lam=1.0, whiten_advantages="none"), jnp.asarray(0.0))
+    np.testing.assert_array_equal(batch.advantages, ops.whiten(raw.advantages, raw.completions.mask))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0), ("minibatches", 1.0), ("clip_low", -0.1), ("clip_high", "0.2"), ("dual_clip", 0.5),
+        ("value_clip", -1.0), ("discount", 1.1), ("lam", float("nan")), ("kl_coefficient", -0.1), ("kl_kind", "k4"),
+        ("kl_target", 0.0), ("kl_horizon", 0), ("terminal", "end"), ("missing_eos_penalty", -1.0),
+        ("missing_eos", "multiply"), ("whiten_rewards", "False"), ("whiten_advantages", "batch"), ("whiten_ddof", 2),
+        ("score_clip", True), ("max_sampler_gap", None),
+    ],
+)  # fmt: skip
+def test_bad_fields_are_refused_by_name(field, value):
+    with pytest.raises(InputError, match=rf"PPOConfig\.{field} = ") as error:
+        PPOConfig(**{field: value})
+    assert "\n" not in str(error.value)
