@@ -221,15 +221,15 @@ def test_microbatches_change_nothing_in_a_whole_update():
 
 
 def test_the_gap_of_one_bad_row_is_not_averaged_away():
-    """Two microbatches, one row with a log ratio of 1: at least 1 is reported, not the mean of both maxima."""
+    """Four microbatches, one row with a log ratio of 1: at least 1 is reported, not the mean of the maxima."""
     config = PPOConfig(epochs=1, minibatches=1)
     batch = table_batch()
     wrong = np.where(np.arange(ROWS)[:, None] == 3, batch.old_logprobs - 1.0, batch.old_logprobs)
     optimizer = learn.make_optimizer(OptimizerConfig(learning_rate=0.0), 1)
     step = learn.make_train_step(make_ppo_loss(table_policy, config), optimizer, microbatches=4)
-    _, metrics = update(
-        step, learn.initial_state(TABLE, optimizer, KEY), batch.replace(old_logprobs=wrong), KEY, config
-    )
+    state = learn.initial_state(TABLE, optimizer, KEY)
+    call = jax.jit(lambda state, batch: update(step, state, batch, KEY, config))
+    _, metrics = call(state, batch.replace(old_logprobs=wrong))
     assert 1.0 - 1e-5 <= float(metrics["identity/identity_gap"].value()) < 1.001
 
 
