@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.placing import check_tensors, place
 from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
-from rlhf_jax.io.tensors import Tensors, open_safetensors
+from rlhf_jax.io.tensors import Tensors, listed, open_safetensors
 from rlhf_jax.io.tokenizers import load_tokenizer, tokenizer_from_gguf
 from rlhf_jax.models import Head, Model, ModelConfig, unconstrained
 from rlhf_jax.models.families import config_from_hf, weights_of
@@ -57,6 +58,8 @@ def load_pretrained(
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh, rules)
     params = opened.read(config, shardings)
+    if param_dtype == "float16":
+        _refuse_overflow(params, path)
     if "scalar_head" in shardings and "scalar_head" not in params:
 
         def fresh(rng: Rng) -> Params:
@@ -89,6 +92,13 @@ def _chosen_head(saved: Head, wanted: Head | None, rng: Rng | None, path: str | 
             f"{path}: has no scalar head; head={wanted!r} draws a fresh one, for which it needs rng=jax.random.key(...)"
         )
     return wanted
+
+
+def _refuse_overflow(params: Params, path: str | Path) -> None:
+    """float16 ends at 65504, where float32 and bfloat16 go on."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if wrong := [jax.tree_util.keystr(at, simple=True, separator="/") for at, x in leaves if not jnp.isfinite(x).all()]:
+        raise InputError(f"{path}: {listed(wrong)}: numbers that float16 cannot hold; choose another param_dtype")
 
 
 def _open(location: Location) -> _Opened:

@@ -28,18 +28,19 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{file}: no such file; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    described = read_json(file)
+    read_json(file)  # a broken file is named with its line
     if (Path(directory) / _SETTINGS).is_file() and read_json(Path(directory) / _SETTINGS).get("auto_map"):
         raise InputError(
             f"{Path(directory) / _SETTINGS}: auto_map: the tokenizer brings its own code, which is never run"
         )
     try:
+        described = json.loads(Tokenizer.from_file(str(file)).to_str())
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(directory))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from error
     loaded = json.loads(tokenizer.backend_tokenizer.to_str())
     for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if loaded[part] != described.get(part):
+        if loaded[part] != described[part]:
             raise InputError(
                 f"{file}: transformers loads another {part} than the file describes; the texts would differ"
             )

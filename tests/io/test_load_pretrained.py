@@ -94,6 +94,16 @@ def test_param_dtype_rounds_to_nearest_even(write: Write) -> None:
     np.testing.assert_array_equal(np.asarray(params["embed"]["embedding"]), expected)
 
 
+def test_float16_does_not_overflow_silently(write: Write) -> None:
+    fields = llama_fields()
+    tensors = llama_tensors(fields)
+    tensors["model.norm.weight"][3] = 7e4
+    path = write(fields, tensors, dtype="bfloat16")
+    assert float(load_pretrained(path, param_dtype="bfloat16").params["final_norm"]["scale"][3]) > 65504
+    with pytest.raises(InputError, match="final_norm/scale: numbers that float16 cannot hold"):
+        load_pretrained(path, param_dtype="float16")
+
+
 def test_the_tokenizer_comes_along_and_has_to_fit(write: Write) -> None:
     assert load_pretrained(write(llama_fields())).tokenizer.encode("A") == [3 + 65]
     small = llama_fields(vocab_size=256)

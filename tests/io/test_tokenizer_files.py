@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_jax.io import load_tokenizer
 from rlhf_jax.io.tokenizers import save_tokenizer
@@ -39,6 +40,25 @@ def test_special_tokens_and_template_survive(tmp_path: Path) -> None:
     save_tokenizer(loaded, tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_files_of_older_libraries_leave_fields_out(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    del described["model"]["ignore_merges"], described["pre_tokenizer"]["pretokenizers"][1]["use_regex"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    assert [load_tokenizer(tmp_path).encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_a_pipeline_that_transformers_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that contradict tokenizer.json: transformers would obey them and split texts in another way."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    changed = byte_tokenizer()
+    changed.backend_tokenizer.normalizer = normalizers.Lowercase()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda *_: changed)
+    with pytest.raises(InputError, match="transformers loads another normalizer than the file describes"):
+        load_tokenizer(tmp_path)
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:
