@@ -129,11 +129,12 @@ class Completions:
 
 @struct.dataclass
 class Rollout:
-    """Completions with everything PPO needs to know of them. Float arrays are 0 where ``completions.mask`` is False.
+    """Completions with everything PPO needs to know of them. Log-probabilities are 0 where ``completions.mask`` is False.
 
     logprobs: float32 [B, T], policy's, recomputed by the scorer (these are the "old" ones of the ratio).
     ref_logprobs: float32 [B, T], the frozen reference's, same temperature.
-    values: float32 [B, T], value BEFORE emitting token t (read at sequence column P - 1 + t).
+    values: float32 [B, T], value BEFORE emitting token t (read at sequence column P - 1 + t); after the end the value
+    behind the last token is repeated.
     scores: float32 [B], the sequence's reward before penalties and KL.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import UnionType
 from typing import Any
 
 import jax
@@ -25,14 +26,18 @@ class SamplingConfig:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature < 0:
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
             raise InputError(f"SamplingConfig.temperature = {self.temperature!r}: give a number >= 0")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not _is_number(self.top_k, int) or self.top_k < 0:
             raise InputError(f"SamplingConfig.top_k = {self.top_k!r}: give a whole number >= 0 (0 = off)")
-        if not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise InputError(f"SamplingConfig.top_p = {self.top_p!r}: give a number in (0, 1]")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if not _is_number(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise InputError(f"SamplingConfig.max_new_tokens = {self.max_new_tokens!r}: give a whole number >= 1")
+
+
+def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def generate(
@@ -48,10 +53,16 @@ def generate(
     """Sample one completion per row of ``prompts`` (left-padded, [B, P]); returns tokens [B, sampling.max_new_tokens].
 
     Random bits depend on (rng, prompt_id, sample_id, response position) only, see `ops.token_keys`. Stops early when
-    every row has ended. Pure: jit it with model, sampling, eos_ids and pad_id static.
+    every row has ended. Pure: jit it with model, sampling, eos_ids and pad_id static. Raises InputError when prompt and
+    response columns together exceed the model's max_length.
     """
     batch, width = prompts.tokens.shape
     length = sampling.max_new_tokens
+    if width + length > model.config.max_length:
+        raise InputError(
+            f"generate: {width} prompt columns and SamplingConfig.max_new_tokens = {length} exceed the model's max_length "
+            f"= {model.config.max_length}: shorten one of them"
+        )
     lengths = prompts.mask.sum(axis=1).astype(jnp.int32)
     positions = ops.positions_from_mask(prompts.mask)
     hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, positions, width + length)

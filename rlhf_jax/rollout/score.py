@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from rlhf_jax import ops
 from rlhf_jax.models import Model
-from rlhf_jax.types import Completions, Params, Rollout, TokenBatch
+from rlhf_jax.types import Completions, InputError, Params, Rollout, TokenBatch
 
 
 def as_token_batch(completions: Completions) -> TokenBatch:
@@ -107,17 +107,29 @@ def policy_and_values(
     *,
     temperature: float,
 ) -> tuple[Array, Array, Array]:
-    """(logprobs, entropy, values), float32 [B, T] each; values are NOT masked (conventions differ in where they count)."""
+    """(logprobs, entropy, values), float32 [B, T] each. Values are NOT masked (conventions differ in where they count):
+    after the column behind the last response token, the first that could see the whole response, its value is repeated,
+    because padding has no state of its own (Ziegler et al. 2019 copy the last real state there)."""
     hidden = response_hidden(models.policy, policy, completions)
     logprobs, entropy = response_logprobs(models.policy, policy, hidden, completions, temperature=temperature)
     if models.value is None:
-        return logprobs, entropy, models.policy.scalars(policy, hidden)
-    assert value is not None
-    return logprobs, entropy, models.value.scalars(value, response_hidden(models.value, value, completions))
+        values = models.policy.scalars(policy, hidden)
+    elif value is None:
+        raise InputError("policy_and_values: RolloutModels.value is a model but its parameters are None; give them")
+    else:
+        values = models.value.scalars(value, response_hidden(models.value, value, completions))
+    columns = jnp.arange(values.shape[1], dtype=jnp.int32)
+    behind = ops.last_true_index(completions.mask)[:, None] + 1
+    return logprobs, entropy, jnp.take_along_axis(values, jnp.minimum(columns, behind), axis=1)
 
 
 def score(models: RolloutModels, params: RolloutParams, completions: Completions, *, temperature: float) -> Rollout:
-    """Everything PPO needs to know of completions, at the sampling temperature. Pure; jit with models static."""
+    """Everything PPO needs to know of completions, at the sampling temperature. Pure; jit with models static.
+
+    Raises InputError when exactly one of models.reward and params.reward is None.
+    """
+    if (models.reward is None) != (params.reward is None):
+        raise InputError("score: give both RolloutModels.reward and RolloutParams.reward, or None for both")
     logprobs, _, values = policy_and_values(models, params.policy, params.value, completions, temperature=temperature)
     hidden = response_hidden(models.reference, params.reference, completions)
     reference, _ = response_logprobs(models.reference, params.reference, hidden, completions, temperature=temperature)
