@@ -56,7 +56,7 @@ def run(
     inputs = [Input(name, path, locate(path).revision) for name, path in policies]
     inputs += [*(judge.as_inputs("reward") if judge else []), *prompts.as_inputs()]
     loop = LoopConfig(tensorboard=False)
-    with open_run(run_dir, stage="evaluate", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
+    with open_run(run_dir, stage="evaluate", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         results = {}
         for name, path in policies:
             results[name] = _sample(ModelSource(path=path), judge, prompts, batch, sampling, score_texts, devices, rng)

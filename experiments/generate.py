@@ -70,9 +70,8 @@ def run(
 
     rows: list[dict] = []
     inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
-    with open_run(
-        run_dir, stage="generate", bound=bound, seed=seed, loop=LoopConfig(tensorboard=False), inputs=inputs
-    ) as here:
+    loop = LoopConfig(tensorboard=False)
+    with open_run(run_dir, stage="generate", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         for sample in range(samples):
             for part in data.evaluation_prompt_batches(
                 encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad

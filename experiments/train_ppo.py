@@ -139,7 +139,7 @@ def run(
 
     # 4. The loop.
     inputs = [*loaded.as_inputs("policy"), *(judge.as_inputs("reward") if judge else []), *prompts.as_inputs()]
-    with open_run(run_dir, stage="ppo", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
+    with open_run(run_dir, stage="ppo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         write_model_card(here.directory, models.policy, tokenizer, subtree="train/params/policy")
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])

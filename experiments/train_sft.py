@@ -72,7 +72,7 @@ def run(
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
-    with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs) as here:
+    with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         write_model_card(here.directory, network, tokenizer)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from rlhf_jax.run.checkpoint import Checkpoints, checkpoint_dir, latest_step
 from rlhf_jax.run.config import BoundConfig
@@ -237,11 +238,13 @@ def open_run(
     seed: int,
     loop: LoopConfig,
     inputs: Sequence[Input] = (),
+    mesh: Mesh | None = None,
 ) -> Iterator[Run]:
     """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
 
-    run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... Raises InputError, before anything is
-    written, when the directory belongs to something else, is in use, or was begun with another configuration.
+    run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... mesh: only recorded. Raises InputError,
+    before anything is written, when the directory belongs to something else, is in use, or was begun with another
+    configuration.
     A directory without a checkpoint has nothing to lose: its configuration may change freely. An InputError before the
     first step of a new run removes its directory again.
     """
@@ -261,7 +264,7 @@ def open_run(
                 now = {"stage": stage, "seed": seed, "inputs": described}
                 refuse_changes(directory, now, bound.operative, resumed)
             if first:
-                write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed)
+                write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
                 write_atomically(directory / "config.gin", bound.config)
                 write_atomically(directory / "operative_config.gin", bound.operative)
             tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)

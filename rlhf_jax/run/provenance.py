@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax.types import InputError
 
@@ -126,8 +127,8 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def launch_facts(resumed_step: int) -> dict[str, Any]:
-    """What this very process is: command, commit, versions, devices, random bits. resumed_step: 0 for a fresh start."""
+def launch_facts(resumed_step: int, mesh: Mesh | None = None) -> dict[str, Any]:
+    """What this very process is: command, commit, versions, devices, mesh, random bits. resumed_step: 0 for a fresh start."""
     status = _git("status", "--porcelain")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -142,6 +143,7 @@ def launch_facts(resumed_step: int) -> dict[str, Any]:
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
+        "mesh": None if mesh is None else dict(mesh.shape),
         "random_bits": {
             "implementation": str(jax.config.values["jax_default_prng_impl"]),
             "partitionable": bool(jax.config.values["jax_threefry_partitionable"]),
@@ -170,7 +172,13 @@ def read_provenance(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def write_provenance(
-    run_dir: str | Path, *, stage: str, seed: int, inputs: Sequence[dict[str, Any]], resumed_step: int
+    run_dir: str | Path,
+    *,
+    stage: str,
+    seed: int,
+    inputs: Sequence[dict[str, Any]],
+    resumed_step: int,
+    mesh: Mesh | None = None,
 ) -> None:
     """Write provenance.json, or add this launch to the one of the run that is being resumed (resumed_step > 0)."""
     earlier = (read_provenance(run_dir) or {}).get("launches", []) if resumed_step else []
@@ -178,7 +186,7 @@ def write_provenance(
         "stage": stage,
         "seed": seed,
         "inputs": list(inputs),
-        "launches": [*earlier, launch_facts(resumed_step)],
+        "launches": [*earlier, launch_facts(resumed_step, mesh)],
     }
     write_atomically(Path(run_dir) / FILE, json.dumps(content, indent=2) + "\n")
 
