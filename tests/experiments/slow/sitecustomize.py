@@ -1,0 +1,19 @@
+"""On PYTHONPATH of a run that a test wants to stop midway: every step then lasts a little longer. Python imports it first.
+
+The script, its command line and everything it computes are the real ones.
+"""
+
+import os
+import time
+
+from rlhf_jax.run import loop
+
+_log = loop.Run.log
+
+
+def log(self, *arguments, **named):
+    _log(self, *arguments, **named)
+    time.sleep(float(os.environ["SECONDS_A_STEP"]))
+
+
+loop.Run.log = log

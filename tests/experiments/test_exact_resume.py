@@ -1,0 +1,107 @@
+"""Stopped anywhere and started again by the same command: the very run it would have been. The unbroken run is the chain's.
+
+Every broken run is slowed down a little between its steps, so that the signal arrives midway; nothing else differs.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from experiment_processes import finish, read_lines, wait_for_step
+
+from rlhf_jax.run import saved_steps
+from rlhf_jax.run.checkpoint import checkpoint_dir
+
+
+def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint by its path: parameters, optimiser, keys, counters, controller."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(checkpoint_dir(run_dir) / str(saved_steps(run_dir)[-1]) / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    raw = jax.random.key_data
+    return {
+        jax.tree_util.keystr(path): np.asarray(raw(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        for path, x in leaves
+    }
+
+
+def same_as(unbroken: Path, broken: Path, *parts: str) -> None:
+    """parts: words that some path of the state must hold, so that what was compared is what was meant."""
+    assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    assert saved_steps(broken)[-1] == saved_steps(unbroken)[-1]
+    ours, theirs = saved_state(broken), saved_state(unbroken)
+    assert ours.keys() == theirs.keys()
+    for part in parts:
+        assert any(part in path for path in ours), (part, list(ours))
+    for path, array in ours.items():
+        assert array.dtype == theirs[path].dtype
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+    assert [line["step"] for line in read_lines(broken / "timing.jsonl")] == [
+        line["step"] for line in read_lines(unbroken / "timing.jsonl")
+    ]
+
+
+def resumed_steps(run_dir: Path) -> list[int]:
+    return [launch["resumed_step"] for launch in json.loads((run_dir / "provenance.json").read_text())["launches"]]
+
+
+def terminate(begin: Callable[..., Any], run_dir: Path, at: int, *arguments: str, **macros: Any) -> int:
+    """SIGTERM once step ``at`` is logged; returns the step that was saved."""
+    process = begin(*arguments, run_dir.name, seconds_a_step=0.4, **macros)
+    wait_for_step(run_dir, at, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 143)
+    saved = saved_steps(run_dir)[-1]
+    assert f"stopped at step {saved}; the same command goes on from here" in err
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("arguments", "macros"),
+    [
+        pytest.param(("train_sft", "sft"), {"BASE": "base"}, id="sft"),
+        pytest.param(
+            ("train_reward", "reward"), {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"}, id="reward"
+        ),
+    ],
+)
+def test_terminated(chain: Path, begin, tmp_path: Path, arguments: tuple[str, str], macros: dict[str, str]) -> None:
+    places = {name: chain / path for name, path in macros.items()}
+    broken = tmp_path / "broken"
+    saved = terminate(begin, broken, 3, *arguments, **places)
+    assert 3 <= saved < 12 and saved not in (5, 10)  # not one of the steps that are saved anyway
+    assert not (broken / "reward_normalisation.json").exists()
+    _, err = finish(begin(*arguments, "broken", **places))
+    assert "Traceback" not in err
+    assert resumed_steps(broken) == [0, saved]
+    same_as(chain / arguments[1], broken, "params", "opt_state", "rng", "step")
+    if arguments[1] == "reward":
+        ours, theirs = ((run_dir / "reward_normalisation.json").read_text() for run_dir in (broken, chain / "reward"))
+        assert ours == theirs
+
+
+def test_ppo_terminated_and_killed(chain: Path, begin, tmp_path: Path) -> None:
+    places = {"POLICY": chain / "sft", "REWARD": chain / "reward"}
+    broken = tmp_path / "broken"
+    saved = terminate(begin, broken, 2, "train_ppo", "ppo", **places)
+    assert 2 <= saved < 4
+
+    killed = begin("train_ppo", "ppo", "broken", seconds_a_step=1.0, **places)
+    wait_for_step(broken, 5, killed)
+    killed.kill()
+    killed.communicate()
+    assert saved_steps(broken)[-1] in (saved, 4)  # 4 was due; its save runs in the background
+    assert read_lines(broken / "metrics.jsonl")[-1]["step"] == 5  # done, and to be done again
+
+    finish(begin("train_ppo", "ppo", "broken", **places))
+    assert resumed_steps(broken)[:2] == [0, saved] and resumed_steps(broken)[2] in (saved, 4)
+    # The value model, the optimiser and the KL coefficient go on as well, not only the policy.
+    same_as(chain / "ppo", broken, "policy", "value", "opt_state", "rng", "kl_coefficient")

@@ -1,0 +1,86 @@
+"""The pipeline goes on after a stop, skips what is finished, and notices when that is not true any more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+from experiment_processes import command, finish, start, wait_for_step
+
+from rlhf_jax.run import read_provenance, saved_steps
+
+TWO_STAGES = """\
+run.run_dir = %RUN_DIR
+RUN_DIR = ''
+run.stages = [@base/Stage(), @sft/Stage()]
+base/Stage.name = 'base'
+base/Stage.experiment = 'train_sft'
+base/Stage.gin_file = 'configs/smoke/base.gin'
+sft/Stage.name = 'sft'
+sft/Stage.experiment = 'train_sft'
+sft/Stage.gin_file = 'configs/smoke/sft.gin'
+sft/Stage.macros = (('BASE', 'base'),)
+"""
+
+
+def files(directory: Path) -> dict[Path, bytes]:
+    names = [path for path in directory.rglob("*") if path.is_file() and "compilation_cache" not in path.parts]
+    return {path.relative_to(directory): path.read_bytes() for path in names if path.name != ".lock"}
+
+
+def test_a_finished_pipeline_starts_nothing(chain: Path) -> None:
+    before = files(chain)
+    _, err = finish(start(command("pipeline", "configs/smoke/pipeline.gin", RUN_DIR=chain)))
+    assert err.count("finished before") == 6
+    assert files(chain) == before
+
+
+def test_stopped_resumed_and_no_longer_true(chain: Path, tmp_path: Path) -> None:
+    config, directory = tmp_path / "two.gin", tmp_path / "run"
+    config.write_text(TWO_STAGES)
+    shutil.copytree(chain / "base", directory / "base")
+    record = json.loads((chain / "pipeline.json").read_text())
+    (directory / "pipeline.json").write_text(json.dumps({"stages": {"base": record["stages"]["base"]}}))
+    pipeline = command("pipeline", config, RUN_DIR=directory)
+
+    # SIGTERM to the pipeline alone: the stage saves, both leave.
+    process = start(pipeline, seconds_a_step=0.4)
+    wait_for_step(directory / "sft", 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 143)
+    (saved,) = saved_steps(directory / "sft")
+    assert f"stopped at step {saved}; the same command goes on from here" in err
+    assert err.endswith("stopped in stage sft; the same command goes on from here\n")
+    assert "[1/2] base\n    finished before\n[2/2] sft\n" in err
+    assert list(json.loads((directory / "pipeline.json").read_text())["stages"]) == ["base"]
+
+    # The same command: from that step to the very end that an unbroken pipeline has.
+    finish(start(pipeline))
+    made = read_provenance(directory / "sft")
+    assert made is not None and [launch["resumed_step"] for launch in made["launches"]] == [0, saved]
+    assert made["inputs"][0]["path"] == str(directory / "base")
+    assert (directory / "sft" / "metrics.jsonl").read_bytes() == (chain / "sft" / "metrics.jsonl").read_bytes()
+    assert (directory / "report.html").is_file()
+
+    # What a finished stage had read is another thing now: not skipped, and refused by name.
+    card = directory / "base" / "checkpoints" / "30" / "state" / "_METADATA"
+    card.write_text(card.read_text() + " ")
+    _, err = finish(start(pipeline), 2)
+    assert "error: input 'model': the content of" in err and "is not what the run began with" in err
+    assert err.endswith("error: stage sft ended with exit code 2; its message is above\n")
+
+
+def test_a_guard_in_a_stage_ends_the_pipeline_with_its_code(chain: Path, tmp_path: Path) -> None:
+    """Sampler and scorer never agree to the last bit: a limit of 0 stops the first iteration."""
+    config = tmp_path / "one.gin"
+    bound = (f"POLICY = '{chain / 'sft'}'", f"REWARD = '{chain / 'reward'}'", "PPOConfig.max_sampler_gap = 0.0")
+    config.write_text(
+        "RUN_DIR = ''\nrun.run_dir = %RUN_DIR\nrun.stages = [@Stage()]\nStage.name = 'ppo'\n"
+        f"Stage.experiment = 'train_ppo'\nStage.gin_file = 'configs/smoke/ppo.gin'\nStage.bindings = {bound!r}\n"
+    )
+    _, err = finish(start(command("pipeline", config, RUN_DIR=tmp_path / "run")), 3)
+    assert "stopped: step 1: sampler and scorer differ by" in err
+    assert err.endswith("stopped: stage ppo ended with exit code 3; its message is above\n")
+    assert not (tmp_path / "run" / "report.html").exists()
