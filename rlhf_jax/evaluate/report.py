@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from rlhf_jax.types import InputError
+
 _CURVES = (
     "loss",
     "heldout/loss",
@@ -40,7 +42,8 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 {% endfor %}</table>
 {% if policies %}<h2>Held-out prompts: mean [95 % interval]</h2><table><tr><th>score
 {% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}{% for p in policies %}
-<td>{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}{% endfor %}</tr>
+<td>{% if key in p.scores %}{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}
+{% else %}not scored{% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% else %}<p>No evaluation was run.</p>{% endif %}
 {% if samples %}<h2>Samples</h2><table><tr><th>prompt{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>
 {% for s in samples %}<tr><td><pre>{{ s.prompt }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}{% endfor %}</tr>
@@ -51,8 +54,19 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 """)
 
 
+def _parsed(path: Path, text: str, line: int = 1) -> Any:
+    """``text``, which begins at ``line`` of ``path``; raises InputError naming them when it is not JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        remedy = "continue the run or remove the line" if path.suffix == ".jsonl" else "run the stage again"
+        raise InputError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); {remedy}") from error
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    return [_parsed(path, line, number) for number, line in enumerate(path.read_text().splitlines(), start=1)]
 
 
 def _picture(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -88,7 +102,7 @@ def _stage(directory: Path) -> dict[str, Any]:
         seconds += row.get("seconds", 0.0) * (row["step"] - before)
         before = row["step"]
     provenance = directory / "provenance.json"
-    inputs = json.loads(provenance.read_text())["inputs"] if provenance.is_file() else []
+    inputs = _parsed(provenance, provenance.read_text())["inputs"] if provenance.is_file() else []
     return {
         "name": directory.name if directory.is_dir() else f"{directory.name} (missing)",
         "steps": rows[-1]["step"] if rows else "",
@@ -116,16 +130,19 @@ def headlines(evaluation: dict[str, Any]) -> list[str]:
 
 
 def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
-    """Write RUN_DIR/report.html from what the stages left on disk. Returns its path."""
+    """Write RUN_DIR/report.html from what the stages left on disk; what is missing is left out or said to be missing.
+
+    Returns its path. Raises InputError for a file that is not JSON.
+    """
     file = run_dir / "evaluation" / "evaluation.json"
-    evaluation = json.loads(file.read_text()) if file.is_file() else {}
+    evaluation = _parsed(file, file.read_text()) if file.is_file() else {}
     policies = evaluation.get("policies", [])
     page = _PAGE.render(
         title=f"{run_dir.name}: from base to PPO",
         headlines=headlines(evaluation),
         stages=[_stage(run_dir / name) for name in stages],
         policies=policies,
-        keys=list(policies[0]["scores"]) if policies else [],
+        keys=list(dict.fromkeys(key for policy in policies for key in policy["scores"])),
         samples=evaluation.get("samples", []),
     )
     path = run_dir / "report.html"

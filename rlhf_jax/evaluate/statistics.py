@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,8 @@ def bootstrap_interval(
     """``statistic`` with its bias-corrected accelerated bootstrap interval (Efron 1987), for skewed or odd statistics.
 
     values: [N]; for a paired comparison give the differences. statistic takes an ``axis`` (np.mean, np.median).
-    Where the resampled statistic never varies the interval has no width; one item: NaN bounds.
+    Where the data never vary the interval has no width; one item: NaN bounds. Where leaving out any one item leaves the
+    statistic as it is (a median among equal numbers) acceleration is undefined: then the plain percentile interval.
     """
     _check_confidence(confidence)
     array = _numbers(values, "bootstrap_interval")
@@ -125,15 +127,24 @@ def bootstrap_interval(
         return Interval(point, math.nan, math.nan, 1)
     if np.ptp(array) == 0.0:
         return Interval(point, point, point, array.size)
-    found = scipy.stats.bootstrap(
-        (array,),
-        statistic,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(point, float(found.low), float(found.high), array.size)
+
+    def bounds(method: str) -> tuple[float, float]:
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+            found = scipy.stats.bootstrap(
+                (array,),
+                statistic,
+                n_resamples=resamples,
+                confidence_level=confidence,
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+        return float(found.low), float(found.high)
+
+    low, high = bounds("BCa")
+    if math.isnan(low) or math.isnan(high):
+        low, high = bounds("percentile")
+    return Interval(point, low, high, array.size)
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:

@@ -1,0 +1,160 @@
+"""The page about a run: complete, self-contained, and rendered whatever is missing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.evaluate import headlines, write_report
+from rlhf_jax.types import InputError
+
+STAGES = ["sft", "reward", "ppo"]
+
+
+def interval(mean: float, low: float, high: float) -> dict:
+    return {"mean": mean, "low": low, "high": high, "n": 10}
+
+
+def write_stage(directory: Path, rows, timing=(), inputs=None) -> None:
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if timing:
+        (directory / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
+    if inputs is not None:
+        (directory / "provenance.json").write_text(json.dumps({"inputs": inputs}))
+
+
+EVALUATION = {
+    "policies": [
+        {"name": "sft", "scores": {"gold": interval(0.5, 0.4, 0.6), "length": interval(20, 18, 22)}},
+        {"name": "ppo", "scores": {"gold": interval(0.7, 0.6, 0.8), "length": interval(21, 19, 23)}},
+    ],
+    "differences": [
+        {
+            "from": "sft",
+            "to": "ppo",
+            "paired": {"gold": interval(0.2, 0.1, 0.3), "length": interval(1, -1, 3)},
+            "length_controlled": {"gain": interval(0.15, 0.05, 0.25), "slope": 0.1, "extrapolated": False},
+        }
+    ],
+    "samples": [
+        {"prompt": "Where is <b>my</b> order?", "replies": {"sft": "It's & here", "ppo": "<script>x</script>"}}
+    ],
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run = tmp_path / "desk"
+    rows = [{"step": n, "stage": "sft", "loss": 3.0 / n, "entropy": None if n == 1 else 1.0} for n in (1, 2, 3)]
+    timing = [{"step": 1, "seconds": 4.0}, {"step": 3, "seconds": 1.5}]  # seconds a step since the line before
+    write_stage(run / "sft", rows, timing, [{"name": "model", "fingerprint": "0123456789abcdef"}])
+    write_stage(run / "reward", [{"step": 5, "accuracy": 0.75, "heldout/accuracy": 0.7}])
+    write_stage(run / "ppo", [{"step": 1, "score": 0.25, "kl": 0.5}, {"step": 2, "score": None, "kl": 0.75}])
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    return run
+
+
+class Page(HTMLParser):
+    """Text of every cell, and every address the page refers to."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.text, self.sources, self.tags = "", [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data + "|"
+
+
+def test_the_whole_page(run_dir):
+    path = write_report(run_dir, STAGES)
+    assert path == run_dir / "report.html"
+    page = Page(path)
+    assert "desk: from base to PPO" in page.text
+    assert "sft to ppo: gold +0.200 [+0.100, +0.300]; at equal length +0.150 [+0.050, +0.250]" in page.text
+    assert "0.500 [0.400, 0.600]" in page.text and "21.000 [19.000, 23.000]" in page.text
+    assert "loss 1.000, entropy 1.000" in page.text and "model (0123456789ab)" in page.text
+    assert re.search(r"sft\|.*3\|.*7\|", page.text.replace("\n", "")), "3 steps, 4 + 2 * 1.5 = 7 seconds"
+    assert "accuracy 0.750" in page.text and "score 0.250" in page.text  # the last number there is, not the last line
+    assert page.tags.count("img") == 3
+
+
+def test_nothing_is_loaded_from_elsewhere_and_pictures_are_pictures(run_dir):
+    page = Page(write_report(run_dir, STAGES))
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    for source in page.sources:
+        assert base64.b64decode(source.partition(",")[2]).startswith(b"\x89PNG\r\n")
+
+
+def test_texts_of_models_are_shown_not_run(run_dir):
+    page = Page(write_report(run_dir, STAGES))
+    assert "script" not in page.tags and "b" not in page.tags
+    assert "Where is <b>my</b> order?" in page.text and "<script>x</script>" in page.text and "It's & here" in page.text
+
+
+def test_what_is_missing_is_said(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    page = Page(write_report(empty, STAGES))
+    assert page.text.count("(missing)") == 3 and "No evaluation was run." in page.text and "img" not in page.tags
+
+    write_stage(empty / "sft", [])  # begun, nothing logged yet
+    (empty / "reward").mkdir()
+    page = Page(write_report(empty, STAGES))
+    assert page.text.count("(missing)") == 1
+
+    (empty / "evaluation").mkdir()
+    file = empty / "evaluation" / "evaluation.json"
+    file.write_text(json.dumps({"policies": EVALUATION["policies"][:1]}))  # one policy: nothing to compare
+    page = Page(write_report(empty, STAGES))
+    assert "0.500 [0.400, 0.600]" in page.text and "Samples" not in page.text
+
+
+def test_a_policy_with_other_scores_still_has_a_row(run_dir):
+    """A score that only some policies have is shown for those."""
+    file = run_dir / "evaluation" / "evaluation.json"
+    changed = json.loads(file.read_text())
+    changed["policies"][1]["scores"]["reward"] = interval(1.0, 0.9, 1.1)
+    del changed["policies"][1]["scores"]["length"]
+    file.write_text(json.dumps(changed))
+    page = Page(write_report(run_dir, STAGES))
+    assert "1.000 [0.900, 1.100]" in page.text and "20.000 [18.000, 22.000]" in page.text
+
+
+def test_an_interval_around_zero_shows_no_difference():
+    unsure = json.loads(json.dumps(EVALUATION))
+    unsure["differences"][0]["paired"]["gold"] = interval(0.1, -0.1, 0.3)
+    assert "(the interval includes zero: no difference shown)" in headlines(unsure)[0]
+    assert "includes zero" not in headlines(EVALUATION)[0]
+    worse = json.loads(json.dumps(EVALUATION))
+    worse["differences"][0]["paired"]["gold"] = interval(-0.2, -0.3, -0.1)
+    assert "gold -0.200" in headlines(worse)[0] and "includes zero" not in headlines(worse)[0]
+    nan = float("nan")
+    single = json.loads(json.dumps(EVALUATION))
+    single["differences"][0]["paired"]["gold"] = interval(0.2, nan, nan)
+    assert "no difference shown" in headlines(single)[0]
+    assert headlines({}) == [] and headlines({"differences": [{"from": "a", "to": "b", "paired": {}}]}) == []
+
+
+def test_a_damaged_file_is_named(run_dir):
+    """A run killed in the middle of a line; a file edited by hand."""
+    metrics = run_dir / "sft" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"step": 4, "lo')
+    with pytest.raises(InputError, match=r"sft/metrics\.jsonl:4: not JSON"):
+        write_report(run_dir, STAGES)
+    metrics.write_text(whole)
+    (run_dir / "evaluation" / "evaluation.json").write_text("{")
+    with pytest.raises(InputError, match=r"evaluation\.json:1: not JSON"):
+        write_report(run_dir, STAGES)
