@@ -106,6 +106,21 @@ def test_a_batch_without_any_target_has_loss_and_gradient_zero():
     assert all((np.asarray(leaf) == 0.0).all() for leaf in jax.tree.leaves(grads))
 
 
+def test_packed_documents_have_the_gradient_of_padded_ones():
+    """Both documents in one row: the same targets, and the first token of the second is none (B31)."""
+    padded, metrics = sft_gradients()(rows(), 1)
+    batch = token_batch([[5, 6, 7, 8, 9, 10, 11]], length=8)
+    packed = batch.replace(
+        positions=np.int32([[0, 1, 2, 3, 4, 0, 1, 0]]),
+        segment_ids=np.int32([[1, 1, 1, 1, 1, 2, 2, 0]]),
+        loss_mask=np.array([[0, 0, 1, 1, 1, 0, 1, 0]], bool),
+    )
+    grads, again = sft_gradients()(packed, 1)
+    assert float(again["loss"].value()) == pytest.approx(float(metrics["loss"].value()), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(padded), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
 def adam():
     return make_optimizer(OptimizerConfig(learning_rate=0.1), steps=10)
 
