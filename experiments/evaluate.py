@@ -76,7 +76,7 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
     for each in filter(None, (loaded, judge)):
         each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     encoded = data.encode_all(
-        prompts.train,
+        prompts.of(data.Prompt).train,
         lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
     )
 

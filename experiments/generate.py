@@ -59,7 +59,7 @@ def run(
     loaded.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
     encoded = data.encode_all(
-        prompts.train,
+        prompts.of(data.Prompt).train,
         lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
     )
     pad, eos = tokenizer.pad_token_id, (tokenizer.eos_token_id,)

@@ -123,7 +123,7 @@ def run(
     def encode(record: data.Prompt) -> list[int] | data.Skipped:
         return data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length)
 
-    encoded = data.encode_all(prompts.train, encode)
+    encoded = data.encode_all(prompts.of(data.Prompt).train, encode)
     batches = data.prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad
     )

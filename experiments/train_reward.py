@@ -53,7 +53,7 @@ def run(
     def encode(record: data.Comparison) -> data.EncodedPair | data.Skipped:
         return data.encode_comparison(record, tokenizer, records.template, max_length=batch.length)
 
-    train = data.encode_all(records.train, encode).items
+    train = data.encode_all(records.of(data.Comparison).train, encode).items
     heldout = data.encode_all(records.heldout, encode).items
     loaded.refuse_longer(batch.length, "BatchConfig.length")
     if not heldout:

@@ -47,7 +47,7 @@ def run(
             record, tokenizer, records.template, max_length=batch.length, loss_on=records.loss_on
         )
 
-    train = data.encode_all(records.train, encode).items
+    train = data.encode_all(records.of(data.Demonstration).train, encode).items
     heldout = data.encode_all(records.heldout, encode).items
     if loop.evaluate_every and not heldout:
         raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")

@@ -13,6 +13,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import inspect
+import os
 import sys
 import tokenize
 import traceback
@@ -201,6 +202,8 @@ def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     """
     scanned = scan(files, bindings)
     gin.add_config_file_search_path(str(REPOSITORY))
+    # Files only: gin also takes 'configs/x.gin' for a resource of a Python package "configs", and fails on our folder.
+    gin.config._FILE_READERS = [(open, os.path.isfile)]
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True, skip_unknown=False)
     except Exception as error:

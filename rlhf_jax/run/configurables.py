@@ -195,6 +195,16 @@ class Records:
     loss_on: LossOn = "response"
     files: tuple[str, ...] = ()
 
+    def of(self, kind: type) -> Records:
+        """Itself. Raises InputError when a record is not a ``kind``: a builder of another experiment was bound."""
+        for record in (*self.train, *self.heldout):
+            if not isinstance(record, kind):
+                raise InputError(
+                    f"{kind.__name__} records are needed here, got {type(record).__name__}; bind another builder "
+                    "(rlhf_jax/run/configurables.py lists them)"
+                )
+        return self
+
     def as_inputs(self) -> list[Input]:
         """For `open_run`: the files, or the hash of generated records."""
         if self.files:

@@ -96,7 +96,9 @@ def explain_run(error: BaseException, scanned: Sequence[Binding], building: bool
     culprits = [b for b in scanned if b.argument in words and same_selector(b.selector, call["name"])]
     culprits = [b for b in culprits if not b.scope or f"{call['scope']}/".startswith(b.scope + "/")]
     where = f"{culprits[-1].place}: " if culprits else ""
-    return f"{where}{message}" if call["name"] in message else f"{where}{name}: {message}"
+    if call["name"] not in message:
+        return f"{where}{name}: {message}"
+    return where + (message if name in message else message.replace(call["name"], name, 1))
 
 
 def same_selector(one: str, other: str) -> bool:
