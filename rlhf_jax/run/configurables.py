@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,18 +310,16 @@ def desk_gold() -> ScoreTexts:
 def sentiment_scores(corpus: SentimentCorpus) -> ScoreTexts:
     """How positive a continuation sounds: "sentiment" (the reward), "second_opinion", "words", "distinct".
 
-    Says on stderr how accurate both classifiers are on held-out continuations; raises InputError when one of them is
-    not better than chance there.
+    Raises InputError when one of the two classifiers is not better than chance on held-out continuations.
     """
     scorer = sentiment_scorer(corpus)
     for name, model in (("reward", scorer.reward), ("second opinion", scorer.second)):
         found = wilson_interval(*model.accuracy)
-        text = f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] of {found.n} held-out continuations"
         if found.low <= 0.5:
             raise InputError(
-                f"{corpus.directory}: sentiment {name} is right on {text}: no better than chance; give more"
+                f"{corpus.directory}: the sentiment {name} is right on {found.mean:.3f} [{found.low:.3f}, "
+                f"{found.high:.3f}] of {found.n} held-out continuations, no better than chance; give more sentences"
             )
-        print(f"sentiment {name}: right on {text}", file=sys.stderr)
     return scorer
 
 
