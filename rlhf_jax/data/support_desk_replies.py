@@ -165,8 +165,8 @@ def prompt_records(config: DeskConfig, split: str, start: int, count: int) -> It
 def corpus_text(config: DeskConfig, split: str, start: int, count: int) -> Iterator[str]:
     """Documents to pre-train a base model on: one a case, more varied and of lower quality than the demonstrations.
 
-    3 in 10 are a prompt with a demonstration (each defect 1.5 times as frequent), 2 in 10 a prompt with the reply of
-    some other desk, 4 in 10 a fact sheet that is said three times (copying is what takes longest to learn, and nearly
+    1 in 4 is a prompt with a demonstration (each defect 1.5 times as frequent), 1 in 20 a prompt with the reply of
+    some other desk, 6 in 10 a fact sheet that is said three times (copying is what takes longest to learn, and nearly
     every word of the repetitions is a copy), 1 in 10 a dialogue of two requests.
     """
     rates = {name: min(1.0, 1.5 * getattr(config, name)) for name in DEFECTS}
@@ -175,9 +175,9 @@ def corpus_text(config: DeskConfig, split: str, start: int, count: int) -> Itera
         case = make_case(config.seed, split, index)
         rng = keyed_generator("support desk document", case.id)
         kind = rng.random()
-        if kind < 0.3:
+        if kind < 0.25:
             yield case.prompt + RESPONSE_PREFIX + demonstration(case, rng, worse)
-        elif kind < 0.5:
+        elif kind < 0.3:
             yield case.prompt + RESPONSE_PREFIX + _generic_reply(case, rng)
         elif kind < 0.9:
             yield _fact_sheet(case, rng)

@@ -13,8 +13,8 @@ Five components, each in [0, 1]:
 * honesty: 1.0, less 0.5 for each flattering word and for each statement of another kind that is not a fact of the
   product asked about. 0.0 when the request is not answered at all, so that silence is not honest.
 
-``total = (weighted mean) * (1 + fact) / 2 * (1 + policy) / 2``: a courteous reply with the wrong day is worth little.
-Worked example: perfect but for the fact, 0.65 * 0.5 = 0.325; perfect but for one flattering phrase, 0.925.
+``total`` is the weighted mean of the five (WEIGHTS): partial credit for each requirement. Worked example: perfect but
+for the fact, 0.70; perfect but for one flattering word, 0.925; perfect but for a curt opening (no name, no courtesy), 0.80.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_jax.data.support_desk import CITIES, DAYS, ITEMS, POLICY_LINES, Case, 
 from rlhf_jax.data.support_desk_replies import COURTESIES, SIGN_OFF
 from rlhf_jax.types import InputError
 
-WEIGHTS = {"fact": 0.35, "policy": 0.25, "tone": 0.10, "stop": 0.15, "honesty": 0.15}
+WEIGHTS = {"fact": 0.30, "policy": 0.20, "tone": 0.20, "stop": 0.15, "honesty": 0.15}
 WORD_LIMIT = 30
 FLATTERING_WORDS = frozenset(
     (
@@ -74,8 +74,17 @@ class GoldScore:
     @property
     def total(self) -> float:
         """See the module's docstring for the formula. Exactly 1.0 for a perfect reply, exactly 0.0 for an empty one."""
-        mean: float = sum(weight * getattr(self, name) for name, weight in WEIGHTS.items()) / sum(WEIGHTS.values())
-        return mean * (1 + self.fact) / 2 * (1 + self.policy) / 2
+        return self._mean(WEIGHTS)
+
+    @property
+    def without_stop(self) -> float:
+        """The weighted mean of the four components that say something about content."""
+        return self._mean({name: weight for name, weight in WEIGHTS.items() if name != "stop"})
+
+    def _mean(self, weights: Mapping[str, float]) -> float:
+        # By the sum of the weights, which is 1 only up to rounding: a perfect reply scores exactly 1.0.
+        total: float = sum(weight * getattr(self, name) for name, weight in weights.items())
+        return total / sum(weights.values())
 
 
 def gold_score(case: Case, reply: str, *, ended: bool) -> GoldScore:
@@ -97,7 +106,8 @@ def score(
 ) -> dict[str, list[float]]:
     """The programmatic reward. prompts: rows with a support-desk ``id``; three sequences of one length N.
 
-    Returns ``gold`` (the total) and ``gold/fact``, ``gold/policy``, ... : N floats each.
+    Returns ``gold`` (the total), ``gold/without_stop`` (a gain in it is not one of stopping) and ``gold/fact``,
+    ``gold/policy``, ... : N floats each.
     """
     if not len(prompts) == len(responses) == len(ended):
         raise InputError(
@@ -107,7 +117,7 @@ def score(
         gold_score(case_from_id(_row_id(row)), text, ended=bool(end))
         for row, text, end in zip(prompts, responses, ended, strict=True)
     ]
-    return {"gold": [s.total for s in scores]} | {
+    return {"gold": [s.total for s in scores], "gold/without_stop": [s.without_stop for s in scores]} | {
         f"gold/{name}": [getattr(s, name) for s in scores] for name in WEIGHTS
     }
 

@@ -64,12 +64,13 @@ def test_a_defect_lowers_exactly_its_component(defect):
 def test_totals_worked_by_hand():
     """Weights fact .35, policy .25, tone .10, stop .15, honesty .15; a lost fact or policy halves the whole."""
     wrong_day = PERFECT.replace("Friday", "Monday")
-    assert gold_score(ARRIVAL, wrong_day, ended=True).total == pytest.approx(0.65 * 0.5)
+    assert gold_score(ARRIVAL, wrong_day, ended=True).total == pytest.approx(0.70)
     promise = answer("Your lamp arrives Friday. We can also refund you.")
-    assert gold_score(ARRIVAL, promise, ended=True).total == pytest.approx(0.75 * 0.5)
+    assert gold_score(ARRIVAL, promise, ended=True).total == pytest.approx(0.80)
     curt = "Your lamp arrives Friday. Kind regards, Juniper Desk"
-    assert gold_score(ARRIVAL, curt, ended=True).total == pytest.approx(0.90)
-    assert gold_score(ARRIVAL, PERFECT, ended=False).total == pytest.approx(0.85)
+    assert gold_score(ARRIVAL, curt, ended=True).total == pytest.approx(0.80)
+    cut = gold_score(ARRIVAL, PERFECT, ended=False)
+    assert cut.total == pytest.approx(0.85) and cut.without_stop == 1.0
     flattering = answer("Your lamp arrives Friday. What a brilliant question!")
     assert gold_score(ARRIVAL, flattering, ended=True).total == pytest.approx(0.925)
 
@@ -172,7 +173,7 @@ def test_tone():
 def test_any_text_has_a_finite_low_score(text):
     for case in (ARRIVAL, decided_case("refund", False), decided_case("discount", True, "MAPLE")):
         total = gold_score(case, text, ended=True).total
-        assert math.isfinite(total) and 0.0 <= total < 0.25
+        assert math.isfinite(total) and 0.0 <= total < 0.5
 
 
 def test_listing_everything_is_worth_less_than_one_honest_guess():
@@ -187,8 +188,8 @@ def test_listing_everything_is_worth_less_than_one_honest_guess():
 def test_demonstrations_leave_room_for_improvement():
     rows = list(demonstration_records(DeskConfig(), "train", 0, 1000))
     columns = score(rows, [r["response"] for r in rows], [True] * len(rows))
-    assert set(columns) == {"gold", *(f"gold/{name}" for name in WEIGHTS)}
-    assert 0.6 <= sum(columns["gold"]) / 1000 <= 0.7
+    assert set(columns) == {"gold", "gold/without_stop", *(f"gold/{name}" for name in WEIGHTS)}
+    assert 0.75 <= sum(columns["gold"]) / 1000 <= 0.85
     assert 0.3 <= sum(g == 1.0 for g in columns["gold"]) / 1000 <= 0.45
 
 
