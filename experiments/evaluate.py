@@ -131,6 +131,9 @@ def _compare(results: dict, shown: int) -> dict:
         {"prompt": row["prompt"], "replies": {name: results[name]["texts"][i] for name in names}}
         for i, row in enumerate(first)
     ]
+    if all("gold" in result["scores"] for result in results.values()):
+        for i, sample in enumerate(samples):
+            sample["gold"] = {name: float(results[name]["scores"]["gold"][i]) for name in names}
     return {"policies": policies, "differences": differences, "samples": samples}
 
 

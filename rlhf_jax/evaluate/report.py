@@ -45,8 +45,14 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 <td>{% if key in p.scores %}{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}
 {% else %}not scored{% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% else %}<p>No evaluation was run.</p>{% endif %}
+{% if differences %}<h2>Paired differences on the same prompts: mean [95 % interval]</h2><table><tr><th>score
+{% for d in differences %}<th>{{ d["from"] }} to {{ d.to }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}
+{% for d in differences %}<td>{% if key in d.paired %}{% set v = d.paired[key] %}{{ "%+.3f [%+.3f, %+.3f]"|format(v.mean,
+v.low, v.high) }}{% if v.low > 0 or v.high < 0 %} *{% endif %}{% endif %}{% endfor %}</tr>
+{% endfor %}</table><p>* the interval excludes zero.</p>{% endif %}
 {% if samples %}<h2>Samples</h2><table><tr><th>prompt{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>
-{% for s in samples %}<tr><td><pre>{{ s.prompt }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}{% endfor %}</tr>
+{% for s in samples %}<tr><td><pre>{{ s.prompt }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}
+{% if s.gold %}<br><small>gold {{ "%.2f"|format(s.gold[p.name]) }}</small>{% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
 <h2>Learning curves</h2>{% for s in stages %}{% if s.picture %}<h3>{{ s.name }}</h3>
 <img alt="learning curves of {{ s.name }}" src="data:image/png;base64,{{ s.picture }}">{% endif %}{% endfor %}
@@ -143,6 +149,7 @@ def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
         stages=[_stage(run_dir / name) for name in stages],
         policies=policies,
         keys=list(dict.fromkeys(key for policy in policies for key in policy["scores"])),
+        differences=evaluation.get("differences", []),
         samples=evaluation.get("samples", []),
     )
     path = run_dir / "report.html"

@@ -43,7 +43,8 @@ EVALUATION = {
         }
     ],
     "samples": [
-        {"prompt": "Where is <b>my</b> order?", "replies": {"sft": "It's & here", "ppo": "<script>x</script>"}}
+        {"prompt": "Where is <b>my</b> order?", "replies": {"sft": "It's & here", "ppo": "<script>x</script>"}},
+        {"prompt": "And now?", "replies": {"sft": "a", "ppo": "b"}, "gold": {"sft": 0.25, "ppo": 0.875}},
     ],
 }
 
@@ -84,6 +85,9 @@ def test_the_whole_page(run_dir):
     assert "desk: from base to PPO" in page.text
     assert "sft to ppo: gold +0.200 [+0.100, +0.300]; at equal length +0.150 [+0.050, +0.250]" in page.text
     assert "0.500 [0.400, 0.600]" in page.text and "21.000 [19.000, 23.000]" in page.text
+    assert "+1.000 [-1.000, +3.000]" in page.text  # includes zero: no star
+    assert "+0.200 [+0.100, +0.300] *" in page.text and "+1.000 [-1.000, +3.000] *" not in page.text
+    assert "gold 0.25" in page.text and "gold 0.88" in page.text
     assert "loss 1.000, entropy 1.000" in page.text and "model (0123456789ab)" in page.text
     assert re.search(r"sft\|.*3\|.*7\|", page.text.replace("\n", "")), "3 steps, 4 + 2 * 1.5 = 7 seconds"
     assert "accuracy 0.750" in page.text and "score 0.250" in page.text  # the last number there is, not the last line
