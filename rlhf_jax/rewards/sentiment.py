@@ -242,9 +242,21 @@ class SentimentScorer:
 
 
 def sentiment_scorer(corpus: SentimentCorpus) -> SentimentScorer:
-    """The reward and its second opinion, fitted on their two parts of the corpus. Raises InputError."""
+    """The reward and its second opinion, fitted on their two parts of the corpus.
+
+    Raises InputError when one of them is not better than chance on held-out continuations (a coin is right more often
+    than n / 2 + 1.96 sqrt(n) / 2 of n times in 1 case of 40): files swapped or unlabelled, or too few sentences.
+    """
     sentences = read_sentences(corpus)
-    return SentimentScorer(fit_sentiment(sentences, "reward"), fit_sentiment(sentences, "second"))
+    scorer = SentimentScorer(fit_sentiment(sentences, "reward"), fit_sentiment(sentences, "second"))
+    for name, model in (("reward", scorer.reward), ("second opinion", scorer.second)):
+        right, n = model.accuracy
+        if right <= n / 2 + 1.96 * math.sqrt(n) / 2:
+            raise InputError(
+                f"{corpus.directory}: the sentiment {name} is right on {right} of {n} held-out continuations, no better "
+                f"than chance; check the labels of {corpus.positive} and {corpus.negative}, or give more sentences"
+            )
+    return scorer
 
 
 def _words(text: str) -> list[str]:
