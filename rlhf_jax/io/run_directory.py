@@ -66,9 +66,14 @@ def read_parameters(path: str | Path, subtree: str, saved_as: Params, like: Para
 
 
 def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
-    """A reward model's head with gain and bias of reward_normalisation.json folded in: gain * (w h + b) + bias."""
-    file = run_dir / NORMALISATION
+    """A reward model's head with gain and bias of reward_normalisation.json folded in: gain * (w h + b) + bias.
+
+    Raises InputError for a reward run that has not written them yet: its rewards have another scale than it will have.
+    """
+    file, provenance = run_dir / NORMALISATION, run_dir / "provenance.json"
     if not file.is_file():
+        if provenance.is_file() and read_json(provenance).get("stage") == "reward":
+            raise InputError(f"{file}: no such file; the reward model is unfinished: give its command again")
         return params
     numbers = read_json(file)
     for name in ("gain", "bias"):

@@ -101,6 +101,12 @@ def test_a_reward_runs_normalisation_is_folded_into_its_head(tmp_path: Path) -> 
     read = load_pretrained(tmp_path / "run").params
     np.testing.assert_allclose(model.scalars(read, model.hidden(read, tokens)), 2 * raw - 3, rtol=1e-5)
     file.write_text(json.dumps({"gain": "2", "bias": -3.0}))
+    (tmp_path / "run" / "provenance.json").write_text('{"stage": "reward"}')
+    kept = file.read_text()
+    file.unlink()
+    with pytest.raises(InputError, match=r"reward_normalisation.json: no such file; the reward model is unfinished"):
+        load_pretrained(tmp_path / "run", head="scalar")
+    file.write_text(kept)
     with pytest.raises(InputError, match="reward_normalisation.json: gain = '2'"):
         load_pretrained(tmp_path / "run")
 
