@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import learn, rollout
 from rlhf_jax.models import Model
-from rlhf_jax.testing import tiny_config, token_batch
+from rlhf_jax.testing import random_params, tiny_config, token_batch
 from rlhf_jax.types import PairBatch
 
 LIKED, LENGTH, ROWS = 7, 12, 64
@@ -34,7 +35,7 @@ def test_a_planted_preference_is_recovered():
     steps = 150
     optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-2, schedule="linear"), steps)
     step = jax.jit(learn.make_train_step(learn.make_reward_loss(score, centring=0.01), optimizer), donate_argnums=0)
-    state = learn.initial_state(jax.jit(model.init)(jax.random.key(0)), optimizer, jax.random.key(1))
+    state = learn.initial_state(jax.tree.map(jnp.asarray, random_params(model, 0)), optimizer, jax.random.key(1))
     rng = np.random.default_rng(0)
     held_out = draw(rng, 512)
     rate = jax.jit(lambda params: learn.pair_scores(score, params, held_out))

@@ -85,12 +85,16 @@ def test_the_cache_shrinks_as_predicted(name):
 
 def test_initial_parameters_are_the_same_on_every_mesh():
     """Drawn on the shards, with the partitionable threefry: the mesh decides where a number lies, not which it is."""
-    model = Model(tiny_config(num_layers=1))
+    model = Model(tiny_config())
     mesh = mesh_of(2, 2, 2)
-    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
-    params = born_sharded(model.init, shardings, mesh, jax.random.key(3))
+
+    def some(tree):  # drawing all of them takes the compiler ten times as long
+        return {"embed": tree["embed"], "layers": {"attention": {"output": tree["layers"]["attention"]["output"]}}}
+
+    shardings = some(tree_shardings(model.abstract(), model.logical_axes(), mesh))
+    params = born_sharded(lambda key: some(model.init(key)), shardings, mesh, jax.random.key(3))
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
-    alone = jax.jit(model.init)(jax.random.key(3))
+    alone = jax.jit(lambda key: some(model.init(key)))(jax.random.key(3))
     for here, there in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(here, there)
 
