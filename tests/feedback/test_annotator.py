@@ -118,7 +118,7 @@ def test_agreement_with_gold_on_demonstrations_at_the_defaults():
 
     pairs = [(draw(row, 0), draw(row, 1)) for row in rows]
     labels = label_pairs(AnnotatorConfig(), [(r["id"], r["prompt"]) for r in rows], pairs, has_flattery)
-    assert 0.75 < labels.agreement < 0.85
+    assert 0.68 < labels.agreement < 0.80
     assert 0 < labels.dropped < 60
 
 
