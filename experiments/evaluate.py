@@ -26,7 +26,15 @@ from rlhf_jax.evaluate.statistics import length_controlled_difference, mean_inte
 from rlhf_jax.io import locate
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, ScoreTexts, decode_responses, load_model
+from rlhf_jax.run.configurables import (
+    BatchConfig,
+    ModelSource,
+    Records,
+    ScoreTexts,
+    encode_records,
+    load_model,
+    tell_left_out,
+)
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.types import InputError
 
@@ -75,10 +83,13 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
         )
     for each in filter(None, (loaded, judge)):
         each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
-    encoded = data.encode_all(
-        prompts.of(data.Prompt).train,
+    encoded, none = encode_records(
+        prompts,
+        data.Prompt,
         lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
     )
+
+    tell_left_out(prompts, encoded, none)
 
     @jax.jit
     def reply(params, frozen, part, rng):
@@ -97,10 +108,8 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
             reply(loaded.params, None if judge is None else judge.params, to_global(part, devices), rng)
         )
         real = part.prompt_id >= 0
-        records = [encoded.records[i] for i in part.prompt_id[real]]
-        rows += [{"id": record.id, "prompt": record.prompt[-1].content} for record in records]
-        texts += decode_responses(tokenizer, done.tokens[real], done.mask[real])
-        ended += done.ended[real].tolist()
+        for all_of, more in zip((rows, texts, ended), data.responses(done, encoded.records, tokenizer), strict=True):
+            all_of += more
         lengths += done.mask[real].sum(axis=1).tolist()
         rewards += [] if reward is None else reward[real].tolist()
     scores = {name: np.asarray(values, np.float64) for name, values in score_texts(rows, texts, ended).items()}

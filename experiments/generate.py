@@ -8,6 +8,7 @@ RUN_DIR/comparisons.jsonl is what train_reward.py reads.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -28,8 +29,9 @@ from rlhf_jax.run.configurables import (
     ModelSource,
     Records,
     ScoreTexts,
-    decode_responses,
+    encode_records,
     load_model,
+    tell_left_out,
 )
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.types import InputError
@@ -55,58 +57,61 @@ def run(
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     loaded = load_model(model, "lm", devices, rng)
-    tokenizer = loaded.tokenizer
     loaded.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
-    encoded = data.encode_all(
-        prompts.of(data.Prompt).train,
-        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
-    )
-    pad, eos = tokenizer.pad_token_id, (tokenizer.eos_token_id,)
-
-    @jax.jit
-    def generate(params, prompts, rng):
-        return rollout.generate(loaded.model, params, prompts, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
-
-    rows: list[dict] = []
     inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
     loop = LoopConfig(tensorboard=False)
     with open_run(run_dir, stage="generate", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
-        for sample in range(samples):
-            for part in data.evaluation_prompt_batches(
-                encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
-            ):
-                part = part.replace(sample_id=np.full_like(part.sample_id, sample))
-                done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
-                texts = decode_responses(tokenizer, done.tokens, done.mask)
-                for i, text, ended in zip(part.prompt_id.tolist(), texts, done.ended.tolist(), strict=True):
-                    if i >= 0:
-                        record = encoded.records[i]
-                        rows.append(
-                            {
-                                "id": record.id,
-                                "prompt": record.prompt[-1].content,
-                                "sample": sample,
-                                "response": text,
-                                "ended": ended,
-                            }
-                        )
+        rows = _sample(loaded, prompts, batch, sampling, samples, devices, rng)
         if score_texts is not None:
             scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
             for index, row in enumerate(rows):
                 row["scores"] = {name: values[index] for name, values in scores.items()}
         _write(here.directory / "completions.jsonl", rows)
         if annotator is not None:
-            by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
-            replies = [[Reply(row["response"], row["scores"]["gold"]) for row in side] for side in by_sample]
-            keys = [(row["id"], row["prompt"]) for row in by_sample[0]]
-            labels = label_pairs(annotator, keys, zip(*replies, strict=True), has_flattery)
-            usable = [pair for pair in labels.comparisons if pair["chosen"].strip() and pair["rejected"].strip()]
-            _write(here.directory / "comparisons.jsonl", usable)
-            summary = {"comparisons": len(usable), "identical": labels.dropped, "agreement_with_gold": labels.agreement}
-            write_atomically(here.directory / "annotation.json", json.dumps(summary) + "\n")
-            print(json.dumps(summary))
+            _annotate(here.directory, rows, annotator)
     print(f"{len(rows)} completions: {run_dir}/completions.jsonl")
+
+
+def _sample(loaded, prompts, batch, sampling, samples, devices, rng) -> list[dict]:
+    """A row per completion: every prompt once, then again for the next sample."""
+    tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    encoded, none = encode_records(
+        prompts,
+        data.Prompt,
+        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
+    )
+
+    tell_left_out(prompts, encoded, none)
+
+    @jax.jit
+    def generate(params, prompts, rng):
+        eos = (tokenizer.eos_token_id,)
+        return rollout.generate(loaded.model, params, prompts, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
+
+    rows: list[dict] = []
+    for sample in range(samples):
+        for part in data.evaluation_prompt_batches(
+            encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
+        ):
+            part = dataclasses.replace(part, sample_id=np.full_like(part.sample_id, sample))
+            done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
+            for row, text, ended in zip(*data.responses(done, encoded.records, tokenizer), strict=True):
+                rows.append(row | {"sample": sample, "response": text, "ended": ended})
+    return rows
+
+
+def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> None:
+    """comparisons.jsonl of the first two replies of each prompt, and annotation.json about them."""
+    by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
+    replies = [[Reply(row["response"], row["scores"]["gold"]) for row in side] for side in by_sample]
+    keys = [(row["id"], row["prompt"]) for row in by_sample[0]]
+    labels = label_pairs(annotator, keys, zip(*replies, strict=True), has_flattery)
+    usable = [pair for pair in labels.comparisons if pair["chosen"].strip() and pair["rejected"].strip()]
+    _write(directory / "comparisons.jsonl", usable)
+    summary = {"comparisons": len(usable), "identical": labels.dropped, "agreement_with_gold": labels.agreement}
+    write_atomically(directory / "annotation.json", json.dumps(summary) + "\n")
+    print(json.dumps(summary))
 
 
 def _write(path: Path, rows: list[dict]) -> None:

@@ -19,7 +19,15 @@ from rlhf_jax import data, learn, ops, rollout
 from rlhf_jax.evaluate.preference import pairwise_accuracy
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, load_model, write_model_card
+from rlhf_jax.run.configurables import (
+    BatchConfig,
+    ModelSource,
+    Records,
+    encode_records,
+    load_model,
+    tell_left_out,
+    write_model_card,
+)
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.types import InputError
 
@@ -53,15 +61,14 @@ def run(
     def encode(record: data.Comparison) -> data.EncodedPair | data.Skipped:
         return data.encode_comparison(record, tokenizer, records.template, max_length=batch.length)
 
-    train = data.encode_all(records.of(data.Comparison).train, encode).items
-    heldout = data.encode_all(records.heldout, encode).items
+    train, heldout = encode_records(records, data.Comparison, encode)
     loaded.refuse_longer(batch.length, "BatchConfig.length")
-    if not heldout:
+    if not heldout.items:
         raise InputError(
             "run.records: no held-out comparisons; the builder's heldout must leave some (they scale the reward)"
         )
     shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
-    batches = data.pair_batches(train, seed=seed, **shape)
+    batches = data.pair_batches(train.items, seed=seed, **shape)
 
     # 2. The step.
     def score(params, tokens):
@@ -76,30 +83,33 @@ def run(
 
     def heldout_scores(params) -> np.ndarray:
         """float32 [2, N]: chosen, rejected."""
-        parts = data.evaluation_pair_batches(heldout, **shape)
+        parts = data.evaluation_pair_batches(heldout.items, **shape)
         scored = [np.stack(jax.device_get(score_pairs(params, to_global(part, devices)))) for part in parts]
-        return np.concatenate(scored, axis=1)[:, : len(heldout)]
+        return np.concatenate(scored, axis=1)[:, : len(heldout.items)]
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="reward", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
+        tell_left_out(records, train, heldout)
         write_model_card(here.directory, network, tokenizer)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
+        scores = None
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
             state, metrics = train_step(state, {}, to_global(pairs, devices))
             here.log(step, metrics)
             if here.evaluation_due(step):
-                chosen, rejected = heldout_scores(state.params)
+                scores = chosen, rejected = heldout_scores(state.params)
                 accuracy = pairwise_accuracy(chosen, rejected)
                 nll = float(np.mean(np.logaddexp(0.0, rejected.astype(np.float64) - chosen)))
                 names = {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
                 here.record(step, {f"heldout/{name}": value for name, value in names.items()} | {"heldout/loss": nll})
             here.save(step, state, {"data": batches.get_state()})
-        rewards = heldout_scores(state.params)
+        # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
+        rewards = np.stack(scores) if scores is not None else heldout_scores(state.params)
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
-        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout)}
+        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items)}
         write_atomically(here.directory / "reward_normalisation.json", json.dumps(numbers) + "\n")
 
 

@@ -16,7 +16,15 @@ import jax
 from rlhf_jax import data, learn, rollout
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, load_model, write_model_card
+from rlhf_jax.run.configurables import (
+    BatchConfig,
+    ModelSource,
+    Records,
+    encode_records,
+    load_model,
+    tell_left_out,
+    write_model_card,
+)
 from rlhf_jax.types import InputError, Mean
 
 
@@ -47,13 +55,12 @@ def run(
             record, tokenizer, records.template, max_length=batch.length, loss_on=records.loss_on
         )
 
-    train = data.encode_all(records.of(data.Demonstration).train, encode).items
-    heldout = data.encode_all(records.heldout, encode).items
-    if loop.evaluate_every and not heldout:
+    train, heldout = encode_records(records, data.Demonstration, encode)
+    if loop.evaluate_every and not heldout.items:
         raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
-    longest = max((len(item.tokens) for item in (*train, *heldout)), default=0)
+    longest = max((len(item.tokens) for item in (*train.items, *heldout.items)), default=0)
     loaded.refuse_longer(longest, "BatchConfig.length")
-    rows, held_rows = (data.pack(side, batch.length) if batch.packed else side for side in (train, heldout))
+    rows, held_rows = (data.pack(side.items, batch.length) if batch.packed else side.items for side in (train, heldout))
     pad = tokenizer.pad_token_id
     batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)
 
@@ -73,6 +80,7 @@ def run(
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
+        tell_left_out(records, train, heldout)
         write_model_card(here.directory, network, tokenizer)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])

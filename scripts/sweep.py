@@ -37,6 +37,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.command import run_command
 from rlhf_jax.evaluate.statistics import Interval, across_seeds
 from rlhf_jax.run import STOPPED, fingerprint_asked, lock, make_directory, run_child, scan, settable
 from rlhf_jax.run.provenance import write_atomically
@@ -240,35 +241,19 @@ def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> N
 
 def main(argv: Sequence[str]) -> int:
     """Exit code; see the top of this file."""
-    if "--help" in argv or "-h" in argv:
-        own = (
-            "experiment",
-            "gin_file",
-            "gin_bindings",
-            "grid",
-            "point",
-            "seeds",
-            "out",
-            "metrics",
-            "average",
-            "dry_run",
-        )
-        print(f"{__doc__}\nflags:\n" + "\n".join(f"  --{name}: {FLAGS[name].help}" for name in own))
+    names = ("experiment", "gin_file", "gin_bindings", "grid", "point", "seeds", "out", "metrics", "average", "dry_run")
+    return run_command(command, argv, __doc__ or "", names)
+
+
+def command() -> int:
+    """What the flags ask for. Raises InputError."""
+    runs, out = planned(), Path(FLAGS.out).absolute()
+    record = read_record(out)
+    if FLAGS.dry_run:
+        for run in runs:
+            print(f"{run.name}: {state_of(run, out, record)}\n    {shlex.join(command_of(run, out))}")
         return 0
-    try:
-        rest = FLAGS(list(argv))
-        if len(rest) > 1:
-            raise InputError(f"unexpected argument {rest[1]!r}; everything is a flag (--help lists them)")
-        runs, out = planned(), Path(FLAGS.out).absolute()
-        record = read_record(out)
-        if FLAGS.dry_run:
-            for run in runs:
-                print(f"{run.name}: {state_of(run, out, record)}\n    {shlex.join(command_of(run, out))}")
-            return 0
-        failed = sweep(runs, out)
-    except (flags.Error, InputError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    failed = sweep(runs, out)
     print(f"summary: {out / 'summary.json'}")
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed, see {out / 'logs'}: {', '.join(failed)}", file=sys.stderr)

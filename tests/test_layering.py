@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
 ALL = {
     "types",
+    "saved",
     "ops",
     "data",
     "models",
@@ -27,6 +28,8 @@ ALL = {
 
 ROOMS: dict[str, set[str]] = {
     "types": set(),
+    "saved": {"types"},
+    "command": {"types"},
     "ops": {"types"},
     "data": {"types"},
     "models": {"types", "ops"},
@@ -37,8 +40,8 @@ ROOMS: dict[str, set[str]] = {
     "feedback": {"types", "ops", "data"},
     "evaluate": {"types", "ops", "data"},
     "plan": {"types", "models", "learn", "rollout", "parallel", "io"},
-    "io": {"types", "models", "parallel", "data"},
-    "run": {"types"},
+    "io": {"types", "saved", "models", "parallel", "data"},
+    "run": {"types", "saved", "command"},
     "testing": ALL,  # shipped for the tests of users; nothing of ours may lean on it
 }
 """What each room may import of ours, itself apart."""

@@ -1,5 +1,6 @@
 """Text to batches: sources, records, templates, encoding, packing and the resumable pipeline."""
 
+from rlhf_jax.data.decode import responses
 from rlhf_jax.data.encode import (
     Encoded,
     EncodedPair,
@@ -78,6 +79,7 @@ __all__ = [
     "render_prompt",
     "render_reply",
     "report",
+    "responses",
     "split_by_prompt",
     "stack_rows",
     "token_batches",

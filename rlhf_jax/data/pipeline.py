@@ -9,6 +9,7 @@ resumes silently on another data set, seed or batch size. Every process of a mul
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -181,8 +182,9 @@ def evaluation_prompt_batches(
     for group in _groups(range(len(kept)), batch_size):
         missing = batch_size - len(group)
         batch = _stack_prompts(kept, [*group, *[group[-1]] * missing], length, pad_id)
-        ids = np.array([*group, *[-1] * missing], np.int32)
-        yield batch.replace(prompt_id=ids, sample_id=np.zeros(batch_size, np.int32))  # type: ignore[attr-defined]
+        numbers: Any = np.array([*group, *[-1] * missing], np.int32)  # numpy arrays in fields declared as JAX's
+        first: Any = np.zeros(batch_size, np.int32)
+        yield dataclasses.replace(batch, prompt_id=numbers, sample_id=first)
 
 
 def _stack_pairs(pairs: Sequence[EncodedPair], rows: int, length: int, pad_id: int) -> PairBatch:

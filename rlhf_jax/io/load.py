@@ -140,7 +140,8 @@ def _open_run(run_dir: Path) -> _Opened:
         params = read_parameters(run_dir, subtree, Model(saved).abstract(), like)
         if wanted.head == "scalar" and saved.has_scalar:
             params = normalised_scalar_head(run_dir, params)
-        return jax.tree.map(lambda leaf: leaf.astype(wanted.param_dtype), params)  # type: ignore[no-any-return]
+        cast: Params = jax.tree.map(lambda leaf: leaf.astype(wanted.param_dtype), params)
+        return cast
 
     return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
 

@@ -1,7 +1,6 @@
 """Run directories of this package as models: model.json, tokenizer/, the newest complete checkpoint.
 
-Written by `run` (which this room does not import): RUN_DIR/checkpoints/STEP/state holds the pytree,
-STEP/host its layout.
+Written by `run` (which this room does not import).
 """
 
 from __future__ import annotations
@@ -10,12 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
 from rlhf_jax.io.json_files import read_json
-from rlhf_jax.io.tensors import listed
 from rlhf_jax.models import ModelConfig
+from rlhf_jax.saved import find_step, layout, read_host, read_state, refuse_other_layout
 from rlhf_jax.types import InputError, Params
 
 CARD = "model.json"
@@ -40,29 +36,19 @@ def read_parameters(path: str | Path, subtree: str, saved_as: Params, like: Para
     not read. Raises InputError: no checkpoint, damaged files, or leaves that are missing, extra, reshaped or re-typed
     (Orbax would cast silently).
     """
-    place = _newest(Path(path).absolute())
-    saved = _layout(place, subtree)
-    leaves = jax.tree_util.tree_leaves_with_path(saved_as)
-    wanted = {jax.tree_util.keystr(at, simple=True, separator="/"): [list(x.shape), str(x.dtype)] for at, x in leaves}
-    if wrong := sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)):
-        told = [f"{name}: saved {saved.get(name)}, {CARD} says {wanted.get(name)}" for name in wrong]
-        raise InputError(f"{place}: {listed(told)}; {CARD} and checkpoint are not of one run")
+    place = find_step(path)
+    whole = read_host(place)["layout"]
+    saved = {name[len(subtree) + 1 :]: entry for name, entry in whole.items() if name.startswith(subtree + "/")}
+    if not saved:
+        raise InputError(f"{place}: the saved state has no {subtree!r}, which {CARD} names; restore {CARD}")
+    refuse_other_layout(place, saved, layout(saved_as), f"{CARD} and checkpoint are not of one run")
     target: Any = like
     for key in reversed(subtree.split("/")):
         target = {key: target}
-    arguments = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            params = reader.restore(place / "state", args=arguments)
-    except Exception as error:
-        raise InputError(
-            f"{place}: damaged checkpoint ({_first_line(error)}); delete it to use an older one"
-        ) from error
+    params: Params = read_state(place, target)
     for key in subtree.split("/"):
         params = params[key]
-    return params  # type: ignore[no-any-return]
+    return params
 
 
 def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
@@ -82,33 +68,3 @@ def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
     head = params["scalar_head"]
     scaled = {"kernel": head["kernel"] * numbers["gain"], "bias": head["bias"] * numbers["gain"] + numbers["bias"]}
     return params | {"scalar_head": scaled}
-
-
-def _newest(run_dir: Path) -> Path:
-    """The newest step whose two items were committed."""
-    directory = run_dir / "checkpoints"
-    steps = [entry for entry in directory.iterdir() if entry.name.isdigit()] if directory.is_dir() else []
-    for step in sorted(steps, key=lambda entry: int(entry.name), reverse=True):
-        parts = (step / "state" / "_METADATA", step / "host" / "metadata")
-        if all(part.is_file() and part.stat().st_size > 0 for part in parts):
-            return step
-    raise InputError(f"{directory}: no complete checkpoint here; give a run directory that saved one")
-
-
-def _layout(place: Path, subtree: str) -> dict[str, list[Any]]:
-    """{path below subtree: [shape, dtype]} of what was saved."""
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            layout = reader.restore(place / "host", args=ocp.args.JsonRestore())["layout"]
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"{place}: damaged checkpoint ({_first_line(error)}); delete it to use an older one"
-        ) from error
-    saved = {name[len(subtree) + 1 :]: entry for name, entry in layout.items() if name.startswith(subtree + "/")}
-    if not saved:
-        raise InputError(f"{place}: the saved state has no {subtree!r}, which {CARD} names; restore {CARD}")
-    return saved
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,8 @@ from rlhf_jax.learn.policy_gradient import (
     next_kl_coefficient,
     ppo_optimizer_labels,
     prepare,
+    stop_if_not_identity,
+    stop_if_sampler_differs,
     update,
 )
 from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores
@@ -34,5 +36,7 @@ __all__ = [
     "ppo_optimizer_labels",
     "prepare",
     "scale_by_adam_tf",
+    "stop_if_not_identity",
+    "stop_if_sampler_differs",
     "update",
 ]

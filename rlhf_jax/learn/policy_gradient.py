@@ -21,6 +21,7 @@ from rlhf_jax.types import (
     PolicyBatch,
     Rng,
     Rollout,
+    RunStopped,
     Term,
     TrainState,
     TrainStep,
@@ -242,7 +243,7 @@ def update(
         chosen: PolicyBatch = jax.tree.map(lambda x: x[rows], batch)
         if config.whiten_advantages == "minibatch":
             white = ops.whiten(chosen.advantages, chosen.completions.mask, ddof=config.whiten_ddof)
-            chosen = chosen.replace(advantages=white)  # type: ignore[attr-defined]
+            chosen = dataclasses.replace(chosen, advantages=white)
         return train_step(state, {}, chosen)
 
     state, metrics = jax.lax.scan(one, state, indices)
@@ -268,3 +269,21 @@ def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episod
 def ppo_optimizer_labels(params: Params) -> Any:
     """Which optimiser ("policy" or "value") owns each leaf of {"policy": ..., "value": ...}."""
     return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
+
+def stop_if_sampler_differs(step: int, gap: float | None, config: PPOConfig) -> None:
+    """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. Raises RunStopped beyond the limit."""
+    if gap is not None and gap > config.max_sampler_gap:
+        raise RunStopped(
+            f"step {step}: sampler and scorer differ by {gap:.2e} nats a token, limit "
+            f"PPOConfig.max_sampler_gap = {config.max_sampler_gap}: the ratio would be wrong"
+        )
+
+
+def stop_if_not_identity(step: int, gap: float | None, config: PPOConfig) -> None:
+    """gap: largest |log ratio| before the first update of an iteration. Raises RunStopped beyond the limit."""
+    if gap is not None and gap > config.max_identity_gap:
+        raise RunStopped(
+            f"step {step}: before the first update |log ratio| is {gap:.2e}, limit PPOConfig.max_identity_gap "
+            f"= {config.max_identity_gap}: update and scorer see different models or masks"
+        )

@@ -52,7 +52,8 @@ class Model:
     def logical_axes(self) -> Params:
         """The logical axis names of each parameter: a tree like the parameters with a tuple of names per leaf."""
         specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config)[1]))
-        return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))  # type: ignore[no-any-return]
+        axes: Params = jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
+        return axes
 
     def init(self, rng: Rng) -> Params:
         """Freshly drawn parameters (`Kernel`, `Embedding` and `ScalarHead` in `models.decoder` give the distributions)."""

@@ -37,7 +37,8 @@ def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) ->
 def born_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
     """``make(*arguments)`` under jit with every output created on its shards: no device ever holds the whole."""
     shardings = state_shardings(jax.eval_shape(make, *arguments), param_shardings, mesh)
-    return jax.jit(make, out_shardings=shardings)(*arguments)  # type: ignore[no-any-return]
+    made: _T = jax.jit(make, out_shardings=shardings)(*arguments)
+    return made
 
 
 def to_global(batch: _T, mesh: Mesh) -> _T:
@@ -55,4 +56,5 @@ def to_global(batch: _T, mesh: Mesh) -> _T:
             )
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(place, batch)  # type: ignore[no-any-return]
+    placed: _T = jax.tree.map(place, batch)
+    return placed

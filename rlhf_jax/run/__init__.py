@@ -3,7 +3,7 @@
 ``configurables`` is not imported here: it imports every room. Experiments import it themselves.
 """
 
-from rlhf_jax.run.checkpoint import Checkpoints, fingerprint, latest_step, restore_params, saved_steps
+from rlhf_jax.run.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.run.child import STOPPED, run_child
 from rlhf_jax.run.config import (
     BoundConfig,
@@ -37,7 +37,6 @@ __all__ = [
     "fingerprint",
     "fingerprint_asked",
     "fingerprint_path",
-    "latest_step",
     "launch",
     "lineage",
     "lock",
@@ -45,9 +44,7 @@ __all__ = [
     "open_run",
     "parse",
     "read_provenance",
-    "restore_params",
     "run_child",
-    "saved_steps",
     "scan",
     "settable",
 ]

@@ -27,7 +27,8 @@ import gin
 from absl import flags
 from gin import config_parser
 
-from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, one_line, same_selector
+from rlhf_jax.command import asks_for_help, parse_flags, usage
+from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, same_selector
 from rlhf_jax.run.gin_types import settled, wrong_type
 from rlhf_jax.types import InputError, RunStopped
 
@@ -303,21 +304,17 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 def _usage(run_fn: Callable[..., object]) -> str:
     """The experiment's own words and the three flags."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    options = "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in ("gin_file", "gin_bindings", "debug"))
-    return f"{words}\n\nflags:\n{options}"
+    return usage(words, ("gin_file", "gin_bindings", "debug"))
 
 
 def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv):
         print(_usage(run_fn))
         return 0
     try:
-        rest = flags.FLAGS(list(argv))
-    except flags.Error as error:
-        print(f"error: {one_line(str(error))} (--help lists the flags)", file=sys.stderr)
-        return 2
-    if len(rest) > 1:
-        print(f"error: unexpected argument {rest[1]!r}; everything is a flag (--help lists them)", file=sys.stderr)
+        parse_flags(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     scanned: list[Binding] = []
     try:

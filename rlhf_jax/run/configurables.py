@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -185,13 +186,15 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints."""
+    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints. unusable: rows of
+    the files that became no record, by reason."""
 
     train: Sequence[Any]
     heldout: Sequence[Any]
     template: Template
     loss_on: LossOn = "response"
     files: tuple[str, ...] = ()
+    unusable: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def of(self, kind: type) -> Records:
         """Itself. Raises InputError when a record is not a ``kind``: a builder of another experiment was bound."""
@@ -254,8 +257,8 @@ def demonstration_file(
     path: str, template: Template, fields: Fields | None = None, heldout: float = 0.05, limit: int | None = None
 ) -> Records:
     """Demonstrations from a file; ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side."""
-    records, _ = data_room.demonstrations(data_room.read_rows(path), fields, source=path, unusable="drop")
-    return Records(*_split(records, heldout, limit), template, files=(path,))
+    records, unusable = data_room.demonstrations(data_room.read_rows(path), fields, source=path, unusable="drop")
+    return Records(*_split(records, heldout, limit), template, files=(path,), unusable=unusable)
 
 
 @gin.register
@@ -270,17 +273,41 @@ def comparison_file(
     """Comparisons from a file; hh_dialogues: rows are Anthropic hh-rlhf dialogues."""
     rows = data_room.read_rows(path)
     if hh_dialogues:
-        records, _ = data_room.hh_comparisons(rows, source=path)
+        records, unusable = data_room.hh_comparisons(rows, source=path)
     else:
-        records, _ = data_room.comparisons(rows, fields, source=path, unusable="drop")
-    return Records(*_split(records, heldout, limit), template, files=(path,))
+        records, unusable = data_room.comparisons(rows, fields, source=path, unusable="drop")
+    return Records(*_split(records, heldout, limit), template, files=(path,), unusable=unusable)
 
 
 @gin.register
 def prompt_file(path: str, template: Template, fields: Fields | None = None, limit: int | None = None) -> Records:
     """Prompts from a file (as ``train``)."""
-    records, _ = data_room.prompts(data_room.read_rows(path), fields, source=path)
-    return Records(records[:limit], [], template, files=(path,))
+    records, unusable = data_room.prompts(data_room.read_rows(path), fields, source=path)
+    return Records(records[:limit], [], template, files=(path,), unusable=unusable)
+
+
+def encode_records(
+    records: Records, kind: type, encode: Callable[[Any], Any]
+) -> tuple[data_room.EncodedSet[Any, Any], data_room.EncodedSet[Any, Any]]:
+    """(train, heldout) encoded; all must be of ``kind``; heldout is empty when there is none."""
+    records.of(kind)
+    heldout = (
+        data_room.encode_all(records.heldout, encode) if records.heldout else data_room.EncodedSet([], [], Counter())
+    )
+    return data_room.encode_all(records.train, encode), heldout
+
+
+def tell_left_out(
+    records: Records, train: data_room.EncodedSet[Any, Any], heldout: data_room.EncodedSet[Any, Any]
+) -> None:
+    """Nothing is left out silently: a line on stderr for each side of which something is. Call it when the run is open, so
+    that a mistake of the user's stays one line."""
+    for side, encoded, unusable in (("training", train, records.unusable), ("held-out", heldout, {})):
+        reasons = Counter(encoded.dropped) + Counter(unusable)
+        if reasons:
+            told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+            total = len(encoded.items) + sum(reasons.values())
+            print(f"{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)
 
 
 @gin.register
@@ -309,11 +336,3 @@ def desk_gold() -> ScoreTexts:
 def sentiment_scores(corpus: SentimentCorpus) -> ScoreTexts:
     """How positive a continuation sounds: "sentiment" (the reward), "second_opinion", "words", "distinct"."""
     return sentiment_scorer(corpus)
-
-
-def decode_responses(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Responses [B, T] as texts, without special tokens."""
-    return [
-        str(tokenizer.decode([int(t) for t in row[keep]], skip_special_tokens=True))
-        for row, keep in zip(tokens, mask, strict=True)
-    ]

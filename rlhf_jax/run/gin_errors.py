@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_jax.command import one_line
+
 _GIN_PLACE = re.compile(r'\n  In (?:file "(?P<file>[^"]+)",|bindings string) line (?P<line>\d+)\n\s*(?P<content>.*)')
 _GIN_CALL = re.compile(
     r"\n  In call to configurable '(?P<name>[^']+)' \(.*?\)(?: in scope '(?P<scope>[^']*)')?(?=\n|$)"
@@ -34,10 +36,6 @@ class Binding:
     value: Any
     place: str
     included: bool
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

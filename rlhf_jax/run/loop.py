@@ -32,12 +32,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rlhf_jax.run.checkpoint import Checkpoints, checkpoint_dir, latest_step
+from rlhf_jax.run.checkpoint import Checkpoints
 from rlhf_jax.run.config import BoundConfig
 from rlhf_jax.run.progress import Display
 from rlhf_jax.run.provenance import Input, describe, write_atomically, write_provenance
 from rlhf_jax.run.resume import forget, lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
 from rlhf_jax.run.tracking import Metrics, Tracker, fetch, stop_if_not_finite
+from rlhf_jax.saved import checkpoint_dir, latest_step
 from rlhf_jax.types import InputError
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.saved import latest_step
 from rlhf_jax.types import InputError
 
 FILE = "provenance.json"
@@ -72,17 +73,6 @@ def fingerprint_path(path: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def is_complete_step(step_dir: Path) -> bool:
-    """Whether both items were committed. Orbax itself counts an empty directory as a step and then fails to restore."""
-    parts = (step_dir / "state" / "_METADATA", step_dir / "host" / "metadata")
-    return all(part.is_file() and part.stat().st_size > 0 for part in parts)
-
-
-def _newest_step(run_dir: Path) -> int | None:
-    steps = [int(p.name) for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit() and is_complete_step(p)]
-    return max(steps, default=None)
-
-
 def describe(given: Input) -> dict[str, Any]:
     """The entry of an input: ``name``, absolute ``path``, ``fingerprint``.
 
@@ -96,7 +86,7 @@ def describe(given: Input) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": given.name, "path": str(path)}
     run = path if path.is_dir() else path.parent
     if (run / FILE).is_file():
-        step = _newest_step(run) if run == path else None
+        step = latest_step(run) if run == path else None
         entry |= {} if step is None else {"step": step}
         entry |= {} if run == path else {"made_by": str(run)}
         config = run / "operative_config.gin"

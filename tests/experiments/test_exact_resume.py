@@ -17,8 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from experiment_processes import finish, read_lines, wait_for_step
 
-from rlhf_jax.run import saved_steps
-from rlhf_jax.run.checkpoint import checkpoint_dir
+from rlhf_jax.saved import checkpoint_dir, saved_steps
 
 
 def saved_state(run_dir: Path) -> dict[str, np.ndarray]:

@@ -6,34 +6,15 @@ real script with a real command line.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import PIPE
 from typing import NamedTuple
 
 import pytest
 from experiment_processes import ROOT, environment
-
-FORKING = """
-import json, os, runpy, sys
-import rlhf_jax.evaluate.report, rlhf_jax.run.configurables, rich.table
-for line in sys.stdin:
-    cwd, argv = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(cwd)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
-        os._exit(99)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+from forked_programs import Call, forked_programs
 
 
 class Case(NamedTuple):
@@ -201,11 +182,9 @@ PLACES = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", FORKING]
-    settings = {**environment(), "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=settings, stdin=PIPE, stdout=PIPE, text=True) as process:
-        yield process
+def server() -> Iterator[Call]:
+    with forked_programs("rlhf_jax.evaluate.report, rlhf_jax.run.configurables, rich.table", environment()) as call:
+        yield call
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -214,15 +193,12 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-def launch(server: subprocess.Popen[str], argv: list[str], cwd: Path) -> str:
+def launch(server: Call, argv: list[str], cwd: Path) -> str:
     """Runs a command that must fail as a user's mistake does; returns its one line."""
-    print(json.dumps([str(cwd), argv]), file=server.stdin, flush=True)
-    assert server.stdout is not None
-    code = int(server.stdout.readline())
-    out, err = (cwd / "stdout").read_text(), (cwd / "stderr").read_text()
-    assert (code, out) == (2, ""), err
-    assert err.count("\n") == 1 and err.startswith("error: "), err
-    return err.removeprefix("error: ")
+    done = server(cwd, argv)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    return done.stderr.removeprefix("error: ")
 
 
 @pytest.mark.parametrize("name", CASES)

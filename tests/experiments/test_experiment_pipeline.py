@@ -9,7 +9,8 @@ from pathlib import Path
 
 from experiment_processes import command, finish, start, wait_for_step
 
-from rlhf_jax.run import read_provenance, saved_steps
+from rlhf_jax.run import read_provenance
+from rlhf_jax.saved import saved_steps
 
 TWO_STAGES = """\
 run.run_dir = %RUN_DIR

@@ -14,7 +14,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.run.checkpoint import Checkpoints, fingerprint, latest_step, layout, restore_params, saved_steps
+from rlhf_jax.run.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.saved import find_step, latest_step, layout, saved_steps
 from rlhf_jax.types import InputError, RunStopped, TrainState
 
 
@@ -57,7 +58,8 @@ def test_saving_survives_donation_and_leaving_at_once(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, 2) as checkpoints:
         checkpoints.save(1, state, {})
         jax.tree.map(lambda x: x.delete(), state)
-    assert_equal(restore_params(tmp_path), make_state(1).params)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert_equal(checkpoints.restore(make_state())[0], make_state(1))
 
 
 def test_other_mesh(tmp_path: Path) -> None:
@@ -75,13 +77,13 @@ def test_other_mesh(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p["embed"].pop("embedding"), "params/embed/embedding is not part of this run's state"),
+        (lambda p: p["embed"].pop("embedding"), "params/embed/embedding is not expected"),
         (lambda p: p.update(new=jnp.zeros(2)), "params/new is missing"),
         (
             lambda p: p.update(bias=jnp.ones(4, jnp.bfloat16)),
-            r"params/bias is bfloat16\[3\], this run has bfloat16\[4\]",
+            r"params/bias is bfloat16\[3\], expected bfloat16\[4\]",
         ),
-        (lambda p: p.update(bias=jnp.ones(3)), r"params/bias is bfloat16\[3\], this run has float32\[3\]"),
+        (lambda p: p.update(bias=jnp.ones(3)), r"params/bias is bfloat16\[3\], expected float32\[3\]"),
     ],
 )
 def test_restore_is_strict(tmp_path: Path, change: Any, message: str) -> None:
@@ -123,33 +125,20 @@ def test_saving_an_older_step_is_an_error(tmp_path: Path) -> None:
         save(tmp_path, 3)
 
 
-def test_restore_params_reads_one_subtree(tmp_path: Path) -> None:
-    save(tmp_path, 1, state={"policy": make_state(1), "kl": jnp.float32(0.2)})
-    params = restore_params(tmp_path, subtree="policy/params")
-    assert_equal(params, make_state(1).params)
-    mesh = jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2])
-    sharding = NamedSharding(mesh, PartitionSpec())
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
-    assert restore_params(tmp_path, 1, subtree="policy/params", like=like)["bias"].sharding == sharding
-    with pytest.raises(InputError, match="no 'params'"):
-        restore_params(tmp_path)
-    with pytest.raises(InputError, match="embed/embedding is float32.*this run has bfloat16"):
-        restore_params(tmp_path, subtree="policy/params", like=make_state(dtype=jnp.bfloat16).params)
-
-
 def test_no_such_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no complete checkpoint here"):
-        restore_params(tmp_path)
+        find_step(tmp_path)
     save(tmp_path, 4)
     with pytest.raises(InputError, match=r"no checkpoint of step 3; there are \[4\]"):
-        restore_params(tmp_path, 3)
+        find_step(tmp_path, 3)
 
 
-def test_damage_is_one_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["state/manifest.ocdbt", "host/metadata"])
+def test_damage_is_one_clear_error(file: str, tmp_path: Path) -> None:
     save(tmp_path, 4)
-    (tmp_path / "checkpoints" / "4" / "state" / "manifest.ocdbt").write_bytes(b"")
-    with pytest.raises(InputError, match="damaged checkpoint") as caught:
-        restore_params(tmp_path)
+    (tmp_path / "checkpoints" / "4" / file).write_bytes(b"{")
+    with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(InputError, match="damaged checkpoint") as caught:
+        checkpoints.restore(make_state())
     assert "\n" not in str(caught.value)
 
 

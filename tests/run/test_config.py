@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
+from forked_programs import Call, Done, forked_programs
 
 from rlhf_jax.run.config import Change, changes, fingerprint_asked, scan, settable
 from rlhf_jax.run.gin_errors import Name
@@ -59,54 +55,21 @@ OptimizerConfig.learning_rate = %LR
 """
 
 
-# Importing takes over a second; so one process imports and then forks itself for every command. Nothing else differs
-# from starting the program anew: a process of its own, real argv, stdout, stderr and exit code.
-FORKING = """
-import json, os, runpy, sys
-import rlhf_jax.run
-for line in sys.stdin:
-    cwd, argv = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(cwd)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
-        os._exit(99)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-c", FORKING]
-    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
-        yield process
+def server() -> Iterator[Call]:
+    with forked_programs("rlhf_jax.run", os.environ) as call:
+        yield call
 
 
 @pytest.fixture
-def program(tmp_path: Path, server: subprocess.Popen[str]) -> Callable[..., Done]:
+def program(tmp_path: Path, server: Call) -> Callable[..., Done]:
     """Runs the toy program on the text of x.gin (which may include shared.gin)."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "shared.gin").write_text("UNUSED = 1\nSHARED = 2.0\n")
 
     def call(text: str, *arguments: str, file: str = "x.gin") -> Done:
         (tmp_path / "x.gin").write_text(text)
-        print(
-            json.dumps([str(tmp_path), ["program.py", f"--gin_file={file}", *arguments]]), file=server.stdin, flush=True
-        )
-        assert server.stdout is not None
-        code = int(server.stdout.readline())
-        return Done(code, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text())
+        return server(tmp_path, ["program.py", f"--gin_file={file}", *arguments])
 
     return call
 

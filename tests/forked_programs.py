@@ -1,0 +1,57 @@
+"""Runs a program many times without paying for its imports each time: one process imports, then forks itself for every
+command. Nothing else differs from starting the program anew: a process of its own, real argv, stdout, stderr, exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE
+
+ROOT = Path(__file__).resolve().parents[1]
+FORKING = """
+import json, os, runpy, sys
+for line in sys.stdin:
+    cwd, argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(cwd)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        os._exit(99)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Call = Callable[[Path, Sequence[str]], Done]
+"""(working directory, argv) -> how it ended; leaves the files stdout and stderr in the working directory."""
+
+
+@contextlib.contextmanager
+def forked_programs(imports: str, environment: Mapping[str, str]) -> Iterator[Call]:
+    """imports: the modules that every command would import, 'a.b, c'."""
+    command = [sys.executable, "-c", f"import {imports}\n{FORKING}"]
+    settings = {**environment, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=settings, stdin=PIPE, stdout=PIPE, text=True) as process:
+
+        def call(cwd: Path, argv: Sequence[str]) -> Done:
+            print(json.dumps([str(cwd), list(argv)]), file=process.stdin, flush=True)
+            assert process.stdout is not None
+            code = int(process.stdout.readline())
+            return Done(code, (cwd / "stdout").read_text(), (cwd / "stderr").read_text())
+
+        yield call
