@@ -33,6 +33,7 @@ from rlhf_jax.run.configurables import (
     ScoreTexts,
     encode_records,
     load_model,
+    load_reward,
     tell_left_out,
 )
 from rlhf_jax.run.provenance import write_atomically
@@ -47,24 +48,36 @@ def run(
     prompts: Records,
     batch: BatchConfig,
     sampling: rollout.SamplingConfig,
-    score_texts: ScoreTexts,
+    score_texts: ScoreTexts | None = None,
     reward: ModelSource | None = None,
     mesh: MeshConfig = MeshConfig(),
     samples_shown: int = 8,
 ) -> None:
     """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy)."""
     bound = bound_config()
+    if score_texts is None and reward is None:
+        raise InputError("run.score_texts, run.reward: nothing to score with; give one of them, or both")
     if len(policies) < 1:
         raise InputError("run.policies: name at least one (name, run directory)")
     if len({name for name, _ in policies}) < len(policies):
         raise InputError("run.policies: two have the same name; give each one of its own")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
-    judge = None if reward is None else load_model(reward, "scalar", devices, rng)
+    judge = None if reward is None else load_reward(reward, devices)
     inputs = [Input(name, path, locate(path).revision) for name, path in policies]
     inputs += [*(judge.as_inputs("reward") if judge else []), *prompts.as_inputs()]
     loop = LoopConfig(tensorboard=False)
-    with open_run(run_dir, stage="evaluate", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
+    opened = open_run(
+        run_dir,
+        stage="evaluate",
+        bound=bound,
+        seed=seed,
+        loop=loop,
+        inputs=inputs,
+        mesh=devices,
+        output="evaluation.json",
+    )
+    with opened as here:
         results = {}
         for name, path in policies:
             results[name] = _sample(ModelSource(path=path), judge, prompts, batch, sampling, score_texts, devices, rng)
@@ -91,11 +104,11 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
 
     tell_left_out(prompts, encoded, none)
 
+    eos = data.stop_ids(tokenizer, prompts.template)
+
     @jax.jit
     def reply(params, frozen, part, rng):
-        done = rollout.generate(
-            loaded.model, params, part, rng, sampling=sampling, eos_ids=(tokenizer.eos_token_id,), pad_id=pad
-        )
+        done = rollout.generate(loaded.model, params, part, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
         if judge is None:
             return done, None
         return done, rollout.sequence_scores(judge.model, frozen, rollout.as_token_batch(done))
@@ -112,7 +125,8 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
             all_of += more
         lengths += done.mask[real].sum(axis=1).tolist()
         rewards += [] if reward is None else reward[real].tolist()
-    scores = {name: np.asarray(values, np.float64) for name, values in score_texts(rows, texts, ended).items()}
+    named = {} if score_texts is None else score_texts(rows, texts, ended)
+    scores = {name: np.asarray(values, np.float64) for name, values in named.items()}
     scores |= {"length": np.asarray(lengths, np.float64), "ended": np.asarray(ended, np.float64)}
     scores |= {"reward": np.asarray(rewards, np.float64)} if rewards else {}
     return {"rows": rows, "texts": texts, "scores": scores}
@@ -125,6 +139,12 @@ def _compare(results: dict, shown: int) -> dict:
     ]
     differences = []
     names = list(results)
+    ids = [[row["id"] for row in result["rows"]] for result in results.values()]
+    if any(other != ids[0] for other in ids[1:]):
+        raise InputError(
+            "run.policies: their tokenizers leave out different prompts, so that replies cannot be paired; raise "
+            "BatchConfig.length until no prompt is left out"
+        )
     for before, after in itertools.pairwise(names):
         a, b = results[after]["scores"], results[before]["scores"]
         paired = {key: dataclasses.asdict(paired_difference(a[key], b[key])) for key in a}

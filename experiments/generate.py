@@ -61,10 +61,24 @@ def run(
 
     inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
     loop = LoopConfig(tensorboard=False)
-    with open_run(run_dir, stage="generate", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
+    opened = open_run(
+        run_dir,
+        stage="generate",
+        bound=bound,
+        seed=seed,
+        loop=loop,
+        inputs=inputs,
+        mesh=devices,
+        output="completions.jsonl",
+    )
+    with opened as here:
         rows = _sample(loaded, prompts, batch, sampling, samples, devices, rng)
         if score_texts is not None:
             scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
+            if annotator is not None and "gold" not in scores:
+                raise InputError(
+                    f"run.annotator: needs a score named gold; run.score_texts gives {', '.join(sorted(scores))}"
+                )
             for index, row in enumerate(rows):
                 row["scores"] = {name: values[index] for name, values in scores.items()}
         _write(here.directory / "completions.jsonl", rows)
@@ -84,9 +98,10 @@ def _sample(loaded, prompts, batch, sampling, samples, devices, rng) -> list[dic
 
     tell_left_out(prompts, encoded, none)
 
+    eos = data.stop_ids(tokenizer, prompts.template)
+
     @jax.jit
     def generate(params, prompts, rng):
-        eos = (tokenizer.eos_token_id,)
         return rollout.generate(loaded.model, params, prompts, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
 
     rows: list[dict] = []

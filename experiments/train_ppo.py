@@ -33,6 +33,7 @@ from rlhf_jax.run.configurables import (
     ScoreTexts,
     encode_records,
     load_model,
+    load_reward,
     tell_left_out,
     write_model_card,
 )
@@ -88,7 +89,7 @@ def run(
         },
         learn.ppo_optimizer_labels,
     )
-    generate, score, prepare, update = functions(cast, sampling, ppo, optimizer, batch.microbatches)
+    generate, score, prepare, update = functions(cast, prompts.template, sampling, ppo, optimizer, batch.microbatches)
 
     # 2. State.
     def begin(params):
@@ -174,7 +175,7 @@ def load_cast(policy: ModelSource, reward: ModelSource | None, share_trunk: bool
     """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk)."""
     actor = load_model(policy, "lm+scalar" if share_trunk else "lm", mesh, rng)
     reference = load_model(policy, "lm", mesh, rng)
-    judge = None if reward is None else load_model(reward, "scalar", mesh, rng)
+    judge = None if reward is None else load_reward(reward, mesh)
     critic = None if share_trunk else load_model(reward or policy, "scalar", mesh, rng)
     for other in filter(None, (judge, critic)):
         if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
@@ -188,6 +189,7 @@ def load_cast(policy: ModelSource, reward: ModelSource | None, share_trunk: bool
 
 def functions(
     cast: Cast,
+    template: data.Template,
     sampling: rollout.SamplingConfig,
     ppo: learn.PPOConfig,
     optimizer: optax.GradientTransformation,
@@ -196,7 +198,7 @@ def functions(
     """generate(params, prompts, rng), score(params, frozen, completions), prepare(rollout, kl_coefficient) and
     update(train state, batch, rng), each jitted; params: what is trained."""
     models, tokenizer = cast.models, cast.policy.tokenizer
-    ends = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
+    ends = {"eos_ids": data.stop_ids(tokenizer, template), "pad_id": tokenizer.pad_token_id}
 
     def policy_fn(params, completions):
         return rollout.policy_and_values(

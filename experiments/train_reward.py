@@ -94,7 +94,9 @@ def run(
         write_model_card(here.directory, network, tokenizer)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
-        scores = None
+        scores, normalisation = None, here.directory / "reward_normalisation.json"
+        if here.resumed_step < steps:  # whoever loads the run meanwhile must not get the numbers of an older step
+            normalisation.unlink(missing_ok=True)
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
             state, metrics = train_step(state, {}, to_global(pairs, devices))
@@ -110,7 +112,7 @@ def run(
         rewards = np.stack(scores) if scores is not None else heldout_scores(state.params)
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
         numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items)}
-        write_atomically(here.directory / "reward_normalisation.json", json.dumps(numbers) + "\n")
+        write_atomically(normalisation, json.dumps(numbers) + "\n")
 
 
 if __name__ == "__main__":

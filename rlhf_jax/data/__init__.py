@@ -11,6 +11,7 @@ from rlhf_jax.data.encode import (
     encode_demonstration,
     encode_prompt,
     report,
+    stop_ids,
     truncate_by_lines,
 )
 from rlhf_jax.data.packing import LENGTH_BUCKETS, Row, bucket_length, pack, stack_rows
@@ -82,6 +83,7 @@ __all__ = [
     "responses",
     "split_by_prompt",
     "stack_rows",
+    "stop_ids",
     "token_batches",
     "truncate_by_lines",
 ]

@@ -246,6 +246,12 @@ def _stop(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, 
     return ids[0], template.stop_token
 
 
+def stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
+    """The ids a sampler must stop at: the token that ends a reply and, where it is another, the tokenizer's EOS."""
+    ends = (_stop(tokenizer, template)[0], tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+
+
 def _reply(
     messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> list[int] | Skipped:

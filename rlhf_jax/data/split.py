@@ -42,7 +42,9 @@ def split_by_prompt(
         raise InputError(f"held_out = {held_out}: must lie strictly between 0 and 1")
     sides: tuple[list[_RecordT], list[_RecordT]] = ([], [])
     for record in records:
-        sides[prompt_fraction(record.prompt, salt) < held_out].append(record)
+        # Plain text to learn from has no prompt: the text itself decides.
+        text = record.prompt or (Message("assistant", getattr(record, "response", "")),)
+        sides[prompt_fraction(text, salt) < held_out].append(record)
     if not all(sides):
         side = "held-out" if sides[0] else "training"
         raise InputError(

@@ -89,7 +89,8 @@ def _chosen_head(saved: Head, wanted: Head | None, rng: Rng | None, path: str | 
         )
     if "scalar" in wanted and "scalar" not in saved and rng is None:
         raise InputError(
-            f"{path}: has no scalar head; head={wanted!r} draws a fresh one, for which it needs rng=jax.random.key(...)"
+            f"{path}: has no scalar head: it is no reward or value model, and a fresh head would score at random; give a "
+            "run of train_reward (or rng=jax.random.key(...), to train the fresh head)"
         )
     return wanted
 

@@ -125,8 +125,8 @@ def _checked(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng) -> Loaded:
-    """The model under ``head``, on its shards. A scalar head that the checkpoint lacks is drawn from ``rng``.
+def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> Loaded:
+    """The model under ``head``, on its shards. A scalar head that the checkpoint lacks is drawn from ``rng`` (None: refused).
 
     A reward model (head "scalar") that keeps reward_normalisation.json gets gain and bias folded into its head.
     """
@@ -149,6 +149,13 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng) -> Loaded:
         tokenizer.pad_token = source.pad_token
     _checked(model.config, tokenizer)
     return Loaded(model, params, tokenizer, source.path, location.revision)
+
+
+def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:
+    """A trained reward model. Raises InputError for one without a scalar head of its own: it would score at random."""
+    if source.config is not None:
+        raise InputError("ModelSource.config: a new reward model scores at random; give path, a run of train_reward")
+    return load_model(source, "scalar", mesh, None)
 
 
 @gin.register
@@ -209,8 +216,13 @@ class Records:
     def as_inputs(self) -> list[Input]:
         """For `open_run`: the files, or the hash of generated records."""
         if self.files:
-            return [Input(f"data {index}", file) for index, file in enumerate(self.files)]
-        return [Input("data", "generated", data_room.fingerprint([*self.train, *self.heldout]))]
+            content = None if all(Path(file).exists() for file in self.files) else self._content()
+            return [Input(f"data {index}", file, content) for index, file in enumerate(self.files)]
+        return [Input("data", "generated", self._content())]
+
+    def _content(self) -> str:
+        """Of the records themselves: what is on a hub has no file to hash."""
+        return data_room.fingerprint([*self.train, *self.heldout])
 
 
 def _one_message(text: str) -> tuple[Message, ...]:
@@ -254,10 +266,20 @@ def _split(records: Sequence[Any], heldout: float, limit: int | None) -> tuple[l
 
 @gin.register
 def demonstration_file(
-    path: str, template: Template, fields: Fields | None = None, heldout: float = 0.05, limit: int | None = None
+    path: str,
+    template: Template,
+    fields: Fields | None = None,
+    heldout: float = 0.05,
+    limit: int | None = None,
+    split: str | None = None,
 ) -> Records:
-    """Demonstrations from a file; ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side."""
-    records, unusable = data_room.demonstrations(data_room.read_rows(path), fields, source=path, unusable="drop")
+    """Demonstrations from a file or a hub data set, then with its ``split``.
+
+    ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side.
+    """
+    records, unusable = data_room.demonstrations(
+        data_room.read_rows(path, split=split), fields, source=path, unusable="drop"
+    )
     return Records(*_split(records, heldout, limit), template, files=(path,), unusable=unusable)
 
 
@@ -269,9 +291,10 @@ def comparison_file(
     heldout: float = 0.1,
     hh_dialogues: bool = False,
     limit: int | None = None,
+    split: str | None = None,
 ) -> Records:
-    """Comparisons from a file; hh_dialogues: rows are Anthropic hh-rlhf dialogues."""
-    rows = data_room.read_rows(path)
+    """Comparisons from a file or a hub data set, then with its ``split``; hh_dialogues: rows are Anthropic hh-rlhf dialogues."""
+    rows = data_room.read_rows(path, split=split)
     if hh_dialogues:
         records, unusable = data_room.hh_comparisons(rows, source=path)
     else:
@@ -280,9 +303,11 @@ def comparison_file(
 
 
 @gin.register
-def prompt_file(path: str, template: Template, fields: Fields | None = None, limit: int | None = None) -> Records:
-    """Prompts from a file (as ``train``)."""
-    records, unusable = data_room.prompts(data_room.read_rows(path), fields, source=path)
+def prompt_file(
+    path: str, template: Template, fields: Fields | None = None, limit: int | None = None, split: str | None = None
+) -> Records:
+    """Prompts from a file or a hub data set, then with its ``split`` (as ``train``)."""
+    records, unusable = data_room.prompts(data_room.read_rows(path, split=split), fields, source=path)
     return Records(records[:limit], [], template, files=(path,), unusable=unusable)
 
 

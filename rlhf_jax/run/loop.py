@@ -120,7 +120,7 @@ class Run:
     _stopping: int = 0
     _saved: int = 0
     _offered: bool = False
-    _unchecked: tuple[int, Metrics] | None = None
+    _unchecked: list[tuple[int, Metrics]] = field(default_factory=list)
     _values: dict[str, float | None] = field(default_factory=dict)
     _timed: tuple[int, float] = (0, 0.0)
     _tokens: int = 0
@@ -181,18 +181,27 @@ class Run:
 
         tokens: trained on in this step, for tokens_per_second. timing: more wall-clock values for timing.jsonl, such
         as the seconds of a phase.
-        Raises RunStopped when a written number is not finite, after writing it.
+        Raises RunStopped when a written number is not finite, after writing it, or when one of an unwritten step was.
         """
         self._tokens += tokens
-        self._unchecked = (step, metrics)
+        self._unchecked.append((step, metrics))
         if not due(step, self.loop.log_every, self.total):
             return
-        self._values = fetch(metrics)
-        self._unchecked = None
+        *_, (_, self._values) = self._check(but=step)
         self._write_timing(step, timing or {})
         self.record(step, self._values)
         if self._display is not None:
             self._display.update(step, self._values)
+
+    def _check(self, but: int | None = None) -> list[tuple[int, dict[str, float | None]]]:
+        """The numbers of the steps since the last look, fetched. Raises RunStopped for the first that is not finite (a
+        step between two logged ones counts too); ``but``: the step that its caller writes before it checks."""
+        looked = [(step, fetch(metrics)) for step, metrics in self._unchecked]
+        self._unchecked.clear()
+        for step, values in looked:
+            if step != but:
+                stop_if_not_finite(step, values)
+        return looked
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Write a line now, whatever the cadence: for evaluations. Raises RunStopped as ``log`` does."""
@@ -221,8 +230,7 @@ class Run:
         self._stopping = self._stopping or self.signals.agreed()
         if not (self._stopping or due(step, self.loop.save_every, self.total)):
             return
-        if self._unchecked is not None and self._unchecked[0] == step:
-            stop_if_not_finite(step, fetch(self._unchecked[1]))
+        self._check()
         self.checkpoints.save(step, state, host)
         self._saved = step
 
@@ -240,13 +248,15 @@ def open_run(
     loop: LoopConfig,
     inputs: Sequence[Input] = (),
     mesh: Mesh | None = None,
+    output: str | None = None,
 ) -> Iterator[Run]:
     """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
 
-    run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... mesh: only recorded. Raises InputError,
+    run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... mesh: only recorded. output: the file that a
+    run without checkpoints leaves when it is done. Raises InputError,
     before anything is written, when the directory belongs to something else, is in use, or was begun with another
     configuration.
-    A directory without a checkpoint has nothing to lose: its configuration may change freely. An InputError before the
+    A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
     first step of a new run removes its directory again.
     """
     directory = Path(run_dir).absolute()
@@ -261,9 +271,10 @@ def open_run(
                 stack.callback(lock(directory).close)
             signals = stack.enter_context(Signals())
             resumed = latest_step(directory) or 0
-            if resumed:
+            if resumed or (output is not None and (directory / output).is_file()):
                 now = {"stage": stage, "seed": seed, "inputs": described}
-                refuse_changes(directory, now, bound.operative, resumed)
+                holds = f"is at step {resumed}" if resumed else f"holds {output}"
+                refuse_changes(directory, now, bound.operative, holds)
             if first:
                 write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
                 write_atomically(directory / "config.gin", bound.config)

@@ -72,18 +72,19 @@ def refuse_steps(directory: Path, operative: str, step: int) -> None:
             )
 
 
-def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, step: int) -> None:
+def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, holds: str) -> None:
     """Raises InputError by name when a resumed run is not the run that was begun.
 
-    now: {"stage", "seed", "inputs"}. A path may move when it still holds the same content.
+    now: {"stage", "seed", "inputs"}; a path may move when it still holds the same content. holds: what would be lost,
+    such as "is at step 3".
     """
     before = read_provenance(directory)
     stored = directory / "operative_config.gin"
     if before is None or not stored.is_file():
         raise InputError(
-            f"{directory}: has checkpoints but no provenance.json or operative_config.gin; use another run_dir"
+            f"{directory}: {holds} but has no provenance.json or operative_config.gin; use another run_dir"
         )
-    remedy = f"put it back, or use a new run_dir ({directory} is at step {step})"
+    remedy = f"put it back, or use a new run_dir ({directory} {holds})"
     for key in ("stage", "seed"):
         if before[key] != now[key]:
             raise InputError(f"{key} changed from {before[key]!r} to {now[key]!r}: {remedy}")

@@ -21,6 +21,7 @@ from rlhf_jax.data import (
     encode_demonstration,
     encode_prompt,
     report,
+    stop_ids,
     truncate_by_lines,
 )
 from rlhf_jax.testing import byte_tokenizer
@@ -138,6 +139,16 @@ def test_end_token_comes_exactly_once() -> None:
     assert encode_demonstration(demonstration(response="<e>"), tokenizer, RAW, max_length=9) == Skipped(
         "reply is empty"
     )
+
+
+def test_a_sampler_stops_at_what_ends_a_reply() -> None:
+    """Llama-3's <|eot_id|> is not its EOS: a sampler that waits for EOS alone runs to its limit."""
+    tokenizer = byte_tokenizer()
+    pad, eos = tokenizer.convert_tokens_to_ids(["<|pad|>", "<|eos|>"])
+    assert stop_ids(tokenizer, Template()) == (eos,)
+    assert stop_ids(tokenizer, Template(stop_token="<|pad|>")) == (pad, eos)
+    tokenizer.eos_token = None
+    assert stop_ids(tokenizer, Template(stop_token="<|pad|>")) == (pad,)
 
 
 def test_stop_token_other_than_eos() -> None:

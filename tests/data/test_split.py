@@ -46,6 +46,14 @@ def test_worked_fraction() -> None:
     assert prompt_fraction(prompt("a").prompt) == (0xB17EF0E925E7AA39 >> 11) / 2**53
 
 
+def test_plain_text_is_split_by_itself() -> None:
+    """It has no prompt; all of it on one side would leave nothing to check with."""
+    records = [Demonstration(str(i), (), f"text {i % 50}") for i in range(100)]
+    training, held_out = split_by_prompt(records, held_out=0.3)
+    assert len(training) + len(held_out) == 100
+    assert not {record.response for record in training} & {record.response for record in held_out}
+
+
 def test_errors() -> None:
     for bad in (0.0, 1.0, -0.1):
         with pytest.raises(InputError, match="held_out"):

@@ -105,6 +105,17 @@ CASES = {
     ),
     "no steps": Case(*SFT, ["run.steps = 0"], "run.steps = 0: give a whole number >= 1"),
     "negative seed": Case(*SFT, ["SEED = -1"], "seed = -1: must lie in [0, 2**32)"),
+    "nothing to score with": Case(
+        *EVALUATE,
+        ["run.score_texts = None", "run.reward = None"],
+        "run.score_texts, run.reward: nothing to score with; give one of them, or both",
+    ),
+    "a policy as the reward model": Case(
+        *PPO, ["REWARD = '{chain}/sft'"], "{chain}/sft: has no scalar head: it is no reward or value model"
+    ),
+    "a policy as the judge": Case(
+        *EVALUATE, ["REWARD = '{chain}/sft'"], "{chain}/sft: has no scalar head: it is no reward or value model"
+    ),
     "two rewards": Case(*PPO, ["run.reward_texts = @desk_gold()"], "run.reward, run.reward_texts: give exactly one"),
     "rows that do not divide": Case(*PPO, ["PPOConfig.minibatches = 3"], "a rollout of 16 rows does not divide into"),
     "prompts too long for the model": Case(

@@ -256,6 +256,29 @@ def test_not_finite_between_two_logged_steps_is_not_saved_either(tmp_path: Path)
     assert saved_steps(tmp_path / "r") == [2]
 
 
+def test_not_finite_in_a_step_that_nobody_looks_at(tmp_path: Path) -> None:
+    """Step 3 is neither logged nor saved, and step 4 is finite again."""
+    with pytest.raises(RunStopped, match="step 3: not finite: loss=nan"):
+        train(tmp_path / "r", 9, metric=lambda step: float("nan") if step == 3 else 1.0, loop={"log_every": 9})
+    assert saved_steps(tmp_path / "r") == [2]
+
+
+def test_the_output_of_a_run_without_checkpoints_is_not_overwritten_by_another(tmp_path: Path) -> None:
+    def make(config: BoundConfig) -> None:
+        loop = LoopConfig(tensorboard=False)
+        with open_run(tmp_path / "r", stage="toy", bound=config, seed=0, loop=loop, output="made.txt") as run:
+            (run.directory / "made.txt").write_text(config.operative)
+
+    first, other = bound(run__samples=2), bound(run__samples=4)
+    make(first)
+    make(first)  # the same again is welcome
+    with pytest.raises(InputError, match=r"run\.samples changed from 2 to 4.*holds made\.txt"):
+        make(other)
+    assert (tmp_path / "r" / "made.txt").read_text() == first.operative
+    (tmp_path / "r" / "made.txt").unlink()
+    make(other)
+
+
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
