@@ -1,6 +1,6 @@
 """Text to batches: sources, records, templates, encoding, packing and the resumable pipeline."""
 
-from rlhf_jax.data.decode import responses
+from rlhf_jax.data.decode import prompt_column, responses
 from rlhf_jax.data.encode import (
     Encoded,
     EncodedPair,
@@ -72,6 +72,7 @@ __all__ = [
     "pack",
     "pair_batches",
     "prompt_batches",
+    "prompt_column",
     "prompt_fraction",
     "prompt_key",
     "prompts",

@@ -51,7 +51,7 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 v.low, v.high) }}{% if v.low > 0 or v.high < 0 %} *{% endif %}{% endif %}{% endfor %}</tr>
 {% endfor %}</table><p>* the interval excludes zero.</p>{% endif %}
 {% if samples %}<h2>Samples</h2><table><tr><th>prompt{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>
-{% for s in samples %}<tr><td><pre>{{ s.prompt }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}
+{% for s in samples %}<tr><td><pre>{{ turns(s.prompt) }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}
 {% if s.gold %}<br><small>gold {{ "%.2f"|format(s.gold[p.name]) }}</small>{% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
 <h2>Learning curves</h2>{% for s in stages %}{% if s.picture %}<h3>{{ s.name }}</h3>
@@ -119,6 +119,11 @@ def _stage(directory: Path) -> dict[str, Any]:
     }
 
 
+def _turns(prompt: str | Sequence[dict[str, str]]) -> str:
+    """A prompt as text: itself, or the turns of a dialogue."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def headlines(evaluation: dict[str, Any]) -> list[str]:
     """One sentence per pair of policies on what gold gained; says so when the interval includes zero."""
     sentences = []
@@ -151,6 +156,7 @@ def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
         keys=list(dict.fromkeys(key for policy in policies for key in policy["scores"])),
         differences=evaluation.get("differences", []),
         samples=evaluation.get("samples", []),
+        turns=_turns,
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")

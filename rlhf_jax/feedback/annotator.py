@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Labels:
     score, over the pairs whose scores differ (NaN when there are none).
     """
 
-    comparisons: list[dict[str, str]]
+    comparisons: list[dict[str, Any]]
     dropped: int
     agreement: float
 
@@ -101,9 +102,9 @@ def prefers_first(
 
 
 def label(
-    config: AnnotatorConfig, row: tuple[str, str], pair: tuple[Reply, Reply], flatters: Callable[[str], bool]
-) -> dict[str, str] | None:
-    """``{"id", "prompt", "chosen", "rejected"}`` for row = (prompt id, prompt text); None for identical texts."""
+    config: AnnotatorConfig, row: tuple[str, Any], pair: tuple[Reply, Reply], flatters: Callable[[str], bool]
+) -> dict[str, Any] | None:
+    """``{"id", "prompt", "chosen", "rejected"}`` for row = (prompt id, prompt: text or messages); None for identical texts."""
     prompt_id, prompt = row
     first, second = pair
     if first.text == second.text:
@@ -114,12 +115,12 @@ def label(
 
 def label_pairs(
     config: AnnotatorConfig,
-    rows: Iterable[tuple[str, str]],
+    rows: Iterable[tuple[str, Any]],
     pairs: Iterable[tuple[Reply, Reply]],
     flatters: Callable[[str], bool],
 ) -> Labels:
     """Labels a pair of replies for each (prompt id, prompt text); both iterables have one length (else ValueError)."""
-    comparisons: list[dict[str, str]] = []
+    comparisons: list[dict[str, Any]] = []
     dropped = agreed = decided = 0
     for row, pair in zip(rows, pairs, strict=True):
         comparison = label(config, row, pair, flatters)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from rlhf_jax.data import Message, Prompt, responses
+from rlhf_jax.data import Message, Prompt, comparisons, prompt_column, responses
 from rlhf_jax.testing import byte_tokenizer, completions, prompt_batch
 
 
@@ -18,5 +18,16 @@ def test_texts_go_with_the_record_that_prompt_id_counts_and_filling_rows_are_lef
     done = completions(prompts, [[*hi, tokenizer.eos_token_id], no, hi], length=4, eos_ids=(tokenizer.eos_token_id,))
     garbage = dataclasses.replace(done, tokens=np.where(done.mask, done.tokens, 77))  # columns that do not count
     rows, texts, ended = responses(garbage, records, tokenizer)
-    assert rows == [{"id": "p2", "prompt": "asked 2"}, {"id": "p0", "prompt": "asked 0"}]
+    assert [row["id"] for row in rows] == ["p2", "p0"]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "before"}, {"role": "user", "content": "asked 2"}]
     assert texts == ["hi", "no"] and ended == [True, False]
+
+
+def test_the_prompt_column_reads_back_as_the_same_messages():
+    """A dialogue that lost its earlier turns would be compared, and trained on, as another question."""
+    user, system, reply = Message("user", "q"), Message("system", "s"), Message("assistant", "a")
+    assert prompt_column([user]) == "q"
+    for messages in ([user], [system, user], [user, reply, user], [user, user]):
+        row = {"prompt": prompt_column(messages), "chosen": "yes", "rejected": "no"}
+        (record,), _ = comparisons([(1, row)], source="made.jsonl")
+        assert record.prompt == tuple(messages)

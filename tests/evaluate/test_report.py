@@ -107,6 +107,14 @@ def test_texts_of_models_are_shown_not_run(run_dir):
     assert "Where is <b>my</b> order?" in page.text and "<script>x</script>" in page.text and "It's & here" in page.text
 
 
+def test_a_dialogue_is_shown_by_turns(run_dir):
+    file = run_dir / "evaluation" / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    evaluation["samples"][1]["prompt"] = [{"role": "system", "content": "<i>"}, {"role": "user", "content": "And now?"}]
+    file.write_text(json.dumps(evaluation))
+    assert "<pre>system: &lt;i&gt;\nuser: And now?</pre>" in write_report(run_dir, ["sft"]).read_text()
+
+
 def test_what_is_missing_is_said(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
