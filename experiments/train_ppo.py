@@ -7,12 +7,9 @@ One iteration: sample, score, prepare, update, adapt the KL coefficient.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,24 +17,21 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rlhf_jax import data, learn, rollout
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.run import Input, LoopConfig, bound_config, fetch, launch, open_run
+from rlhf_jax import data, learn, programs, rollout
+from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global
+from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
+from rlhf_jax.run.cast import load_cast
 from rlhf_jax.run.configurables import (
     BatchConfig,
-    Loaded,
     ModelSource,
     Records,
     ScoreTexts,
     encode_records,
-    load_model,
-    load_reward,
     tell_left_out,
     write_model_card,
 )
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import InputError
 
 
 @gin.configurable
@@ -69,7 +63,7 @@ def run(
     devices = make_mesh(mesh)
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
-    # 1. Models, prompts, and the four jitted functions.
+    # 1. Models and prompts.
     cast = load_cast(policy, reward, share_trunk, devices, init_rng)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer, pad = cast.policy.tokenizer, cast.policy.tokenizer.pad_token_id
@@ -81,22 +75,14 @@ def run(
     batches = data.prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad
     )
-    updates = ppo.epochs * ppo.minibatches
-    optimizer = optax.partition(
-        {
-            "policy": learn.make_optimizer(policy_optimizer, steps, updates),
-            "value": learn.make_optimizer(value_optimizer, steps, updates),
-        },
-        learn.ppo_optimizer_labels,
-    )
-    generate, score, prepare, update = functions(cast, prompts.template, sampling, ppo, optimizer, batch.microbatches)
 
-    # 2. State.
-    def begin(params):
-        train = learn.initial_state(params, optimizer, train_rng)
-        return learn.PPOState(train, jnp.asarray(ppo.kl_coefficient, jnp.float32), jnp.zeros((), jnp.int32))
-
+    # 2. State, and the four jitted functions.
+    optimizer = programs.ppo_optimizer(policy_optimizer, value_optimizer, steps, ppo)
+    begin = programs.ppo_beginning(optimizer, ppo, train_rng, share_trunk=share_trunk)
     state = born_sharded(begin, cast.shardings(devices), devices, cast.trainable)
+    ends = {"eos_ids": data.stop_ids(tokenizer, prompts.template), "pad_id": pad}
+    settings = {"sampling": sampling, "ppo": ppo, "microbatches": batch.microbatches, "ends": ends}
+    generate, score, prepare, update = programs.ppo_functions(cast.models, optimizer, state, devices, **settings)
 
     # 3. The loop.
     inputs = [*cast.inputs, *prompts.as_inputs()]
@@ -141,86 +127,6 @@ def run(
             seconds = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - before}
             here.log(step, reported, tokens=int(np.asarray(completions.mask).sum()), timing=seconds)
             here.save(step, state, {"data": batches.get_state()})
-
-
-@dataclasses.dataclass(frozen=True)
-class Cast:
-    """The models of PPO. policy: as it was loaded. trainable: {"policy"[, "value"]}; frozen: {"reference", "reward"}."""
-
-    policy: Loaded
-    judge: Loaded | None
-    models: rollout.RolloutModels
-    trainable: Params
-    frozen: dict[str, Params | None]
-
-    @property
-    def inputs(self) -> list[Input]:
-        """For `open_run`."""
-        return [*self.policy.as_inputs("policy"), *(self.judge.as_inputs("reward") if self.judge else [])]
-
-    def shardings(self, mesh: jax.sharding.Mesh) -> Params:
-        """Of ``trainable``."""
-        owners = {"policy": self.models.policy, "value": self.models.value}
-        return {
-            name: tree_shardings(owners[name].abstract(), owners[name].logical_axes(), mesh) for name in self.trainable
-        }
-
-    def refuse_longer(self, tokens: int, what: str) -> None:
-        """As `Loaded.refuse_longer`, for every model (a value model is as long as what it started from)."""
-        for each in filter(None, (self.policy, self.judge)):
-            each.refuse_longer(tokens, what)
-
-
-def load_cast(policy: ModelSource, reward: ModelSource | None, share_trunk: bool, mesh: Any, rng: jax.Array) -> Cast:
-    """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk)."""
-    actor = load_model(policy, "lm+scalar" if share_trunk else "lm", mesh, rng)
-    reference = load_model(policy, "lm", mesh, rng)
-    judge = None if reward is None else load_reward(reward, mesh)
-    critic = None if share_trunk else load_model(reward or policy, "scalar", mesh, rng)
-    for other in filter(None, (judge, critic)):
-        if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
-            raise InputError(f"{other.input}: its tokenizer is not the policy's; train both from one base model")
-    trainable = {"policy": actor.params} | ({} if critic is None else {"value": critic.params})
-    if share_trunk:  # at the start every value is 0 (Ziegler et al. 2019)
-        trainable["policy"] = actor.params | {"scalar_head": jax.tree.map(jnp.zeros_like, actor.params["scalar_head"])}
-    models = rollout.RolloutModels(actor.model, reference.model, critic and critic.model, judge and judge.model)
-    return Cast(actor, judge, models, trainable, {"reference": reference.params, "reward": judge and judge.params})
-
-
-def functions(
-    cast: Cast,
-    template: data.Template,
-    sampling: rollout.SamplingConfig,
-    ppo: learn.PPOConfig,
-    optimizer: optax.GradientTransformation,
-    microbatches: int,
-) -> tuple[Callable, Callable, Callable, Callable]:
-    """generate(params, prompts, rng), score(params, frozen, completions), prepare(rollout, kl_coefficient) and
-    update(train state, batch, rng), each jitted; params: what is trained."""
-    models, tokenizer = cast.models, cast.policy.tokenizer
-    ends = {"eos_ids": data.stop_ids(tokenizer, template), "pad_id": tokenizer.pad_token_id}
-
-    def policy_fn(params, completions):
-        return rollout.policy_and_values(
-            models, params["policy"], params.get("value"), completions, temperature=sampling.temperature
-        )
-
-    train_step = learn.make_train_step(learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=microbatches)
-
-    def generate(params, prompts, rng):
-        return rollout.generate(models.policy, params["policy"], prompts, rng, sampling=sampling, **ends)
-
-    def score(params, frozen, completions):
-        four = rollout.RolloutParams(params["policy"], frozen["reference"], params.get("value"), frozen["reward"])
-        return rollout.score(models, four, completions, temperature=sampling.temperature)
-
-    def prepare(scored, coefficient):
-        return learn.prepare(scored, ppo, coefficient)
-
-    def update(train, prepared, rng):
-        return learn.update(train_step, train, prepared, rng, ppo)
-
-    return jax.jit(generate), jax.jit(score), jax.jit(prepare), jax.jit(update, donate_argnums=0)
 
 
 def text_rewards(values: dict[str, list[float]], key: str) -> jax.Array:

@@ -15,7 +15,7 @@ import gin
 import jax
 import numpy as np
 
-from rlhf_jax import data, learn, ops, rollout
+from rlhf_jax import data, learn, ops, programs
 from rlhf_jax.evaluate.preference import pairwise_accuracy
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
@@ -70,16 +70,12 @@ def run(
     shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
     batches = data.pair_batches(train.items, seed=seed, **shape)
 
-    # 2. The step.
-    def score(params, tokens):
-        return rollout.sequence_scores(network, params, tokens)
-
-    loss = learn.make_reward_loss(score, centring=centring)
+    # 2. State and step.
     adam = learn.make_optimizer(optimizer, steps)
-    train_step = jax.jit(learn.make_train_step(loss, adam, microbatches=batch.microbatches), donate_argnums=0)
-    score_pairs = jax.jit(lambda params, pairs: learn.pair_scores(score, params, pairs))
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
+    settings = {"microbatches": batch.microbatches, "centring": centring}
+    train_step, score_pairs = programs.reward_functions(network, adam, state, devices, **settings)
 
     def heldout_scores(params) -> np.ndarray:
         """float32 [2, N]: chosen, rejected."""

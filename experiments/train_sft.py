@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 import jax
 
-from rlhf_jax import data, learn, rollout
+from rlhf_jax import data, learn, programs
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import (
@@ -64,13 +64,11 @@ def run(
     pad = tokenizer.pad_token_id
     batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)
 
-    # 2. The step.
-    loss = learn.make_sft_loss(lambda params, tokens: rollout.sequence_logprobs(network, params, tokens))
+    # 2. State and step.
     adam = learn.make_optimizer(optimizer, steps)
-    train_step = jax.jit(learn.make_train_step(loss, adam, microbatches=batch.microbatches), donate_argnums=0)
-    evaluate = jax.jit(lambda params, tokens: Mean(*_totals(loss(params, {}, tokens, train_rng)[0]["nll"])))
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
+    train_step, evaluate = programs.sft_functions(network, adam, state, devices, microbatches=batch.microbatches)
 
     def heldout_loss(params) -> Mean:
         held = data.evaluation_batches(held_rows, batch_size=batch.batch_size, length=batch.length, pad_id=pad)
@@ -93,10 +91,6 @@ def run(
             if here.evaluation_due(step):
                 here.record(step, {"heldout/loss": heldout_loss(state.params)})
             here.save(step, state, {"data": batches.get_state()})
-
-
-def _totals(term):
-    return term.total, term.weight
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""The jitted functions of every training experiment, made in one place: an experiment runs them, the planner compiles them.
+
+Whoever plans a run must lower the very functions of the run, with its shardings and its donation; so neither side builds
+its own. State and batches may be arrays (a run) or ShapeDtypeStructs with shardings (a plan).
+
+Outputs are pinned: rows over the batch axes, numbers on all devices, a new state where the old one was. Left to the
+compiler, a state could come back laid out otherwise: no donation, and a second compilation at the second step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax import learn, rollout
+from rlhf_jax.models import Model
+from rlhf_jax.parallel import batch_sharding, replicated
+from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
+
+
+class SupervisedFunctions(NamedTuple):
+    """train_step(state, frozen, batch) -> (state, metrics), the state donated. evaluate(params, batch): SFT gives the
+    `Mean` loss of a batch, the reward model its scores (chosen, rejected), float32 [B] each."""
+
+    train_step: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+def placed(tree: Any) -> Any:
+    """The sharding of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def sft_functions(
+    model: Model, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh, *, microbatches: int
+) -> SupervisedFunctions:
+    """Of supervised fine-tuning."""
+    loss = learn.make_sft_loss(lambda params, tokens: rollout.sequence_logprobs(model, params, tokens))
+
+    def evaluate(params: Params, tokens: TokenBatch) -> Mean:
+        nll = loss(params, {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
+        return Mean(nll.total, nll.weight)
+
+    train_step = _train_step(loss, optimizer, state, mesh, microbatches)
+    return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
+
+
+def reward_functions(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    microbatches: int,
+    centring: float,
+) -> SupervisedFunctions:
+    """Of the pairwise reward model. centring: weight of (chosen + rejected)^2."""
+
+    def score(params: Params, tokens: TokenBatch) -> jax.Array:
+        return rollout.sequence_scores(model, params, tokens)
+
+    loss = learn.make_reward_loss(score, centring=centring)
+
+    def evaluate(params: Params, pairs: Any) -> tuple[jax.Array, jax.Array]:
+        return learn.pair_scores(score, params, pairs)
+
+    train_step = _train_step(loss, optimizer, state, mesh, microbatches)
+    return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
+
+
+def _train_step(
+    loss: LossFn, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh, microbatches: int
+) -> Callable[..., Any]:
+    step = learn.make_train_step(loss, optimizer, microbatches=microbatches)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed(state), replicated(mesh)))
+
+
+# ---- PPO
+
+
+class PPOFunctions(NamedTuple):
+    """The four of an iteration. params: what is trained, {"policy"[, "value"]}; frozen: {"reference", "reward"}.
+
+    generate(params, prompts, rng) -> Completions. score(params, frozen, completions) -> Rollout.
+    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng) -> (state, metrics), the
+    state donated.
+    """
+
+    generate: Callable[..., Any]
+    score: Callable[..., Any]
+    prepare: Callable[..., Any]
+    update: Callable[..., Any]
+
+
+def ppo_optimizer(
+    policy: learn.OptimizerConfig, value: learn.OptimizerConfig, steps: int, ppo: learn.PPOConfig
+) -> optax.GradientTransformation:
+    """One optimiser for the policy's leaves, one for the value model's."""
+    updates = ppo.epochs * ppo.minibatches
+    return optax.partition(
+        {
+            "policy": learn.make_optimizer(policy, steps, updates),
+            "value": learn.make_optimizer(value, steps, updates),
+        },
+        learn.ppo_optimizer_labels,
+    )
+
+
+def ppo_beginning(
+    optimizer: optax.GradientTransformation, ppo: learn.PPOConfig, rng: Rng, *, share_trunk: bool
+) -> Callable[[Params], learn.PPOState]:
+    """trainable parameters -> the state at step 0. rng: the run's key. share_trunk: the value head stands on the
+    policy's trunk and begins with every value 0 (Ziegler et al. 2019)."""
+
+    def begin(params: Params) -> learn.PPOState:
+        if share_trunk:
+            head = jax.tree.map(jnp.zeros_like, params["policy"]["scalar_head"])
+            params = params | {"policy": params["policy"] | {"scalar_head": head}}
+        train = learn.initial_state(params, optimizer, rng)
+        return learn.PPOState(train, jnp.asarray(ppo.kl_coefficient, jnp.float32), jnp.zeros((), jnp.int32))
+
+    return begin
+
+
+def ppo_functions(
+    models: rollout.RolloutModels,
+    optimizer: optax.GradientTransformation,
+    state: learn.PPOState,
+    mesh: Mesh,
+    *,
+    sampling: rollout.SamplingConfig,
+    ppo: learn.PPOConfig,
+    microbatches: int,
+    ends: dict[str, Any],
+) -> PPOFunctions:
+    """Of PPO. ends: ``eos_ids`` and ``pad_id`` of the rollout."""
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
+
+    def policy_fn(params: Params, completions: Any) -> Any:
+        return rollout.policy_and_values(
+            models, params["policy"], params.get("value"), completions, temperature=sampling.temperature
+        )
+
+    train_step = learn.make_train_step(learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=microbatches)
+
+    def generate(params: Params, prompts: Any, rng: Rng) -> Any:
+        return rollout.generate(models.policy, params["policy"], prompts, rng, sampling=sampling, **ends)
+
+    def score(params: Params, frozen: Params, completions: Any) -> Any:
+        four = rollout.RolloutParams(params["policy"], frozen["reference"], params.get("value"), frozen["reward"])
+        return rollout.score(models, four, completions, temperature=sampling.temperature)
+
+    def prepare(scored: Any, coefficient: jax.Array) -> Any:
+        return learn.prepare(scored, ppo, coefficient)
+
+    def update(train: TrainState, prepared: Any, rng: Rng) -> Any:
+        return learn.update(train_step, train, prepared, rng, ppo)
+
+    return PPOFunctions(
+        jax.jit(generate, out_shardings=rows),
+        jax.jit(score, out_shardings=rows),
+        jax.jit(prepare, out_shardings=(rows, everywhere)),
+        jax.jit(update, donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
+    )

@@ -1,0 +1,70 @@
+"""The models of PPO, loaded for a run or as shapes for a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from rlhf_jax.parallel import tree_shardings
+from rlhf_jax.rollout import RolloutModels
+from rlhf_jax.run.configurables import Loaded, ModelSource, load_model, load_reward
+from rlhf_jax.run.provenance import Input
+from rlhf_jax.types import InputError, Params, Rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """policy: as it was loaded. trainable: {"policy"[, "value"]}; frozen: {"reference", "reward"}."""
+
+    policy: Loaded
+    judge: Loaded | None
+    models: RolloutModels
+    trainable: Params
+    frozen: dict[str, Params | None]
+
+    @property
+    def inputs(self) -> list[Input]:
+        """For `open_run`."""
+        return [*self.policy.as_inputs("policy"), *(self.judge.as_inputs("reward") if self.judge else [])]
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """Of ``trainable``."""
+        owners = {"policy": self.models.policy, "value": self.models.value}
+        return {
+            name: tree_shardings(owner.abstract(), owner.logical_axes(), mesh)
+            for name, owner in owners.items()
+            if name in self.trainable and owner is not None
+        }
+
+    def refuse_longer(self, tokens: int, what: str) -> None:
+        """As `Loaded.refuse_longer`, for every model (a value model is as long as what it started from)."""
+        for each in filter(None, (self.policy, self.judge)):
+            each.refuse_longer(tokens, what)
+
+
+def load_cast(
+    policy: ModelSource,
+    reward: ModelSource | None,
+    share_trunk: bool,
+    mesh: Mesh,
+    rng: Rng,
+    *,
+    load: Callable[..., Loaded] = load_model,
+    load_judge: Callable[..., Loaded] = load_reward,
+) -> Cast:
+    """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk).
+
+    load, load_judge: `plan_model` for both gives the cast as shapes.
+    """
+    actor = load(policy, "lm+scalar" if share_trunk else "lm", mesh, rng)
+    reference = load(policy, "lm", mesh, rng)
+    judge = None if reward is None else load_judge(reward, mesh)
+    critic = None if share_trunk else load(reward or policy, "scalar", mesh, rng)
+    for other in filter(None, (judge, critic)):
+        if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
+            raise InputError(f"{other.input}: its tokenizer is not the policy's; train both from one base model")
+    trainable = {"policy": actor.params} | ({} if critic is None else {"value": critic.params})
+    models = RolloutModels(actor.model, reference.model, critic and critic.model, judge and judge.model)
+    return Cast(actor, judge, models, trainable, {"reference": reference.params, "reward": judge and judge.params})
