@@ -66,5 +66,8 @@ def load_cast(
         if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
             raise InputError(f"{other.input}: its tokenizer is not the policy's; train both from one base model")
     trainable = {"policy": actor.params} | ({} if critic is None else {"value": critic.params})
-    models = RolloutModels(actor.model, reference.model, critic and critic.model, judge and judge.model)
-    return Cast(actor, judge, models, trainable, {"reference": reference.params, "reward": judge and judge.params})
+    models = RolloutModels(
+        actor.model, reference.model, None if critic is None else critic.model, None if judge is None else judge.model
+    )
+    frozen = {"reference": reference.params, "reward": None if judge is None else judge.params}
+    return Cast(actor, judge, models, trainable, frozen)
