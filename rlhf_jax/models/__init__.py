@@ -3,5 +3,6 @@
 from rlhf_jax.models.cache import KVCache, empty_cache
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.model import Model, parameter_count, unconstrained
+from rlhf_jax.models.rope import RopeScaling
 
-__all__ = ["Head", "KVCache", "Model", "ModelConfig", "empty_cache", "parameter_count", "unconstrained"]
+__all__ = ["Head", "KVCache", "Model", "ModelConfig", "RopeScaling", "empty_cache", "parameter_count", "unconstrained"]

@@ -1,4 +1,4 @@
-"""Rotary positions and causal attention with grouped queries.
+"""Causal attention with grouped queries, sliding windows and soft-capped scores.
 
 Letters in shapes: B rows, S query columns, C key columns, G key/value heads, R query heads per key/value head, K head_dim.
 """
@@ -12,26 +12,19 @@ from jaxtyping import Array, Bool, Float, Int32
 _MASKED = -1e30  # finite: a row with nothing to attend to (padding) gives uniform weights instead of NaN
 
 
-def rotary(x: Float[Array, "B S H K"], positions: Int32[Array, "B S"], theta: float) -> Float[Array, "B S H K"]:
-    """Rotate ``x`` by its positions (Su et al. 2021, RoFormer, eq. 34; first half paired with second half as in Llama).
-
-    Angles, sines and the rotation are float32 whatever the dtype of ``x``: bfloat16 cannot tell position 257 from 256.
-    Returns the dtype of ``x``.
-    """
-    half = x.shape[-1] // 2
-    inverse_frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequency  # [B, S, 1, K/2]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def segment_mask(segment_ids: Int32[Array, "B S"]) -> Bool[Array, "B S S"]:
-    """Query column s may attend to key column c: same segment, not padding (segment 0), and c <= s."""
+def segment_mask(segment_ids: Int32[Array, "B S"], window: int | None = None) -> Bool[Array, "B S S"]:
+    """Query column s may attend to key column c: same segment, not padding (segment 0), and s - window < c <= s."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), dtype=bool))
+    if window is not None:
+        causal &= ~jnp.tril(jnp.ones((length, length), dtype=bool), -window)
     return same & causal & (segment_ids > 0)[:, None, :]
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap), within (-cap, cap) (Bello et al. 2016); ``x`` itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
@@ -40,17 +33,21 @@ def attend(
     value: Float[Array, "B G C K"],
     mask: Bool[Array, "B S C"],
     precision: jax.lax.Precision | None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B S G R K"]:
     """Softmax attention; scores and softmax in float32, the result in the dtype of ``value``.
 
+    scale: of the scores, None = K^-1/2. cap: `soft_cap` of the scaled scores.
     The R query heads of a key/value head are rows of ONE matrix, and the sum of the weights divides the [S, K] result
     instead of the [S, C] weights: both save a pass over the largest array there is here.
     """
     batch, length, groups, per_group, size = query.shape
     rows = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * length, size)
     scores = jnp.einsum("bgqk,bgck->bgqc", rows, key, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, groups, per_group, length, -1) * size**-0.5
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    scores = scores.reshape(batch, groups, per_group, length, -1) * (size**-0.5 if scale is None else scale)
+    scores = jnp.where(mask[:, None, None], soft_cap(scores, cap), _MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)  # [B, G, R, S, 1], at least 1
     rows = weights.astype(value.dtype).reshape(batch, groups, per_group * length, -1)

@@ -9,23 +9,65 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models.layer_kinds import LayerGroup, LayerKind, grouped
+from rlhf_jax.models.rope import Rope, RopeScaling
 from rlhf_jax.types import InputError
 
 Head = Literal["lm", "scalar", "lm+scalar"]
-_HEADS = ("lm", "scalar", "lm+scalar")
 _DTYPES = ("float32", "bfloat16", "float16")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "head": ("lm", "scalar", "lm+scalar"),
+    "param_dtype": _DTYPES,
+    "compute_dtype": _DTYPES,
+    "norm": ("rms", "layer"),
+    "norm_placement": ("pre", "post", "both"),
+    "positions": ("rotary", "learned"),
+    "qk_norm": ("none", "head", "width"),
+    "activation": ("silu", "gelu", "gelu_tanh"),
+}
+_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_length")
+_COUNTS = ("num_experts", "experts_per_token", "expert_ffn_size")
+_POSITIVE = ("rope_theta", "norm_epsilon", "rope_fraction")
+_POSITIVE_OR_NONE = ("rope_theta_sliding", "attention_scale", "attention_soft_cap", "logit_soft_cap")
+_FLAGS = (
+    "tie_embeddings",
+    "remat",
+    "scale_embeddings",
+    "parallel_residual",
+    "qkv_bias",
+    "output_bias",
+    "gated_mlp",
+    "mlp_bias",
+    "normalize_expert_weights",
+)
+_LAYERS = ("full", "sliding", "full_nope", "sliding_nope")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One decoder transformer of the Llama layout: RMSNorm, rotary positions, grouped queries, SwiGLU.
+    """One decoder transformer. The defaults are the Llama layout: RMSNorm before each part, rotary positions, SwiGLU.
 
-    vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes; ``num_heads`` is a multiple
-    of ``num_kv_heads``. max_length: longest sequence in tokens. rope_theta: base of the rotary frequencies.
-    tie_embeddings: the output projection is the transposed embedding table. head: what stands on the trunk, "lm"
-    (logits), "scalar" (reward or value) or "lm+scalar" (policy and value sharing a trunk). param_dtype: dtype in which
-    parameters are kept; compute_dtype: of activations and matmuls. Logits and scalars are float32 whatever these are.
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    Sizes: vocab_size, hidden_size, num_layers, num_heads (a multiple of num_kv_heads), num_kv_heads, head_dim, ffn_size;
+    max_length: longest sequence in tokens. head: what stands on the trunk, "lm" (logits), "scalar" (reward or value)
+    or "lm+scalar" (policy and value sharing a trunk). param_dtype: dtype in which parameters are kept; compute_dtype:
+    of activations and matmuls. Logits and scalars are float32 whatever these are. remat: recompute each block in the
+    backward pass instead of keeping its activations. family: the checkpoint format it is exported in.
+
+    Embeddings: tie_embeddings: the output projection is the transposed table; scale_embeddings: rows times
+    sqrt(hidden_size); logit_soft_cap c: logits become c tanh(logits / c).
+    Norms: norm: "rms" or "layer" (with mean and bias); norm_placement: before each part, "post" (on what the part adds
+    to the residual stream) or "both"; norm_epsilon; norm_offset: added to the stored scales.
+    Positions: "rotary" with base rope_theta on the first rope_fraction of a head, stretched by rope_scaling, in
+    sliding layers with base rope_theta_sliding, not stretched, when that is given; or "learned", a table.
+    Layers: layer_pattern is repeated over the layers: "full" attention, "sliding" (the last sliding_window tokens),
+    "full_nope" and "sliding_nope" (no rotary positions); () = all full.
+    Attention: qkv_bias, output_bias; qk_norm: queries and keys normed per "head", or over the "width" of all heads;
+    attention_scale (None: head_dim^-1/2); attention_soft_cap, as that of the logits; parallel_residual: attention and
+    feed-forward both read the block's input.
+    Feed-forward: activation ("gelu" is exact, "gelu_tanh" approximate); gated_mlp: act(x gate) * (x up), else act(x up);
+    mlp_bias. num_experts > 0: a router picks experts_per_token experts of width expert_ffn_size, weighted by their
+    softmax, normalize_expert_weights: over the picked ones; dense_layers: layers that have none; router_coefficient:
+    weight of the load-balancing loss.
     """
 
     vocab_size: int
@@ -43,39 +85,137 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: bool = False
+    family: str = "llama"
+    scale_embeddings: bool = False
+    logit_soft_cap: float | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_offset: float = 0.0
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    rope_theta_sliding: float | None = None
+    layer_pattern: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["none", "head", "width"] = "none"
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    parallel_residual: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    normalize_expert_weights: bool = True
+    dense_layers: tuple[int, ...] = ()
+    router_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "ffn_size",
-            "max_length",
-        ):
+        for name in ("layer_pattern", "dense_layers"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple | list):
+                raise InputError(f"ModelConfig.{name} = {given!r}: give a tuple")
+            object.__setattr__(self, name, tuple(given))  # JSON gives lists
+        self._check_types()
+        self._check_sizes()
+        self._check_layers()
+        self._check_experts()
+
+    def _check_types(self) -> None:
+        for name in (*_SIZES, *_COUNTS):
+            value, least = getattr(self, name), 0 if name in _COUNTS else 1
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                wanted = "a positive whole number" if least else "a whole number >= 0"
+                raise InputError(f"ModelConfig.{name} = {value!r}: give {wanted}")
+        for name in (*_POSITIVE, *_POSITIVE_OR_NONE):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value <= 0:
-                raise InputError(f"ModelConfig.{name} = {value!r}: give a positive whole number")
-        for name in ("rope_theta", "norm_epsilon"):
-            value = getattr(self, name)
+            if value is None and name in _POSITIVE_OR_NONE:
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise InputError(f"ModelConfig.{name} = {value!r}: give a positive number")
-        for name in ("tie_embeddings", "remat"):
+        for name in ("norm_offset", "router_coefficient"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise InputError(f"ModelConfig.{name} = {value!r}: give a number >= 0")
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):  # gin reads 'False' as a string, which is true
                 raise InputError(f"ModelConfig.{name} = {getattr(self, name)!r}: give True or False")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"ModelConfig.{name} = {getattr(self, name)!r}: one of {', '.join(choices)}")
+        if not isinstance(self.family, str):
+            raise InputError(f"ModelConfig.family = {self.family!r}: give the name of a checkpoint format")
+
+    def _check_sizes(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"ModelConfig.num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}"
             )
+        if self.positions == "learned":
+            if self.rope_scaling is not None or self.rope_theta_sliding is not None:
+                raise InputError("ModelConfig.positions = 'learned': goes without rope_scaling and rope_theta_sliding")
+            return
         if self.head_dim % 2:
             raise InputError(f"ModelConfig.head_dim = {self.head_dim}: rotary positions need an even head_dim")
-        if self.head not in _HEADS:
-            raise InputError(f"ModelConfig.head = {self.head!r}: one of {', '.join(_HEADS)}")
-        for name in ("param_dtype", "compute_dtype"):
-            if getattr(self, name) not in _DTYPES:
-                raise InputError(f"ModelConfig.{name} = {getattr(self, name)!r}: one of {', '.join(_DTYPES)}")
+        if self.rotary_size < 2 or self.rotary_size % 2 or self.rope_fraction > 1:
+            raise InputError(
+                f"ModelConfig.rope_fraction = {self.rope_fraction}: of head_dim = {self.head_dim} an even number of "
+                "dimensions must be rotated, at least 2"
+            )
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if not isinstance(scaling, RopeScaling):
+            raise InputError(f"ModelConfig.rope_scaling = {scaling!r}: give a RopeScaling or None")
+        for name in ("short_factors", "long_factors"):
+            count = len(getattr(scaling, name))
+            if count != (self.rotary_size // 2 if scaling.kind == "longrope" else 0):
+                raise InputError(
+                    f"ModelConfig.rope_scaling: {name}: {count} numbers; kind 'longrope' needs {self.rotary_size // 2}, "
+                    "others none"
+                )
+
+    def _check_layers(self) -> None:
+        for kind in self.layer_pattern:
+            if kind not in _LAYERS:
+                raise InputError(f"ModelConfig.layer_pattern: {kind!r} is none of {', '.join(_LAYERS)}")
+        if len(self.layer_pattern) > self.num_layers:
+            raise InputError(
+                f"ModelConfig.layer_pattern: {len(self.layer_pattern)} kinds for num_layers = {self.num_layers}"
+            )
+        window, slides = self.sliding_window, any("sliding" in kind for kind in self.layer_pattern)
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise InputError(f"ModelConfig.sliding_window = {window!r}: give a positive number of tokens, or None")
+        if slides != (window is not None):
+            raise InputError(
+                f"ModelConfig.sliding_window = {window!r} with layer_pattern = {self.layer_pattern}: sliding layers need a "
+                "window, and a window sliding layers"
+            )
+        if self.rope_theta_sliding is not None and not slides:
+            raise InputError("ModelConfig.rope_theta_sliding: needs sliding layers in layer_pattern")
+
+    def _check_experts(self) -> None:
+        if not self.num_experts:
+            if self.experts_per_token or self.expert_ffn_size or self.dense_layers or self.router_coefficient:
+                raise InputError(
+                    "ModelConfig.num_experts = 0: goes without experts_per_token, expert_ffn_size, dense_layers and "
+                    "router_coefficient"
+                )
+            return
+        if not 1 <= self.experts_per_token <= self.num_experts or not self.expert_ffn_size:
+            raise InputError(
+                f"ModelConfig.experts_per_token = {self.experts_per_token}, expert_ffn_size = {self.expert_ffn_size}: "
+                f"give 1 to num_experts = {self.num_experts} experts of a positive width"
+            )
+        if self.mlp_bias or not self.gated_mlp:
+            raise InputError("ModelConfig.num_experts: experts are gated and without biases")
+        if list(self.dense_layers) != sorted({layer for layer in self.dense_layers if 0 <= layer < self.num_layers}):
+            raise InputError(
+                f"ModelConfig.dense_layers = {self.dense_layers}: ascending layer numbers below num_layers = {self.num_layers}"
+            )
 
     @property
     def has_lm(self) -> bool:
@@ -91,6 +231,39 @@ class ModelConfig:
     def dtype(self) -> jnp.dtype:
         """The dtype of activations."""
         return jnp.dtype(self.compute_dtype)
+
+    @property
+    def rotary_size(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def layer(self, index: int) -> LayerKind:
+        """What layer ``index`` is."""
+        name = self.layer_pattern[index % len(self.layer_pattern)] if self.layer_pattern else "full"
+        slides = name.startswith("sliding")
+        rope = None
+        if self.positions == "rotary" and not name.endswith("_nope"):
+            if slides and self.rope_theta_sliding is not None:
+                rope = Rope(self.rope_theta_sliding, self.rotary_size)
+            else:
+                long = self.rope_scaling is not None and self.max_length > self.rope_scaling.original_max_length
+                rope = Rope(self.rope_theta, self.rotary_size, self.rope_scaling, long)
+        experts = self.num_experts > 0 and index not in self.dense_layers
+        return LayerKind(self.sliding_window if slides else None, rope, experts)
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers as repeating blocks (`layer_kinds.grouped`)."""
+        return grouped([self.layer(index) for index in range(self.num_layers)])
+
+    def layer_stacks(self) -> tuple[tuple[str, range], ...]:
+        """(path of the parameters, the layers stacked there), in the order of the first layer.
+
+        "layers" when all are alike; else "layers/N", N the first layer of the stack.
+        """
+        groups = self.layer_groups()
+        if len(groups) == 1 and len(groups[0].kinds) == 1:
+            return (("layers", range(self.num_layers)),)
+        return tuple((f"layers/{stack.start}", stack) for group in groups for stack in group.stacks())
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed (and checked)."""
@@ -113,6 +286,8 @@ class ModelConfig:
         if unknown := sorted(set(fields) - known):
             raise InputError(f"{where}: unknown fields {', '.join(unknown)}: written by another version?")
         try:
+            if isinstance(fields.get("rope_scaling"), dict):
+                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
             return cls(**fields)
         except TypeError as error:
             raise InputError(f"{where}: {error}") from error

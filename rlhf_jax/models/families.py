@@ -216,6 +216,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if config.head == "scalar":
         theirs |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+    said = config_from_hf(theirs, "config.json")[1]
+    kept = config.replace(param_dtype=said.param_dtype, compute_dtype=said.compute_dtype, remat=said.remat)
+    if lost := [f.name for f in dataclasses.fields(config) if getattr(kept, f.name) != getattr(said, f.name)]:
+        raise InputError(
+            f"ModelConfig.{lost[0]} = {getattr(config, lost[0])!r}: a Llama checkpoint cannot say this model"
+        )
     return theirs
 
 

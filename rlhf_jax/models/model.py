@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from rlhf_jax.models.cache import KVCache, empty_cache
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.decoder import Constrain, Decoder
+from rlhf_jax.models.moe import load_balancing_loss
 from rlhf_jax.types import InputError, Params, Rng
 
 nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logical names are only labels
@@ -56,7 +57,7 @@ class Model:
         return axes
 
     def init(self, rng: Rng) -> Params:
-        """Freshly drawn parameters (`Kernel`, `Embedding` and `ScalarHead` in `models.decoder` give the distributions)."""
+        """Freshly drawn parameters (`models.weights` and `models.parts` give the distributions)."""
         module = Decoder(self.config, rngs=nnx.Rngs(params=rng))
         params: Params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         return params
@@ -76,6 +77,22 @@ class Model:
         """Final hidden states in compute_dtype. Defaults: positions 0.., one segment per row."""
         positions, segment_ids = _defaults(tokens, positions, segment_ids)
         return self._module(params).hidden(tokens, positions, segment_ids, self.constrain)[0]
+
+    def hidden_and_router_loss(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B S"],
+        *,
+        positions: Int32[Array, "B S"] | None = None,
+        segment_ids: Int32[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, ""]]:
+        """`hidden`, and the `load_balancing_loss` of its tokens (segment > 0) times config.router_coefficient; 0 for a model
+        without experts."""
+        positions, segment_ids = _defaults(tokens, positions, segment_ids)
+        hidden, _, routing = self._module(params).hidden(tokens, positions, segment_ids, self.constrain)
+        if routing is None:
+            return hidden, jnp.zeros((), jnp.float32)
+        return hidden, self.config.router_coefficient * load_balancing_loss(routing, segment_ids > 0)
 
     def logits(self, params: Params, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Float32 logits of hidden states."""
@@ -110,7 +127,7 @@ class Model:
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """Read left-padded prompts: the last column's hidden state and a cache of ``capacity`` >= P columns."""
         segment_ids = mask.astype(jnp.int32)
-        hidden, (keys, values) = self._module(params).hidden(
+        hidden, (keys, values), _ = self._module(params).hidden(
             tokens, positions, segment_ids, self.constrain, keep_keys_and_values=True
         )
         cache = empty_cache(self.config, tokens.shape[0], capacity)

@@ -25,8 +25,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "positions": (),
     "norm": (),
     "scalar": (),
+    # weights of a mixture of experts: whole experts over fsdp, their columns over tensor
+    "experts": ("fsdp",),
+    "expert_embed": (),
+    "expert_mlp": ("tensor",),
+    "expert_logits": (),
     # activations
     "act_batch": ("data", "fsdp"),
     "act_length": (),

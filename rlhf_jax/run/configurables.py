@@ -25,7 +25,7 @@ from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstr
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.io import load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
-from rlhf_jax.models import Head, Model, ModelConfig
+from rlhf_jax.models import Head, Model, ModelConfig, RopeScaling
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig
@@ -43,6 +43,7 @@ for _configurable in (
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
+    RopeScaling,
     SamplingConfig,
     SentimentCorpus,
     Template,

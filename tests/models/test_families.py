@@ -171,6 +171,8 @@ def test_what_no_checkpoint_can_say() -> None:
         config_to_hf(EXPECTED.replace(head="lm+scalar"))
     with pytest.raises(InputError, match="hidden_size = 32 is not a multiple of num_heads = 5"):
         config_to_hf(EXPECTED.replace(num_heads=5, num_kv_heads=1))
+    with pytest.raises(InputError, match="logit_soft_cap = 3.0: a Llama checkpoint cannot say"):
+        config_to_hf(EXPECTED.replace(logit_soft_cap=3.0))
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar", "lm+scalar"])

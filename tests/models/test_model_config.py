@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.models import Model, ModelConfig, RopeScaling
 from rlhf_jax.testing import random_params, tiny_config
 from rlhf_jax.types import InputError
 
@@ -25,16 +25,46 @@ SHAPES = {  # other parameters: what changes is their shape
     "head_dim": (6, "['layers']['attention']['value']['kernel']", (2, 16, 2, 6)),
     "ffn_size": (24, "['layers']['mlp']['down']['kernel']", (2, 24, 16)),
 }
-NUMBERS = {  # the same parameters, other logits
-    "rope_theta": 500.0,
-    "norm_epsilon": 1e-2,
-    "param_dtype": "bfloat16",
-    "compute_dtype": "bfloat16",
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 12}
+NUMBERS = {  # other logits; parameters that both have are the same
+    "rope_theta": {"rope_theta": 500.0},
+    "norm_epsilon": {"norm_epsilon": 1e-2},
+    "param_dtype": {"param_dtype": "bfloat16"},
+    "compute_dtype": {"compute_dtype": "bfloat16"},
+    "scale_embeddings": {"scale_embeddings": True},
+    "logit_soft_cap": {"logit_soft_cap": 2.0},
+    "norm": {"norm": "layer"},
+    "norm_placement": {"norm_placement": "both"},
+    "norm_offset": {"norm_offset": 1.0},
+    "positions": {"positions": "learned"},
+    "rope_fraction": {"rope_fraction": 0.5},
+    "rope_scaling": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "layer_pattern": {"layer_pattern": ("full", "full_nope")},
+    "sliding_window": {"layer_pattern": ("sliding",), "sliding_window": 3},
+    "qkv_bias": {"qkv_bias": True},
+    "output_bias": {"output_bias": True},
+    "qk_norm": {"qk_norm": "head"},
+    "attention_scale": {"attention_scale": 1.0},
+    "attention_soft_cap": {"attention_soft_cap": 1.0},
+    "parallel_residual": {"parallel_residual": True},
+    "activation": {"activation": "gelu_tanh"},
+    "gated_mlp": {"gated_mlp": False},
+    "mlp_bias": {"mlp_bias": True},
+    "num_experts": EXPERTS,
+}
+BESIDES = {  # (field, on top of): the same for fields that need another one
+    "rope_theta_sliding": ({"layer_pattern": ("sliding",), "sliding_window": 3}, 70.0),
+    "experts_per_token": (EXPERTS, 3),
+    "expert_ffn_size": (EXPERTS, 16),
+    "normalize_expert_weights": (EXPERTS, False),
+    "dense_layers": (EXPERTS, (0,)),
 }
 UNCHANGED = {
-    "max_length": (4096, "a bound on inputs, not a part of the network"),
-    "head": ("lm+scalar", "a second head on the same trunk"),
-    "remat": (True, "what is kept for the backward pass"),
+    "max_length": ({"max_length": 4096}, "a bound on inputs, not a part of the network"),
+    "head": ({"head": "lm+scalar"}, "a second head on the same trunk"),
+    "remat": ({"remat": True}, "what is kept for the backward pass"),
+    "family": ({"family": "qwen2"}, "how it is exported"),
+    "router_coefficient": ({"router_coefficient": 0.1} | EXPERTS, "a part of the loss"),
 }
 BY_HAND = {"tie_embeddings"}
 
@@ -50,7 +80,7 @@ def base():
 
 
 def test_every_field_is_covered():
-    names = [*SHAPES, *NUMBERS, *UNCHANGED, *BY_HAND]
+    names = [*SHAPES, *NUMBERS, *BESIDES, *UNCHANGED, *BY_HAND]
     assert sorted(names) == sorted(field.name for field in dataclasses.fields(ModelConfig))
 
 
@@ -79,22 +109,32 @@ def test_the_third_layer_is_run(base):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_changes_the_logits(name, base):
-    params, logits = base
-    config = BASE.replace(**{name: NUMBERS[name]})
-    kept = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, Model(config).abstract())
-    changed = logits_of(config, kept)
+    """A leaf of `random_params` depends on its name and shape alone, so both models share what they both have."""
+    _, logits = base
+    config = BASE.replace(**NUMBERS[name])
+    changed = logits_of(config, random_params(Model(config), 0))
     assert changed.dtype == np.float32
     assert np.abs(changed - logits).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", BESIDES)
+def test_a_field_that_needs_another_changes_the_logits(name):
+    before, value = BESIDES[name]
+    one, other = BASE.replace(**before), BASE.replace(**before | {name: value})
+    assert one != other
+    first, second = (logits_of(config, random_params(Model(config), 0)) for config in (one, other))
+    assert np.abs(first - second).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", UNCHANGED)
-def test_what_does_not_change_the_logits(name, base):
-    params, logits = base
-    config = BASE.replace(**{name: UNCHANGED[name][0]})
-    assert config != BASE
-    own = random_params(Model(config), 0)  # the trunk is the same: a leaf depends on its name
+def test_what_does_not_change_the_logits(name):
+    changes = UNCHANGED[name][0]
+    before = BASE.replace(**EXPERTS) if "num_experts" in changes else BASE
+    config = BASE.replace(**changes)
+    assert config != before
+    params, own = random_params(Model(before), 0), random_params(Model(config), 0)
     np.testing.assert_array_equal(own["embed"]["embedding"], params["embed"]["embedding"])
-    np.testing.assert_allclose(logits_of(config, own), logits, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(logits_of(config, own), logits_of(before, params), rtol=1e-6, atol=1e-6)
 
 
 def test_untied_embeddings(base):
@@ -126,6 +166,24 @@ def test_untied_embeddings(base):
         ("compute_dtype", "fp32", "float32"),
         ("tie_embeddings", "False", "True or False"),
         ("remat", 1, "True or False"),
+        ("norm", "batch", "rms, layer"),
+        ("norm_offset", -1.0, "number >= 0"),
+        ("activation", "relu", "gelu_tanh"),
+        ("rope_fraction", 0.4, "even number"),
+        ("rope_fraction", 2.0, "even number"),
+        ("rope_scaling", {"kind": "linear"}, "RopeScaling"),
+        ("rope_scaling", RopeScaling("longrope", 2.0, 16), "short_factors: 0 numbers; kind 'longrope' needs 4"),
+        ("layer_pattern", "full", "tuple"),
+        ("layer_pattern", ("global",), "full, sliding"),
+        ("layer_pattern", ("full",) * 3, "3 kinds for num_layers = 2"),
+        ("layer_pattern", ("sliding",), "sliding_window = None"),
+        ("sliding_window", 4, "a window sliding layers"),
+        ("rope_theta_sliding", 10.0, "needs sliding layers"),
+        ("logit_soft_cap", 0.0, "positive number"),
+        ("experts_per_token", 2, "num_experts = 0"),
+        ("num_experts", 4, "experts_per_token = 0"),
+        ("num_experts", -1, "whole number >= 0"),
+        ("family", None, "checkpoint format"),
     ],
 )
 def test_bad_fields_are_refused_by_name(field, value, remedy):
@@ -136,6 +194,11 @@ def test_bad_fields_are_refused_by_name(field, value, remedy):
 
 def test_json_round_trip_and_what_it_refuses():
     config = tiny_config(rope_theta=1e5, head="scalar", remat=True)
+    assert ModelConfig.from_json(config.to_json()) == config
+    config = tiny_config(
+        rope_scaling=RopeScaling("longrope", 2.0, 16, short_factors=(1.0,) * 4, long_factors=(2.0,) * 4),
+        layer_pattern=("sliding", "full"), sliding_window=4, dense_layers=(1,), **EXPERTS,
+    )  # fmt: skip
     assert ModelConfig.from_json(config.to_json()) == config
     with pytest.raises(InputError, match=r"there\.json:1: not JSON"):
         ModelConfig.from_json("{", "there.json")

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import Model, ModelConfig, parameter_count
-from rlhf_jax.models.attention import attend, rotary
+from rlhf_jax.models import Model, ModelConfig, RopeScaling, parameter_count
+from rlhf_jax.models.attention import attend
+from rlhf_jax.models.rope import Rope, inverse_frequencies, rotary
 from rlhf_jax.testing import tiny_config, tiny_model
+from rlhf_jax.types import InputError
 
 POSITIONS = np.unique([0, 1, 2, 255, 256, 257, 511, 1000, 2047, 4095, 4096, 8190, *range(0, 8192, 97), 8191])
 
@@ -30,7 +32,7 @@ def test_rotary_phases_are_float32_to_position_8191(theta):
     """A float32 angle near 8191 is rounded by up to 2.4e-4, its frequency by as much again; bfloat16 angles are off by 16."""
     x = np.random.default_rng(0).standard_normal((len(POSITIONS), 64))
     exact = exact_rotation(x, POSITIONS, theta)
-    got = rotary(jnp.asarray(x, jnp.float32)[None, :, None], jnp.asarray(POSITIONS)[None], theta)[0, :, 0]
+    got = rotary(jnp.asarray(x, jnp.float32)[None, :, None], jnp.asarray(POSITIONS)[None], Rope(theta, 64))[0, :, 0]
     radius = np.sqrt(x[:, :32] ** 2 + x[:, 32:] ** 2)
     assert np.abs((got - exact) / np.tile(radius, 2)).max() < 1.5e-3
     near = POSITIONS <= 257
@@ -42,14 +44,14 @@ def test_rotary_in_bfloat16_tells_position_257_from_256():
     x = np.asarray(
         jnp.asarray(np.random.default_rng(1).standard_normal((len(POSITIONS), 64)), jnp.bfloat16), np.float64
     )
-    got = rotary(jnp.asarray(x, jnp.bfloat16)[None, :, None], jnp.asarray(POSITIONS)[None], 10000.0)
+    got = rotary(jnp.asarray(x, jnp.bfloat16)[None, :, None], jnp.asarray(POSITIONS)[None], Rope(10000.0, 64))
     assert got.dtype == jnp.bfloat16
     exact = exact_rotation(x, POSITIONS, 10000.0)
     error = np.abs(np.asarray(got, np.float64)[0, :, 0] - exact)
     # half an ulp of bfloat16 is 2^-9 of the value; the float32 angle adds up to 1.5e-3 of the radius
     assert (error <= np.abs(exact) * 2.0**-9 + 6e-3).all()
     same = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
-    two = rotary(same, jnp.array([[256, 257]]), 10000.0)[0, :, 0]
+    two = rotary(same, jnp.array([[256, 257]]), Rope(10000.0, 8))[0, :, 0]
     assert np.abs(np.asarray(two[0] - two[1], np.float64)).max() > 0.1
 
 
@@ -155,3 +157,68 @@ def test_counts_by_hand():
     # table 97*24, head 24*97, final norm 24, scalar 25; a layer: q 24*30, k and v 24*10 each, o 30*24, mlp 3*24*40, norms 2*24
     expected = 2 * 97 * 24 + 24 + 25 + 2 * (2 * 24 * 30 + 2 * 24 * 10 + 3 * 24 * 40 + 2 * 24)
     assert parameter_count(Model(BIG).abstract()) == expected
+
+
+# theta 10000, 8 dimensions: 1, .1, .01, .001 radians a position, so wavelengths 6.28, 62.8, 628, 6283
+SCALINGS = {
+    # a factor of 4 in all dimensions
+    "linear": (RopeScaling("linear", 4.0), [0.25, 0.025, 0.0025, 0.00025]),
+    # context 1000: turns 159, 15.9, 1.59, .159; kept above 8, divided by 4 below 1, at 1.5915: (1.5915 - 1) / 7 = .0845 kept
+    "llama3": (
+        RopeScaling("llama3", 4.0, 1000, low_frequency_factor=1.0, high_frequency_factor=8.0),
+        [1.0, 0.1, 0.01 * (0.084507 + 0.915493 / 4), 0.00025],
+    ),
+    # context 1000: 32 turns at dimension 8 ln(1000 / 64 pi) / (2 ln 10^4) = .69667 -> 0, one turn at 2.2018 -> 3
+    "yarn": (RopeScaling("yarn", 4.0, 1000), [1.0, 0.1 * (2 / 3 + 1 / 12), 0.01 * (1 / 3 + 2 / 12), 0.00025]),
+    # the same without rounding: (1 - .69667) / 1.50516 = .20153 and .86591 of the way to a quarter
+    "yarn, not truncated": (
+        RopeScaling("yarn", 4.0, 1000, truncate=False),
+        [1.0, 0.1 * (1 - 0.75 * 0.20153), 0.01 * (1 - 0.75 * 0.86591), 0.00025],
+    ),
+    "longrope": (
+        RopeScaling("longrope", 4.0, 1000, short_factors=(1, 2, 4, 5), long_factors=(10, 10, 10, 10)),
+        [1.0, 0.05, 0.0025, 0.0002],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_frequencies_by_hand(name):
+    scaling, expected = SCALINGS[name]
+    got = inverse_frequencies(Rope(10000.0, 8, scaling))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_longrope_takes_the_long_factors_when_the_model_is_longer_than_the_original():
+    scaling = SCALINGS["longrope"][0]
+    chosen = [tiny_config(rope_scaling=scaling, max_length=length).layer(0).rope.long for length in (999, 1000, 1001)]
+    assert chosen == [False, False, True]
+    np.testing.assert_allclose(
+        inverse_frequencies(Rope(10000.0, 8, scaling, True)), [0.1, 0.01, 0.001, 0.0001], rtol=1e-6
+    )
+
+
+def test_the_attention_factor_stretches_what_is_rotated():
+    x = jnp.ones((1, 2, 1, 8))
+    positions = jnp.array([[0, 3]])
+    plain = rotary(x, positions, Rope(10000.0, 4, RopeScaling("yarn", 4.0, 1000)))
+    stretched = rotary(x, positions, Rope(10000.0, 4, RopeScaling("yarn", 4.0, 1000, attention_factor=1.5)))
+    np.testing.assert_allclose(stretched[..., :4], 1.5 * plain[..., :4], rtol=1e-6)
+    np.testing.assert_array_equal(stretched[..., 4:], x[..., 4:])  # not rotated, not stretched
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "dynamic"}, "kind = 'dynamic': one of linear"),
+        ({"factor": 0.0}, "factor = 0.0: give a positive number"),
+        ({"original_max_length": 0}, "original_max_length = 0"),
+        ({"low_frequency_factor": 4.0}, "must be below high_frequency_factor"),
+        ({"short_factors": (1.0, -1.0)}, "short_factors = -1.0"),
+        ({"truncate": 1}, "truncate = 1"),
+    ],
+)
+def test_bad_scalings_are_refused(changes, words):
+    with pytest.raises(InputError, match=words):
+        RopeScaling(**({"kind": "llama3", "factor": 2.0, "original_max_length": 64} | changes))

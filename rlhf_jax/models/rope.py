@@ -1,0 +1,134 @@
+"""Rotary positions (Su et al. 2021, RoFormer) and the ways in which checkpoints stretch them over longer contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from rlhf_jax.types import InputError
+
+ScalingKind = Literal["linear", "llama3", "yarn", "longrope"]
+_KINDS = ("linear", "llama3", "yarn", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies f of the original context are changed for a longer one.
+
+    kind "linear": f / factor (Chen et al. 2023, position interpolation). "llama3": frequencies with a wavelength above
+    original_max_length / low_frequency_factor are divided by ``factor``, those below original_max_length /
+    high_frequency_factor kept, those between blended (Llama 3.1's reference code). "yarn": blended between the
+    dimensions that turn beta_fast and beta_slow times in the original context (Peng et al. 2023, section 3.2);
+    truncate: the two dimensions are rounded outwards. "longrope": each frequency divided by its own number,
+    ``short_factors``, or ``long_factors`` in a model whose max_length exceeds original_max_length (Ding et al. 2024).
+    attention_factor: multiplies sine and cosine ("yarn" and "longrope").
+    """
+
+    kind: ScalingKind
+    factor: float = 1.0
+    original_max_length: int = 0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise InputError(f"RopeScaling.kind = {self.kind!r}: one of {', '.join(_KINDS)}")
+        for name in ("short_factors", "long_factors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and gin give lists
+        numbers = ["factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"]
+        for name in [*numbers, "attention_factor"]:
+            _positive(f"RopeScaling.{name}", getattr(self, name))
+        for name in ("short_factors", "long_factors"):
+            for value in getattr(self, name):
+                _positive(f"RopeScaling.{name}", value)
+        if not isinstance(self.truncate, bool):
+            raise InputError(f"RopeScaling.truncate = {self.truncate!r}: give True or False")
+        length = self.original_max_length
+        if isinstance(length, bool) or not isinstance(length, int) or length < (self.kind != "linear"):
+            raise InputError(f"RopeScaling.original_max_length = {length!r}: give the original context in tokens")
+        if self.kind == "llama3" and self.low_frequency_factor >= self.high_frequency_factor:
+            raise InputError(
+                f"RopeScaling.low_frequency_factor = {self.low_frequency_factor}: must be below high_frequency_factor = "
+                f"{self.high_frequency_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotary positions of one layer. size: how many (an even number) of a head's dimensions are rotated, the first ones.
+    long: of "longrope", the long factors."""
+
+    theta: float
+    size: int
+    scaling: RopeScaling | None = None
+    long: bool = False
+
+
+def rotary(x: Float[Array, "B S H K"], positions: Int32[Array, "B S"], rope: Rope) -> Float[Array, "B S H K"]:
+    """Rotate the first ``rope.size`` dimensions of ``x`` by its positions (RoFormer, eq. 34; first half paired with second
+    half as in Llama).
+
+    Angles, sines and the rotation are float32 whatever the dtype of ``x``: bfloat16 cannot tell position 257 from 256.
+    Returns the dtype of ``x``.
+    """
+    turned, kept = x[..., : rope.size], x[..., rope.size :]
+    angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies(rope)  # [B, S, 1, size/2]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if rope.scaling is not None and rope.scaling.attention_factor != 1.0:
+        sin, cos = sin * rope.scaling.attention_factor, cos * rope.scaling.attention_factor
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return out if rope.size == x.shape[-1] else jnp.concatenate([out, kept], axis=-1)
+
+
+def inverse_frequencies(rope: Rope) -> Array:
+    """Radians per position of each pair, float32 [size / 2]."""
+    half = rope.size // 2
+    if rope.scaling is None:
+        return rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    plain = rope.theta ** (-np.arange(half) / half)
+    return jnp.asarray(_scaled(plain, rope, rope.scaling), jnp.float32)
+
+
+def _scaled(plain: np.ndarray, rope: Rope, scaling: RopeScaling) -> Any:
+    """The frequencies ``plain`` as ``scaling`` changes them, in float64."""
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    if scaling.kind == "longrope":
+        return plain / np.asarray(scaling.long_factors if rope.long else scaling.short_factors)
+    if scaling.kind == "llama3":
+        turns = plain * scaling.original_max_length / (2 * math.pi)  # in the original context
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: kept, 0: divided by the factor
+        return plain * (kept + (1 - kept) / scaling.factor)
+    low_dim, high_dim = (_yarn_dimension(rope, scaling, turns) for turns in (scaling.beta_fast, scaling.beta_slow))
+    if scaling.truncate:
+        low_dim, high_dim = math.floor(low_dim), math.ceil(high_dim)
+    low_dim, high_dim = max(low_dim, 0), min(high_dim, rope.size - 1)
+    width = high_dim - low_dim if high_dim != low_dim else 0.001  # as the reference does
+    divided = np.clip((np.arange(len(plain)) - low_dim) / width, 0, 1)
+    return plain * (1 - divided + divided / scaling.factor)
+
+
+def _yarn_dimension(rope: Rope, scaling: RopeScaling, turns: float) -> float:
+    """The (fractional) pair that turns so often in the original context."""
+    pairs: float = (
+        rope.size * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    )
+    return pairs
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{name} = {value!r}: give a positive number")

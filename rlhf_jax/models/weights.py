@@ -1,0 +1,55 @@
+"""Weight matrices."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from rlhf_jax.models.config import ModelConfig
+
+
+def precision_of(config: ModelConfig) -> jax.lax.Precision | None:
+    """float32 models multiply in float32 on every platform (a TPU would otherwise use one bfloat16 pass)."""
+    return jax.lax.Precision.HIGHEST if config.compute_dtype == "float32" else None
+
+
+def drawn(config: ModelConfig, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs) -> Array:
+    """N(0, 1/fan_in) truncated at two sigma, in param_dtype."""
+    draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32) / math.sqrt(fan_in)
+    return draw.astype(config.param_dtype)
+
+
+class Kernel(nnx.Module):
+    """A weight matrix, `drawn`, and a bias (zeros) when asked for, applied by an einsum over rows (``n`` = B * S).
+
+    inputs: how many leading axes are contracted. Rows and not [B, S]: the gradient of the weights then contracts over one
+    dimension. Over two, XLA on a CPU writes a transposed copy of the activations first, which doubles the backward pass
+    of a small model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        inputs: int = 1,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(drawn(config, shape, math.prod(shape[:inputs]), rngs), sharding_names=axes)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
+        self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
+
+    def __call__(self, equation: str, x: Array) -> Array:
+        """x: [B, S, ...]; the equation sees [n, ...]."""
+        rows = x.reshape(-1, *x.shape[2:])
+        out = jnp.einsum(equation, rows, self.kernel[...].astype(self._dtype), precision=self._precision)
+        if self._bias:
+            out = out + self.bias[...].astype(self._dtype)
+        return out.reshape(*x.shape[:2], *out.shape[1:])
