@@ -105,11 +105,6 @@ CASES = {
     ),
     "no steps": Case(*SFT, ["run.steps = 0"], "run.steps = 0: give a whole number >= 1"),
     "negative seed": Case(*SFT, ["SEED = -1"], "seed = -1: must lie in [0, 2**32)"),
-    "nothing to score with": Case(
-        *EVALUATE,
-        ["run.score_texts = None", "run.reward = None"],
-        "run.score_texts, run.reward: nothing to score with; give one of them, or both",
-    ),
     "a policy as the reward model": Case(
         *PPO, ["REWARD = '{chain}/sft'"], "{chain}/sft: has no scalar head: it is no reward or value model"
     ),
@@ -241,4 +236,17 @@ def test_a_score_that_the_reward_does_not_give(chain: Path, tmp_path: Path, serv
     bindings = [f"--gin_bindings=RUN_DIR = '{tmp_path / 'run'}'", f"--gin_bindings=POLICY = '{chain / 'sft'}'"]
     line = launch(server, [str(ROOT / "experiments" / "train_ppo.py"), f"--gin_file={config}", *bindings], tmp_path)
     assert line.startswith("run.reward_key = 'golf': reward_texts gives gold, gold/fact, gold/honesty")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_with_nothing_to_score(chain: Path, tmp_path: Path, server) -> None:
+    """Bound to None, reward's own keys would be dead bindings: the file leaves both out."""
+    text = (ROOT / "configs" / "smoke" / "evaluate.gin").read_text()
+    left = ("REWARD", "run.reward", "ModelSource", "run.score_texts")
+    config = tmp_path / "unscored.gin"
+    config.write_text("\n".join(line for line in text.splitlines() if not line.startswith(left)))
+    places = {"RUN_DIR": tmp_path / "run"} | {key: chain / key.lower() for key in ("BASE", "SFT", "PPO")}
+    bindings = [f"--gin_bindings={key} = '{place}'" for key, place in places.items()]
+    line = launch(server, [str(ROOT / "experiments" / "evaluate.py"), f"--gin_file={config}", *bindings], tmp_path)
+    assert line.startswith("run.score_texts, run.reward: nothing to score with; give one of them, or both")
     assert not (tmp_path / "run").exists()
