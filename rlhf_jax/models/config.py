@@ -25,7 +25,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "qk_norm": ("none", "head", "width"),
     "activation": ("silu", "gelu", "gelu_tanh"),
 }
-_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_length")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_size",
+    "max_length",
+    "logits_chunk",
+)
 _COUNTS = ("num_experts", "experts_per_token", "expert_ffn_size")
 _POSITIVE = ("rope_theta", "norm_epsilon", "rope_fraction")
 _POSITIVE_OR_NONE = ("rope_theta_sliding", "attention_scale", "attention_soft_cap", "logit_soft_cap")
@@ -51,7 +61,8 @@ class ModelConfig:
     max_length: longest sequence in tokens. head: what stands on the trunk, "lm" (logits), "scalar" (reward or value)
     or "lm+scalar" (policy and value sharing a trunk). param_dtype: dtype in which parameters are kept; compute_dtype:
     of activations and matmuls. Logits and scalars are float32 whatever these are. remat: recompute each block in the
-    backward pass instead of keeping its activations. family: the checkpoint format it is exported in.
+    backward pass instead of keeping its activations. logits_chunk: columns of a batch whose logits exist at a time when
+    tokens are scored; changes memory, not numbers (docs/memory.md). family: the checkpoint format it is exported in.
 
     Embeddings: tie_embeddings: the output projection is the transposed table; scale_embeddings: rows times
     sqrt(hidden_size); logit_soft_cap c: logits become c tanh(logits / c).
@@ -85,6 +96,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: bool = False
+    logits_chunk: int = 128
     family: str = "llama"
     scale_embeddings: bool = False
     logit_soft_cap: float | None = None

@@ -152,16 +152,20 @@ class Decoder(nnx.Module):
         return self.final_norm(x), KVCache(keys, values, valid, cache.index + 1)
 
     def logits(self, hidden: Float[Array, "B S D"], constrain: Constrain) -> Float[Array, "B S V"]:
-        """Float32 logits."""
-        table = self.embed.embedding[...].T if self._config.tie_embeddings else self.lm_head.kernel[...]
+        """Float32 logits, over rows as in `Kernel`."""
+        tied = self._config.tie_embeddings
+        table = self.embed.embedding[...] if tied else self.lm_head.kernel[...]
         out = jnp.einsum(
-            "bsd,dv->bsv",
-            hidden,
+            "nd,vd->nv" if tied else "nd,dv->nv",
+            hidden.reshape(-1, hidden.shape[-1]),
             table.astype(self._config.dtype),
             precision=precision_of(self._config),
             preferred_element_type=jnp.float32,
         )
-        return constrain(soft_cap(out, self._config.logit_soft_cap), ("act_batch", "act_length", "act_vocab"))
+        return constrain(
+            soft_cap(out, self._config.logit_soft_cap).reshape(*hidden.shape[:2], -1),
+            ("act_batch", "act_length", "act_vocab"),
+        )
 
 
 def _stacked(config: ModelConfig, kind: LayerKind, count: int, rngs: nnx.Rngs) -> Block:

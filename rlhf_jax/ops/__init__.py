@@ -13,7 +13,7 @@ from rlhf_jax.ops.advantages import (
     value_mask,
 )
 from rlhf_jax.ops.kl import KLKind, adaptive_kl_coefficient, kl_estimate
-from rlhf_jax.ops.logprobs import Unembed, entropy_from_logits, hidden_logprobs, token_logprobs
+from rlhf_jax.ops.logprobs import Unembed, entropy_from_logits, hidden_logprobs, logprobs_and_entropy, token_logprobs
 from rlhf_jax.ops.losses import (
     best_of_k_loss,
     binary_label_loss,
@@ -56,6 +56,7 @@ __all__ = [
     "kl_estimate",
     "kwise_loss",
     "last_true_index",
+    "logprobs_and_entropy",
     "magnitude_loss",
     "masked_mean",
     "masked_sum",

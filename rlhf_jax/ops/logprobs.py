@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.ops.masking import zero_outside
 from rlhf_jax.types import InputError
@@ -58,9 +59,11 @@ def hidden_logprobs(
     targets: int [B, S]. mask: bool [B, S] or None; where False the hidden state is replaced by 0 and both results are
     0, so garbage there reaches neither values nor gradients. Returns two float32 [B, S].
 
-    Runs over slices of ``chunk_size`` COLUMNS under ``jax.checkpoint``, so that peak memory is B * chunk_size * V
-    floats, forward and backward, for one more unembedding of compute. The batch axis is left whole: it stays sharded as
-    it was. Example: B 8, S 2048, V 49152 is 3.2 GB of float32 logits; with chunk_size 128 it is 0.2 GB at a time.
+    Runs over slices of ``chunk_size`` COLUMNS, so that one [B, chunk_size, V] block of logits exists at a time, and in
+    the backward pass the block and its gradient. The backward pass computes the logits of a block again (one more
+    unembedding) and reads them once: of the forward pass it keeps two numbers a token. The batch axis is left whole: it
+    stays sharded as it was. Example: B 8, S 2048, V 49152 is 3.2 GB of float32 logits; with chunk_size 128 it is 0.2 GB
+    at a time.
     """
     if chunk_size < 1:
         raise InputError(f"hidden_logprobs: chunk_size={chunk_size}: set it to 1 or more columns")
@@ -70,17 +73,64 @@ def hidden_logprobs(
     chunk = min(chunk_size, length)
 
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = unembed(inputs[0])
-        return token_logprobs(logits, inputs[1], temperature), entropy_from_logits(logits, temperature)
+        return logprobs_and_entropy(_scaled(unembed(inputs[0]), temperature), inputs[1])
 
     # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier of prevent_cse is not
     # needed.
-    step = jax.checkpoint(one_chunk, prevent_cse=False)
+    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    step = jax.checkpoint(one_chunk, prevent_cse=False, policy=kept)
     logprobs, entropy = jax.lax.map(step, (_chunks(hidden, chunk), _chunks(targets, chunk)))
     return (
         zero_outside(_joined(logprobs, length), counted),
         zero_outside(_joined(entropy, length), counted),
     )
+
+
+_KEPT = "softmax_statistics"
+"""What `hidden_logprobs` keeps for its backward pass: logsumexp and entropy of each token."""
+
+
+@jax.custom_vjp
+def logprobs_and_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``token_logprobs`` and ``entropy_from_logits`` at temperature 1 in one pass, with a gradient in one pass.
+
+    logits: float32 [..., V], a row of which is not all -inf. targets: int [...]. Returns two float32 [...].
+
+    Forward, with m the largest logit and s = sum exp(l - m): logprob = l[target] - m - log s, entropy = log s -
+    sum p (l - m), in which nothing large cancels. Backward, for incoming gradients g and h of the two:
+    ``dl = g (onehot - p) - h p (log p + entropy)``, an array of V per token where automatic differentiation of the two
+    functions makes several.
+    """
+    return _forward(logits, targets)[0]
+
+
+_Statistics = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""logits [..., V], targets, logsumexp and entropy [...]."""
+
+
+def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], _Statistics]:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(shifted)
+    total = weights.sum(axis=-1)
+    # The smallest float32 for -inf: its weight is 0, and 0 * -inf would be NaN.
+    mixed = (weights * jnp.maximum(shifted, jnp.finfo(jnp.float32).min)).sum(axis=-1)
+    entropy = jnp.log(total) - mixed / total
+    normaliser = jnp.log(total) + logits.max(axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    normaliser, entropy = checkpoint_name((normaliser, entropy), _KEPT)
+    return (chosen - normaliser, entropy), (logits, targets, normaliser, entropy)
+
+
+def _backward(kept: _Statistics, incoming: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    logits, targets, normaliser, entropy = kept
+    for_logprob, for_entropy = incoming
+    logprobs = jnp.maximum(logits - normaliser[..., None], jnp.finfo(jnp.float32).min)
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    slope = for_logprob[..., None] + for_entropy[..., None] * (logprobs + entropy[..., None])
+    return jnp.where(hit, for_logprob[..., None], 0.0) - jnp.exp(logprobs) * slope, None
+
+
+logprobs_and_entropy.defvjp(_forward, _backward)
 
 
 def _scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:

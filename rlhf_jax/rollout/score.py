@@ -30,15 +30,15 @@ def batch_hidden(model: Model, params: Params, batch: TokenBatch) -> Array:
     return model.hidden(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
 
 
-def sequence_logprobs(model: Model, params: Params, batch: TokenBatch, *, chunk_size: int = 128) -> tuple[Array, Array]:
+def sequence_logprobs(model: Model, params: Params, batch: TokenBatch) -> tuple[Array, Array]:
     """(log-probability of the token at each column given those before it, entropy there), float32 [B, S], at
-    temperature 1; both 0 where loss_mask is False. Logits exist for ``chunk_size`` columns at a time."""
+    temperature 1; both 0 where loss_mask is False. Logits exist for ``config.logits_chunk`` columns at a time."""
     hidden = batch_hidden(model, params, batch)
     logprobs, entropy = ops.hidden_logprobs(
         hidden[:, :-1],
         lambda chunk: model.logits(params, chunk),
         batch.tokens[:, 1:],
-        chunk_size=chunk_size,
+        chunk_size=model.config.logits_chunk,
         mask=batch.loss_mask[:, 1:],
     )
     return jnp.pad(logprobs, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
@@ -57,7 +57,6 @@ def response_logprobs(
     completions: Completions,
     *,
     temperature: float,
-    chunk_size: int = 128,
 ) -> tuple[Array, Array]:
     """(log-probabilities of the response tokens, entropies), float32 [B, T], 0 outside the response."""
     return ops.hidden_logprobs(
@@ -65,7 +64,7 @@ def response_logprobs(
         lambda chunk: model.logits(params, chunk),
         completions.tokens,
         temperature=temperature,
-        chunk_size=chunk_size,
+        chunk_size=model.config.logits_chunk,
         mask=completions.mask,
     )
 

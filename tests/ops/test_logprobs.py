@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax.ops import entropy_from_logits, hidden_logprobs, token_logprobs, zero_outside
+from rlhf_jax.ops import entropy_from_logits, hidden_logprobs, logprobs_and_entropy, token_logprobs, zero_outside
 from rlhf_jax.types import InputError
 
 NAN = float("nan")
@@ -83,6 +83,29 @@ def test_entropy_gradient_is_the_analytic_one():
     p = np.exp(np.asarray(jax.nn.log_softmax(logits), np.float64))
     expected = -p * (np.log(p) - (p * np.log(p)).sum())
     np.testing.assert_allclose(jax.grad(entropy_from_logits)(logits), expected, atol=1e-6)
+
+
+def test_one_pass_equals_float64_with_its_gradient():
+    rng = np.random.default_rng(4)
+    logits = 60.0 + rng.normal(0, 5, (6, 40))  # an offset that a naive sum would pay for in digits
+    logits[2, 5:] = -np.inf
+    targets, g, h = rng.integers(0, 5, 6), rng.normal(size=6), rng.normal(size=6)
+    kept = np.asarray(logits, np.float32)
+    logprobs, entropies = reference(kept, targets, 1.0)
+
+    got, pull = jax.vjp(lambda x: logprobs_and_entropy(x, jnp.asarray(targets)), jnp.asarray(kept))
+    np.testing.assert_allclose(got[0], logprobs, atol=1e-5)
+    np.testing.assert_allclose(got[1], entropies, atol=1e-5)
+
+    # d logprob / d l_i = [i is the target] - p_i;  d H / d l_i = -p_i (log p_i + H)
+    weights = np.exp(np.asarray(kept, np.float64) - 60.0)
+    p = weights / weights.sum(axis=-1, keepdims=True)
+    onehot = np.arange(40) == targets[:, None]
+    plogp = np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0)
+    expected = g[:, None] * (onehot - p) - h[:, None] * (plogp + p * entropies[:, None])
+    (gradient,) = pull((jnp.asarray(g, jnp.float32), jnp.asarray(h, jnp.float32)))
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+    assert not np.asarray(gradient)[2, 5:].any()
 
 
 def test_temperature_zero_is_refused():

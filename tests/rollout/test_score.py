@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
+from rlhf_jax.models import Model
 from rlhf_jax.rollout import (
     RolloutModels,
     RolloutParams,
@@ -23,6 +24,7 @@ from rlhf_jax.testing import completions, prompt_batch, random_params, tiny_mode
 from rlhf_jax.types import InputError
 
 POLICY, POLICY_PARAMS = tiny_model("lm")
+SLICED = Model(POLICY.config.replace(logits_chunk=3))
 CRITIC, CRITIC_PARAMS = tiny_model("scalar", seed=3)
 ROWS = [([5, 6, 7], [20, 21, 2]), ([8], [22, 23, 24, 25, 26]), ([9, 10], [2])]
 WIDTH, LENGTH = 4, 5
@@ -170,7 +172,7 @@ def test_garbage_in_padding_changes_nothing():
 
 def test_token_log_probabilities_sit_at_their_own_column():
     batch = token_batch([[5, 6, 7, 8, 9], [10, 11, 12]], length=9, prompt_lengths=[2, 1])
-    logprobs, entropy = jax.jit(lambda b: sequence_logprobs(POLICY, POLICY_PARAMS, b, chunk_size=3))(batch)
+    logprobs, entropy = jax.jit(lambda b: sequence_logprobs(SLICED, POLICY_PARAMS, b))(batch)
     exact = logits(POLICY, POLICY_PARAMS, np.int32([[5, 6, 7, 8, 9, 0, 0, 0, 0]]))[0]
     np.testing.assert_allclose(logprobs[0, 2:5], ops.token_logprobs(exact[1:4], jnp.array([7, 8, 9])), atol=1e-5)
     np.testing.assert_allclose(entropy[0, 2:5], ops.entropy_from_logits(exact[1:4]), atol=1e-5)

@@ -1,0 +1,77 @@
+"""Peak memory of one SFT step by how many columns are scored at a time, as the compiler reports it. Nothing is run.
+
+    python scripts/memory_table.py                          # for this machine
+    python scripts/memory_table.py --topology=v5e:2x2       # for one chip of a TPU slice, without a TPU (needs libtpu)
+
+Prints a markdown table (docs/memory.md): temporary bytes of the compiled step beside its arguments (parameters, moments).
+The model has the sizes of Llama 3.2 1B: 16 layers of width 2048, 128,256 tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from rlhf_jax import learn, rollout
+from rlhf_jax.command import run_command
+from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.types import TokenBatch
+
+MODEL = ModelConfig(
+    128256, 2048, 16, 32, 8, 64, 8192, max_length=131072, rope_theta=5e5, compute_dtype="bfloat16", remat=True
+)
+
+
+def compile_step(columns: int, rows: int, length: int, device: jax.Device) -> tuple[int, int]:
+    """(temporary bytes, argument bytes) of an SFT step with Adam on one device."""
+    model = Model(MODEL.replace(logits_chunk=columns))
+    adam = learn.make_optimizer(learn.OptimizerConfig(), 10)
+    loss = learn.make_sft_loss(lambda params, batch: rollout.sequence_logprobs(model, params, batch))
+    step = jax.jit(learn.make_train_step(loss, adam), donate_argnums=0)
+
+    def begin() -> object:
+        rng = jax.random.key(0, impl="threefry2x32")
+        return learn.initial_state(model.init(rng), adam, rng)
+
+    def there(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
+
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = TokenBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((rows, length), jnp.bool_))
+    state, batch = jax.tree.map(there, (jax.eval_shape(begin), batch))
+    memory = step.lower(state, {}, batch).compile().memory_analysis()
+    return memory.temp_size_in_bytes, memory.argument_size_in_bytes
+
+
+def table() -> int:
+    """Print the table."""
+    given = flags.FLAGS
+    device = jax.devices()[0]
+    if given.topology:
+        device = topologies.get_topology_desc(platform="tpu", topology_name=given.topology).devices[0]
+    rows, length = given.rows, given.length
+    print(f"{device.device_kind}: {rows} rows of {length} columns; logits [B, S, V] would be ", end="")
+    print(f"{rows * length * MODEL.vocab_size * 4 / 2**30:.2f} GiB in float32\n")
+    print("| logits_chunk | temporary, GiB | arguments, GiB |\n|---|---|---|")
+    for columns in (length, 512, 128, 32):
+        temporary, arguments = compile_step(columns, rows, length, device)
+        name = f"{columns} (all)" if columns == length else str(columns)
+        print(f"| {name} | {temporary / 2**30:.2f} | {arguments / 2**30:.2f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("topology", None, "TPU topology to compile for, such as v5e:2x2; default: this machine.")
+    flags.DEFINE_integer("rows", 4, "Rows of a batch.", lower_bound=1)
+    flags.DEFINE_integer("length", 2048, "Columns of a batch.", lower_bound=1)
+    sys.exit(run_command(table, sys.argv, __doc__ or "", ("topology", "rows", "length")))
