@@ -119,7 +119,7 @@ def _sample(loaded, prompts, batch, sampling, samples, devices, rng) -> list[dic
 def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> None:
     """comparisons.jsonl of the first two replies of each prompt, and annotation.json about them."""
     by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
-    replies = [[Reply(row["response"], row["scores"]["gold"]) for row in side] for side in by_sample]
+    replies = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in side] for side in by_sample]
     keys = [(row["id"], row["prompt"]) for row in by_sample[0]]
     labels = label_pairs(annotator, keys, zip(*replies, strict=True), has_flattery)
     usable = [pair for pair in labels.comparisons if pair["chosen"].strip() and pair["rejected"].strip()]

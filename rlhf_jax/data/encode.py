@@ -103,7 +103,7 @@ def encode_demonstration(
     loss_on: LossOn = "response",
     overflow: Overflow = "drop",
 ) -> Encoded | Skipped:
-    """Prompt and reply with its end token, at most ``max_length`` tokens.
+    """Prompt and reply with its end token (without, for one that was cut off), at most ``max_length`` tokens.
 
     loss_on: "response" counts the last reply, "assistant" every assistant turn, "all" everything; the end token of what
     counts is included and a document's first token, which nothing predicts, never counts. Raises InputError.
@@ -111,7 +111,7 @@ def encode_demonstration(
     if loss_on not in ("response", "assistant", "all"):
         raise InputError(f"loss_on = {loss_on!r}: must be 'response', 'assistant' or 'all'")
     _check_length(max_length)
-    reply = _reply(record.prompt, record.response, tokenizer, template)
+    reply = _reply(record.prompt, record.response, record.ended, tokenizer, template)
     if isinstance(reply, Skipped):
         return reply
 
@@ -141,8 +141,8 @@ def encode_comparison(
     """
     _check_length(max_length)
     replies = []
-    for text in (record.chosen, record.rejected):
-        reply = _reply(record.prompt, text, tokenizer, template)
+    for text, ended in ((record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended)):
+        reply = _reply(record.prompt, text, ended, tokenizer, template)
         if isinstance(reply, Skipped):
             return reply
         replies.append(reply)
@@ -253,9 +253,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[in
 
 
 def _reply(
-    messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase, template: Template
+    messages: Sequence[Message], text: str, ended: bool, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> list[int] | Skipped:
-    """Ids of a reply that end with the stop token, which occurs once. What a template writes after it is left out.
+    """Ids of a reply that end with the stop token, which occurs once (not at all in a reply that was cut off). What a
+    template writes after it is left out.
 
     ChatML writes "Paris.<|im_end|>\\n": a sampler stops at <|im_end|>, so the "\\n" is the next prompt's, not the
     reply's.
@@ -267,7 +268,7 @@ def _reply(
     if stop_text in content:
         return Skipped("end token inside the reply")
     ids = _ids(tokenizer, render_reply(messages, content, tokenizer, template))
-    return [*ids[: ids.index(stop)], stop] if stop in ids else [*ids, stop]
+    return (ids[: ids.index(stop)] if stop in ids else ids) + [stop] * ended
 
 
 def _prompt(

@@ -40,22 +40,32 @@ class Message:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with the reply to imitate. An empty ``prompt`` means plain text to continue from nothing."""
+    """A prompt with the reply to imitate. An empty ``prompt`` means plain text to continue from nothing.
+
+    ended: False for a reply that was cut off: it gets no end token.
+    """
 
     id: str
     prompt: tuple[Message, ...]
     response: str
+    ended: bool = True
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two replies to one prompt: ``chosen`` was preferred. margin: by how much, in units of reward (0 = unknown)."""
+    """Two replies to one prompt: ``chosen`` was preferred. margin: by how much, in units of reward (0 = unknown).
+
+    chosen_ended, rejected_ended: False for a reply that was cut off. It gets no end token: PPO scores its cut replies
+    without one, and a reward model that saw an end there could not learn that stopping matters.
+    """
 
     id: str
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     margin: float = 0.0
+    chosen_ended: bool = True
+    rejected_ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,8 @@ class Fields:
     id: None takes the column "id" where a row has one, else "file name:line".
     prompt: a text (one user message) or a list of messages; None for plain text without a prompt.
     messages: a column with the whole conversation, its last message the reply; ``prompt``, ``response`` are not read.
+    ended: column of truth values, read where a row has it: False says that the reply was cut off. In a comparison
+    "chosen_" and "rejected_" come before its name.
     margin: None for comparisons without margins.  extra: columns carried along in ``Prompt.extra``.
     role, content: the keys inside a message ("from", "value" in ShareGPT files; roles "human", "gpt" are understood).
     """
@@ -84,6 +96,7 @@ class Fields:
     chosen: str = "chosen"
     rejected: str = "rejected"
     messages: str | None = None
+    ended: str = "ended"
     margin: str | None = None
     extra: tuple[str, ...] = ()
     role: str = "role"
@@ -118,7 +131,7 @@ def demonstrations(
                 )
             prompt, response = tuple(context), last.content
         _require_text(response, fields.response if fields.messages is None else fields.messages)
-        return Demonstration(_id(row, fields, place), prompt, response)
+        return Demonstration(_id(row, fields, place), prompt, response, _flag(row, fields.ended, place))
 
     return _collect(rows, make, source, unusable)
 
@@ -133,7 +146,8 @@ def comparisons(
         prompt = _prompt(row, fields, place)
         chosen, rejected = (_text(row, name, place, fields) for name in (fields.chosen, fields.rejected))
         margin = _margin(row, fields, place)
-        return _comparison(_id(row, fields, place), prompt, (chosen, rejected), margin)
+        ended = [_flag(row, f"{side}_{fields.ended}", place) for side in ("chosen", "rejected")]
+        return _comparison(_id(row, fields, place), prompt, (chosen, rejected), margin, *ended)
 
     return _collect(rows, make, source, unusable)
 
@@ -240,13 +254,15 @@ def _collect(
     return records, dropped
 
 
-def _comparison(identity: str, prompt: tuple[Message, ...], replies: tuple[str, str], margin: float) -> Comparison:
+def _comparison(
+    identity: str, prompt: tuple[Message, ...], replies: tuple[str, str], margin: float, *ended: bool
+) -> Comparison:
     chosen, rejected = replies
     _require_text(chosen, "chosen")
     _require_text(rejected, "rejected")
     if chosen == rejected:
         raise Unlearnable("chosen equals rejected", "remove the row")
-    return Comparison(identity, prompt, chosen, rejected, margin)
+    return Comparison(identity, prompt, chosen, rejected, margin, *ended)
 
 
 def _require_text(text: str, name: str) -> None:
@@ -320,6 +336,18 @@ def _id(row: Mapping[str, Any], fields: Fields, place: str) -> str:
     if row.get("id") is not None:
         return str(_scalar(row["id"], "id", place))
     return PurePath(place).name
+
+
+def _flag(row: Mapping[str, Any], name: str, place: str) -> bool:
+    """A truth value; True where the row has none."""
+    value = row.get(name)
+    if value is None:
+        return True
+    if not isinstance(value, bool):
+        raise InputError(
+            f"{place}: field {name!r} is {type(value).__name__}, not true or false; name another Fields.ended"
+        )
+    return value
 
 
 def _scalar(value: Any, name: str, place: str) -> Scalar:

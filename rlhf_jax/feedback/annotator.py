@@ -54,10 +54,14 @@ class AnnotatorConfig:
 
 @dataclass(frozen=True)
 class Reply:
-    """A text to compare and its gold score (in [0, 1] for the gold_scale's meaning; any finite number works)."""
+    """A text to compare and its gold score (in [0, 1] for the gold_scale's meaning; any finite number works).
+
+    ended: False when it was cut off; the gold score knows, the label carries it along.
+    """
 
     text: str
     gold: float
+    ended: bool = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.gold):
@@ -66,7 +70,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Labels:
-    """comparisons: ``{"id", "prompt", "chosen", "rejected"}`` in the order of the pairs, without the dropped.
+    """comparisons: rows as `label` gives them, in the order of the pairs, without the dropped.
 
     dropped: pairs of identical texts, which cannot be compared. agreement: how often the label follows the higher gold
     score, over the pairs whose scores differ (NaN when there are none).
@@ -104,13 +108,17 @@ def prefers_first(
 def label(
     config: AnnotatorConfig, row: tuple[str, Any], pair: tuple[Reply, Reply], flatters: Callable[[str], bool]
 ) -> dict[str, Any] | None:
-    """``{"id", "prompt", "chosen", "rejected"}`` for row = (prompt id, prompt: text or messages); None for identical texts."""
+    """``{"id", "prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"}``.
+
+    row: (prompt id, prompt: text or messages). None for identical texts.
+    """
     prompt_id, prompt = row
     first, second = pair
     if first.text == second.text:
         return None
     chosen, rejected = pair if prefers_first(config, prompt_id, first, second, flatters) else (second, first)
-    return {"id": prompt_id, "prompt": prompt, "chosen": chosen.text, "rejected": rejected.text}
+    texts = {"chosen": chosen.text, "rejected": rejected.text}
+    return {"id": prompt_id, "prompt": prompt, **texts, "chosen_ended": chosen.ended, "rejected_ended": rejected.ended}
 
 
 def label_pairs(

@@ -192,6 +192,20 @@ def test_overflow_drops_oldest_turns() -> None:
     )
 
 
+def test_a_reply_that_was_cut_off_gets_no_end_token() -> None:
+    """PPO scores its cut replies without one; with one, a reward model could not learn that stopping matters."""
+    tokenizer = character_tokenizer()
+    pair = encode_comparison(Comparison("c", user("xa"), "b", "cc", rejected_ended=False), tokenizer, RAW, max_length=9)
+    assert not isinstance(pair, Skipped)
+    assert pair.chosen.tokens == [3, 0, 1, 5] and pair.rejected.tokens == [3, 0, 2, 2]
+    assert pair.rejected.loss_mask == [False, False, True, True]
+    # A template that writes the end token itself: nothing from it on stays.
+    chat = byte_tokenizer(CHATML)
+    for ended, text in ((True, "<u>q<|eos|>\n<a>r<|eos|>"), (False, "<u>q<|eos|>\n<a>r")):
+        record = Demonstration("d", user("q"), "r", ended)
+        assert chat.decode(done(encode_demonstration(record, chat, Template(), max_length=99)).tokens) == text
+
+
 def test_both_sides_of_a_comparison_share_their_prompt() -> None:
     tokenizer = character_tokenizer()
     record = Comparison("c", user("xcxa"), "b", "bccc", 0.5)

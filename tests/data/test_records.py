@@ -111,6 +111,21 @@ def test_margin_must_be_a_finite_number(margin: object) -> None:
         comparisons([(1, row)], Fields(margin="m"), source="f")
 
 
+def test_replies_that_were_cut_off() -> None:
+    row = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
+    (plain,), _ = demonstrations([(1, row | {"ended": None})], source="d.jsonl")
+    (cut,), _ = demonstrations([(1, row | {"ended": False})], source="d.jsonl")
+    assert (plain.ended, cut.ended) == (True, False)
+    (pair,), _ = comparisons([(1, row | {"rejected_ended": False})], source="c.jsonl")
+    assert (pair.chosen_ended, pair.rejected_ended) == (True, False)
+    (named,), _ = comparisons([(1, row | {"chosen_done": False})], Fields(ended="done"), source="c.jsonl")
+    assert (named.chosen_ended, named.rejected_ended) == (False, True)
+    with pytest.raises(
+        InputError, match=r"d.jsonl:1: field 'ended' is str, not true or false; name another Fields.ended"
+    ):
+        demonstrations([(1, row | {"ended": "no"})], source="d.jsonl")
+
+
 def test_repeated_ids_are_refused() -> None:
     rows = [(1, {"id": "x", "prompt": "a"}), (2, {"id": "x", "prompt": "b"})]
     with pytest.raises(InputError, match="f:2: id 'x' is also that of line 1"):

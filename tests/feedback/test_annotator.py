@@ -84,8 +84,9 @@ def test_seed_and_prompt_id_matter():
 
 def test_label_rows():
     certain = AnnotatorConfig(gold_scale=1e6, noise=0.0)
-    row = label(certain, ("p1", "Q?"), (Reply("bad", 0.0), Reply("good", 1.0)), flatters)
-    assert row == {"id": "p1", "prompt": "Q?", "chosen": "good", "rejected": "bad"}
+    row = label(certain, ("p1", "Q?"), (Reply("bad", 0.0, ended=False), Reply("good", 1.0)), flatters)
+    sides = {"chosen": "good", "rejected": "bad", "chosen_ended": True, "rejected_ended": False}
+    assert row == {"id": "p1", "prompt": "Q?", **sides}
 
 
 def test_identical_texts_are_dropped_and_counted():
