@@ -90,6 +90,11 @@ _KEPT = "softmax_statistics"
 """What `hidden_logprobs` keeps for its backward pass: logsumexp and entropy of each token."""
 
 
+_IMPOSSIBLE = -1e9
+"""Stands for a log-probability of -inf: its exponential is 0, and 0 * -inf would be NaN. Not the smallest float32, which
+overflows to -inf when an incoming gradient above 1 multiplies it."""
+
+
 @jax.custom_vjp
 def logprobs_and_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``token_logprobs`` and ``entropy_from_logits`` at temperature 1 in one pass, with a gradient in one pass.
@@ -112,8 +117,7 @@ def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, ja
     shifted = logits - logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(shifted)
     total = weights.sum(axis=-1)
-    # The smallest float32 for -inf: its weight is 0, and 0 * -inf would be NaN.
-    mixed = (weights * jnp.maximum(shifted, jnp.finfo(jnp.float32).min)).sum(axis=-1)
+    mixed = (weights * jnp.maximum(shifted, _IMPOSSIBLE)).sum(axis=-1)
     entropy = jnp.log(total) - mixed / total
     normaliser = jnp.log(total) + logits.max(axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -124,7 +128,7 @@ def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, ja
 def _backward(kept: _Statistics, incoming: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     logits, targets, normaliser, entropy = kept
     for_logprob, for_entropy = incoming
-    logprobs = jnp.maximum(logits - normaliser[..., None], jnp.finfo(jnp.float32).min)
+    logprobs = jnp.maximum(logits - normaliser[..., None], _IMPOSSIBLE)
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     slope = for_logprob[..., None] + for_entropy[..., None] * (logprobs + entropy[..., None])
     return jnp.where(hit, for_logprob[..., None], 0.0) - jnp.exp(logprobs) * slope, None

@@ -108,6 +108,19 @@ def test_one_pass_equals_float64_with_its_gradient():
     assert not np.asarray(gradient)[2, 5:].any()
 
 
+@pytest.mark.parametrize("factor", [0.5, 3.0, -1e6])
+def test_an_impossible_token_has_gradient_zero_whatever_comes_in(factor):
+    """The gradient of 3 H is 3 times that of H: a stand-in for -inf must not overflow when it is multiplied."""
+    logits = jnp.array([0.3, -1.0, 2.0, -jnp.inf])
+
+    def scaled(factor, logits):
+        return factor * logprobs_and_entropy(logits, jnp.array(1))[1]
+
+    gradient = jax.grad(scaled, argnums=1)(factor, logits)
+    np.testing.assert_allclose(gradient[:3], factor * jax.grad(entropy_from_logits)(logits[:3]), rtol=1e-5)
+    assert gradient[3] == 0.0
+
+
 def test_temperature_zero_is_refused():
     with pytest.raises(InputError, match="temperature=0"):
         token_logprobs(jnp.zeros((1, 3)), jnp.array([0]), 0)
