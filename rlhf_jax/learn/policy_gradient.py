@@ -273,7 +273,7 @@ def ppo_optimizer_labels(params: Params) -> Any:
 
 def stop_if_sampler_differs(step: int, gap: float | None, config: PPOConfig) -> None:
     """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. Raises RunStopped beyond the limit."""
-    if gap is not None and gap > config.max_sampler_gap:
+    if gap is not None and not gap <= config.max_sampler_gap:  # NaN too
         raise RunStopped(
             f"step {step}: sampler and scorer differ by {gap:.2e} nats a token, limit "
             f"PPOConfig.max_sampler_gap = {config.max_sampler_gap}: the ratio would be wrong"
@@ -282,7 +282,7 @@ def stop_if_sampler_differs(step: int, gap: float | None, config: PPOConfig) -> 
 
 def stop_if_not_identity(step: int, gap: float | None, config: PPOConfig) -> None:
     """gap: largest |log ratio| before the first update of an iteration. Raises RunStopped beyond the limit."""
-    if gap is not None and gap > config.max_identity_gap:
+    if gap is not None and not gap <= config.max_identity_gap:  # NaN too
         raise RunStopped(
             f"step {step}: before the first update |log ratio| is {gap:.2e}, limit PPOConfig.max_identity_gap "
             f"= {config.max_identity_gap}: update and scorer see different models or masks"

@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax import learn, ops
 from rlhf_jax.learn import OptimizerConfig, PPOConfig, make_ppo_loss, minibatch_indices, ppo_optimizer_labels, update
 from rlhf_jax.testing import completions, prompt_batch
-from rlhf_jax.types import InputError, Mean, PolicyBatch
+from rlhf_jax.types import InputError, Mean, PolicyBatch, RunStopped
 
 KEY = jax.random.key(0)
 
@@ -279,6 +279,20 @@ def test_a_bad_reward_stops_in_its_minibatch_and_says_so():
     state, metrics = jax.jit(lambda batch: update(step, state, batch, KEY, config))(poisoned)
     assert not np.isfinite(metrics["loss"].value())
     np.testing.assert_array_equal(state.params["policy"]["logits"], TABLE["policy"]["logits"])
+
+
+def test_the_guards_stop_beyond_their_limit_and_on_nan():
+    """Both limits are 1e-3 nats. None: nothing was counted. NaN compares false with everything and is not below a limit."""
+    config = PPOConfig()
+    for guard, name in (
+        (learn.stop_if_sampler_differs, "max_sampler_gap"),
+        (learn.stop_if_not_identity, "max_identity_gap"),
+    ):
+        for fine in (None, 0.0, 0.9e-3):
+            guard(3, fine, config)
+        for bad in (1.1e-3, float("inf"), float("nan")):
+            with pytest.raises(RunStopped, match=f"step 3: .*limit PPOConfig.{name} = 0.001"):
+                guard(3, bad, config)
 
 
 def test_every_field_of_the_configuration_is_known_here():
