@@ -1,0 +1,103 @@
+"""The functions the experiments run, as they are wired: one temperature everywhere, the frozen reference and reward where
+they belong, one learning rate per rollout."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import learn, programs, rollout
+from rlhf_jax.learn import OptimizerConfig, PPOConfig
+from rlhf_jax.models import Model
+from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
+
+ROWS = 8
+PPO = PPOConfig(epochs=2, minibatches=2, kl_coefficient=0.3, missing_eos_penalty=None)
+SAMPLING = rollout.SamplingConfig(temperature=0.7, max_new_tokens=6)
+ENDS = {"eos_ids": tuple(range(2, 10)), "pad_id": 0}
+
+
+def test_the_learning_rate_stands_still_within_an_iteration_and_each_part_has_its_own():
+    """Under a constant gradient Adam moves by its rate: 2 epochs x 2 minibatches at the full rate, then 4 at half (B29)."""
+    rates = (
+        OptimizerConfig(learning_rate=0.1, schedule="linear"),
+        OptimizerConfig(learning_rate=0.01, schedule="linear"),
+    )
+    optimizer = programs.ppo_optimizer(*rates, steps=2, ppo=PPO)
+    params = {"policy": {"w": jnp.zeros(())}, "value": {"w": jnp.zeros(())}}
+    state, moved = optimizer.init(params), []
+    for _ in range(8):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        moved.append((-float(updates["policy"]["w"]), -float(updates["value"]["w"])))
+    expected = [(0.1, 0.01)] * 4 + [(0.05, 0.005)] * 4
+    np.testing.assert_allclose(moved, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_a_value_head_on_the_policys_trunk_begins_at_zero(share_trunk):
+    """Ziegler et al. 2019: every value 0 at first. A value model of its own begins as it was loaded."""
+    model = Model(tiny_config(head="lm+scalar" if share_trunk else "lm"))
+    params = {"policy": random_params(model, 0)}
+    if not share_trunk:
+        params["value"] = random_params(model.with_head("scalar"), 1)
+    optimizer = programs.ppo_optimizer(OptimizerConfig(), OptimizerConfig(), 1, PPO)
+    state = programs.ppo_beginning(optimizer, PPO, jax.random.key(0), share_trunk=share_trunk)(params)
+    expected = params if not share_trunk else {"policy": {**params["policy"], "scalar_head": {"bias": 0, "kernel": 0}}}
+    jax.tree.map(lambda found, leaf: np.testing.assert_array_equal(found, np.broadcast_to(leaf, found.shape)),
+                 state.train.params, expected)  # fmt: skip
+    assert float(state.kl_coefficient) == pytest.approx(0.3) and int(state.iteration) == int(state.train.step) == 0
+
+
+@functools.cache
+def iteration():
+    """(completions, rollout, prepared batch and its metrics, metrics of the update) of one iteration at temperature .7.
+
+    The policy begins as the reference; the value model as the reward model.
+    """
+    policy = Model(tiny_config(head="lm"))
+    scalar = policy.with_head("scalar")
+    models = rollout.RolloutModels(policy, policy, scalar, scalar)
+    frozen = {"reference": random_params(policy, 0), "reward": random_params(scalar, 5)}
+    trained = jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]})
+    rates = OptimizerConfig(learning_rate=1e-3), OptimizerConfig(learning_rate=1e-3)
+    optimizer = programs.ppo_optimizer(*rates, steps=1, ppo=PPO)
+    state = programs.ppo_beginning(optimizer, PPO, jax.random.key(1), share_trunk=False)(trained)
+    generate, score, prepare, update = programs.ppo_functions(
+        models, optimizer, state, mesh_of(), sampling=SAMPLING, ppo=PPO, microbatches=2, ends=ENDS
+    )
+    done = generate(state.train.params, random_prompts(0, ROWS, 4, 64), jax.random.key(0))
+    # What the policy has become after some training must reach neither the reference nor the reward.
+    other = {"policy": random_params(policy, 1), "value": random_params(scalar, 2)}
+    moved = jax.device_get(score(other, frozen, done))
+    scored = score(state.train.params, frozen, done)
+    prepared, metrics = prepare(scored, state.kl_coefficient)
+    kept = jax.device_get((done, scored, metrics, moved))
+    _, updated = update(state.train, prepared, jax.random.key(2))
+    return *kept, jax.device_get(updated)
+
+
+def test_sampler_scorer_and_update_use_one_temperature():
+    """A temperature on one side only is a gap between sampler and scorer, a KL to itself or a ratio that is not 1 (B6)."""
+    done, scored, metrics, _, updated = iteration()
+    assert 0 < done.ended.sum() < ROWS and float(metrics["sampler_gap_max"].value()) < 1e-5
+    np.testing.assert_array_equal(scored.logprobs, scored.ref_logprobs)
+    assert float(updated["identity/identity_gap"].value()) < 2e-5  # two microbatches
+    assert float(updated["identity/ratio"].value()) == pytest.approx(1.0, abs=1e-5)
+    assert float(updated["approx_kl_k2"].value()) > 1e-8  # and then it learns
+
+
+def test_reference_and_reward_stay_what_they_are_when_the_policy_moves():
+    """B18: the frozen parameters are arguments of their own; the policy's and the value model's are read by the others."""
+    done, scored, _, moved, _ = iteration()
+    np.testing.assert_array_equal(moved.ref_logprobs, scored.ref_logprobs)
+    np.testing.assert_array_equal(moved.scores, scored.scores)
+    assert np.abs(moved.logprobs - scored.logprobs).max() > 0.1 and np.abs(moved.values - scored.values).max() > 0.1
+    # The value model began as the reward model: behind the last token its value is the score.
+    ends = done.mask.sum(axis=1)
+    for row in np.flatnonzero(ends < SAMPLING.max_new_tokens):
+        assert scored.values[row, ends[row]] == pytest.approx(scored.scores[row], abs=1e-5)
+    assert np.ptp(scored.scores) > 0.1
