@@ -129,5 +129,5 @@ def _as_float32(params: Any) -> Any:
 
 def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding"), params
+        lambda path, _: str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding", "lora_a", "lora_b"), params
     )

@@ -2,7 +2,19 @@
 
 from rlhf_jax.models.cache import KVCache, empty_cache
 from rlhf_jax.models.config import Head, ModelConfig
-from rlhf_jax.models.model import Model, parameter_count, unconstrained
+from rlhf_jax.models.layout import unconstrained
+from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.model import Model, parameter_count
 from rlhf_jax.models.rope import RopeScaling
 
-__all__ = ["Head", "KVCache", "Model", "ModelConfig", "RopeScaling", "empty_cache", "parameter_count", "unconstrained"]
+__all__ = [
+    "Head",
+    "KVCache",
+    "LoraConfig",
+    "Model",
+    "ModelConfig",
+    "RopeScaling",
+    "empty_cache",
+    "parameter_count",
+    "unconstrained",
+]

@@ -1,13 +1,106 @@
-"""Causal attention with grouped queries, sliding windows and soft-capped scores.
+"""Causal attention with grouped queries, sliding windows and soft-capped scores: one function, `self_attention`, and the
+implementations that it chooses from.
+
+| implementation | platforms | compute_dtype | packed segments | sliding window | soft-cap |
+|---|---|---|---|---|---|
+| xla | all | all | yes | yes | yes |
+| splash | tpu | bfloat16 | yes | yes | yes |
+| cudnn | gpu | bfloat16, float16 | yes, by a dense mask | yes | no |
+
+All are causal. "auto" takes splash on a TPU and cudnn on a GPU where they can do what the layer needs, else xla. Asked for
+by name, an implementation that cannot is an error. Decoding a token (`attend` over a cache) is always xla: its one query
+leaves nothing to tile.
 
 Letters in shapes: B rows, S query columns, C key columns, G key/value heads, R query heads per key/value head, K head_dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.layout import Constrain
+from rlhf_jax.models.splash import splash_attention
+from rlhf_jax.models.weights import precision_of
+from rlhf_jax.types import InputError
+
+Attend = Callable[[Array, Array, Array], Array]
+"""(query [B, S, G, R, K], key [B, G, C, K], value [B, G, C, K]) -> mixed values [B, S, G, R, K]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ability:
+    """What an implementation can do; None: everything."""
+
+    platforms: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    soft_cap: bool = True
+
+
+ABILITIES = {
+    "xla": Ability(),
+    "splash": Ability(("tpu",), ("bfloat16",)),
+    "cudnn": Ability(("gpu", "cuda"), ("bfloat16", "float16"), soft_cap=False),
+}
+
+
+def self_attention(
+    config: ModelConfig, constrain: Constrain, segment_ids: Int32[Array, "B S"], window: int | None
+) -> Attend:
+    """Attention of whole sequences to themselves, inside segments, by the implementation of ``config.attention``.
+
+    window: of the layer (None: everything before a token). Raises InputError when the implementation cannot do it.
+    """
+    implementation = chosen(config, constrain)
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    cap, precision = config.attention_soft_cap, precision_of(config)
+    if implementation == "splash":
+
+        def splash(query: Array, key: Array, value: Array) -> Array:
+            axes = ("act_batch", "act_kv_heads", "act_length", "act_head_dim")
+            mesh, spec = constrain.mesh, constrain.spec(axes, key.shape)
+            return splash_attention(
+                query, key, value, segment_ids, window=window, scale=scale, cap=cap, mesh=mesh, key_spec=spec
+            )
+
+        return splash
+    if implementation == "cudnn":
+        return lambda query, key, value: fused_attention(
+            query, key, value, segment_ids, window=window, scale=scale, implementation="cudnn"
+        )
+    mask = segment_mask(segment_ids, window)
+    return lambda query, key, value: attend(query, key, value, mask, precision, scale=scale, cap=cap)
+
+
+def chosen(config: ModelConfig, constrain: Constrain) -> str:
+    """The implementation that a model uses on its devices. Raises InputError when the one it names cannot do it."""
+    platform = jax.default_backend() if constrain.mesh is None else constrain.mesh.devices.flat[0].platform
+    if config.attention != "auto":
+        if missing := _lacks(ABILITIES[config.attention], config, platform):
+            raise InputError(
+                f"ModelConfig.attention = {config.attention!r} cannot do {missing}; use 'auto' or 'xla' "
+                "(rlhf_jax/models/attention.py has the table)"
+            )
+        return config.attention
+    return next(name for name in ("splash", "cudnn", "xla") if not _lacks(ABILITIES[name], config, platform))
+
+
+def _lacks(ability: Ability, config: ModelConfig, platform: str) -> str:
+    """What the configuration or the platform needs and the implementation has not, '' when nothing."""
+    if ability.platforms is not None and platform not in ability.platforms:
+        return f"platform {platform!r} (only {', '.join(ability.platforms)})"
+    if ability.dtypes is not None and config.compute_dtype not in ability.dtypes:
+        return f"compute_dtype {config.compute_dtype!r} (only {', '.join(ability.dtypes)})"
+    if config.attention_soft_cap is not None and not ability.soft_cap:
+        return "attention_soft_cap"
+    return ""
+
 
 _MASKED = -1e30  # finite: a row with nothing to attend to (padding) gives uniform weights instead of NaN
 
@@ -54,3 +147,29 @@ def attend(
     mixed = jnp.einsum("bgqc,bgck->bgqk", rows, value, precision=precision, preferred_element_type=jnp.float32)
     mixed = (mixed.reshape(batch, groups, per_group, length, size) / total).astype(value.dtype)
     return mixed.transpose(0, 3, 1, 2, 4)
+
+
+def fused_attention(
+    query: Float[Array, "B S G R K"],
+    key: Float[Array, "B G S K"],
+    value: Float[Array, "B G S K"],
+    segment_ids: Int32[Array, "B S"],
+    *,
+    window: int | None,
+    scale: float,
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "B S G R K"]:
+    """Causal attention inside segments by `jax.nn.dot_product_attention`: cuDNN's fused kernel, or JAX's own form of it.
+    What stands in padding may differ from `attend`: it attends to padding."""
+    batch, length, groups, per_group, size = query.shape
+    mixed = jax.nn.dot_product_attention(
+        query.reshape(batch, length, groups * per_group, size),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask=(segment_ids[:, None, :, None] == segment_ids[:, None, None, :]),
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return mixed.reshape(query.shape)

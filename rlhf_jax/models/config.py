@@ -17,6 +17,7 @@ Head = Literal["lm", "scalar", "lm+scalar"]
 _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "head": ("lm", "scalar", "lm+scalar"),
+    "attention": ("auto", "xla", "splash", "cudnn"),
     "param_dtype": _DTYPES,
     "compute_dtype": _DTYPES,
     "norm": ("rms", "layer"),
@@ -62,7 +63,8 @@ class ModelConfig:
     or "lm+scalar" (policy and value sharing a trunk). param_dtype: dtype in which parameters are kept; compute_dtype:
     of activations and matmuls. Logits and scalars are float32 whatever these are. remat: recompute each block in the
     backward pass instead of keeping its activations. logits_chunk: columns of a batch whose logits exist at a time when
-    tokens are scored; changes memory, not numbers (docs/memory.md). family: the checkpoint format it is exported in.
+    tokens are scored; changes memory, not numbers (docs/memory.md). attention: its
+    implementation (`models.attention` has the table). family: the checkpoint format it is exported in.
 
     Embeddings: tie_embeddings: the output projection is the transposed table; scale_embeddings: rows times
     sqrt(hidden_size); logit_soft_cap c: logits become c tanh(logits / c).
@@ -97,6 +99,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     logits_chunk: int = 128
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     family: str = "llama"
     scale_embeddings: bool = False
     logit_soft_cap: float | None = None

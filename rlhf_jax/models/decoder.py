@@ -6,6 +6,7 @@ S columns, D hidden size, G key/value heads, K head_dim, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from rlhf_jax.models.attention import segment_mask, soft_cap
+from rlhf_jax.models.attention import Attend, attend, self_attention, soft_cap
 from rlhf_jax.models.cache import KVCache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
+from rlhf_jax.models.layout import Constrain
+from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
 from rlhf_jax.models.weights import Kernel, precision_of
-
-Constrain = Callable[[Array, tuple[str, ...]], Array]
-"""(activation, logical axis names) -> the same activation with its sharding constrained."""
 
 _RESIDUAL = ("act_batch", "act_length", "act_embed")
 
@@ -35,13 +35,16 @@ class Decoder(nnx.Module):
     remainder (`ModelConfig.layer_groups`), each place of the block with a stack of its own.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None = None, *, dropout: bool = False, rngs: nnx.Rngs):
         self.embed = Embedding(config, config.vocab_size, "vocab", rngs=rngs)
         if config.positions == "learned":
             self.position_embed = Embedding(config, config.max_length, "positions", rngs=rngs)
         stacks = {
             path: _stacked(config, config.layer(layers[0]), len(layers), rngs) for path, layers in config.layer_stacks()
         }
+        if lora is not None:
+            named = {name for stack in stacks.values() for name in add_adapters(stack, config, lora, rngs, dropout)}
+            refuse_no_target(lora, named)
         by_first = {path.removeprefix("layers/"): stack for path, stack in stacks.items()}
         self.layers: Block | nnx.Dict[Block] = by_first["layers"] if "layers" in by_first else nnx.Dict(by_first)
         self.final_norm = hidden_norm(config)
@@ -87,14 +90,14 @@ class Decoder(nnx.Module):
         """Final hidden states, (keys, values) [L, B, G, S, K] of every layer when asked for (else None), and the routing
         of the layers with experts, stacked [layers, ...] (None without experts)."""
         windows = {self._config.layer(index).window for index in range(self._config.num_layers)}
-        masks = {window: segment_mask(segment_ids, window) for window in windows}
+        attends = {window: self_attention(self._config, constrain, segment_ids, window) for window in windows}
         x, kept, routings = self._embed(tokens, positions, constrain), [], []
 
         def run(definition: Any, kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
             def block(x: Array, weights: Any) -> tuple[Array, Any]:
                 layer = nnx.merge(definition, weights)
                 query, key, value = layer.read(x, positions)
-                x, routing = layer(x, query, key, value, masks[kind.window])
+                x, routing = layer(x, query, key, value, attends[kind.window])
                 return constrain(x, _RESIDUAL), (((key, value) if keep_keys_and_values else None), routing)
 
             return jax.checkpoint(block, prevent_cse=False) if self._config.remat else block
@@ -123,9 +126,9 @@ class Decoder(nnx.Module):
         zero = jnp.zeros((), jnp.int32)
         columns = jnp.arange(valid.shape[1], dtype=jnp.int32)
 
-        def mask(window: int | None) -> Array:
+        def over_cache(window: int | None) -> Attend:
             seen = valid if window is None else valid & (columns > cache.index - window)
-            return seen[:, None, :]
+            return self._attend_where(seen[:, None, :])
 
         carry = (self._embed(tokens, positions, constrain), cache.keys, cache.values)
         for kinds, definitions, weights, numbers in self._groups():
@@ -144,12 +147,23 @@ class Decoder(nnx.Module):
                     seen_keys, seen_values = (
                         jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in (keys, values)
                     )
-                    x, _ = block(x, query, seen_keys, seen_values, mask(kind.window))
+                    x, _ = block(x, query, seen_keys, seen_values, over_cache(kind.window))
                 return (x, keys, values), None
 
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
         x, keys, values = carry
         return self.final_norm(x), KVCache(keys, values, valid, cache.index + 1)
+
+    def _attend_where(self, mask: Array) -> Attend:
+        """Attention to the keys of a cache that ``mask`` [B, 1, C] lets through."""
+        config = self._config
+        return functools.partial(
+            attend,
+            mask=mask,
+            precision=precision_of(config),
+            scale=config.attention_scale,
+            cap=config.attention_soft_cap,
+        )
 
     def logits(self, hidden: Float[Array, "B S D"], constrain: Constrain) -> Float[Array, "B S V"]:
         """Float32 logits, over rows as in `Kernel`."""

@@ -11,24 +11,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlhf_jax.models import lora
 from rlhf_jax.models.cache import KVCache, empty_cache
 from rlhf_jax.models.config import Head, ModelConfig
-from rlhf_jax.models.decoder import Constrain, Decoder
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.layout import Constrain, unconstrained
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.moe import load_balancing_loss
 from rlhf_jax.types import InputError, Params, Rng
 
 nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logical names are only labels
 
 
-def unconstrained(x: Array, axes: tuple[str, ...]) -> Array:
-    """The default `Constrain`: leaves the sharding to the compiler."""
-    del axes
-    return x
-
-
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig) -> tuple[Any, Any]:
-    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+def _abstract(config: ModelConfig, lora: LoraConfig | None = None, dropout: bool = False) -> tuple[Any, Any]:
+    module = nnx.eval_shape(lambda: Decoder(config, lora, dropout=dropout, rngs=nnx.Rngs(0)))
     return nnx.split(module, nnx.Param)
 
 
@@ -36,11 +33,13 @@ def _abstract(config: ModelConfig) -> tuple[Any, Any]:
 class Model:
     """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static argument.
 
-    config: the architecture. constrain: how activations are laid out over a mesh (`parallel.constrain_activations`).
+    config: the architecture. constrain: how activations are laid out over a mesh (`parallel.ActivationConstraint`).
+    lora: adapters beside the matrices (`models.lora`).
     """
 
     config: ModelConfig
     constrain: Constrain = unconstrained
+    lora: LoraConfig | None = None
 
     def with_head(self, head: Head) -> Model:
         """The same trunk under another head."""
@@ -48,22 +47,26 @@ class Model:
 
     def abstract(self) -> Params:
         """The parameters as ShapeDtypeStructs."""
-        return nnx.to_pure_dict(_abstract(self.config)[1])
+        return nnx.to_pure_dict(_abstract(self.config, self.lora)[1])
 
     def logical_axes(self) -> Params:
         """The logical axis names of each parameter: a tree like the parameters with a tuple of names per leaf."""
-        specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config)[1]))
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config, self.lora)[1]))
         axes: Params = jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
         return axes
 
     def init(self, rng: Rng) -> Params:
         """Freshly drawn parameters (`models.weights` and `models.parts` give the distributions)."""
-        module = Decoder(self.config, rngs=nnx.Rngs(params=rng))
+        module = Decoder(self.config, self.lora, rngs=nnx.Rngs(params=rng))
         params: Params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         return params
 
     def _module(self, params: Params) -> Decoder:
-        module: Decoder = nnx.merge(_abstract(self.config)[0], params)
+        """The network over ``params``: a tree with adapters, with dropout keys, or the base alone."""
+        given = next(lora.adapted_kernels(params), None)
+        adapters = None if given is None else self.lora
+        dropout = given is not None and lora.DROPOUT_KEY in given[1]
+        module: Decoder = nnx.merge(_abstract(self.config, adapters, dropout)[0], params)
         return module
 
     def hidden(

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from rlhf_jax.models.attention import attend
+from rlhf_jax.models.attention import Attend
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
 from rlhf_jax.models.moe import Experts, Routing
 from rlhf_jax.models.rope import rotary
-from rlhf_jax.models.weights import Kernel, precision_of
+from rlhf_jax.models.weights import Kernel
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -87,11 +87,9 @@ class Attention(nnx.Module):
         query = query.reshape(*query.shape[:2], *groups, config.head_dim)
         return query, key.swapaxes(1, 2), value.swapaxes(1, 2)
 
-    def __call__(self, query: Array, key: Array, value: Array, mask: Array) -> Float[Array, "B S D"]:
+    def __call__(self, query: Array, key: Array, value: Array, attend: Attend) -> Float[Array, "B S D"]:
         """Attend and project back to the residual stream."""
-        config = self._config
-        scale, cap = config.attention_scale, config.attention_soft_cap
-        mixed = attend(query, key, value, mask, precision_of(config), scale=scale, cap=cap)
+        mixed = attend(query, key, value)
         return self.output("nhk,hkd->nd", mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1]))
 
 
@@ -137,10 +135,10 @@ class Block(nnx.Module):
         return self.attention.project(self.attention_norm(x) if self._before else x, positions)
 
     def __call__(
-        self, x: Array, query: Array, key: Array, value: Array, mask: Array
+        self, x: Array, query: Array, key: Array, value: Array, attend: Attend
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """The residual stream behind the block, and where its experts sent the tokens (None without experts)."""
-        mixed = self.attention(query, key, value, mask)
+        mixed = self.attention(query, key, value, attend)
         if self._after:
             mixed = self.attention_post_norm(mixed)
         middle = x + mixed

@@ -45,11 +45,39 @@ class Kernel(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
         self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
+        self._inputs, self._axes, self._adapted = inputs, axes, False
+
+    def adapt(self, config: ModelConfig, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs) -> None:
+        """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also room for a key per layer."""
+        shape, at = self.kernel.shape, 1 + self._inputs
+        bound = math.prod(shape[1:at]) ** -0.5
+        draw = jax.random.uniform(rngs.params(), (*shape[:at], rank), jnp.float32, -bound, bound)
+        zeros = jnp.zeros((shape[0], rank, *shape[at:]), config.param_dtype)
+        ins, outs = self._axes[: self._inputs], self._axes[self._inputs :]
+        self.lora_a = nnx.Param(draw.astype(config.param_dtype), sharding_names=("layers", *ins, "lora_rank"))
+        self.lora_b = nnx.Param(zeros, sharding_names=("layers", "lora_rank", *outs))
+        if dropout:
+            self.dropout_key = nnx.Param(jnp.zeros((shape[0], 2), jnp.uint32), sharding_names=("layers", "lora_rank"))
+        self._adapted, self._scaling, self._dropout = True, scaling, dropout
 
     def __call__(self, equation: str, x: Array) -> Array:
         """x: [B, S, ...]; the equation sees [n, ...]."""
         rows = x.reshape(-1, *x.shape[2:])
         out = jnp.einsum(equation, rows, self.kernel[...].astype(self._dtype), precision=self._precision)
+        if self._adapted:
+            out = out + self._low_rank(equation, rows)
         if self._bias:
             out = out + self.bias[...].astype(self._dtype)
         return out.reshape(*x.shape[:2], *out.shape[1:])
+
+    def _low_rank(self, equation: str, rows: Array) -> Array:
+        """scaling * dropout(rows) A B; "nd,dhk->nhk" is "nd,dr->nr" and "nr,rhk->nhk"."""
+        seen, joined = equation.split(",")
+        weight, out = joined.split("->")
+        if self._dropout:
+            key = jax.random.wrap_key_data(self.dropout_key[...], impl="threefry2x32")
+            kept = jax.random.bernoulli(key, 1.0 - self._dropout, rows.shape)
+            rows = jnp.where(kept, rows / (1.0 - self._dropout), 0).astype(rows.dtype)
+        a, b = self.lora_a[...].astype(self._dtype), self.lora_b[...].astype(self._dtype)
+        few = jnp.einsum(f"{seen},{weight[: self._inputs]}r->nr", rows, a, precision=self._precision)
+        return self._scaling * jnp.einsum(f"nr,r{weight[self._inputs :]}->{out}", few, b, precision=self._precision)

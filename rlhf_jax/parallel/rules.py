@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "positions": (),
     "norm": (),
     "scalar": (),
+    "lora_rank": (),
     # weights of a mixture of experts: whole experts over fsdp, their columns over tensor
     "experts": ("fsdp",),
     "expert_embed": (),
@@ -98,6 +99,11 @@ class ActivationConstraint:
     """Lays activations out over the mesh; hand it to a `Model`. Hashable."""
 
     mesh: Mesh
+
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """How an activation of this shape lies on the mesh; dimensions that do not divide are whole."""
+        entries = zip(shape, partition_spec(axes), strict=True)
+        return PartitionSpec(*(None if size % _shards(self.mesh, entry) else entry for size, entry in entries))
 
     def __call__(self, x: Array, axes: tuple[str, ...]) -> Array:
         spec = partition_spec(axes)

@@ -60,7 +60,8 @@ class ModelSource:
 
     path: a run directory of ours, a Hugging Face directory, a .gguf file, or a hub id (name/model, name/model@revision).
     The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
-    remat, logits_chunk: as in ModelConfig. pad_token: a token of the vocabulary to pad with, for tokenizers that name none.
+    remat, logits_chunk, attention: as in ModelConfig. pad_token: a token of the vocabulary to pad with, for
+    tokenizers that name none.
     """
 
     path: str | None = None
@@ -70,6 +71,7 @@ class ModelSource:
     compute_dtype: str | None = None
     remat: bool | None = None
     logits_chunk: int | None = None
+    attention: str | None = None
     pad_token: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class ModelSource:
             return
         if self.tokenizer is None:
             raise InputError("ModelSource.tokenizer: a new model needs one, for instance @desk_tokenizer()")
-        for name in ("param_dtype", "compute_dtype", "remat", "logits_chunk", "pad_token"):
+        for name in ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention", "pad_token"):
             if getattr(self, name) is not None:
                 raise InputError(
                     f"ModelSource.{name}: goes with path; a new model has it from its config and tokenizer"
@@ -142,7 +144,7 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     model, params, tokenizer = load_pretrained(
         source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, rng=rng
     )
-    chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk")}
+    chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk", "attention")}
     changes = {name: value for name, value in chosen.items() if value is not None}
     model = dataclasses.replace(model, config=model.config.replace(**changes))
     if source.pad_token is not None:

@@ -65,6 +65,7 @@ UNCHANGED = {
     "remat": ({"remat": True}, "what is kept for the backward pass"),
     "family": ({"family": "qwen2"}, "how it is exported"),
     "router_coefficient": ({"router_coefficient": 0.1} | EXPERTS, "a part of the loss"),
+    "attention": ({"attention": "xla"}, "which implementation; tests/models/test_attention_choice.py"),
     "logits_chunk": ({"logits_chunk": 3}, "how many columns are scored at a time"),
 }
 BY_HAND = {"tie_embeddings"}

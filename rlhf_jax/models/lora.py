@@ -1,0 +1,175 @@
+"""Low-rank adapters (Hu et al. 2021, LoRA): y = x W + scaling * dropout(x) A B, W frozen, A and B trained.
+
+A tree of parameters with adapters is the model's own tree with ``lora_a`` and ``lora_b`` beside the ``kernel`` of each
+adapted matrix. `split` parts it into the base, which is frozen, and what is trained: the adapters, and the scalar head of
+a reward or value model whole (a head drawn at random is no base for anything). So optimiser moments exist for adapters
+alone, and the reference policy is the base as it lies there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.weights import Kernel
+from rlhf_jax.types import InputError, LossFn, Params, Rng
+
+TRAINED = ("lora_a", "lora_b")
+DROPOUT_KEY = "dropout_key"
+HEAD = "scalar_head"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """rank: columns of A. alpha: the scaling is alpha / rank, with rslora alpha / sqrt(rank) (Kalajdzievski 2023). dropout:
+    of the inputs of A, in training. targets: a regular expression that the whole name of a matrix inside its layer must
+    match, such as ``attention/query`` or ``mlp/down``. Defaults: every matrix of attention and feed-forward.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: str = "attention/.*|mlp/.*"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"LoraConfig.rank = {self.rank!r}: give a whole number >= 1")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise InputError(f"LoraConfig.alpha = {self.alpha!r}: give a positive number")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"LoraConfig.dropout = {self.dropout!r}: give a number in [0, 1)")
+        if not isinstance(self.rslora, bool):
+            raise InputError(f"LoraConfig.rslora = {self.rslora!r}: give True or False")
+        try:
+            re.compile(self.targets)
+        except (re.error, TypeError) as error:
+            raise InputError(f"LoraConfig.targets = {self.targets!r}: not a regular expression ({error})") from error
+
+    @property
+    def scaling(self) -> float:
+        """The factor of A B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def add_adapters(layers: nnx.Module, config: ModelConfig, lora: LoraConfig, rngs: nnx.Rngs, dropout: bool) -> list[str]:
+    """Give every matrix of a stack of layers that ``lora.targets`` names its A and B; the names of all its matrices.
+
+    A is uniform within 1 / sqrt(inputs), as in PEFT, B is 0: the first output is the base's. dropout: make room for the
+    keys that `with_dropout` puts in.
+    """
+    names = []
+    for path, module in nnx.iter_modules(layers):
+        if not isinstance(module, Kernel):
+            continue
+        names.append("/".join(map(str, path)))
+        if re.fullmatch(lora.targets, names[-1]):
+            module.adapt(config, lora.rank, lora.scaling, lora.dropout if dropout else 0.0, rngs)
+    return names
+
+
+def refuse_no_target(lora: LoraConfig, names: set[str]) -> None:
+    """Raises InputError when the regular expression names none of the matrices."""
+    if not any(re.fullmatch(lora.targets, name) for name in names):
+        raise InputError(
+            f"LoraConfig.targets = {lora.targets!r}: matches no matrix of the layers; there are {', '.join(sorted(names))}"
+        )
+
+
+def split(tree: Params, path: tuple[str, ...] = ()) -> tuple[Params, Params]:
+    """(frozen, trained) parts of a tree like the parameters, whatever its leaves."""
+    frozen: Params = {}
+    trained: Params = {}
+    for name, below in tree.items():
+        if name in TRAINED or (name == HEAD and not path):
+            trained[name] = below
+        elif isinstance(below, dict):
+            parts = split(below, (*path, name))
+            frozen[name] = parts[0]
+            if parts[1]:
+                trained[name] = parts[1]
+        else:
+            frozen[name] = below
+    return frozen, trained
+
+
+def combine(frozen: Params, trained: Params) -> Params:
+    """The inverse of `split`. No copies."""
+    both: Params = dict(frozen)
+    for name, below in trained.items():
+        both[name] = combine(frozen[name], below) if isinstance(below, dict) and name in frozen else below
+    return both
+
+
+def adapted_kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Params]]:
+    """(path, parameters) of every adapted matrix."""
+    for name in sorted(params):
+        if name == "lora_a":
+            yield "/".join(path), params
+        elif isinstance(params[name], dict):
+            yield from adapted_kernels(params[name], (*path, name))
+
+
+def with_dropout(params: Params, rng: Rng) -> Params:
+    """The tree with a key for each adapted matrix of each layer; a key depends on (rng, path, layer) alone."""
+    out: Params = {name: dict(below) if isinstance(below, dict) else below for name, below in params.items()}
+    for path, kernel in list(adapted_kernels(params)):
+        keys = jax.random.split(jax.random.fold_in(rng, zlib.crc32(path.encode())), kernel["lora_a"].shape[0])
+        out = combine(out, _nested(path, {DROPOUT_KEY: jax.random.key_data(keys)}))
+    return out
+
+
+def _nested(path: str, leaf: Params) -> Params:
+    for name in reversed(path.split("/")):
+        leaf = {name: leaf}
+    return leaf
+
+
+def on_adapters(loss: LossFn, *, dropout: bool) -> LossFn:
+    """A loss of whole parameter trees as one of ``(trained, {"base": frozen, ...})``.
+
+    Nested trees ({"policy": ..., "value": ...} and {"base": {"policy": ..., "value": ...}}) work the same.
+    """
+
+    def adapted(params: Params, frozen: Params, batch: Any, rng: Rng) -> Any:
+        whole = combine(frozen["base"], params)
+        if dropout:
+            rng, drop_rng = jax.random.split(rng)
+            whole = with_dropout(whole, drop_rng)
+        return loss(whole, frozen, batch, rng)
+
+    return adapted
+
+
+def merge(params: Params, lora: LoraConfig) -> Params:
+    """The parameters of the model without adapters that computes the same: W + scaling A B, summed in float32 and rounded
+    to W's dtype."""
+    merged: Params = {}
+    for name, below in params.items():
+        if not isinstance(below, dict):
+            merged[name] = below
+        elif "lora_a" in below:
+            merged[name] = {key: leaf for key, leaf in below.items() if key not in TRAINED}
+            merged[name]["kernel"] = _merged(below["kernel"], below["lora_a"], below["lora_b"], lora.scaling)
+        else:
+            merged[name] = merge(below, lora)
+    return merged
+
+
+def _merged(kernel: Array, a: Array, b: Array, scaling: float) -> Array:
+    """kernel: [L, inputs, outputs], a: [L, inputs, r], b: [L, r, outputs], where inputs and outputs are some axes each."""
+    layers, rank = a.shape[0], a.shape[-1]
+    left = a.astype(jnp.float32).reshape(layers, -1, rank)
+    right = b.astype(jnp.float32).reshape(layers, rank, -1)
+    change = scaling * jnp.einsum("lir,lro->lio", left, right, precision="highest")
+    return (kernel.astype(jnp.float32) + change.reshape(kernel.shape)).astype(kernel.dtype)
