@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.io.json_files import write_json
 from rlhf_jax.io.layout import parse
-from rlhf_jax.io.placing import names_of
+from rlhf_jax.io.placing import names_of, stacked
 from rlhf_jax.io.tensors import INDEX, SINGLE, listed
 from rlhf_jax.io.tokenizers import save_tokenizer
 from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.models.families import config_to_hf, dimensions, weights_of
+from rlhf_jax.models.families import Weight, config_to_hf, dimensions, weights_of
 from rlhf_jax.types import InputError, Params
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -40,10 +40,10 @@ def export_pretrained(
     parameters bit for bit, in their dtype; `load_pretrained` gives them back. max_file_bytes: weights beyond it are
     split over several files with an index; also the host memory that an export takes, above one stacked parameter.
 
-    Head "scalar" becomes LlamaForSequenceClassification with one label. transformers' score has no bias: ours is stored
-    as the tensor ``score.bias`` (when not zero), which transformers reports as unexpected, so its scores differ from
-    ours by that constant. transformers scores the last token that is not padding, ours the last token: padding must
-    therefore not be the end-of-sequence token.
+    The format is that of ``model.config.family``; head "scalar" becomes its sequence classifier with one label.
+    transformers' score has no bias: ours is stored as the tensor ``score.bias`` (when not zero), which transformers
+    reports as unexpected, so its scores differ from ours by that constant. transformers scores the last token that is
+    not padding, ours the last token: padding must therefore not be the end-of-sequence token.
     Raises InputError: ``path`` exists, parameters of another model, a head or tokenizer that cannot be exported.
     """
     path = Path(path)
@@ -111,18 +111,29 @@ def _is_here(leaf: Any) -> bool:
 
 
 def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every (name, tensor), one stacked parameter on the host at a time; ``score.bias`` only when it says something."""
+    """Every (name, tensor), on the host only the stacked parameters that share a tensor; ``score.bias`` only when it says
+    something."""
     sizes = dimensions(config)
+    rows: dict[tuple[str, range | None], list[Weight]] = {}
     for weight in weights_of(config):
-        leaf: Any = params
-        for key in weight.ours.split("/"):
-            leaf = leaf[key]
-        host = np.asarray(leaf)
-        if weight.zero_when_absent and not host.any():
+        rows.setdefault((weight.theirs, weight.layers), []).append(weight)
+    for weights in rows.values():
+        hosts = [np.asarray(_leaf(params, weight.ours)) for weight in weights]
+        if weights[0].zero_when_absent and not hosts[0].any():
             continue
-        layers = host if "{layer}" in weight.theirs else host[None]
-        for name, one in zip(names_of(weight, config), layers, strict=True):
-            yield name, parse(weight.layout).to_theirs(sizes, one)
+        axes = stacked(weights[0], config)
+        for place, name in zip(np.ndindex(axes), names_of(weights[0], config), strict=True):
+            layouts = [parse(weight.layout, weight.part) for weight in weights]
+            tensor = np.empty(layouts[0].their_shape(sizes), hosts[0].dtype)
+            for layout, host in zip(layouts, hosts, strict=True):
+                layout.write(sizes, tensor, host[place])
+            yield name, tensor
+
+
+def _leaf(params: Params, path: str) -> Any:
+    for key in path.split("/"):
+        params = params[key]
+    return params
 
 
 def _write_weights(directory: Path, config: ModelConfig, params: Params, max_file_bytes: int) -> None:

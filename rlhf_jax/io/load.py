@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import Location, locate
-from rlhf_jax.io.placing import check_tensors, place
+from rlhf_jax.io.placing import check_tensors, place, with_base_names
 from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tensors import Tensors, listed, open_safetensors
 from rlhf_jax.io.tokenizers import load_tokenizer, tokenizer_from_gguf
@@ -116,17 +116,17 @@ def _open_foreign(
     fields: Mapping[str, Any], where: str, tensors: Tensors, tokenizer: PreTrainedTokenizerBase
 ) -> _Opened:
     """A checkpoint of Hugging Face's layout. where: what holds ``fields``."""
-    family, saved = config_from_hf(fields, where)
+    saved = config_from_hf(fields, where)
     if len(tokenizer) > saved.vocab_size:
         raise InputError(
             f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only vocab_size = {saved.vocab_size}"
         )
-    table = weights_of(saved, family)
-    check_tensors(tensors, table, saved)
+    tensors = with_base_names(tensors, saved)
+    check_tensors(tensors, saved)
 
     def read(wanted: ModelConfig, shardings: Params) -> Params:
-        needed = weights_of(wanted, family)
-        return place(tensors, [weight for weight in table if weight in needed], wanted, shardings)
+        needed = weights_of(wanted)
+        return place(tensors, [weight for weight in weights_of(saved) if weight in needed], wanted, shardings)
 
     return _Opened(saved, tokenizer, read)
 

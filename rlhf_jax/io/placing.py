@@ -5,6 +5,8 @@ Host memory above the model: one shard of one stacked parameter, and what one re
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -15,31 +17,30 @@ import numpy as np
 from rlhf_jax.io.layout import Layout, Window, parse
 from rlhf_jax.io.tensors import Tensors, listed
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.models.families import DERIVED_TENSORS, Weight, dimensions
+from rlhf_jax.models.families import DERIVED_TENSORS, FAMILIES, Weight, dimensions, weights_of
 from rlhf_jax.types import InputError, Params
 
-LM_HEAD = "lm_head.weight"
 
-
-def check_tensors(tensors: Tensors, table: Iterable[Weight], config: ModelConfig) -> None:
+def check_tensors(tensors: Tensors, config: ModelConfig) -> None:
     """Raises InputError listing every tensor that is missing, extra, of another shape, or of a dtype that is not read.
 
-    table: the rows of the checkpoint's own head. config: of the checkpoint. Two kinds of extra tensors are let through:
-    rotary frequencies of old transformers, and a copy of tied embeddings, which has to equal them.
+    config: of the checkpoint. Two kinds of extra tensors are let through: buffers of old transformers, and a copy of tied
+    embeddings as output head, which has to equal them.
     """
     sizes = dimensions(config)
     expected: dict[str, tuple[int, ...]] = {}
     wrong = []
-    for weight in table:
+    for weight in weights_of(config):
         for name in names_of(weight, config):
             if name in tensors.stored or not weight.zero_when_absent:
-                expected[name] = parse(weight.layout).their_shape(sizes)
+                expected[name] = parse(weight.layout, weight.part).their_shape(sizes)
     stored = tensors.stored
     if missing := sorted(expected.keys() - stored.keys()):
         wrong.append(f"missing: {listed(missing)}")
     extra = sorted(name for name in stored.keys() - expected.keys() if not re.fullmatch(DERIVED_TENSORS, name))
-    if LM_HEAD in extra and config.has_lm and _equals_the_embeddings(tensors, table):
-        extra.remove(LM_HEAD)
+    head = _their_name(FAMILIES[config.family].weights, "lm_head/kernel")
+    if head in extra and config.has_lm and _equals_the_embeddings(tensors, config, head):
+        extra.remove(head)
     if extra:
         wrong.append(f"not of this architecture: {listed(extra)}")
     both = sorted(expected.keys() & stored.keys())
@@ -53,11 +54,32 @@ def check_tensors(tensors: Tensors, table: Iterable[Weight], config: ModelConfig
         raise InputError(f"{tensors.where}: tensors {'; '.join(wrong)}")
 
 
+def with_base_names(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Tensors of a bare trunk (GPT-2's own files: ``h.0.ln_1.weight``) under the names that they have in a model."""
+    prefix = FAMILIES[config.family].prefix
+    if any(name.startswith(prefix) for name in tensors.stored):
+        return tensors
+    ours = {prefix + name for name in tensors.stored} & {n for w in weights_of(config) for n in names_of(w, config)}
+    ours |= {prefix + name for name in tensors.stored if re.fullmatch(DERIVED_TENSORS, prefix + name)}
+    stored = {prefix + n if prefix + n in ours else n: where for n, where in tensors.stored.items()}
+
+    def read(name: str, window: Window) -> np.ndarray:
+        return tensors.read(name.removeprefix(prefix) if name in ours else name, window)
+
+    return dataclasses.replace(tensors, stored=stored, read=read)
+
+
 def names_of(weight: Weight, config: ModelConfig) -> list[str]:
-    """The tensor names of a row: one per layer for a stacked parameter."""
-    if "{layer}" not in weight.theirs:
-        return [weight.theirs]
-    return [weight.theirs.format(layer=layer) for layer in range(config.num_layers)]
+    """The tensor names of a row in the order of the parameter's leading axes: of layers, then of experts."""
+    experts = config.num_experts if "{expert}" in weight.theirs else 1
+    layers = (0,) if weight.layers is None else weight.layers
+    return [weight.theirs.format(layer=layer, expert=expert) for layer in layers for expert in range(experts)]
+
+
+def stacked(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
+    """The lengths of those leading axes."""
+    layers = () if weight.layers is None else (len(weight.layers),)
+    return (*layers, config.num_experts) if "{expert}" in weight.theirs else layers
 
 
 def place(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardings: Params) -> Params:
@@ -78,9 +100,8 @@ def place(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardi
 
 def _parameter(tensors: Tensors, weight: Weight, config: ModelConfig, sharding: jax.sharding.Sharding) -> jax.Array:
     """One parameter. Shards that several devices hold are read once."""
-    layout, sizes, dtype = parse(weight.layout), dimensions(config), jnp.dtype(config.param_dtype)
-    layers = (config.num_layers,) if "{layer}" in weight.theirs else ()
-    shape = layers + layout.our_shape(sizes)
+    layout, sizes, dtype = parse(weight.layout, weight.part), dimensions(config), jnp.dtype(config.param_dtype)
+    shape = stacked(weight, config) + layout.our_shape(sizes)
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = (part.indices(size) for part, size in zip(index or (), shape, strict=True))
@@ -88,7 +109,7 @@ def _parameter(tensors: Tensors, weight: Weight, config: ModelConfig, sharding: 
     pieces = []
     for bounds_of_shard, devices in holders.items():
         shard = np.zeros([stop - start for start, stop in bounds_of_shard], dtype)
-        _fill(shard, tensors, weight, (layout, sizes), tuple(slice(*pair) for pair in bounds_of_shard))
+        _fill(shard, tensors, (weight, config), (layout, sizes), tuple(slice(*pair) for pair in bounds_of_shard))
         for device in devices:
             # Waiting keeps the host from holding the next shard while this one is still being copied.
             pieces.append(jax.block_until_ready(jax.device_put(shard, device)))
@@ -96,30 +117,35 @@ def _parameter(tensors: Tensors, weight: Weight, config: ModelConfig, sharding: 
 
 
 def _fill(
-    shard: np.ndarray, tensors: Tensors, weight: Weight, how: tuple[Layout, Mapping[str, int]], window: Window
+    shard: np.ndarray,
+    tensors: Tensors,
+    which: tuple[Weight, ModelConfig],
+    how: tuple[Layout, Mapping[str, int]],
+    window: Window,
 ) -> None:
-    """Write the part ``window`` of a parameter into ``shard`` (zeros until then), layer by layer."""
+    """Write the part ``window`` of a parameter into ``shard`` (zeros until then), tensor by tensor."""
+    weight, config = which
     layout, sizes = how
-
-    def part(name: str, window: Window) -> np.ndarray:
-        return layout.to_ours(sizes, window, lambda theirs: tensors.read(name, theirs))
-
-    if "{layer}" in weight.theirs:
-        for row, layer in enumerate(range(window[0].start, window[0].stop)):
-            shard[row] = part(weight.theirs.format(layer=layer), window[1:])
-    elif weight.theirs in tensors.stored or not weight.zero_when_absent:
-        shard[...] = part(weight.theirs, window)
+    axes = stacked(weight, config)
+    names = np.array(names_of(weight, config), object).reshape(axes)[window[: len(axes)]]
+    for place, name in np.ndenumerate(names):
+        if name in tensors.stored or not weight.zero_when_absent:
+            shard[place] = layout.to_ours(sizes, window[len(axes) :], functools.partial(tensors.read, name))
 
 
-def _equals_the_embeddings(tensors: Tensors, table: Iterable[Weight]) -> bool:
+def _their_name(table: Iterable[Weight], ours: str) -> str:
+    return next(weight.theirs for weight in table if weight.ours == ours)
+
+
+def _equals_the_embeddings(tensors: Tensors, config: ModelConfig, head: str) -> bool:
     """Whether the checkpoint's output head is a copy of its embeddings, looked at a thousand rows at a time."""
-    name = next(weight.theirs for weight in table if weight.ours == "embed/embedding")
-    if name not in tensors.stored or tensors.stored[name].shape != tensors.stored[LM_HEAD].shape:
+    name = _their_name(weights_of(config), "embed/embedding")
+    if name not in tensors.stored or tensors.stored[name].shape != tensors.stored[head].shape:
         return False
     rows, width = tensors.stored[name].shape
     for start in range(0, rows, 1024):
         window = (slice(start, min(start + 1024, rows)), slice(0, width))
-        if not np.array_equal(tensors.read(name, window), tensors.read(LM_HEAD, window)):
+        if not np.array_equal(tensors.read(name, window), tensors.read(head, window)):
             return False
     return True
 

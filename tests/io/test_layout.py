@@ -33,7 +33,9 @@ def test_a_window_is_the_same_part_of_the_whole_and_reads_no_more(text: str) -> 
     layout = parse(text)
     stored = np.random.default_rng(0).standard_normal(layout.their_shape(SIZES))
     complete = layout.to_ours(SIZES, whole(layout.our_shape(SIZES)), lambda window: stored[window])
-    np.testing.assert_array_equal(layout.to_theirs(SIZES, complete), stored)
+    written = np.full_like(stored, np.nan)
+    layout.write(SIZES, written, complete)
+    np.testing.assert_array_equal(written, stored)
     bounds = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in layout.our_shape(SIZES)]
     for window in itertools.product(*bounds):
         asked: list[Window] = []
@@ -44,9 +46,40 @@ def test_a_window_is_the_same_part_of_the_whole_and_reads_no_more(text: str) -> 
         assert sum(stored[one].size for one in asked) == part.size * (SIZES["k"] if cut else 1)
 
 
-def test_what_is_written_is_contiguous() -> None:
-    layout = parse("(h k) d -> d h k")
-    assert layout.to_theirs(SIZES, np.zeros((4, 3, 2))).flags.c_contiguous
+JOINED = {  # (text of each part), numpy's way to the part
+    "one after the other": (
+        ["(h k)|(g k)|(g k) d -> d h k", "(h k)|(g k)|(g k) d -> d g k", "(h k)|(g k)|(g k) d -> d g k"],
+        lambda stored, part: np.split(stored, [6, 8])[part].T.reshape(4, (3, 1, 1)[part], 2),
+    ),
+    "columns one after the other": (
+        ["d (h k)|(h k) -> d h k"] * 2,
+        lambda stored, part: np.split(stored, 2, axis=1)[part].reshape(4, 3, 2),
+    ),
+    "interleaved": (
+        ["(h 3 k) d -> d h k"] * 3,
+        lambda stored, part: stored.reshape(3, 3, 2, 4)[:, part].transpose(2, 0, 1),
+    ),
+    "interleaved biases": (["(h 3 k) -> h k"] * 3, lambda stored, part: stored.reshape(3, 3, 2)[:, part]),
+    "halves": (["h|h d -> d h"] * 2, lambda stored, part: stored[3 * part : 3 * part + 3].T),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_parameters_that_share_a_tensor(name: str) -> None:
+    """Each is read from its place, any window of it like the same part of the whole, and all together write the tensor."""
+    texts, taken = JOINED[name]
+    sizes = SIZES | {"g": 1}
+    layouts = [parse(text, part) for part, text in enumerate(texts)]
+    stored = np.random.default_rng(0).standard_normal(layouts[0].their_shape(sizes))
+    written = np.full_like(stored, np.nan)
+    for part, layout in enumerate(layouts):
+        complete = layout.to_ours(sizes, whole(layout.our_shape(sizes)), lambda window: stored[window])
+        np.testing.assert_array_equal(complete, taken(stored, part))
+        window = tuple(slice(size - 1, size) for size in complete.shape)
+        one = layout.to_ours(sizes, window, lambda window: stored[window])
+        np.testing.assert_array_equal(one, complete[window])
+        layout.write(sizes, written, complete)
+    np.testing.assert_array_equal(written, stored)
 
 
 @pytest.mark.parametrize("text", ["(h k) d -> d h", "h d -> d h k", "h h -> h", "h d"])

@@ -1,0 +1,163 @@
+"""config.json <-> `ModelConfig`. Every field is mapped, known to leave the logits alone, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rlhf_jax.models.config import Head, ModelConfig
+from rlhf_jax.models.families.records import Family, Fields
+from rlhf_jax.models.families.table import FAMILIES
+from rlhf_jax.models.families.weights import family_of, weights_of
+from rlhf_jax.types import InputError
+
+ARCHITECTURES: dict[str, tuple[str, Head]] = {family.language_model: (name, "lm") for name, family in FAMILIES.items()}
+ARCHITECTURES |= {family.scorer: (name, "scalar") for name, family in FAMILIES.items()}
+"""Architecture of config.json -> (name of the family, head)."""
+
+_COMMON_FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+_NO_EFFECT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path architectures bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+    is_decoder is_llama_config label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()  # noqa: SIM905  (a list would be a page of one-word lines)
+)
+"""Fields that do not change the logits of a forward pass in evaluation mode: labels, generation, storage, training."""
+
+
+def config_from_hf(fields: Fields, where: str) -> ModelConfig:
+    """The `ModelConfig` (float32, head and family as the architecture says) of a config.json. where: the file, for messages.
+
+    Raises InputError.
+    """
+    architecture = _architecture(fields, where)
+    name, head = ARCHITECTURES[architecture]
+    family = FAMILIES[name]
+    _refuse_foreign(fields, family, where)
+    if head == "scalar" and (labels := _labels(fields)) != 1:
+        raise InputError(f"{where}: {architecture} with {labels} labels: a reward or value model has num_labels = 1")
+    values: dict[str, Any] = dict(family.implied)
+    for theirs, ours in family.fields.items():
+        if theirs not in fields and theirs not in family.defaults:
+            raise InputError(f"{where}: {theirs} is missing; take config.json and weights from the same checkpoint")
+        for one in (ours,) if isinstance(ours, str) else ours:
+            values[one] = fields.get(theirs, family.defaults.get(theirs))
+    if values.get("num_kv_heads") is None:
+        values["num_kv_heads"] = values["num_heads"]
+    if values.get("head_dim") is None:
+        values["head_dim"] = _quotient(values["hidden_size"], values["num_heads"], where)
+    if values["ffn_size"] is None and "ffn_size" in family.fields.values():
+        values["ffn_size"] = 4 * values["hidden_size"]  # GPT-2's default
+    try:
+        ModelConfig(**{name: values[name] for name in _SIZE_FIELDS})  # the rules may count on sizes
+        for rule in family.rules:
+            values |= rule.read(fields, values, where)
+        return ModelConfig(**values, head=head, family=name)
+    except InputError as error:
+        raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
+
+
+_SIZE_FIELDS = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_length",
+)  # fmt: skip
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json fields of a model with head "lm" or "scalar", in the format of ``config.family``, without special
+    token ids.
+
+    ``torch_dtype`` is the dtype of the parameters. What is written is read back and compared: raises InputError for what
+    no checkpoint of the family can say.
+    """
+    if config.head == "lm+scalar":
+        raise InputError(
+            "head 'lm+scalar': a checkpoint has one head; load the model with head='lm' or head='scalar' and export that"
+        )
+    family = family_of(config)
+    if family.even_heads and config.hidden_size % config.num_heads:
+        raise InputError(
+            f"ModelConfig.hidden_size = {config.hidden_size} is not a multiple of num_heads = {config.num_heads}: "
+            f"transformers cannot say this {family.model_type} model"
+        )
+    theirs: dict[str, Any] = {
+        name: getattr(config, ours if isinstance(ours, str) else ours[0]) for name, ours in family.fields.items()
+    }
+    for rule in family.rules:
+        theirs |= rule.write(config)
+    theirs |= {
+        "architectures": [family.language_model if config.head == "lm" else family.scorer],
+        "model_type": family.model_type,
+        "torch_dtype": config.param_dtype,
+        "use_cache": True,
+    }
+    if config.head == "scalar":
+        theirs |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+    said = config_from_hf(theirs, "config.json")
+    said = said.replace(param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, remat=config.remat)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(said, field.name):
+            raise InputError(
+                f"ModelConfig.{field.name} = {value!r}: a checkpoint of family {config.family!r} cannot say this; choose "
+                "another ModelConfig.family"
+            )
+    weights_of(config)
+    return theirs
+
+
+def _architecture(fields: Fields, where: str) -> str:
+    named = fields.get("architectures")
+    known = ", ".join(ARCHITECTURES)
+    if not isinstance(named, list) or len(named) != 1:
+        raise InputError(f"{where}: architectures = {named!r}: name exactly one of {known}")
+    if named[0] not in ARCHITECTURES:
+        raise InputError(f"{where}: architecture {named[0]} is not supported; supported: {known}")
+    return str(named[0])
+
+
+def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
+    """Raises InputError naming each field that changes the computation, or may do so, in a way the decoder does not follow."""
+    if fields.get("auto_map") is not None:
+        raise InputError(f"{where}: auto_map: the checkpoint brings its own code, which is never run")
+    fixed = dict(family.fixed) | _COMMON_FIXED
+    wrong = []
+    for name, allowed in fixed.items():
+        value = fields.get(name, allowed[0])
+        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed):
+            wrong.append(f"{name} = {value!r} (supported: {allowed[0]!r})")
+    if wrong:
+        raise InputError(f"{where}: {'; '.join(wrong)}: this computation is not implemented")
+    ruled = frozenset[str]().union(*(rule.names for rule in family.rules))
+    known = fixed.keys() | family.fields.keys() | ruled | family.ignored | _NO_EFFECT | {"auto_map"}
+    if unknown := sorted(fields.keys() - known):
+        raise InputError(
+            f"{where}: unknown fields {', '.join(unknown)}: they may change the computation; "
+            "delete from config.json those that are known not to"
+        )
+
+
+def _labels(fields: Fields) -> int:
+    """How many labels a sequence classifier has; transformers' default is two."""
+    if fields.get("id2label") is not None:
+        return len(fields["id2label"])
+    return int(fields.get("num_labels") or 2)
+
+
+def _quotient(hidden_size: Any, heads: Any, where: str) -> int:
+    if not isinstance(hidden_size, int) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+        raise InputError(
+            f"{where}: hidden_size = {hidden_size!r}, num_attention_heads = {heads!r}: not a multiple, so give head_dim"
+        )
+    return hidden_size // heads

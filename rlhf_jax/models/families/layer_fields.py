@@ -1,0 +1,159 @@
+"""Which layers slide, which have no rotary positions, which have experts: the rules of the families that say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.families.records import Fields, Rule
+from rlhf_jax.types import InputError
+
+_KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+
+
+def pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest tuple that repeats to ``kinds``; () when all are "full". (s, s, f, s, s, f, s) -> (s, s, f)."""
+    if all(kind == "full" for kind in kinds):
+        return ()
+    for period in range(1, len(kinds) + 1):
+        if all(kinds[index] == kinds[index % period] for index in range(len(kinds))):
+            return tuple(kinds[:period])
+    raise AssertionError("the whole repeats to itself")
+
+
+def _kinds_of(config: ModelConfig) -> list[str]:
+    """The kind of each layer."""
+    kinds = config.layer_pattern or ("full",)
+    return [kinds[index % len(kinds)] for index in range(config.num_layers)]
+
+
+def _window(fields: Fields, name: str, value: Any, where: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{where}: {name} = {value!r}: must be a positive number of tokens or null")
+    return value
+
+
+def _typed_layers(fields: Fields, count: int, assumed: Callable[[int], bool], where: str) -> list[str]:
+    """The kind of each layer from layer_types, or from ``assumed`` (layer -> whether it slides) when that is absent."""
+    given = fields.get("layer_types")
+    if given is None:
+        return ["sliding" if assumed(layer) else "full" for layer in range(count)]
+    if not isinstance(given, list) or len(given) != count or not all(kind in _KINDS for kind in given):
+        raise InputError(f"{where}: layer_types: must name {' or '.join(_KINDS)} for each of {count} layers")
+    return [_KINDS[kind] for kind in given]
+
+
+def _told(kinds: list[str], window: int | None, where: str) -> dict[str, Any]:
+    """`ModelConfig` fields of these layers."""
+    slides = any("sliding" in kind for kind in kinds)
+    if slides and window is None:
+        raise InputError(f"{where}: layer_types has sliding_attention, but sliding_window is null")
+    return {"layer_pattern": pattern(kinds), "sliding_window": window if slides else None}
+
+
+def one_window(default: int | None, switch: str | None = None) -> Rule:
+    """All layers slide when sliding_window is given (Mistral, Phi-3, Mixtral); switch: ... and this is true (Qwen 3 MoE)."""
+
+    def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+        window = _window(fields, "sliding_window", fields.get("sliding_window", default), where)
+        if switch and not fields.get(switch, False):
+            window = None
+        return _told(["full" if window is None else "sliding"] * values["num_layers"], window, where)
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        told: dict[str, Any] = {"sliding_window": config.sliding_window}
+        return told | ({switch: config.sliding_window is not None} if switch else {})
+
+    return Rule(frozenset({"sliding_window"} | ({switch} if switch else set())), read, write)
+
+
+def _qwen_layers(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+    window = _window(fields, "sliding_window", fields.get("sliding_window", 4096), where)
+    window = window if fields.get("use_sliding_window", False) else None
+    first = fields.get("max_window_layers", 28)
+    kinds = _typed_layers(fields, values["num_layers"], lambda layer: window is not None and layer >= first, where)
+    return _told(kinds, window, where)
+
+
+def _layer_types(config: ModelConfig) -> list[str]:
+    return ["sliding_attention" if kind.startswith("sliding") else "full_attention" for kind in _kinds_of(config)]
+
+
+QWEN_LAYERS = Rule(
+    frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}),
+    _qwen_layers,
+    lambda config: {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "layer_types": _layer_types(config),
+    },
+)
+"""Sliding from max_window_layers on when use_sliding_window, unless layer_types says otherwise."""
+
+
+def alternating(period: int, name: str | None = None) -> Rule:
+    """Every ``period``-th layer is full, the others slide (Gemma 2: 2, Gemma 3: 6); name: the field that may change it."""
+
+    def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+        window = _window(fields, "sliding_window", fields.get("sliding_window", 4096), where)
+        every = fields.get(name, period) if name else period
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise InputError(f"{where}: {name} = {every!r}: must be a positive whole number")
+        kinds = _typed_layers(fields, values["num_layers"], lambda layer: bool((layer + 1) % every), where)
+        return _told(kinds, window, where)
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        told: dict[str, Any] = {"layer_types": _layer_types(config)}
+        return told | ({"sliding_window": config.sliding_window} if config.sliding_window is not None else {})
+
+    return Rule(frozenset({"layer_types", "sliding_window"} | ({name} if name else set())), read, write)
+
+
+def _smollm3_layers(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+    count = values["num_layers"]
+    every, rotated = fields.get("no_rope_layer_interval", 4), fields.get("no_rope_layers")
+    if rotated is None:
+        rotated = [int((layer + 1) % every != 0) for layer in range(count)]
+    if not isinstance(rotated, list) or len(rotated) < count:
+        raise InputError(f"{where}: no_rope_layers: must hold 1 (rotary positions) or 0 for each of {count} layers")
+    window = _window(fields, "sliding_window", fields.get("sliding_window"), where)
+    window = window if fields.get("use_sliding_window", False) else None
+    kinds = _typed_layers(fields, count, lambda layer: window is not None and not rotated[layer], where)
+    if window is None:
+        kinds = ["full"] * count  # as transformers: the switch decides
+    return _told(
+        [kind if turned else f"{kind}_nope" for kind, turned in zip(kinds, rotated, strict=False)], window, where
+    )
+
+
+SMOLLM3_LAYERS = Rule(
+    frozenset({"no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "sliding_window", "layer_types"}),
+    _smollm3_layers,
+    lambda config: {
+        "no_rope_layers": [int(not kind.endswith("_nope")) for kind in _kinds_of(config)],
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "layer_types": _layer_types(config),
+    },
+)
+"""Every fourth layer has no rotary positions; with use_sliding_window those without slide."""
+
+
+def _qwen3_moe_experts(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+    count = fields.get("num_experts", fields.get("num_local_experts", 128))
+    step, dense = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers") or []
+    layers = [layer for layer in range(values["num_layers"]) if layer in dense or (layer + 1) % step]
+    return {"num_experts": count, "dense_layers": tuple(layers)}
+
+
+QWEN3_MOE_EXPERTS = Rule(
+    frozenset({"num_experts", "num_local_experts", "decoder_sparse_step", "mlp_only_layers"}),
+    _qwen3_moe_experts,
+    lambda config: {
+        "num_experts": config.num_experts,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(config.dense_layers),
+    },
+)
+"""Experts in every decoder_sparse_step-th layer but those of mlp_only_layers."""

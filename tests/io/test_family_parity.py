@@ -1,0 +1,458 @@
+"""Every family against transformers: logits, greedy continuations, gradients, files.
+
+The default tests compare with stored outputs (make_family_golden.py); `pytest -m parity` computes them again, with every
+field of every configuration changed, and prints the largest difference of each family.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_files import (
+    BEYOND_ORIGINAL,
+    CASES,
+    DOCUMENT,
+    FAR,
+    GOLDEN,
+    OTHER,
+    drawn,
+    other_tokens,
+    stored_shapes,
+    tokens,
+)
+from llama_files import write_checkpoint
+from make_family_golden import sampled
+from safetensors.numpy import load_file
+
+from rlhf_jax import ops, rollout
+from rlhf_jax.io import export_pretrained, load_pretrained
+from rlhf_jax.io.load import Pretrained
+from rlhf_jax.models.families import ARCHITECTURES, FAMILIES, config_from_hf, config_to_hf
+from rlhf_jax.testing import byte_tokenizer
+from rlhf_jax.types import PromptBatch
+
+TOLERANCE = 1e-4
+CACHED = ("gemma3", "gpt2")
+"""Cases whose greedy continuation is checked by default (windows, layers of several kinds; learned positions)."""
+
+
+def checkpoint(case: str, directory: Path) -> Path:
+    return write_checkpoint(directory / case, CASES[case], drawn(stored_shapes(case)))
+
+
+def batch(case: str) -> dict[str, np.ndarray]:
+    """Two rows of 30 columns: both documents packed, then padding; padding, the first document far out, padding."""
+    start, columns = (FAR if case in BEYOND_ORIGINAL else 0), 30
+    rows = {name: np.zeros((2, columns), np.int32) for name in ("tokens", "positions", "segment_ids")}
+    places = [(0, 0, tokens(), start, 1), (0, DOCUMENT, other_tokens(), start, 2), (1, 5, tokens(), FAR, 1)]
+    for row, column, ids, first, segment in places:
+        at = slice(column, column + len(ids))
+        rows["tokens"][row, at] = ids
+        rows["positions"][row, at] = np.arange(first, first + len(ids))
+        rows["segment_ids"][row, at] = segment
+    return rows
+
+
+def our_logits(loaded: Pretrained, case: str) -> dict[str, np.ndarray]:
+    """The documents of `batch` by name, [S, V] each."""
+    inputs = batch(case)
+    logits = np.asarray(
+        jax.jit(loaded.model.apply)(
+            loaded.params, inputs["tokens"], positions=inputs["positions"], segment_ids=inputs["segment_ids"]
+        )
+    )
+    other = logits[0, DOCUMENT : DOCUMENT + OTHER]
+    return {"document": logits[0, :DOCUMENT], "other": other, "far": logits[1, 5 : 5 + DOCUMENT]}
+
+
+def our_continuation(loaded: Pretrained) -> np.ndarray:
+    """[2, 32]: greedy, with the cache, the shorter prompt left-padded."""
+    model, params, _ = loaded
+    ids = np.zeros((2, DOCUMENT), np.int32)
+    ids[0], ids[1, -OTHER:] = tokens(), other_tokens()
+    mask = np.ones((2, DOCUMENT), bool)
+    mask[1, :-OTHER] = False
+    prompts = PromptBatch(
+        tokens=jnp.asarray(ids), mask=jnp.asarray(mask), prompt_id=jnp.arange(2), sample_id=jnp.zeros(2, jnp.int32)
+    )
+    sampling = rollout.SamplingConfig(temperature=0, max_new_tokens=32)
+
+    @jax.jit
+    def generate(params: Any, prompts: PromptBatch) -> Any:
+        return rollout.generate(model, params, prompts, jax.random.key(0), sampling=sampling, eos_ids=(-1,), pad_id=0)
+
+    return np.asarray(generate(params, prompts).tokens)
+
+
+@pytest.fixture(scope="module")
+def golden() -> Any:
+    return np.load(GOLDEN / "families.npz")
+
+
+def test_every_family_has_a_case() -> None:
+    assert {ARCHITECTURES[fields["architectures"][0]][0] for fields in CASES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case: str, golden: Any, tmp_path: Path) -> None:
+    """Packed, padded on both sides, and from position 5000 on, in one batch."""
+    for name, ours in our_logits(load_pretrained(checkpoint(case, tmp_path)), case).items():
+        theirs = golden[f"{case}/{name}"]
+        assert theirs.std() > 1  # the numbers compared are not all near zero
+        assert np.abs(sampled(name, ours) - theirs).max() <= TOLERANCE, name
+
+
+@pytest.mark.parametrize(
+    "case", [*CACHED, *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in CACHED)]
+)
+def test_greedy_continuations_equal_those_of_transformers(case: str, golden: Any, tmp_path: Path) -> None:
+    if case in BEYOND_ORIGINAL:
+        pytest.skip("transformers takes the short factors for short prompts")
+    expected = golden[f"{case}/greedy"]
+    assert len(np.unique(expected)) > 4  # not one token over and over
+    np.testing.assert_array_equal(our_continuation(load_pretrained(checkpoint(case, tmp_path))), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_comes_back_tensor_by_tensor(case: str, dtype: str, tmp_path: Path) -> None:
+    """From transformers' files through our parameters to the same files, bit for bit, and to the same configuration."""
+    tensors = drawn(stored_shapes(case))
+    path = write_checkpoint(tmp_path / "in", CASES[case], tensors, dtype=dtype)
+    model, params, tokenizer = load_pretrained(path, param_dtype=dtype)
+    export_pretrained(tmp_path / "out", model, params, tokenizer)
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("in", "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and after[name].tobytes() == tensor.tobytes(), name
+    again = config_from_hf(json.loads((tmp_path / "out" / "config.json").read_text()), "config.json")
+    assert again.replace(param_dtype=dtype) == model.config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scorer_of_the_family_goes_both_ways(family: str, tmp_path: Path) -> None:
+    case = next(case for case, fields in CASES.items() if ARCHITECTURES[fields["architectures"][0]][0] == family)
+    base = load_pretrained(checkpoint(case, tmp_path), head="scalar", rng=jax.random.key(0))
+    tokenizer = byte_tokenizer()
+    export_pretrained(tmp_path / "out", base.model, base.params, tokenizer)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [FAMILIES[family].scorer]
+    again = load_pretrained(tmp_path / "out")
+    assert again.model.config == base.model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, base.params)
+
+
+def test_the_tensors_of_a_bare_trunk(tmp_path: Path) -> None:
+    """GPT-2's own files: without "transformer.", with the causal masks of each layer."""
+    shapes = stored_shapes("gpt2")
+    tensors = drawn(shapes)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare |= {f"h.{layer}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for layer in range(3)}
+    loaded = load_pretrained(write_checkpoint(tmp_path / "bare", CASES["gpt2"], bare))
+    usual = load_pretrained(write_checkpoint(tmp_path / "usual", CASES["gpt2"], tensors))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, usual.params)
+
+
+# ---- every field of every configuration: (case, field) -> what else changes with it
+
+_ROPE = {"rope_type": "linear", "factor": 2.0}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "rms_norm_eps": {"rms_norm_eps": 0.1},
+        "rope_theta": {"rope_theta": 500.0},
+        "rope_scaling": {"rope_scaling": None},
+        "rope_parameters": {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_theta": 500.0} | _ROPE},
+        "tie_word_embeddings": {"tie_word_embeddings": True},
+        "attention_bias": {"attention_bias": False},
+        "mlp_bias": {"mlp_bias": False},
+        "hidden_act": {"hidden_act": "gelu"},
+        "vocab_size": {"vocab_size": 272},
+        "hidden_size": {"hidden_size": 40},
+        "intermediate_size": {"intermediate_size": 56},
+        "num_hidden_layers": {"num_hidden_layers": 2},
+        "num_attention_heads": {"num_attention_heads": 8},
+        "num_key_value_heads": {"num_key_value_heads": 4},
+        "head_dim": {"head_dim": 16},
+    },
+    "mistral": {"sliding_window": {"sliding_window": 3}, "hidden_act": {"hidden_act": "gelu_new"}},
+    "qwen2": {
+        "use_sliding_window": {"use_sliding_window": False},
+        "sliding_window": {"sliding_window": 3},
+        "max_window_layers": {"max_window_layers": 0},
+        "layer_types": {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        "rope_scaling": {"rope_scaling": _ROPE},
+    },
+    "qwen3": {
+        "attention_bias": {"attention_bias": False},
+        "use_sliding_window": {"use_sliding_window": False, "layer_types": None},
+        "sliding_window": {"sliding_window": 2},
+        "max_window_layers": {"max_window_layers": 1, "layer_types": None},
+        "layer_types": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "rms_norm_eps": {"rms_norm_eps": 0.1},
+    },
+    "gemma": {
+        "head_dim": {"head_dim": 8},
+        "attention_bias": {"attention_bias": True},
+        "hidden_act": {"hidden_act": "silu"},
+        "rms_norm_eps": {"rms_norm_eps": 0.1},
+        "tie_word_embeddings": {"tie_word_embeddings": False},
+    },
+    "gemma2": {
+        "query_pre_attn_scalar": {"query_pre_attn_scalar": 5},
+        "final_logit_softcapping": {"final_logit_softcapping": 3.0},
+        "attn_logit_softcapping": {"attn_logit_softcapping": None},
+        "hidden_activation": {"hidden_activation": "silu"},
+        "sliding_window": {"sliding_window": 3},
+        "layer_types": {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        "attention_bias": {"attention_bias": True},
+    },
+    "gemma3": {
+        "query_pre_attn_scalar": {"query_pre_attn_scalar": 5},
+        "hidden_activation": {"hidden_activation": "gelu"},
+        "final_logit_softcapping": {"final_logit_softcapping": None},
+        "rope_local_base_freq": {"rope_local_base_freq": 300.0},
+        "rope_theta": {"rope_theta": 500.0},
+        "rope_scaling": {"rope_scaling": None},
+        "rope_parameters": {
+            "rope_scaling": None, "rope_theta": None, "rope_local_base_freq": None,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 700.0} | _ROPE,
+                "sliding_attention": {"rope_theta": 300.0, "rope_type": "default"},
+            },
+        },
+        "sliding_window": {"sliding_window": 3},
+        "sliding_window_pattern": {"sliding_window_pattern": 2},
+        "layer_types": {"layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 2},
+    },
+    "smollm3": {
+        "no_rope_layers": {"no_rope_layers": [0, 1, 1]},
+        "no_rope_layer_interval": {"no_rope_layers": None, "no_rope_layer_interval": 3},
+        "use_sliding_window": {"use_sliding_window": False},
+        "sliding_window": {"sliding_window": 2},
+        "layer_types": {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        "attention_bias": {"attention_bias": False},
+        "mlp_bias": {"mlp_bias": False},
+        "tie_word_embeddings": {"tie_word_embeddings": False},
+    },
+    "phi3": {
+        "rope_scaling": {"rope_scaling": None},
+        "partial_rotary_factor": {"partial_rotary_factor": 0.5, "rope_scaling": None},
+        "sliding_window": {"sliding_window": None},
+        "original_max_position_embeddings": {
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4},
+        },
+    },
+    "olmo2": {"attention_bias": {"attention_bias": False}, "rms_norm_eps": {"rms_norm_eps": 0.1}},
+    "gpt_neox": {
+        "use_parallel_residual": {"use_parallel_residual": False},
+        "attention_bias": {"attention_bias": False},
+        "rotary_pct": {"rotary_pct": 1.0},
+        "rotary_emb_base": {"rotary_emb_base": 300.0},
+        "rope_parameters": {
+            "rotary_pct": None, "rotary_emb_base": None,
+            "rope_parameters": {"rope_theta": 300.0, "rope_type": "default", "partial_rotary_factor": 0.75},
+        },
+        "rope_scaling": {"rope_scaling": _ROPE},
+        "hidden_act": {"hidden_act": "gelu_new"},
+        "layer_norm_eps": {"layer_norm_eps": 0.1},
+        "tie_word_embeddings": {"tie_word_embeddings": True},
+        "max_position_embeddings": {"max_position_embeddings": 6000},
+        "intermediate_size": {"intermediate_size": 40},
+        "num_attention_heads": {"num_attention_heads": 2},
+        "num_hidden_layers": {"num_hidden_layers": 2},
+        "hidden_size": {"hidden_size": 64},
+        "vocab_size": {"vocab_size": 272},
+    },
+    "gpt2": {
+        "n_embd": {"n_embd": 40},
+        "n_head": {"n_head": 2},
+        "n_inner": {"n_inner": None},
+        "n_layer": {"n_layer": 2},
+        "n_positions": {"n_positions": 6000},
+        "activation_function": {"activation_function": "gelu"},
+        "layer_norm_epsilon": {"layer_norm_epsilon": 0.1},
+        "scale_attn_weights": {"scale_attn_weights": False},
+        "tie_word_embeddings": {"tie_word_embeddings": False},
+        "vocab_size": {"vocab_size": 272},
+    },
+    "mixtral": {
+        "num_local_experts": {"num_local_experts": 4},
+        "num_experts_per_tok": {"num_experts_per_tok": 3},
+        "intermediate_size": {"intermediate_size": 40},
+        "sliding_window": {"sliding_window": None},
+    },
+    "qwen3_moe": {
+        "num_experts": {"num_experts": 5},
+        "num_local_experts": {"num_experts": None, "num_local_experts": 5},
+        "num_experts_per_tok": {"num_experts_per_tok": 2},
+        "moe_intermediate_size": {"moe_intermediate_size": 24},
+        "intermediate_size": {"intermediate_size": 40},
+        "norm_topk_prob": {"norm_topk_prob": False},
+        "mlp_only_layers": {"mlp_only_layers": [0, 2]},
+        "decoder_sparse_step": {"mlp_only_layers": [], "decoder_sparse_step": 2},
+        "use_sliding_window": {"use_sliding_window": False},
+        "sliding_window": {"sliding_window": 3},
+        "attention_bias": {"attention_bias": False},
+    },
+}  # fmt: skip
+SILENT = {"max_position_embeddings", "router_aux_loss_coef"}
+"""Fields that do not move the logits: a bound on inputs (but for learned positions), a part of the loss."""
+
+
+def changed(case: str, field: str) -> dict[str, Any]:
+    """The configuration with one field changed; a value None takes the field out."""
+    fields = CASES[case] | CHANGES[case][field]
+    taken_out = [name for name, value in CHANGES[case][field].items() if value is None and name in _ABSENT_WHEN_NONE]
+    return {name: value for name, value in fields.items() if name not in taken_out}
+
+
+_ABSENT_WHEN_NONE = {
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "layer_types", "no_rope_layers", "rotary_pct", "rotary_emb_base",
+    "num_experts",
+}  # fmt: skip
+
+
+def test_every_field_of_every_family_is_changed_somewhere() -> None:
+    """A field that several families share and read with the same rule may be changed in any of them."""
+    for case, changes in CHANGES.items():
+        family = FAMILIES[ARCHITECTURES[CASES[case]["architectures"][0]][0]]
+        own = set(family.fields) | {name for rule in family.rules for name in rule.names}
+        llama = FAMILIES["llama"]
+        shared = {name for name, ours in family.fields.items() if llama.fields.get(name) == ours}
+        shared |= {name for name in ("hidden_act", "rope_theta", "rope_scaling", "rope_parameters") if name in own}
+        assert own - SILENT - (shared if case != "llama" else set()) <= set(changes), case
+        assert set(changes) <= own
+
+
+@pytest.mark.parametrize(("case", "field"), [(case, field) for case, fields in CHANGES.items() for field in fields])
+def test_a_changed_field_changes_the_configuration(case: str, field: str) -> None:
+    """That it changes the logits as in transformers is shown by `pytest -m parity`."""
+    before, after = (config_from_hf(fields, "config.json") for fields in (CASES[case], changed(case, field)))
+    assert before != after
+    assert config_from_hf(config_to_hf(after), "config.json") == after
+
+
+# ---- live
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES)
+def test_live_outputs(case: str, golden: Any, tmp_path: Path) -> None:
+    """The stored outputs, all logits, and greedy continuations of both prompts."""
+    pytest.importorskip("torch", reason="needs the [parity] extra")
+    from make_family_golden import opened, outputs, saved_shapes
+
+    assert saved_shapes(CASES[case]) == stored_shapes(case)
+    theirs = outputs(case, opened(CASES[case], drawn(stored_shapes(case))))
+    loaded = load_pretrained(checkpoint(case, tmp_path))
+    differences = {name: np.abs(ours - theirs[name]).max() for name, ours in our_logits(loaded, case).items()}
+    print(f"\nPARITY {case}: " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+    assert max(differences.values()) <= TOLERANCE
+    for name, array in theirs.items():
+        np.testing.assert_allclose(sampled(name, array), golden[f"{case}/{name}"], rtol=0, atol=2e-5)
+    if "greedy" in theirs:
+        np.testing.assert_array_equal(our_continuation(loaded), theirs["greedy"])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("case", "field"), [(case, field) for case, fields in CHANGES.items() for field in fields])
+def test_live_a_changed_field_changes_the_logits_as_in_transformers(case: str, field: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs the [parity] extra")
+    from make_family_golden import logits, opened, saved_shapes
+
+    fields = changed(case, field)
+    tensors = drawn(saved_shapes(fields))
+    start = FAR if field == "original_max_position_embeddings" else 0
+    theirs = logits(opened(fields, tensors), tokens(), start)
+    base = logits(opened(CASES[case], drawn(stored_shapes(case))), tokens(), start)
+    model, params, _ = load_pretrained(write_checkpoint(tmp_path, fields, tensors))
+    positions = np.arange(start, start + DOCUMENT, dtype=np.int32)[None]
+    ours = np.asarray(jax.jit(model.apply)(params, tokens()[None].astype(np.int32), positions=positions))[0]
+    assert np.abs(ours - theirs).max() <= TOLERANCE
+    assert ours.shape != base.shape or min(np.abs(ours - base).max(), np.abs(theirs - base).max()) > 1e-3
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", ["mistral", "gemma3", "qwen2"])
+def test_live_a_long_sequence(case: str, tmp_path: Path) -> None:
+    """4200 tokens in one piece: the last 64 columns."""
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    from make_family_golden import opened
+
+    ids = np.random.default_rng(1).integers(3, 259, (1, 4200))
+    with torch.no_grad():
+        network = opened(CASES[case], drawn(stored_shapes(case)))
+        theirs = network(torch.from_numpy(ids), use_cache=False, logits_to_keep=64).logits[0].numpy()
+    model, params, _ = load_pretrained(checkpoint(case, tmp_path))
+
+    @jax.jit
+    def last(params: Any, ids: Any) -> Any:
+        return model.logits(params, model.hidden(params, ids)[:, -64:])[0]
+
+    difference = np.abs(np.asarray(last(params, ids.astype(np.int32))) - theirs).max()
+    print(f"\nPARITY {case}, 4200 tokens: {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", ["qwen3", "gemma2", "gpt_neox", "mixtral"])
+def test_live_gradients(case: str, tmp_path: Path) -> None:
+    """Of the mean cross-entropy, with the router's loss where there is one: each tensor within 1e-4 of its norm."""
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    from make_family_golden import opened
+
+    network = opened(CASES[case], drawn(stored_shapes(case)))
+    ids = torch.from_numpy(tokens())[None]
+    extra = {"output_router_logits": True} if case == "mixtral" else {}
+    told = network(ids, labels=ids, use_cache=False, **extra)
+    told.loss.backward()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.grad)
+    network.save_pretrained(tmp_path / "gradients")
+    write_checkpoint(tmp_path / "weights", CASES[case], drawn(stored_shapes(case)))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gradients" / name).write_bytes((tmp_path / "weights" / name).read_bytes())
+    theirs = load_pretrained(tmp_path / "gradients").params
+    model, params, _ = load_pretrained(tmp_path / "weights")
+    inputs = jnp.asarray(tokens()[None], jnp.int32)
+
+    def loss(params: Any) -> Any:
+        hidden, router = model.hidden_and_router_loss(params, inputs)
+        return -ops.token_logprobs(model.logits(params, hidden)[:, :-1], inputs[:, 1:]).mean() + router
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    assert abs(float(value) - float(told.loss)) <= 1e-5 * float(told.loss)
+    worst = 0.0
+    for (path, ours), other in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(theirs), strict=True
+    ):
+        assert np.linalg.norm(other) > 1e-6, path
+        worst = max(worst, float(np.linalg.norm(ours - other) / np.linalg.norm(other)))
+    print(f"\nPARITY {case}, gradients: relative {worst:.1e}")
+    assert worst <= 1e-4
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES)
+def test_live_transformers_computes_the_same_from_an_export(case: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
+    import transformers
+    from make_family_golden import logits, opened
+
+    loaded = load_pretrained(checkpoint(case, tmp_path))
+    export_pretrained(tmp_path / "out", *loaded)
+    network, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    start = FAR if case in BEYOND_ORIGINAL else 0
+    original = opened(CASES[case], drawn(stored_shapes(case)))
+    np.testing.assert_array_equal(logits(network.eval(), tokens(), start), logits(original, tokens(), start))
