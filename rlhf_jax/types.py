@@ -116,8 +116,13 @@ class Completions:
     """Prompts with what was sampled after them; a sequence is ``concatenate([prompts.tokens, tokens], axis=1)``.
 
     tokens: int32 [B, T], pad id after the end. mask: bool [B, T], True through the first end-of-sequence token, included.
-    logprobs: float32 [B, T], log-probability of each token under softmax(logits / temperature), 0 where not mask.
-    ended: bool [B], True when an end-of-sequence token was sampled (False: cut at the length limit).
+    logprobs: float32 [B, T], log-probability of each token under softmax(logits / temperature), 0 where not mask: what
+    a scorer recomputes.
+    ended: bool [B], True when the response ended by itself (stop token, stop string; False: cut at the length limit).
+    sampled_logprobs: float32 [B, T], log-probability under the distribution that was drawn from: after penalties,
+    forbidden tokens and truncation; equal to logprobs without those. None for completions that were not sampled.
+    slot_steps: int32 [B], decode steps for which the row held its slot, those after its end included: mask.sum() /
+    slot_steps.sum() is the share of the sampler's work that was of use. None likewise.
     """
 
     prompts: PromptBatch
@@ -125,6 +130,8 @@ class Completions:
     mask: Bool[Array, "B T"]
     logprobs: Float[Array, "B T"]
     ended: Bool[Array, "B"]  # noqa: F821
+    sampled_logprobs: Float[Array, "B T"] | None = None
+    slot_steps: Int32[Array, "B"] | None = None  # noqa: F821
 
 
 @struct.dataclass

@@ -122,12 +122,11 @@ class Decoder(nnx.Module):
         self, tokens: Int32[Array, "B 1"], positions: Int32[Array, "B 1"], cache: KVCache, constrain: Constrain
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """One more column for every row. The cache travels in the carry of the layer scan and is updated in place."""
-        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, jnp.ones_like(tokens, dtype=bool), cache.index, axis=1)
+        known = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1)
         zero = jnp.zeros((), jnp.int32)
-        columns = jnp.arange(valid.shape[1], dtype=jnp.int32)
 
         def over_cache(window: int | None) -> Attend:
-            seen = valid if window is None else valid & (columns > cache.index - window)
+            seen = known >= 0 if window is None else (known >= 0) & (known > positions - window)
             return self._attend_where(seen[:, None, :])
 
         carry = (self._embed(tokens, positions, constrain), cache.keys, cache.values)
@@ -152,7 +151,7 @@ class Decoder(nnx.Module):
 
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
         x, keys, values = carry
-        return self.final_norm(x), KVCache(keys, values, valid, cache.index + 1)
+        return self.final_norm(x), KVCache(keys, values, known, cache.index + 1)
 
     def _attend_where(self, mask: Array) -> Attend:
         """Attention to the keys of a cache that ``mask`` [B, 1, C] lets through."""

@@ -138,7 +138,7 @@ class Model:
         return hidden[:, -1:], KVCache(
             keys=self.constrain(cache.keys.at[:, :, :, :width].set(keys), KVCache.LOGICAL_AXES),
             values=self.constrain(cache.values.at[:, :, :, :width].set(values), KVCache.LOGICAL_AXES),
-            valid=cache.valid.at[:, :width].set(mask),
+            positions=cache.positions.at[:, :width].set(jnp.where(mask, positions, -1)),
             index=jnp.asarray(width, jnp.int32),
         )
 

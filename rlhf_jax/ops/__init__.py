@@ -38,7 +38,7 @@ from rlhf_jax.ops.masking import (
     whiten,
     zero_outside,
 )
-from rlhf_jax.ops.sampling import sample_tokens, token_keys, truncate_logits
+from rlhf_jax.ops.sampling import penalise_repetition, sample_tokens, token_keys, truncate_logits
 
 __all__ = [
     "Convention",
@@ -65,6 +65,7 @@ __all__ = [
     "normalising_gain_bias",
     "pairwise_loss",
     "penalise_missing_eos",
+    "penalise_repetition",
     "plackett_luce_loss",
     "policy_loss",
     "positions_from_mask",

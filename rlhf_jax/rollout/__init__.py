@@ -1,6 +1,6 @@
 """Sampling completions and scoring them."""
 
-from rlhf_jax.rollout.generate import SamplingConfig, generate
+from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.score import (
     RolloutModels,
     RolloutParams,
@@ -10,11 +10,13 @@ from rlhf_jax.rollout.score import (
     sequence_logprobs,
     sequence_scores,
 )
+from rlhf_jax.rollout.settings import SamplingConfig, SlotConfig
 
 __all__ = [
     "RolloutModels",
     "RolloutParams",
     "SamplingConfig",
+    "SlotConfig",
     "as_token_batch",
     "generate",
     "policy_and_values",

@@ -1,0 +1,78 @@
+"""What is sampled, and on how many rows at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import UnionType
+
+from rlhf_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """temperature: 0 = greedy. top_k (0 = off), top_p (1 = off), min_p (0 = off), repetition_penalty (1 = off, of tokens
+    of prompt and response): these change what is drawn from, which biases PPO's ratio; leave them off there.
+    max_new_tokens: columns of the response. min_new_tokens: nothing ends a response before. A completion ends at a stop
+    token (of the tokenizer and template), and with the token that completes one of ``stop_strings``."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            raise InputError(f"SamplingConfig.temperature = {self.temperature!r}: give a number >= 0")
+        if not _is_number(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"SamplingConfig.top_k = {self.top_k!r}: give a whole number >= 0 (0 = off)")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise InputError(f"SamplingConfig.top_p = {self.top_p!r}: give a number in (0, 1]")
+        if not _is_number(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InputError(f"SamplingConfig.max_new_tokens = {self.max_new_tokens!r}: give a whole number >= 1")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise InputError(f"SamplingConfig.min_p = {self.min_p!r}: give a number in [0, 1]")
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < float("inf")):
+            raise InputError(f"SamplingConfig.repetition_penalty = {self.repetition_penalty!r}: give a number > 0")
+        if not _is_number(self.min_new_tokens, int) or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"SamplingConfig.min_new_tokens = {self.min_new_tokens!r}: give a whole number in [0, max_new_tokens]"
+            )
+        strings = self.stop_strings
+        if not (isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)):
+            raise InputError(f"SamplingConfig.stop_strings = {strings!r}: give a list of strings, none of them empty")
+        object.__setattr__(self, "stop_strings", tuple(strings))  # gin gives lists; a static argument must be hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotConfig:
+    """How many completions are decoded at a time; what is sampled does not depend on it.
+
+    slots: rows of the decode step (0 = one per completion); a completion that has ended makes room for the next.
+    prefill: prompts read together to fill free slots (0 = as many as fill all). refill_at: free slots at which the next
+    completions enter. smallest: when nothing waits any more, running completions move together into half as many slots,
+    again and again while at least this many remain (0 = never; each halving compiles the decode step once more).
+    """
+
+    slots: int = 0
+    prefill: int = 0
+    refill_at: int = 1
+    smallest: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "prefill", "refill_at", "smallest"):
+            least = 1 if name == "refill_at" else 0
+            value = getattr(self, name)
+            if not _is_number(value, int) or value < least:
+                raise InputError(f"SlotConfig.{name} = {value!r}: give a whole number >= {least}")
+        if self.slots and self.refill_at > self.slots:
+            raise InputError(
+                f"SlotConfig.refill_at = {self.refill_at}: more than SlotConfig.slots = {self.slots} never fall free"
+            )
+
+
+def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

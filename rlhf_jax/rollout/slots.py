@@ -1,0 +1,306 @@
+"""Decoding as a fold over a frozen state: S slots, each at work on one completion, refilled on the device.
+
+The cache has P + T columns: those of the prompt, then a ring of T. Every decode step writes one column of the ring, the
+same for all slots, so a step needs no scatter; a completion lives at most T steps, hence none of its columns is written
+over before it ends. A slot that is refilled gets another prompt's columns and forgets the ring (its positions there
+become -1). Example, P = 1, T = 3, two slots, completions a (1 token), b (3 tokens), c (2 tokens):
+
+    step      0        1        2        3
+    writes    ring 0   ring 1   ring 2   ring 0
+    slot 0    a0 end   c0       c1 end
+    slot 1    b0       b1       b2 end
+
+Letters: S slots, N prompts, R = N * samples completions ("rows"; row r is a sample of prompt r // samples), P prompt
+columns, T response columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int32
+
+from rlhf_jax import ops
+from rlhf_jax.models import KVCache, Model
+from rlhf_jax.rollout.settings import SamplingConfig
+from rlhf_jax.types import Params, PromptBatch, Rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What stays the same while sampling. prompts: [N, P]; stop_table: int [states, V] of `data.stop_table`, or None."""
+
+    model: Model
+    params: Params
+    prompts: PromptBatch
+    rng: Rng
+    sampling: SamplingConfig
+    samples: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    stop_table: Array | None
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return int(self.prompts.tokens.shape[1])
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.prompts.tokens.shape[0]) * self.samples
+
+
+@struct.dataclass
+class Work:
+    """What a slot knows of its completion; everything [S, ...] and replaced when another one enters.
+
+    row: int32, which completion. prompt_id, sample_id: int32, for the random bits. prompt_length: int32, real tokens.
+    begin: int32, ring column of its first token. count: int32, tokens so far. running, ended: bool. held: int32, decode
+    steps since it entered. hidden: [S, 1, D], what the next token is read from. stop_state: int32, of the stop table,
+    or None. seen: bool [S, V], tokens of prompt and response, or None.
+    """
+
+    row: Int32[Array, "S"]  # noqa: F821
+    prompt_id: Int32[Array, "S"]  # noqa: F821
+    sample_id: Int32[Array, "S"]  # noqa: F821
+    prompt_length: Int32[Array, "S"]  # noqa: F821
+    begin: Int32[Array, "S"]  # noqa: F821
+    count: Int32[Array, "S"]  # noqa: F821
+    running: Bool[Array, "S"]  # noqa: F821
+    ended: Bool[Array, "S"]  # noqa: F821
+    held: Int32[Array, "S"]  # noqa: F821
+    hidden: Float[Array, "S 1 D"]
+    stop_state: Int32[Array, "S"] | None  # noqa: F821
+    seen: Bool[Array, "S V"] | None
+
+
+@struct.dataclass
+class Sampled:
+    """Columns of text: rings [S, T] in the slots, finished rows [R, T] in the results. sampled_logprobs: None when
+    nothing sets them apart from logprobs."""
+
+    tokens: Int32[Array, "S T"]
+    logprobs: Float[Array, "S T"]
+    sampled_logprobs: Float[Array, "S T"] | None
+
+
+@struct.dataclass
+class Results:
+    """Finished completions, by row. count, slot_steps: int32 [R]. ended: bool [R]."""
+
+    text: Sampled
+    count: Int32[Array, "R"]  # noqa: F821
+    ended: Bool[Array, "R"]  # noqa: F821
+    slot_steps: Int32[Array, "R"]  # noqa: F821
+
+
+@struct.dataclass
+class Slots:
+    """The state of the fold. waiting: int32 [], the first row that has not entered a slot yet."""
+
+    waiting: Int32[Array, ""]
+    work: Work
+    cache: KVCache
+    ring: Sampled
+    results: Results
+
+
+@struct.dataclass
+class Staged:
+    """Prompts that were read and wait to be copied into slots: ``first`` and the following. cache: P columns."""
+
+    first: Int32[Array, ""]
+    prompts: PromptBatch
+    hidden: Float[Array, "N 1 D"]
+    cache: KVCache
+
+
+def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
+    """Prefill of ``count`` prompts from ``first`` on (or as many before the end of the queue)."""
+    first = jnp.minimum(first, job.prompts.tokens.shape[0] - count)
+    prompts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), job.prompts)
+    positions = ops.positions_from_mask(prompts.mask)
+    hidden, cache = job.model.prefill(job.params, prompts.tokens, prompts.mask, positions, job.width)
+    return Staged(first, prompts, hidden, cache)
+
+
+def first_fill(job: Job, staged: Staged, slots: int) -> Slots:
+    """Rows 0 ... slots - 1 in slots of their own; ``staged`` holds their prompts, from prompt 0 on."""
+    rows = jnp.arange(slots, dtype=jnp.int32)
+    length = job.sampling.max_new_tokens
+    return Slots(
+        waiting=jnp.asarray(slots, jnp.int32),
+        work=_new_work(job, staged, rows, jnp.zeros((), jnp.int32)),
+        cache=staged.cache.take(rows // job.samples, job.width + length),
+        ring=_no_text(job, slots),
+        results=Results(
+            text=_no_text(job, job.rows),
+            count=jnp.zeros((job.rows,), jnp.int32),
+            ended=jnp.zeros((job.rows,), bool),
+            slot_steps=jnp.zeros((job.rows,), jnp.int32),
+        ),
+    )
+
+
+def admit(job: Job, state: Slots, staged: Staged, last: Array) -> Slots:
+    """Waiting rows before ``last`` into free slots, as many as fit; what had ended there goes to the results."""
+    state = flush(job, state)
+    free = ~state.work.running
+    count = jnp.minimum(free.sum(), last - state.waiting).astype(jnp.int32)
+    place = jnp.cumsum(free).astype(jnp.int32) - 1  # of a free slot among the free ones
+    rows = state.waiting + place
+    new = _new_work(job, staged, rows, state.cache.index - job.width)
+    enters = free & (place < count)
+
+    def chosen(fresh: Array, old: Array) -> Array:
+        return jnp.where(enters.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+
+    order = jnp.argsort(~free, stable=True).astype(jnp.int32)  # free slots first
+
+    def copy(index: Array, cache: KVCache) -> KVCache:
+        prompt = (state.waiting + index) // job.samples - staged.first
+        return cache.put(order[index], staged.cache, prompt)
+
+    return state.replace(
+        waiting=state.waiting + count,
+        work=jax.tree.map(chosen, new, state.work),
+        cache=jax.lax.fori_loop(0, count, copy, state.cache),
+    )
+
+
+def decode_while(job: Job, state: Slots, go_on: Callable[[Slots], Array]) -> Slots:
+    """Decode steps until ``go_on`` is False."""
+    return jax.lax.while_loop(go_on, lambda state: step(job, state), state)
+
+
+def step(job: Job, state: Slots) -> Slots:
+    """One token for every running slot: sample it from the hidden state, write it, read it."""
+    work, running = state.work, state.work.running
+    token, logprob, sampled_logprob, is_stop = _sample(job, work)
+    token = jnp.where(running, token, job.pad_id)
+    column = state.cache.index - job.width
+
+    def written(ring: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(ring, value[:, None], column, axis=1)
+
+    ring = Sampled(
+        tokens=written(state.ring.tokens, token),
+        logprobs=written(state.ring.logprobs, logprob),
+        sampled_logprobs=None
+        if state.ring.sampled_logprobs is None
+        else written(state.ring.sampled_logprobs, sampled_logprob),
+    )
+    count = work.count + running
+    stop_state = work.stop_state
+    if job.stop_table is not None and stop_state is not None:
+        stop_state = job.stop_table[stop_state, token].astype(jnp.int32)
+        is_stop = is_stop | (stop_state == job.stop_table.shape[0] - 1)
+    stops = running & is_stop & (count >= job.sampling.min_new_tokens)
+    positions = (work.prompt_length + work.count)[:, None]
+    hidden, cache = job.model.decode(job.params, token[:, None], positions, state.cache)
+    columns = job.width + job.sampling.max_new_tokens
+    cache = cache.replace(index=jnp.where(cache.index == columns, job.width, cache.index))
+    work = work.replace(
+        hidden=hidden,
+        count=count,
+        running=running & ~stops & (count < job.sampling.max_new_tokens),
+        ended=work.ended | stops,
+        held=work.held + 1,
+        stop_state=stop_state,
+        seen=None if work.seen is None else work.seen.at[jnp.arange(token.shape[0]), token].set(True),
+    )
+    return state.replace(work=work, cache=cache, ring=ring)
+
+
+def flush(job: Job, state: Slots) -> Slots:
+    """What has ended, from the rings to the results. A row that stays in its slot is written again, with more
+    ``slot_steps``."""
+    work, length = state.work, job.sampling.max_new_tokens
+    columns = jnp.arange(length, dtype=jnp.int32)
+    source = (work.begin[:, None] + columns) % length
+    counts = columns < work.count[:, None]
+    target = jnp.where(work.running, job.rows, work.row)  # past the end: dropped
+
+    def unrolled(ring: Array, outside: int | float) -> Array:
+        return jnp.where(counts, jnp.take_along_axis(ring, source, axis=1), outside)
+
+    def stored(stack: Array, values: Array) -> Array:
+        return stack.at[target].set(values, mode="drop", unique_indices=False)
+
+    outside = Sampled(job.pad_id, 0.0, None if state.ring.sampled_logprobs is None else 0.0)  # type: ignore[arg-type]
+    text = jax.tree.map(unrolled, state.ring, outside)
+    results = Results(text=text, count=work.count, ended=work.ended, slot_steps=work.held)
+    return state.replace(results=jax.tree.map(stored, state.results, results))
+
+
+def move_together(job: Job, state: Slots, slots: int) -> Slots:
+    """The same with ``slots`` slots, at least as many as are running."""
+    state = flush(job, state)
+    order = jnp.argsort(~state.work.running, stable=True)[:slots].astype(jnp.int32)
+    work, ring = jax.tree.map(lambda x: jnp.take(x, order, axis=0), (state.work, state.ring))
+    return state.replace(work=work, ring=ring, cache=state.cache.take(order))
+
+
+def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:
+    """(token, its raw log-probability, that it was drawn with, is it a stop token) of every slot."""
+    sampling = job.sampling
+    keys = ops.token_keys(job.rng, work.prompt_id, work.sample_id, work.count)
+    logits = job.model.logits(job.params, work.hidden)[:, 0]
+    stops = jnp.asarray(job.eos_ids, jnp.int32)
+    adjusted = None
+    if work.seen is not None:
+        adjusted = ops.penalise_repetition(logits, work.seen, sampling.repetition_penalty)
+    if sampling.min_new_tokens and job.eos_ids:
+        early = (work.count + 1 < sampling.min_new_tokens)[:, None]
+        barred = early & jnp.zeros((logits.shape[1],), bool).at[stops].set(True)
+        adjusted = jnp.where(barred, -jnp.inf, logits if adjusted is None else adjusted)
+    token, logprob, sampled_logprob = ops.sample_tokens(
+        logits,
+        keys,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        adjusted=adjusted,
+    )
+    return token, logprob, sampled_logprob, jnp.isin(token, stops)
+
+
+def _new_work(job: Job, staged: Staged, rows: Array, begin: Array) -> Work:
+    """A beginning for each of ``rows``, int32 [S] (clipped to what is staged: take only what counts)."""
+    prompt = jnp.clip(rows // job.samples - staged.first, 0, staged.hidden.shape[0] - 1)
+    mask = staged.prompts.mask[prompt]
+    nothing = jnp.zeros(rows.shape, jnp.int32)
+    seen = None
+    if job.sampling.repetition_penalty != 1.0:
+        empty = jnp.zeros((rows.shape[0], job.model.config.vocab_size), bool)
+        seen = empty.at[jnp.arange(rows.shape[0])[:, None], staged.prompts.tokens[prompt]].max(mask)
+    return Work(
+        row=rows,
+        prompt_id=staged.prompts.prompt_id[prompt],
+        sample_id=staged.prompts.sample_id[prompt] * job.samples + rows % job.samples,
+        prompt_length=mask.sum(axis=1).astype(jnp.int32),
+        begin=jnp.broadcast_to(begin, rows.shape),
+        count=nothing,
+        running=jnp.ones(rows.shape, bool),
+        ended=jnp.zeros(rows.shape, bool),
+        held=nothing,
+        hidden=staged.hidden[prompt],
+        stop_state=None if job.stop_table is None else nothing,
+        seen=seen,
+    )
+
+
+def _no_text(job: Job, rows: int) -> Sampled:
+    shape, sampling = (rows, job.sampling.max_new_tokens), job.sampling
+    raw = sampling == dataclasses.replace(
+        sampling, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_new_tokens=0
+    )
+    apart: Any = None if raw and sampling.temperature > 0 else jnp.zeros(shape, jnp.float32)
+    return Sampled(jnp.full(shape, job.pad_id, jnp.int32), jnp.zeros(shape, jnp.float32), apart)
