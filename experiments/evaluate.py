@@ -51,6 +51,7 @@ def run(
     score_texts: ScoreTexts | None = None,
     reward: ModelSource | None = None,
     mesh: MeshConfig = MeshConfig(),
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     samples_shown: int = 8,
 ) -> None:
     """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy)."""
@@ -80,13 +81,15 @@ def run(
     with opened as here:
         results = {}
         for name, path in policies:
-            results[name] = _sample(ModelSource(path=path), judge, prompts, batch, sampling, score_texts, devices, rng)
+            results[name] = _sample(
+                ModelSource(path=path), judge, prompts, batch, sampling, slots, score_texts, devices, rng
+            )
         evaluation = _compare(results, samples_shown)
         write_atomically(here.directory / "evaluation.json", json.dumps(evaluation, indent=1, sort_keys=True) + "\n")
     _print(evaluation)
 
 
-def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) -> dict:
+def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices, rng) -> dict:
     """Replies of one policy with every score as a float64 vector in the order of the prompts."""
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
@@ -104,11 +107,11 @@ def _sample(source, judge, prompts, batch, sampling, score_texts, devices, rng) 
 
     tell_left_out(prompts, encoded, none)
 
-    eos = data.stop_ids(tokenizer, prompts.template)
+    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 
     @jax.jit
     def reply(params, frozen, part, rng):
-        done = rollout.generate(loaded.model, params, part, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
+        done = rollout.generate(loaded.model, params, part, rng, sampling=sampling, slots=slots, **ends)
         if judge is None:
             return done, None
         return done, rollout.sequence_scores(judge.model, frozen, rollout.as_token_batch(done))

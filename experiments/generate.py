@@ -8,7 +8,6 @@ RUN_DIR/comparisons.jsonl is what train_reward.py reads.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
-import numpy as np
 
 from rlhf_jax import data, rollout
 from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
@@ -49,8 +47,10 @@ def run(
     score_texts: ScoreTexts | None = None,
     annotator: AnnotatorConfig | None = None,
     mesh: MeshConfig = MeshConfig(),
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
 ) -> None:
-    """samples: completions per prompt. score_texts: scores written with each completion (the annotator needs "gold")."""
+    """samples: completions per prompt, batch_size prompts at a time. score_texts: scores written with each completion
+    (the annotator needs "gold")."""
     bound = bound_config()
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
@@ -72,7 +72,7 @@ def run(
         output="completions.jsonl",
     )
     with opened as here:
-        rows = _sample(loaded, prompts, batch, sampling, samples, devices, rng)
+        rows, use = _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng)
         if score_texts is not None:
             scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
             if annotator is not None and "gold" not in scores:
@@ -84,11 +84,11 @@ def run(
         _write(here.directory / "completions.jsonl", rows)
         if annotator is not None:
             _annotate(here.directory, rows, annotator)
-    print(f"{len(rows)} completions: {run_dir}/completions.jsonl")
+    print(f"{len(rows)} completions, {use:.0%} of the slot-steps of use: {run_dir}/completions.jsonl")
 
 
-def _sample(loaded, prompts, batch, sampling, samples, devices, rng) -> list[dict]:
-    """A row per completion: every prompt once, then again for the next sample."""
+def _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng) -> tuple[list[dict], float]:
+    """A row per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
     encoded, none = encode_records(
         prompts,
@@ -98,22 +98,24 @@ def _sample(loaded, prompts, batch, sampling, samples, devices, rng) -> list[dic
 
     tell_left_out(prompts, encoded, none)
 
-    eos = data.stop_ids(tokenizer, prompts.template)
+    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 
     @jax.jit
     def generate(params, prompts, rng):
-        return rollout.generate(loaded.model, params, prompts, rng, sampling=sampling, eos_ids=eos, pad_id=pad)
+        settings = {"sampling": sampling, "slots": slots, "samples": samples}
+        return rollout.generate(loaded.model, params, prompts, rng, **settings, **ends)
 
     rows: list[dict] = []
-    for sample in range(samples):
-        for part in data.evaluation_prompt_batches(
-            encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
-        ):
-            part = dataclasses.replace(part, sample_id=np.full_like(part.sample_id, sample))
-            done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
-            for row, text, ended in zip(*data.responses(done, encoded.records, tokenizer), strict=True):
-                rows.append(row | {"sample": sample, "response": text, "ended": ended})
-    return rows
+    useful = steps = 0
+    for part in data.evaluation_prompt_batches(
+        encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
+    ):
+        done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
+        numbers = done.prompts.sample_id[done.prompts.prompt_id >= 0].tolist()
+        for number, row, text, ended in zip(numbers, *data.responses(done, encoded.records, tokenizer), strict=True):
+            rows.append(row | {"sample": number, "response": text, "ended": ended})
+        useful, steps = useful + done.mask.sum(), steps + done.slot_steps.sum()
+    return sorted(rows, key=lambda row: row["sample"]), useful / steps
 
 
 def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> None:

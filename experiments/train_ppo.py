@@ -48,6 +48,7 @@ def run(
     value_optimizer: learn.OptimizerConfig,
     loop: LoopConfig,
     mesh: MeshConfig = MeshConfig(),
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     reward: ModelSource | None = None,
     reward_texts: ScoreTexts | None = None,
     reward_key: str = "gold",
@@ -80,8 +81,15 @@ def run(
     optimizer = programs.ppo_optimizer(policy_optimizer, value_optimizer, steps, ppo)
     begin = programs.ppo_beginning(optimizer, ppo, train_rng, share_trunk=share_trunk)
     state = born_sharded(begin, cast.shardings(devices), devices, cast.trainable)
-    ends = {"eos_ids": data.stop_ids(tokenizer, prompts.template), "pad_id": pad}
-    settings = {"sampling": sampling, "ppo": ppo, "microbatches": batch.microbatches, "ends": ends}
+    vocabulary = cast.models.policy.config.vocab_size
+    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary)
+    settings = {
+        "sampling": sampling,
+        "slots": slots,
+        "ppo": ppo,
+        "microbatches": batch.microbatches,
+        "ends": ends,
+    }
     generate, score, prepare, update = programs.ppo_functions(cast.models, optimizer, state, devices, **settings)
 
     # 3. The loop.
@@ -124,8 +132,10 @@ def run(
             reported = metrics | updated | watched | {"kl_coefficient": state.kl_coefficient}
             state = learn.PPOState(train, coefficient, jnp.asarray(step, jnp.int32))
 
-            seconds = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - before}
-            here.log(step, reported, tokens=int(np.asarray(completions.mask).sum()), timing=seconds)
+            tokens = int(np.asarray(completions.mask).sum())
+            timing = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - before}
+            timing["slot_use"] = tokens / int(np.asarray(completions.slot_steps).sum())
+            here.log(step, reported, tokens=tokens, timing=timing)
             here.save(step, state, {"data": batches.get_state()})
 
 

@@ -137,8 +137,9 @@ def ppo_functions(
     ppo: learn.PPOConfig,
     microbatches: int,
     ends: dict[str, Any],
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
 ) -> PPOFunctions:
-    """Of PPO. ends: ``eos_ids`` and ``pad_id`` of the rollout."""
+    """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout."""
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
 
     def policy_fn(params: Params, completions: Any) -> Any:
@@ -149,7 +150,7 @@ def ppo_functions(
     train_step = learn.make_train_step(learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=microbatches)
 
     def generate(params: Params, prompts: Any, rng: Rng) -> Any:
-        return rollout.generate(models.policy, params["policy"], prompts, rng, sampling=sampling, **ends)
+        return rollout.generate(models.policy, params["policy"], prompts, rng, sampling=sampling, slots=slots, **ends)
 
     def score(params: Params, frozen: Params, completions: Any) -> Any:
         four = rollout.RolloutParams(params["policy"], frozen["reference"], params.get("value"), frozen["reward"])

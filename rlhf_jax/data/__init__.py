@@ -40,6 +40,7 @@ from rlhf_jax.data.records import (
 )
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
+from rlhf_jax.data.stop_strings import sampler_ends, stop_table
 from rlhf_jax.data.templates import Template, render_prompt, render_reply
 
 __all__ = [
@@ -82,9 +83,11 @@ __all__ = [
     "render_reply",
     "report",
     "responses",
+    "sampler_ends",
     "split_by_prompt",
     "stack_rows",
     "stop_ids",
+    "stop_table",
     "token_batches",
     "truncate_by_lines",
 ]

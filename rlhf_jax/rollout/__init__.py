@@ -10,9 +10,10 @@ from rlhf_jax.rollout.score import (
     sequence_logprobs,
     sequence_scores,
 )
-from rlhf_jax.rollout.settings import SamplingConfig, SlotConfig
+from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig
 
 __all__ = [
+    "ALL_AT_ONCE",
     "RolloutModels",
     "RolloutParams",
     "SamplingConfig",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax.models import Model
-from rlhf_jax.rollout.settings import SamplingConfig, SlotConfig
-from rlhf_jax.rollout.slots import Job, Slots, admit, decode_while, first_fill, flush, move_together, read_prompts
+from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig
+from rlhf_jax.rollout.slots import Job, Slots, admit, decode_until, first_fill, flush, move_together, read_prompts
 from rlhf_jax.types import Completions, InputError, Params, PromptBatch, Rng
 
 
@@ -22,7 +24,7 @@ def generate(
     eos_ids: tuple[int, ...],
     pad_id: int,
     samples: int = 1,
-    slots: SlotConfig = SlotConfig(),
+    slots: SlotConfig = ALL_AT_ONCE,
     stop_table: Array | None = None,
 ) -> Completions:
     """Sample ``samples`` completions of every prompt (left-padded, [N, P]): tokens [N * samples, sampling.max_new_tokens].
@@ -34,8 +36,7 @@ def generate(
     sampling, eos_ids, pad_id, samples and slots static. Raises InputError when prompt and response columns together
     exceed the model's max_length.
     """
-    count, width = prompts.tokens.shape
-    length = sampling.max_new_tokens
+    width, length = prompts.tokens.shape[1], sampling.max_new_tokens
     if width + length > model.config.max_length:
         raise InputError(
             f"generate: {width} prompt columns and SamplingConfig.max_new_tokens = {length} exceed the model's max_length "
@@ -65,21 +66,22 @@ def _serve_the_queue(job: Job, state: Slots, wide: int, slots: SlotConfig) -> Sl
         staged = read_prompts(job, first, size)
 
         def enter(state: Slots) -> Slots:
-            state = decode_while(job, state, lambda now: (~now.work.running).sum() < slots.refill_at)
+            state = decode_until(job, state, wide - slots.refill_at)
             return admit(job, state, staged, last)
 
-        return jax.lax.while_loop(lambda state: state.waiting < last, enter, state)
+        served: Slots = jax.lax.while_loop(lambda state: state.waiting < last, enter, state)
+        return served
 
-    return jax.lax.fori_loop(0, -(-(count - begun) // size), serve, state)
+    served: Slots = jax.lax.fori_loop(0, -(-(count - begun) // size), serve, state)
+    return served
 
 
 def _finish(job: Job, state: Slots, wide: int, smallest: int) -> Slots:
     """Until every slot has ended, in ever fewer slots."""
     while smallest and wide // 2 >= smallest:
         wide //= 2
-        state = decode_while(job, state, lambda now, wide=wide: now.work.running.sum() > wide)
-        state = move_together(job, state, wide)
-    return flush(job, decode_while(job, state, lambda now: now.work.running.any()))
+        state = move_together(job, decode_until(job, state, wide), wide)
+    return flush(job, decode_until(job, state, 0))
 
 
 def _as_completions(job: Job, state: Slots) -> Completions:
@@ -89,7 +91,7 @@ def _as_completions(job: Job, state: Slots) -> Completions:
     numbers = prompts.sample_id[:, None] * samples + jnp.arange(samples, dtype=jnp.int32)
     apart = results.text.sampled_logprobs
     return Completions(
-        prompts=repeated.replace(sample_id=numbers.reshape(-1)),
+        prompts=dataclasses.replace(repeated, sample_id=numbers.reshape(-1)),
         tokens=results.text.tokens,
         mask=mask,
         logprobs=results.text.logprobs,

@@ -8,6 +8,10 @@ from types import UnionType
 from rlhf_jax.types import InputError
 
 
+def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """temperature: 0 = greedy. top_k (0 = off), top_p (1 = off), min_p (0 = off), repetition_penalty (1 = off, of tokens
@@ -74,5 +78,5 @@ class SlotConfig:
             )
 
 
-def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+ALL_AT_ONCE = SlotConfig()
+"""A slot for every completion."""

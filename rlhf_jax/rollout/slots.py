@@ -17,7 +17,6 @@ columns, T response columns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -167,16 +166,22 @@ def admit(job: Job, state: Slots, staged: Staged, last: Array) -> Slots:
         prompt = (state.waiting + index) // job.samples - staged.first
         return cache.put(order[index], staged.cache, prompt)
 
-    return state.replace(
+    return dataclasses.replace(
+        state,
         waiting=state.waiting + count,
         work=jax.tree.map(chosen, new, state.work),
         cache=jax.lax.fori_loop(0, count, copy, state.cache),
     )
 
 
-def decode_while(job: Job, state: Slots, go_on: Callable[[Slots], Array]) -> Slots:
-    """Decode steps until ``go_on`` is False."""
-    return jax.lax.while_loop(go_on, lambda state: step(job, state), state)
+def decode_until(job: Job, state: Slots, running: int) -> Slots:
+    """Decode steps until no more than ``running`` slots are at work."""
+
+    def more(state: Slots) -> Array:
+        return state.work.running.sum() > running
+
+    decoded: Slots = jax.lax.while_loop(more, lambda state: step(job, state), state)
+    return decoded
 
 
 def step(job: Job, state: Slots) -> Slots:
@@ -187,7 +192,10 @@ def step(job: Job, state: Slots) -> Slots:
     column = state.cache.index - job.width
 
     def written(ring: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(ring, value[:, None], column, axis=1)
+        """An ended slot keeps its text, however long it waits."""
+        kept = jax.lax.dynamic_slice_in_dim(ring, column, 1, axis=1)
+        value = jnp.where(running[:, None], value[:, None], kept)
+        return jax.lax.dynamic_update_slice_in_dim(ring, value, column, axis=1)
 
     ring = Sampled(
         tokens=written(state.ring.tokens, token),
@@ -205,8 +213,9 @@ def step(job: Job, state: Slots) -> Slots:
     positions = (work.prompt_length + work.count)[:, None]
     hidden, cache = job.model.decode(job.params, token[:, None], positions, state.cache)
     columns = job.width + job.sampling.max_new_tokens
-    cache = cache.replace(index=jnp.where(cache.index == columns, job.width, cache.index))
-    work = work.replace(
+    cache = dataclasses.replace(cache, index=jnp.where(cache.index == columns, job.width, cache.index))
+    work = dataclasses.replace(
+        work,
         hidden=hidden,
         count=count,
         running=running & ~stops & (count < job.sampling.max_new_tokens),
@@ -215,7 +224,7 @@ def step(job: Job, state: Slots) -> Slots:
         stop_state=stop_state,
         seen=None if work.seen is None else work.seen.at[jnp.arange(token.shape[0]), token].set(True),
     )
-    return state.replace(work=work, cache=cache, ring=ring)
+    return dataclasses.replace(state, work=work, cache=cache, ring=ring)
 
 
 def flush(job: Job, state: Slots) -> Slots:
@@ -236,7 +245,7 @@ def flush(job: Job, state: Slots) -> Slots:
     outside = Sampled(job.pad_id, 0.0, None if state.ring.sampled_logprobs is None else 0.0)  # type: ignore[arg-type]
     text = jax.tree.map(unrolled, state.ring, outside)
     results = Results(text=text, count=work.count, ended=work.ended, slot_steps=work.held)
-    return state.replace(results=jax.tree.map(stored, state.results, results))
+    return dataclasses.replace(state, results=jax.tree.map(stored, state.results, results))
 
 
 def move_together(job: Job, state: Slots, slots: int) -> Slots:
@@ -244,7 +253,7 @@ def move_together(job: Job, state: Slots, slots: int) -> Slots:
     state = flush(job, state)
     order = jnp.argsort(~state.work.running, stable=True)[:slots].astype(jnp.int32)
     work, ring = jax.tree.map(lambda x: jnp.take(x, order, axis=0), (state.work, state.ring))
-    return state.replace(work=work, ring=ring, cache=state.cache.take(order))
+    return dataclasses.replace(state, work=work, ring=ring, cache=state.cache.take(order))
 
 
 def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:

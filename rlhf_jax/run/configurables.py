@@ -28,7 +28,7 @@ from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Head, Model, ModelConfig, RopeScaling
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
-from rlhf_jax.rollout import SamplingConfig
+from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.loop import LoopConfig
 from rlhf_jax.run.provenance import Input, write_atomically
 from rlhf_jax.testing import train_bpe_tokenizer
@@ -46,6 +46,7 @@ for _configurable in (
     RopeScaling,
     SamplingConfig,
     SentimentCorpus,
+    SlotConfig,
     Template,
 ):
     gin.register(_configurable, module="rlhf_jax")

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
-from rlhf_jax.ops import sample_tokens, token_keys, token_logprobs, truncate_logits
+from rlhf_jax.ops import penalise_repetition, sample_tokens, token_keys, token_logprobs, truncate_logits
 from rlhf_jax.types import InputError
 
 RNG = jax.random.key(0, impl="threefry2x32")
@@ -71,20 +71,20 @@ def test_a_row_does_not_depend_on_the_mesh():
 def test_padded_vocabulary_samples_the_same_tokens():
     keys = token_keys(RNG, PROMPTS, SAMPLES, POSITIONS)
     padded = jnp.pad(LOGITS, ((0, 0), (0, 24)), constant_values=-jnp.inf)
-    plain, with_padding = (sample_tokens(x, keys, temperature=1.0) for x in (LOGITS, padded))
+    plain, with_padding = (sample_tokens(x, keys, temperature=1.0)[:2] for x in (LOGITS, padded))
     np.testing.assert_array_equal(plain[0], with_padding[0])
     np.testing.assert_allclose(plain[1], with_padding[1], atol=1e-6)
 
 
 def test_pinned_tokens():
     """Stored result: a change of the noise (mode, key chain, implementation) would silently change every rollout."""
-    tokens, _ = sample_tokens(LOGITS, token_keys(RNG, PROMPTS, SAMPLES, POSITIONS), temperature=1.0)
+    tokens, *_ = sample_tokens(LOGITS, token_keys(RNG, PROMPTS, SAMPLES, POSITIONS), temperature=1.0)
     assert tokens.tolist() == PINNED
 
 
 def draws(logits, count, **settings):
     keys = token_keys(RNG, jnp.arange(count), jnp.zeros(count, jnp.int32), jnp.int32(0))
-    tokens, _ = sample_tokens(jnp.broadcast_to(logits, (count, len(logits))), keys, **settings)
+    tokens, *_ = sample_tokens(jnp.broadcast_to(logits, (count, len(logits))), keys, **settings)
     return np.bincount(tokens, minlength=len(logits))
 
 
@@ -111,6 +111,25 @@ def test_top_p_includes_the_crossing_token():
     assert kept(p, top_p=1e-9) == [1]
 
 
+def test_min_p_is_relative_to_the_most_likely():
+    p = [0.1, 0.4, 0.2, 0.3]
+    assert kept(p, min_p=0.5) == [1, 2, 3]
+    assert kept(p, min_p=0.51) == [1, 3]
+    assert kept(p, min_p=1.0) == [1]
+    assert kept(p, top_p=0.55, min_p=0.1) == [1, 3]  # what top_p cut stays cut
+    # .55 of the largest: .22. top_k = 2 leaves [.4, .3], whose ratio .75 is above it.
+    assert kept(p, top_k=2, min_p=0.55) == [1, 3]
+
+
+def test_repetition_makes_less_likely_whatever_the_sign():
+    logits, seen = jnp.array([[2.0, -1.0, 3.0, 0.0]]), jnp.array([[True, True, False, True]])
+    np.testing.assert_array_equal(penalise_repetition(logits, seen, 2.0), [[1.0, -2.0, 3.0, 0.0]])
+    keys = token_keys(RNG, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.int32(0))
+    token, raw, sampled = sample_tokens(logits, keys, temperature=1.0, top_k=1, adjusted=logits - 9.0 * (logits == 3.0))
+    assert (token.tolist(), sampled.tolist()) == ([0], [0.0])  # drawn from the adjusted ones
+    np.testing.assert_array_equal(raw, token_logprobs(logits, token))  # reported of the others
+
+
 def test_top_k_and_order_of_truncations():
     p = [0.1, 0.4, 0.2, 0.3]
     assert kept(p, top_k=2) == [1, 3]
@@ -133,9 +152,12 @@ def test_truncation_never_revives_impossible_tokens():
 
 def test_logprobs_are_those_before_truncation():
     keys = token_keys(RNG, PROMPTS, SAMPLES, POSITIONS)
-    tokens, logprobs = sample_tokens(LOGITS, keys, temperature=0.7, top_k=3, top_p=0.5)
+    tokens, logprobs, sampled = sample_tokens(LOGITS, keys, temperature=0.7, top_k=3, top_p=0.5)
     np.testing.assert_array_equal(logprobs, token_logprobs(LOGITS, tokens, 0.7))
     assert (tokens.dtype, logprobs.dtype) == (jnp.int32, jnp.float32)
+    cut = truncate_logits(LOGITS / 0.7, top_k=3, top_p=0.5)
+    np.testing.assert_array_equal(sampled, token_logprobs(cut, tokens))
+    assert (sampled >= logprobs).all() and (sampled > logprobs + 0.01).any()
 
 
 def test_top_k_one_is_greedy():
@@ -145,12 +167,13 @@ def test_top_k_one_is_greedy():
 
 def test_temperature_zero_is_greedy_with_logprobs_at_one():
     logits = jnp.array([[2.0, 1.0, 0.0], [1.0, 3.0, 3.0]])
-    tokens, logprobs = sample_tokens(
+    tokens, logprobs, sampled = sample_tokens(
         logits, token_keys(RNG, jnp.arange(2), jnp.arange(2), jnp.int32(0)), temperature=0.0
     )
     assert tokens.tolist() == [0, 1]
     # log softmax([2, 1, 0])[0] = -log(1 + e^-1 + e^-2) = -.407606; [1, 3, 3]: -log(2 + e^-2) = -.758624
     np.testing.assert_allclose(logprobs, [-0.407606, -0.758624], atol=1e-6)
+    assert sampled.tolist() == [0.0, 0.0]  # of the choice itself, which is certain
 
 
 def test_bfloat16_logits_are_sampled_in_float32():
@@ -163,7 +186,7 @@ def test_bfloat16_logits_are_sampled_in_float32():
         np.testing.assert_array_equal(ours, exact)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.5}])
 def test_settings_out_of_range(bad):
     key, value = next(iter(bad.items()))
     with pytest.raises(InputError, match=f"{key}={value}"):

@@ -191,7 +191,9 @@ def test_what_does_not_fit_the_model_is_refused():
     [
         ("temperature", -0.1), ("temperature", "1"), ("temperature", float("nan")), ("temperature", float("inf")),
         ("top_k", -1), ("top_k", 2.0), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")),
-        ("max_new_tokens", 0), ("max_new_tokens", 1.0), ("max_new_tokens", True),
+        ("max_new_tokens", 0), ("max_new_tokens", 1.0), ("max_new_tokens", True), ("min_p", -0.1), ("min_p", 1.5),
+        ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("min_new_tokens", -1),
+        ("min_new_tokens", 65), ("stop_strings", "x y"), ("stop_strings", [""]),
     ],
 )  # fmt: skip
 def test_bad_fields_are_refused_by_name(field, value):

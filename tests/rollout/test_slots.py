@@ -1,0 +1,245 @@
+"""Slots that are refilled: what is sampled does not depend on them, and how well they are used."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import ops
+from rlhf_jax.models import KVCache
+from rlhf_jax.parallel import ActivationConstraint, to_global, tree_shardings
+from rlhf_jax.rollout import SamplingConfig, SlotConfig, as_token_batch, generate
+from rlhf_jax.testing import mesh_of, prompt_batch, random_prompts, tiny_model
+from rlhf_jax.types import Completions, InputError
+
+MODEL, PARAMS = tiny_model()
+PROMPTS = random_prompts(0, 13, 5, 64)
+STOPS = tuple(range(2, 14))
+KEY = jax.random.key(11)
+SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=9)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "samples", "sampling"))
+def sample(prompts, slots=SlotConfig(), samples=1, sampling=SAMPLING):  # noqa: B008
+    return generate(
+        MODEL, PARAMS, prompts, KEY, sampling=sampling, eos_ids=STOPS, pad_id=0, samples=samples, slots=slots
+    )
+
+
+def rows_of(prompts, order):
+    return jax.tree.map(lambda x: np.asarray(x)[order], prompts)
+
+
+def assert_same(done: Completions, expected: Completions):
+    for name in ("tokens", "mask", "ended"):
+        np.testing.assert_array_equal(getattr(done, name), getattr(expected, name))
+    np.testing.assert_allclose(done.logprobs, expected.logprobs, atol=1e-5)
+    assert jax.tree.map(np.array_equal, done.prompts, expected.prompts)
+
+
+@pytest.fixture(scope="module")
+def one_each() -> Completions:
+    done = sample(PROMPTS)
+    lengths = np.asarray(done.mask).sum(axis=1)
+    assert 1 < done.ended.sum() < 13 and len(set(lengths.tolist())) > 4  # slots do fall free at different times
+    assert (np.asarray(done.slot_steps) == 9).all()  # all rows hold their slots until the longest ends
+    return done
+
+
+LAYOUTS = {
+    "refilled one by one": SlotConfig(slots=3, prefill=1),
+    "refilled in groups": SlotConfig(slots=4, prefill=3, refill_at=2),
+    "all free before a refill": SlotConfig(slots=5, refill_at=5),
+    "one slot": SlotConfig(slots=1),
+    "moved together": SlotConfig(slots=8, prefill=2, smallest=1),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_slots_change_no_token(name, one_each):
+    assert_same(sample(PROMPTS, LAYOUTS[name]), one_each)
+
+
+def test_order_and_batch_change_no_token(one_each):
+    order = np.random.default_rng(3).permutation(13)
+    shuffled = sample(rows_of(PROMPTS, order), SlotConfig(slots=3))
+    assert_same(shuffled, rows_of(one_each, order))
+    part = sample(rows_of(PROMPTS, [7, 2, 9, 4]), SlotConfig(slots=2))
+    assert_same(part, rows_of(one_each, [7, 2, 9, 4]))
+
+
+@pytest.mark.parametrize("slots", [SlotConfig(), SlotConfig(slots=4, prefill=2), SlotConfig(slots=7, smallest=2)])
+def test_samples_of_a_prompt_read_once_are_those_of_prompts_read_apart(slots):
+    """Three samples of each prompt against rows of their own; 4 and 7 slots cut a prompt's samples in two."""
+    few = rows_of(PROMPTS, np.arange(5))
+    apart = rows_of(few, np.repeat(np.arange(5), 3)).replace(sample_id=np.tile(np.arange(3), 5).astype(np.int32))
+    expected = sample(apart)
+    assert len({tuple(row) for row in np.asarray(expected.tokens).tolist()}) == 15
+    assert_same(sample(few, slots, 3), expected)
+
+
+def test_a_second_group_of_a_prompt_goes_on_counting():
+    """`prompt_batches` numbers a prompt that comes twice in a batch 0 and 1: its samples must not repeat."""
+    twice = prompt_batch([[20, 21]] * 2, prompt_ids=[4, 4], sample_ids=[0, 1])
+    done = sample(twice, samples=2, sampling=SamplingConfig(max_new_tokens=9, min_new_tokens=9))
+    assert done.prompts.sample_id.tolist() == [0, 1, 2, 3] and done.prompts.prompt_id.tolist() == [4] * 4
+    assert len({tuple(row) for row in np.asarray(done.tokens).tolist()}) == 4
+
+
+@dataclass(frozen=True)
+class Counting:
+    """In place of a model: says token 5, at last token 1, as many in all as the one token of the prompt tells. It reads
+    that number from the cache: a slot that was refilled badly would stop elsewhere."""
+
+    config = MODEL.config.replace(max_length=1000, vocab_size=256)
+
+    def prefill(self, params, tokens, mask, positions, capacity):
+        del params, mask, positions
+        wanted = tokens[:, 0].astype(jnp.float32)
+        keys = jnp.zeros((1, tokens.shape[0], 1, capacity, 1)).at[0, :, 0, 0, 0].set(wanted)
+        known = jnp.full((tokens.shape[0], capacity), -1, jnp.int32).at[:, 0].set(0)
+        return wanted[:, None, None], KVCache(keys, keys, known, jnp.ones((), jnp.int32))
+
+    def decode(self, params, tokens, positions, cache):
+        del params, tokens  # position p means: p tokens have been said
+        remaining = cache.keys[0, :, 0, 0, 0] - positions[:, 0]
+        return remaining[:, None, None], cache.replace(index=cache.index + 1)
+
+    def logits(self, params, hidden):
+        del params
+        return jnp.where(hidden == 1.0, 99.0 * jax.nn.one_hot(1, 256), 99.0 * jax.nn.one_hot(5, 256))
+
+
+def count_out(lengths, **slots) -> Completions:
+    prompts = prompt_batch([[length] for length in lengths])
+    settings = {"sampling": SamplingConfig(max_new_tokens=128), "eos_ids": (1,), "pad_id": 0}
+    run = jax.jit(functools.partial(generate, Counting(), {}, slots=SlotConfig(**slots), **settings))
+    done = run(prompts, KEY)
+    said = np.asarray(done.mask).sum(axis=1)
+    np.testing.assert_array_equal(said, lengths)
+    assert done.ended.all() and (np.asarray(done.tokens)[np.arange(len(lengths)), said - 1] == 1).all()
+    return done
+
+
+def slot_use(done: Completions) -> float:
+    return float(done.mask.sum() / done.slot_steps.sum())
+
+
+LENGTHS = np.random.default_rng(0).integers(8, 129, 64)  # four times as many prompts as slots
+
+
+def test_slot_steps_are_those_of_a_list_schedule():
+    """Rows taken in order by the slot that falls free first, simulated: every slot works until the last row ends."""
+    free = [0] * 16
+    for length in LENGTHS:
+        heapq.heapreplace(free, free[0] + int(length))
+    assert int(count_out(LENGTHS, slots=16, prefill=5).slot_steps.sum()) == 16 * max(free)
+
+
+def test_slots_are_used_to_nine_tenths_where_batches_waste_half():
+    static = [count_out(LENGTHS[begin : begin + 16]) for begin in range(0, 64, 16)]
+    steps = [16 * LENGTHS[begin : begin + 16].max() for begin in range(0, 64, 16)]
+    assert [int(done.slot_steps.sum()) for done in static] == steps
+    assert LENGTHS.sum() / sum(steps) < 0.6
+    assert slot_use(count_out(LENGTHS, slots=16, prefill=4, smallest=1)) >= 0.9
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_tokens_on_a_mesh_differ_only_at_near_ties(shape):
+    """Same random bits, logits within 1e-5: where a token differs, two perturbed logits lie within 2e-5 of each other."""
+    prompts = random_prompts(5, 32, 5, 64)
+    slots = SlotConfig(slots=16, prefill=8)
+    alone = sample(prompts, slots)
+    mesh = mesh_of(*shape)
+    model = type(MODEL)(MODEL.config, ActivationConstraint(mesh))
+    params = jax.device_put(PARAMS, tree_shardings(model.abstract(), model.logical_axes(), mesh))
+    run = jax.jit(
+        functools.partial(generate, model, sampling=SAMPLING, eos_ids=STOPS, pad_id=0, slots=slots),
+    )
+    done = run(params, to_global(prompts, mesh), KEY)
+    differ = np.asarray(done.tokens) != np.asarray(alone.tokens)
+    logits = full_logits(alone) / SAMPLING.temperature
+    for row in np.flatnonzero(differ.any(axis=1)):
+        column = int(differ[row].argmax())  # what follows the first difference is another text
+        key = ops.token_keys(KEY, jnp.array([row]), jnp.array([0]), jnp.int32(column))[0]
+        ranked = np.sort(np.asarray(logits[row, column] + jax.random.gumbel(key, (64,), mode="low")))
+        assert ranked[-1] - ranked[-2] < 2e-5
+    assert differ.any(axis=1).sum() <= 1
+    same = ~differ.any(axis=1)
+    np.testing.assert_allclose(np.asarray(done.logprobs)[same], np.asarray(alone.logprobs)[same], atol=2e-5)
+
+
+@jax.jit
+def _apply(batch):
+    return MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+
+
+def full_logits(done: Completions) -> np.ndarray:
+    """What each response token is predicted from, by one full forward: [B, T, V]."""
+    width = done.prompts.tokens.shape[1]
+    return np.asarray(_apply(as_token_batch(done)))[:, width - 1 : -1]
+
+
+def numpy_log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("slots", [SlotConfig(), SlotConfig(slots=3, smallest=1)])
+def test_penalty_and_truncation_follow_a_loop_over_positions(slots):
+    """Repetition penalty, then temperature, then min_p, recomputed in numpy token by token from full forwards."""
+    settings = SamplingConfig(temperature=0.8, min_p=0.2, repetition_penalty=1.7, max_new_tokens=9)
+    done = sample(PROMPTS, slots, sampling=settings)
+    logits, mask, tokens = full_logits(done), np.asarray(done.mask), np.asarray(done.tokens)
+    cut = penalised = 0
+    for row in range(13):
+        seen = set(np.asarray(PROMPTS.tokens)[row][PROMPTS.mask[row]].tolist())
+        for column in range(mask[row].sum()):
+            raw = numpy_log_softmax(logits[row, column] / 0.8)
+            drawn = logits[row, column].astype(np.float64)
+            for token in seen:
+                drawn[token] = drawn[token] / 1.7 if drawn[token] > 0 else drawn[token] * 1.7
+            drawn = numpy_log_softmax(drawn / 0.8)
+            kept = drawn >= drawn.max() + np.log(0.2)
+            token = tokens[row, column]
+            assert kept[token]
+            np.testing.assert_allclose(done.logprobs[row, column], raw[token], atol=2e-5)
+            renormalised = drawn[token] - np.log(np.exp(drawn[kept]).sum())
+            np.testing.assert_allclose(done.sampled_logprobs[row, column], renormalised, atol=2e-5)
+            cut, penalised = cut + (~kept).sum(), penalised + (token in seen)
+            seen.add(int(token))
+    assert cut > 1000
+    assert_same(done, sample(PROMPTS, sampling=settings))
+
+
+def test_nothing_ends_before_min_new_tokens(one_each):
+    """Stop tokens cannot be drawn in the first columns; without the setting several rows end there."""
+    assert (np.asarray(one_each.mask).sum(axis=1) < 6).sum() > 2
+    done = sample(PROMPTS, sampling=SamplingConfig(temperature=0.7, max_new_tokens=9, min_new_tokens=6))
+    lengths = np.asarray(done.mask).sum(axis=1)
+    assert lengths.min() >= 6 and done.ended.any()
+    assert not np.isin(np.asarray(done.tokens)[:, :5], STOPS).any()
+    barred = np.isin(np.arange(64), STOPS)
+    row, raw = 0, numpy_log_softmax(full_logits(done)[0, 0] / 0.7)
+    token = int(done.tokens[row, 0])
+    np.testing.assert_allclose(done.logprobs[row, 0], raw[token], atol=2e-5)
+    expected = raw[token] - np.log(np.exp(raw[~barred]).sum())
+    np.testing.assert_allclose(done.sampled_logprobs[row, 0], expected, atol=2e-5)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(InputError, match="samples = 0: must be at least 1"):
+        sample(PROMPTS, samples=0)
+    with pytest.raises(InputError, match=r"make it with data\.stop_table"):
+        sample(PROMPTS, sampling=SamplingConfig(stop_strings=["x"], max_new_tokens=9))
+    with pytest.raises(InputError, match=r"SlotConfig\.refill_at = 3: more than SlotConfig\.slots = 2"):
+        SlotConfig(slots=2, refill_at=3)
+    for field, value in (("slots", -1), ("prefill", 1.0), ("refill_at", 0), ("smallest", True)):
+        with pytest.raises(InputError, match=rf"SlotConfig\.{field} = "):
+            SlotConfig(**{field: value})
