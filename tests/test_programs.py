@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import learn, programs, rollout
+from rlhf_jax import programs, rollout
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model
 from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
