@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import data, rollout
+from rlhf_jax.evaluate.report import headlines
 from rlhf_jax.evaluate.statistics import length_controlled_difference, mean_interval, paired_difference
 from rlhf_jax.io import locate
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
@@ -179,14 +180,8 @@ def _print(evaluation: dict) -> None:
         table.add_row(key, *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
     console = Console()
     console.print(table)
-    for entry in evaluation["differences"]:
-        gold = entry["paired"].get("gold")
-        if gold is not None:
-            even = entry["length_controlled"]["gain"]
-            console.print(
-                f"{entry['from']} -> {entry['to']}: gold {gold['mean']:+.3f} [{gold['low']:+.3f}, {gold['high']:+.3f}], "
-                f"at equal length {even['mean']:+.3f} [{even['low']:+.3f}, {even['high']:+.3f}]"
-            )
+    for sentence in headlines(evaluation):
+        console.print(sentence, markup=False)
 
 
 if __name__ == "__main__":

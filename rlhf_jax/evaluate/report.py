@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,19 +126,31 @@ def _turns(prompt: str | Sequence[dict[str, str]]) -> str:
 
 
 def headlines(evaluation: dict[str, Any]) -> list[str]:
-    """One sentence per pair of policies on what gold gained; says so when the interval includes zero."""
+    """One sentence per pair of policies on what gold gained; says so when an interval includes zero, and when lengths
+    differ in a way that leaves the gain at equal length to the fitted line alone, or unknown."""
     sentences = []
     for entry in evaluation.get("differences", []):
         gold = entry["paired"].get("gold")
         if gold is None:
             continue
-        sure = "" if gold["low"] > 0 or gold["high"] < 0 else " (the interval includes zero: no difference shown)"
-        even = entry["length_controlled"]["gain"]
-        sentences.append(
-            f"{entry['from']} to {entry['to']}: gold {gold['mean']:+.3f} [{gold['low']:+.3f}, {gold['high']:+.3f}]{sure}; "
-            f"at equal length {even['mean']:+.3f} [{even['low']:+.3f}, {even['high']:+.3f}]"
-        )
+        controlled = entry["length_controlled"]
+        even = controlled["gain"]
+        if math.isnan(even["mean"]):
+            at_equal = "at equal length unknown: too few replies, or all longer or shorter by the same"
+        else:
+            line = ", extrapolated: no pair has replies of equal length" if controlled["extrapolated"] else ""
+            at_equal = f"at equal length {_numbers(even)}{_doubt(even)}{line}"
+        sentences.append(f"{entry['from']} to {entry['to']}: gold {_numbers(gold)}{_doubt(gold)}; {at_equal}")
     return sentences
+
+
+def _numbers(interval: dict[str, Any]) -> str:
+    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+
+
+def _doubt(interval: dict[str, Any]) -> str:
+    sure = interval["low"] > 0 or interval["high"] < 0
+    return "" if sure else " (the interval includes zero: no difference shown)"
 
 
 def write_report(run_dir: Path, stages: Sequence[str]) -> Path:

@@ -159,6 +159,22 @@ def test_an_interval_around_zero_shows_no_difference():
     assert headlines({}) == [] and headlines({"differences": [{"from": "a", "to": "b", "paired": {}}]}) == []
 
 
+def test_what_is_known_at_equal_length_is_said():
+    """A gain that may be length only is doubted too; a line that reaches beyond what was seen, or does not exist, is named."""
+    changed = json.loads(json.dumps(EVALUATION))
+    controlled = changed["differences"][0]["length_controlled"]
+    assert headlines(changed) == ["sft to ppo: gold +0.200 [+0.100, +0.300]; at equal length +0.150 [+0.050, +0.250]"]
+    controlled["gain"] = interval(0.02, -0.05, 0.09)
+    assert headlines(changed)[0].endswith("+0.020 [-0.050, +0.090] (the interval includes zero: no difference shown)")
+    controlled |= {"gain": interval(0.15, 0.05, 0.25), "extrapolated": True}
+    assert headlines(changed)[0].endswith("[+0.050, +0.250], extrapolated: no pair has replies of equal length")
+    nan = float("nan")
+    controlled["gain"] = interval(nan, nan, nan)
+    assert headlines(changed)[0].endswith(
+        "; at equal length unknown: too few replies, or all longer or shorter by the same"
+    )
+
+
 def test_a_damaged_file_is_named(run_dir):
     """A run killed in the middle of a line; a file edited by hand."""
     metrics = run_dir / "sft" / "metrics.jsonl"

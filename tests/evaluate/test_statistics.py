@@ -142,6 +142,16 @@ def test_length_control_where_it_cannot_be_done():
     assert length_controlled_difference([3, 2, 4], [1, 1, 1], [6, 7, 9], [5, 5, 5]).extrapolated
 
 
+@pytest.mark.parametrize(
+    ("differences", "extrapolated"),
+    [([1, 2, 3], True), ([-1, -2, -3], True), ([-1, 2, 3], False), ([0, 2, 3], False), ([0, -2, -3], False)],
+)
+def test_equal_length_beyond_what_was_seen(differences, extrapolated):
+    """All replies longer, or all shorter: no pair says what happens at equal length, only the line does."""
+    found = length_controlled_difference([3, 2, 4], [1, 1, 1], differences, [0, 0, 0])
+    assert found.extrapolated == extrapolated and math.isfinite(found.gain.mean)
+
+
 def test_across_seeds():
     runs = [{"gold": 0.5, "kl": 3.0}, {"kl": 5.0, "gold": 0.7}, {"gold": 0.6, "kl": 4.0}]
     found = across_seeds(runs)

@@ -105,6 +105,7 @@ CUT, ENDED = (7, 8, 9), (7, 2)
         ({"missing_eos_penalty": 0.0, "missing_eos": "replace"}, [1.5, 0.0]),  # 0 is a penalty, None is none
         ({"missing_eos_penalty": None, "score_clip": 0.5}, [0.5, 0.5]),
         ({"missing_eos_penalty": 2.0, "missing_eos": "replace", "score_clip": 0.5}, [0.5, -2.0]),
+        ({"missing_eos_penalty": 2.0, "missing_eos": "subtract", "score_clip": 0.5}, [0.5, -1.5]),
     ],
 )
 def test_penalty_and_clip(changes, paid):
@@ -154,13 +155,23 @@ def test_advantages_are_whitened_over_the_whole_rollout(ddof, expected):
         np.testing.assert_allclose(raw.advantages[:, :2], [[1.0, 2.0], [3.0, 4.0]])
 
 
-def test_rewards_are_scaled_and_keep_their_mean():
-    rollout = example()
-    config = PPOConfig(whiten_rewards=True, whiten_advantages="none", lam=1.0)
-    batch, metrics = prepare(rollout, config, jnp.asarray(0.05))
-    rewards = np.array([-0.01, 0.005, -0.025, 2.005])
-    scaled = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
-    np.testing.assert_allclose(batch.returns[0, :4], np.cumsum(scaled[::-1])[::-1], atol=1e-4)
+@pytest.mark.parametrize("terminal", ["after_eos", "last_column"])
+def test_advantages_are_whitened_over_the_policys_tokens_only(terminal):
+    """The column behind the end has an advantage for the value function's sake; it is nobody's token and no statistic."""
+    batch, _ = prepare(example(), PPOConfig(terminal=terminal), jnp.asarray(0.05))
+    raw = np.array(ORACLES[terminal][0][:4])
+    np.testing.assert_allclose(batch.advantages[0], [*(raw - raw.mean()) / raw.std(), 0.0], atol=1e-4)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("terminal", ["eos", "after_eos", "last_column"])
+def test_rewards_are_scaled_and_keep_their_mean(terminal, ddof):
+    """Statistics over every column where rewards exist, the one behind the end included, with the variance asked for."""
+    config = PPOConfig(whiten_rewards=True, whiten_advantages="none", whiten_ddof=ddof, lam=1.0, terminal=terminal)
+    batch, metrics = prepare(example(), config, jnp.asarray(0.05))
+    rewards = np.array([-0.01, 0.005, -0.025, 2.005] if terminal == "eos" else [-0.01, 0.005, -0.025, 0.005, 2.0])
+    scaled = (rewards - rewards.mean()) / rewards.std(ddof=ddof) + rewards.mean()
+    np.testing.assert_allclose(batch.returns[0, : len(rewards)], np.cumsum(scaled[::-1])[::-1], atol=1e-4)
     assert float(metrics["score_shaped"].value()) == pytest.approx(rewards.sum(), abs=1e-4)
 
 
@@ -183,6 +194,45 @@ def test_reported_numbers():
     for name, value in expected.items():
         assert float(metrics[name].value()) == pytest.approx(value, abs=1e-5), name
     assert set(metrics) == {*expected, "score_shaped"}
+
+
+def test_what_is_reported_of_values_is_over_their_own_mask():
+    """Under "after_eos" the column behind the end has a value and a return: five of each for four tokens."""
+    _, metrics = prepare(example(), PPOConfig(terminal="after_eos"), jnp.asarray(0.05))
+    returns, values = np.array(ORACLES["after_eos"][1]), np.array(VALUES)
+    expected = {
+        "value": 0.3,
+        "return": returns.mean(),
+        "explained_variance": 1 - (returns - values).var() / returns.var(),
+    }
+    for name, value in expected.items():
+        assert float(metrics[name].value()) == pytest.approx(value, abs=1e-5), name
+    assert float(metrics["value"].weight) == 5 and float(metrics["response_length"].value()) == 4
+
+
+def test_the_old_log_probabilities_are_the_scorers():
+    """The update is compared with the scorer's own program; the sampler's numbers differ by rounding (B9, B30)."""
+    sampled = np.float32([[-1.1, -0.6, -2.1, -0.3, 0.0]])
+    batch, _ = prepare(example(sampled=sampled), PLAIN, jnp.asarray(0.05))
+    np.testing.assert_array_equal(batch.old_logprobs[0, :4], np.float32(LOGP))
+
+
+def test_the_discount_is_the_configurations():
+    """Score 1 at the third token, discount .5, lam 1, values 0: returns .25, .5, 1. lam .5, discount 1: the same."""
+    rollout = rollout_of([(7, 8, 2)], [1.0])
+    for fields in ({"discount": 0.5, "lam": 1.0}, {"discount": 1.0, "lam": 0.5}):
+        batch, _ = prepare(rollout, PPOConfig(whiten_advantages="none", **fields), jnp.asarray(0.0))
+        np.testing.assert_allclose(batch.returns[0, :3], [0.25, 0.5, 1.0])
+    # Values 1: discount .5, lam 1: 1 + .25 - 1 ...; the two are told apart by what a value costs.
+    valued = rollout_of([(7, 2)], [1.0], values=[[1.0, 1.0]])
+    halved, _ = prepare(valued, PPOConfig(whiten_advantages="none", discount=0.5, lam=1.0), jnp.asarray(0.0))
+    np.testing.assert_allclose(halved.advantages[0, :2], [-0.5, 0.0])  # .5 * 1 - 1 + .5 * 0
+
+
+def test_scores_are_clipped_on_both_sides():
+    config = PPOConfig(whiten_advantages="none", lam=1.0, score_clip=0.5)
+    batch, _ = prepare(rollout_of([ENDED, ENDED], [-3.0, 3.0]), config, jnp.asarray(0.0))
+    np.testing.assert_allclose(batch.returns[:, 0], [-0.5, 0.5])
 
 
 def test_nothing_outside_the_masks_is_read():

@@ -92,6 +92,31 @@ def test_value_loss_by_hand():
     assert float(metrics["value_clip_fraction"].value()) == 0.5 and float(grads["value"]) == 0.0
 
 
+def test_values_count_where_their_own_mask_says():
+    """Under "after_eos" the value mask has a column more than the policy's: three squares, two tokens, each mean its own."""
+    batch = policy_batch([(7, 2)], length=3, advantages=[[1.0, 1.0]])
+    batch = batch.replace(
+        value_mask=np.array([[True, True, True]]),
+        old_values=np.zeros((1, 3), np.float32),
+        returns=np.float32([[1, 1, 2]]),
+    )
+
+    def policy_fn(params, done):
+        logprobs = jnp.where(done.mask, params["policy"], jnp.nan)
+        return logprobs, jnp.zeros((1, 3)), jnp.zeros((1, 3)) + params["value"]
+
+    batch = batch.replace(old_logprobs=np.float32([[0.0, 0.0, np.nan]]))
+    grads, metrics = measure(policy_fn, batch, value_clip=None, value_coefficient=1.0)
+    assert float(metrics["loss/value"].value()) == pytest.approx((1 + 1 + 4) / 2 / 3)
+    assert float(metrics["loss/policy"].value()) == pytest.approx(-1.0)
+    assert float(metrics["loss"].value()) == pytest.approx(-1.0 + 1.0)
+    assert float(grads["value"]) == pytest.approx(-(1 + 1 + 2) / 3)
+    # old value 1.5 behind the end, where V = 0 is clipped to 1.3: (1.3 - 2)^2 < (0 - 2)^2; old value -1: (-.8 - 2)^2 is larger
+    moved = batch.replace(old_values=np.float32([[0.0, 0.0, -1.0]]))
+    _, metrics = measure(policy_fn, moved, value_clip=0.2, value_coefficient=1.0)
+    assert float(metrics["value_clip_fraction"].value()) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize(("dual_clip", "loss"), [(None, 5.0), (3.0, 3.0)])
 def test_dual_clip_by_hand(dual_clip, loss):
     batch = policy_batch([(7,)], old_logprobs=[[0.0]], advantages=[[-1.0]])
@@ -246,9 +271,12 @@ def test_each_optimiser_moves_its_own_parameters():
     np.testing.assert_allclose(still.params["policy"]["logits"], state.params["policy"]["logits"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("scope", "whitened"), [("minibatch", True), ("none", False)])
-def test_advantages_whitened_in_each_minibatch(scope, whitened):
-    """What a step sees has mean 0 and variance 1 over its own tokens; over the rollout it would not."""
+@pytest.mark.parametrize(
+    ("scope", "ddof", "whitened"), [("minibatch", 0, True), ("minibatch", 1, True), ("none", 0, False)]
+)
+def test_advantages_whitened_in_each_minibatch(scope, ddof, whitened):
+    """What a step sees has mean 0 and variance 1 over its own tokens (not over those of the value function); over the
+    rollout it would not."""
     zero = Mean(jnp.zeros(()), jnp.ones(()))
 
     def spying_step(state, frozen, batch):
@@ -257,15 +285,14 @@ def test_advantages_whitened_in_each_minibatch(scope, whitened):
         seen = (count + 1, advantages.at[count].set(batch.advantages), masks.at[count].set(batch.completions.mask))
         return seen, dict.fromkeys(("identity_gap", "approx_kl_k2", "clip_fraction", "ratio"), zero)
 
-    config = PPOConfig(epochs=1, minibatches=4, whiten_advantages=scope)
+    config = PPOConfig(epochs=1, minibatches=4, whiten_advantages=scope, whiten_ddof=ddof)
     nothing = (jnp.zeros((), jnp.int32), jnp.zeros((4, 2, 4)), jnp.zeros((4, 2, 4), bool))
-    (count, advantages, masks), _ = jax.jit(lambda batch: update(spying_step, nothing, batch, KEY, config))(
-        table_batch()
-    )
+    batch = table_batch().replace(value_mask=np.ones((ROWS, 4), bool))
+    (count, advantages, masks), _ = jax.jit(lambda batch: update(spying_step, nothing, batch, KEY, config))(batch)
     assert int(count) == 4
     for numbers, mask in zip(np.asarray(advantages), np.asarray(masks), strict=True):
         counted = numbers[mask]
-        near = abs(counted.mean()) < 1e-5 and abs(counted.std() - 1) < 1e-3
+        near = abs(counted.mean()) < 1e-5 and abs(counted.std(ddof=ddof) - 1) < 1e-3
         assert near == whitened and (numbers[~mask] == 0).all()
 
 

@@ -196,6 +196,22 @@ def test_the_key_of_a_step_is_the_run_key_folded_with_the_step():
     np.testing.assert_array_equal(jax.random.key_data(state.rng), jax.random.key_data(jax.random.key(7)))
 
 
+def test_every_microbatch_draws_its_own_numbers():
+    """One key for all of them would repeat a mask of dropout in every microbatch."""
+
+    def loss(params, frozen, batch, rng):
+        del frozen
+        draw = jax.random.uniform(rng)
+        return {"nll": Term(params["w"] * batch.sum(), jnp.ones(()))}, {
+            "square": Mean(draw**2, jnp.ones(())),
+            "draw": Mean(draw, jnp.ones(())),
+        }
+
+    _, metrics = gradients(loss, {"w": jnp.ones(())}, {}, jnp.ones((4,)), jax.random.key(0), 4)
+    spread = float(metrics["square"].value()) - float(metrics["draw"].value()) ** 2
+    assert spread > 1e-3 and float(metrics["draw"].weight) == 4.0
+
+
 def test_bfloat16_parameters_keep_their_dtype_and_float32_moments():
     model, params = tiny_model(param_dtype="bfloat16", num_layers=1)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05, weight_decay=0.1), steps=4)

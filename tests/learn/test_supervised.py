@@ -79,6 +79,14 @@ def test_metrics_and_rows_that_only_fill_up(microbatches):
         assert float(metrics[name].value()) == pytest.approx(value, abs=1e-6), name
 
 
+def test_rows_that_only_fill_up_are_not_centred():
+    """(1 + 0)^2 = 1 is the mean over the one pair; the filler's rewards, whatever a model says of padding, are not in it."""
+    for batch in (pairs([1], [2]), pairs([1, 0], [2, 0])):
+        grads, metrics = measured(batch, centring=0.5)
+        assert float(metrics["loss/centring"].value()) == pytest.approx(1.0)
+        assert float(grads["table"][0]) == 0.0
+
+
 def test_scores_keep_their_side_and_order():
     chosen, rejected = pair_scores(table, TABLE, pairs([1, 2, 3], [3, 1, 2]))
     assert (chosen.tolist(), rejected.tolist()) == ([1.0, 0.0, -2.0], [-2.0, 1.0, 0.0])

@@ -79,6 +79,11 @@ def test_whiten_keeping_the_mean_blog_case():
     np.testing.assert_allclose(whiten(BLOG, everywhere, ddof=1, shift_mean=False), unbiased, atol=1e-4)
 
 
+def test_whitening_adds_epsilon_to_the_variance():
+    """[0, 2e-4]: variance 1e-8, as large as epsilon, so the result is 1 / sqrt(2) and not 1: a tiny spread is not blown up."""
+    np.testing.assert_allclose(whiten(jnp.array([0.0, 2e-4]), jnp.ones(2, bool)), [-0.7071068, 0.7071068], rtol=1e-5)
+
+
 def test_whitening_equal_values_gives_zero_not_amplified_rounding():
     # .7 is not a float32, nor is the mean of 1000 of them: the residue would be multiplied by 1/sqrt(1e-8) = 10^4
     whitened = whiten(jnp.full((1000,), 0.7), jnp.ones(1000, bool))
