@@ -40,7 +40,9 @@ def sft_functions(
     model: Model, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh, *, microbatches: int
 ) -> SupervisedFunctions:
     """Of supervised fine-tuning."""
-    loss = learn.make_sft_loss(lambda params, tokens: rollout.sequence_logprobs(model, params, tokens))
+    routed = model.config.router_coefficient > 0
+    logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
+    loss = learn.make_sft_loss(lambda params, tokens: logprobs(model, params, tokens))
 
     def evaluate(params: Params, tokens: TokenBatch) -> Mean:
         nll = loss(params, {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing

@@ -8,6 +8,7 @@ from rlhf_jax.rollout.score import (
     policy_and_values,
     score,
     sequence_logprobs,
+    sequence_logprobs_and_router_loss,
     sequence_scores,
 )
 from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig
@@ -23,5 +24,6 @@ __all__ = [
     "policy_and_values",
     "score",
     "sequence_logprobs",
+    "sequence_logprobs_and_router_loss",
     "sequence_scores",
 ]

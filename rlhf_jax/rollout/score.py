@@ -33,7 +33,18 @@ def batch_hidden(model: Model, params: Params, batch: TokenBatch) -> Array:
 def sequence_logprobs(model: Model, params: Params, batch: TokenBatch) -> tuple[Array, Array]:
     """(log-probability of the token at each column given those before it, entropy there), float32 [B, S], at
     temperature 1; both 0 where loss_mask is False. Logits exist for ``config.logits_chunk`` columns at a time."""
-    hidden = batch_hidden(model, params, batch)
+    return _logprobs_of(model, params, batch_hidden(model, params, batch), batch)
+
+
+def sequence_logprobs_and_router_loss(model: Model, params: Params, batch: TokenBatch) -> tuple[Array, Array, Array]:
+    """`sequence_logprobs`, and the load-balancing loss of a model with experts times its coefficient, float32 []."""
+    hidden, router = model.hidden_and_router_loss(
+        params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+    )
+    return *_logprobs_of(model, params, hidden, batch), router
+
+
+def _logprobs_of(model: Model, params: Params, hidden: Array, batch: TokenBatch) -> tuple[Array, Array]:
     logprobs, entropy = ops.hidden_logprobs(
         hidden[:, :-1],
         lambda chunk: model.logits(params, chunk),

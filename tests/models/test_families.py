@@ -267,6 +267,8 @@ def test_configurations_go_both_ways(head: Head) -> None:
     before = EXPECTED.replace(head=head, rope_theta=123.0, norm_epsilon=3e-6, tie_embeddings=False)
     assert config(config_to_hf(before)) == before
     assert config_to_hf(before.replace(param_dtype="bfloat16"))["torch_dtype"] == "bfloat16"
+    how = before.replace(compute_dtype="bfloat16", remat=True, logits_chunk=7, attention="xla")
+    assert config_to_hf(how) == config_to_hf(before)
 
 
 def test_what_no_checkpoint_can_say() -> None:

@@ -69,6 +69,8 @@ def config_from_hf(fields: Fields, where: str) -> ModelConfig:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
 
 
+_OURS_ALONE = ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention")
+"""`ModelConfig` fields that say how, not what, is computed."""
 _SIZE_FIELDS = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_length",
 )  # fmt: skip
@@ -105,7 +107,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.head == "scalar":
         theirs |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
     said = config_from_hf(theirs, "config.json")
-    said = said.replace(param_dtype=config.param_dtype, compute_dtype=config.compute_dtype, remat=config.remat)
+    said = said.replace(**{name: getattr(config, name) for name in _OURS_ALONE})
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != getattr(said, field.name):

@@ -1,0 +1,117 @@
+"""Mixtures of experts: nothing dropped, nothing mixed up between tokens, experts over the mesh, the routers' loss.
+
+(The layer itself is compared with a float64 loop in test_decoder_oracle.py.)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import learn, rollout
+from rlhf_jax.models import Model
+from rlhf_jax.models.moe import Routing, load_balancing_loss
+from rlhf_jax.parallel import ActivationConstraint, tree_shardings
+from rlhf_jax.testing import mesh_of, random_params, tiny_config
+from rlhf_jax.types import TokenBatch
+
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "router_coefficient": 0.5}
+
+
+def tokens_of(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 64, shape).astype(np.int32)
+
+
+def test_the_load_balancing_loss_by_hand() -> None:
+    """Two layers, two tokens, three experts, two picks each; the second token of the second layer does not count... nor in
+    the first: a mask is of tokens.
+
+    Counted: token 0 of both layers. Picks: experts 0, 1 and 0, 2, so f = (2, 1, 1) / 2; P = mean of (.6, .3, .1) and
+    (.5, .1, .4) = (.55, .2, .25). 3 (1 x .55 + .5 x .2 + .5 x .25) = 2.325.
+    """
+    picked = jnp.array([[[[0, 1], [1, 2]]], [[[0, 2], [2, 1]]]])
+    probabilities = jnp.array([[[[0.6, 0.3, 0.1], [0.0, 0.5, 0.5]]], [[[0.5, 0.1, 0.4], [0.1, 0.4, 0.5]]]])
+    routing = Routing(picked, probabilities)
+    assert float(load_balancing_loss(routing, jnp.array([[True, False]]))) == pytest.approx(2.325, abs=1e-6)
+    # both tokens: f = (2, 3, 3) / 4, P = (.3, .325, .375), 3 (.5 x .3 + .75 x .325 + .75 x .375) = 2.025
+    assert float(load_balancing_loss(routing, jnp.array([[True, True]]))) == pytest.approx(2.025, abs=1e-6)
+    assert float(load_balancing_loss(routing, jnp.array([[False, False]]))) == 0.0
+
+
+def test_equal_loads_give_the_picks_per_token() -> None:
+    """E experts with T / E of the picks and 1 / E of the probability each: E x E x (T / E) x (1 / E) = T."""
+    picked = jnp.array([[[[0, 1], [2, 3]]]])
+    routing = Routing(picked, jnp.full((1, 1, 2, 4), 0.25))
+    assert float(load_balancing_loss(routing, jnp.ones((1, 2), bool))) == pytest.approx(2.0)
+
+
+def test_nothing_is_dropped_when_all_tokens_pick_the_same_experts() -> None:
+    """A token's logits do not depend on how many others its experts serve: one row alone and among 31 copies."""
+    model = Model(tiny_config(**EXPERTS))
+    params = random_params(model, 0)
+    row = tokens_of(0, 1, 6)
+    alone = jax.jit(model.apply)(params, row)
+    among = jax.jit(model.apply)(params, np.concatenate([np.repeat(row, 31, axis=0), tokens_of(1, 1, 6)]))
+    np.testing.assert_allclose(among[:31], np.repeat(alone, 31, axis=0), rtol=1e-5, atol=1e-5)
+
+
+def loss_and_gradients(model: Model, params, batch: TokenBatch):
+    loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs_and_router_loss, model))
+
+    @jax.jit
+    def both(params, batch):
+        def total(params):
+            terms, _ = loss(params, {}, batch, jax.random.key(0))
+            return sum(term.coefficient * term.total / term.weight for term in terms.values()), terms
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    return both(params, batch)
+
+
+def token_batch(rows: int = 8) -> TokenBatch:
+    lengths = np.arange(rows) % 4 + 5
+    real = np.arange(8) < lengths[:, None]
+    positions = np.where(real, np.arange(8), 0).astype(np.int32)
+    return TokenBatch(np.where(real, tokens_of(2, rows, 8), 0), positions, real.astype(np.int32), real)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
+def test_experts_over_the_mesh(shape) -> None:
+    """Whole experts lie on the devices of an fsdp group; losses and gradients are those of one device."""
+    mesh = mesh_of(**shape)
+    model = Model(tiny_config(**EXPERTS), ActivationConstraint(mesh))
+    params = random_params(model, 0)
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+    spread = jax.device_put(params, shardings)
+    tensor = shape.get("tensor", 1)
+    assert spread["layers"]["mlp"]["gate"].addressable_shards[0].data.shape == (2, 1, 16, 16 // tensor)
+    assert spread["layers"]["mlp"]["down"].addressable_shards[0].data.shape == (2, 1, 16 // tensor, 16)
+    (one, _), alone = loss_and_gradients(Model(model.config), params, token_batch())
+    (eight, _), together = loss_and_gradients(model, spread, token_batch())
+    assert float(eight) == pytest.approx(float(one), rel=1e-5)
+    for first, second in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        assert np.abs(first).max() > 1e-6
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_the_routers_loss_is_a_part_of_sft_and_leaves_out_padding() -> None:
+    model = Model(tiny_config(**EXPERTS))
+    params, batch = random_params(model, 0), token_batch()
+    (_, terms), gradients = loss_and_gradients(model, params, batch)
+    value = float(terms["router"].total / terms["router"].weight)
+    assert terms["router"].weight == (batch.segment_ids > 0).sum()
+    assert 0.5 * 2 * 0.9 < value < 0.5 * 2 * 4 / 2  # coefficient x (T when equal ... E T / T when two experts do all)
+    dirty = batch.replace(tokens=np.where(batch.segment_ids > 0, batch.tokens, 9))
+    assert float(loss_and_gradients(model, params, dirty)[0][1]["router"].total) == pytest.approx(
+        float(terms["router"].total), rel=1e-6
+    )
+    without = Model(model.config.replace(router_coefficient=0.0))
+    (_, silent), others = loss_and_gradients(without, params, batch)
+    assert float(silent["router"].total) == 0.0
+    router, plain = (tree["layers"]["mlp"]["router"] for tree in (gradients, others))
+    assert np.abs(router - plain).max() > 1e-4
