@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import data, learn, programs, rollout
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global
+from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, remake_mesh, to_global
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import load_cast
 from rlhf_jax.run.configurables import (
@@ -49,6 +49,7 @@ def run(
     loop: LoopConfig,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
+    rollout_mesh: MeshConfig | None = None,
     reward: ModelSource | None = None,
     reward_texts: ScoreTexts | None = None,
     reward_key: str = "gold",
@@ -57,7 +58,7 @@ def run(
 ) -> None:
     """steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
     ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
-    share_trunk: the value head stands on the policy's trunk."""
+    share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample."""
     bound = bound_config()
     if (reward is None) == (reward_texts is None):
         raise InputError("run.reward, run.reward_texts: give exactly one")
@@ -89,6 +90,7 @@ def run(
         "ppo": ppo,
         "microbatches": batch.microbatches,
         "ends": ends,
+        "rollout_mesh": None if rollout_mesh is None else remake_mesh(rollout_mesh, devices),
     }
     generate, score, prepare, update = programs.ppo_functions(cast.models, optimizer, state, devices, **settings)
 

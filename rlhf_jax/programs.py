@@ -9,6 +9,7 @@ compiler, a state could come back laid out otherwise: no donation, and a second 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import learn, rollout
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import batch_sharding, replicated
+from rlhf_jax.parallel import ActivationConstraint, batch_sharding, replicated, tree_shardings
 from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
 
 
@@ -140,8 +141,10 @@ def ppo_functions(
     microbatches: int,
     ends: dict[str, Any],
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
+    rollout_mesh: Mesh | None = None,
 ) -> PPOFunctions:
-    """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout."""
+    """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout. rollout_mesh: the devices
+    of ``mesh`` in another shape, for sampling: see `rollout_copy`."""
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
 
     def policy_fn(params: Params, completions: Any) -> Any:
@@ -152,7 +155,10 @@ def ppo_functions(
     train_step = learn.make_train_step(learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=microbatches)
 
     def generate(params: Params, prompts: Any, rng: Rng) -> Any:
-        return rollout.generate(models.policy, params["policy"], prompts, rng, sampling=sampling, slots=slots, **ends)
+        sampler, policy = models.policy, params["policy"]
+        if rollout_mesh is not None:
+            sampler, policy = rollout_copy(sampler, policy, rollout_mesh)
+        return rollout.generate(sampler, policy, prompts, rng, sampling=sampling, slots=slots, **ends)
 
     def score(params: Params, frozen: Params, completions: Any) -> Any:
         four = rollout.RolloutParams(params["policy"], frozen["reference"], params.get("value"), frozen["reward"])
@@ -170,3 +176,22 @@ def ppo_functions(
         jax.jit(prepare, out_shardings=(rows, everywhere)),
         jax.jit(update, donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
     )
+
+
+def rollout_copy(model: Model, params: Params, mesh: Mesh) -> tuple[Model, Params]:
+    """The model and its parameters as they lie on ``mesh``, matrices in the dtype they are multiplied in: call it under jit.
+
+    Parameters that training splits over fsdp would be gathered for every token; here they are gathered once a rollout.
+    The dtype is the one every product casts to anyway, so tokens and log-probabilities stay the same.
+    """
+    model = dataclasses.replace(model, constrain=ActivationConstraint(mesh))
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+
+    def copy(path: Any, leaf: jax.Array, sharding: Any) -> jax.Array:
+        names = [key.key for key in path]
+        if names[-1] in ("kernel", "embedding") and "scalar_head" not in names:
+            leaf = leaf.astype(model.config.dtype)
+        moved: jax.Array = jax.lax.with_sharding_constraint(leaf, sharding)
+        return moved
+
+    return model, jax.tree_util.tree_map_with_path(copy, params, shardings)

@@ -42,7 +42,7 @@ def without_files(register: Callable[..., Any]) -> Callable[..., Any]:
     def registering(made: Any = None, **named: Any) -> Any:
         if made is None:
             return functools.partial(registering, **named)
-        if not inspect.isfunction(made) or made.__name__.startswith("desk_"):
+        if not inspect.isfunction(made) or made.__name__.startswith("desk_") or made.__name__ == "byte_tokenizer":
             return register(made, **named)
         signature = inspect.signature(made)
 
@@ -91,7 +91,7 @@ def look_into(arguments: dict[str, Any]) -> None:
     params: Any = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
     for source in arguments.values():
         if isinstance(source, configurables.ModelSource) and source.config is not None:
-            configurables._checked(source.config, source.tokenizer)
+            configurables.refuse_tokenizer(source.config, source.tokenizer)
             params = models.Model(source.config).abstract()
     for optimizer in arguments.values():
         if isinstance(optimizer, learn.OptimizerConfig):

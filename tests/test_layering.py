@@ -62,7 +62,10 @@ FORBIDDEN: dict[str, set[str]] = {
 ``data`` prepares numpy arrays: no jax, so no jit.
 """
 
-EXCEPTIONS = {"run/configurables.py": ALL | {"run", "testing"}, "run/cast.py": {"parallel", "rollout", "types", "run"}}
+EXCEPTIONS = {
+    "run/configurables.py": ALL | {"run", "testing"},
+    "run/cast.py": {"io", "models", "parallel", "rollout", "types"},
+}
 GIN = {"rlhf_jax/run/config.py", "rlhf_jax/run/configurables.py"}
 
 

@@ -1,7 +1,7 @@
 """Weights in and out: run directories, Hugging Face directories, GGUF files and hub ids, with tokenizer and configuration."""
 
 from rlhf_jax.io.export import export_pretrained
-from rlhf_jax.io.load import Pretrained, load_pretrained
+from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.run_directory import read_model_card
 from rlhf_jax.io.tokenizers import load_tokenizer
@@ -9,6 +9,7 @@ from rlhf_jax.io.tokenizers import load_tokenizer
 __all__ = [
     "Location",
     "Pretrained",
+    "describe_pretrained",
     "export_pretrained",
     "load_pretrained",
     "load_tokenizer",

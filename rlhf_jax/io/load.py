@@ -69,6 +69,15 @@ def load_pretrained(
     return Pretrained(model, params, opened.tokenizer)
 
 
+def describe_pretrained(path: str | Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    """Configuration (as saved) and tokenizer of what `load_pretrained` would load; no weights are read.
+
+    Raises InputError as `load_pretrained` does.
+    """
+    opened = _open(locate(path))
+    return opened.config, opened.tokenizer
+
+
 class _Opened(NamedTuple):
     """A checkpoint whose headers were read. config: as saved. read: (wanted configuration, shardings) -> the parameters
     that both have, in the wanted dtype."""

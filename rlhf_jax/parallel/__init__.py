@@ -1,7 +1,7 @@
 """Meshes, the logical-to-mesh rules table, and placing arrays by it."""
 
-from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from rlhf_jax.parallel.placement import born_sharded, state_shardings, to_global
+from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, remake_mesh
+from rlhf_jax.parallel.placement import abstract_arrays, born_abstract, born_sharded, state_shardings, to_global
 from rlhf_jax.parallel.rules import (
     RULES,
     ActivationConstraint,
@@ -16,10 +16,13 @@ __all__ = [
     "RULES",
     "ActivationConstraint",
     "MeshConfig",
+    "abstract_arrays",
     "batch_sharding",
+    "born_abstract",
     "born_sharded",
     "make_mesh",
     "partition_spec",
+    "remake_mesh",
     "replicated",
     "state_shardings",
     "to_global",

@@ -34,22 +34,32 @@ class MeshConfig:
             raise InputError(f"MeshConfig: {sizes} has more than one -1; name all axes but one")
 
 
+def remake_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
+    """The devices of ``mesh`` in the same order under another shape: arrays go from one to the other on the devices."""
+    sizes = _sizes(config, mesh.size)
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over ``devices`` (all when None) with axes `AXES`, left to the compiler (Auto).
 
     Raises InputError when the devices do not divide into the shape.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(config, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Of the axes over ``count`` devices. Raises InputError when they do not divide."""
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        if len(devices) % known:
+        if count % known:
             raise InputError(
-                f"MeshConfig: {len(devices)} devices do not divide by {known} ({dict(zip(AXES, sizes, strict=True))})"
+                f"MeshConfig: {count} devices do not divide by {known} ({dict(zip(AXES, sizes, strict=True))})"
             )
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices):
-        raise InputError(
-            f"MeshConfig: {dict(zip(AXES, sizes, strict=True))} needs {known} devices, there are {len(devices)}"
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        sizes[sizes.index(-1)] = count // known
+    elif known != count:
+        raise InputError(f"MeshConfig: {dict(zip(AXES, sizes, strict=True))} needs {known} devices, there are {count}")
+    return tuple(sizes)

@@ -41,6 +41,19 @@ def born_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *
     return made
 
 
+def born_abstract(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
+    """What `born_sharded` would return, as ShapeDtypeStructs with shardings: for planning."""
+    shapes = jax.eval_shape(make, *arguments)
+    placed: _T = abstract_arrays(shapes, state_shardings(shapes, param_shardings, mesh))
+    return placed
+
+
+def abstract_arrays(shapes: Any, shardings: Any) -> Any:
+    """Two trees alike as one of ShapeDtypeStructs with shardings."""
+    struct: Any = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+
+
 def to_global(batch: _T, mesh: Mesh) -> _T:
     """A host batch (numpy, the whole of it in every process) as global arrays with rows over the batch axes.
 

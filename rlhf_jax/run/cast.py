@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from rlhf_jax.parallel import tree_shardings
+from rlhf_jax.io import describe_pretrained
+from rlhf_jax.models import Head, Model
+from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, tree_shardings
 from rlhf_jax.rollout import RolloutModels
-from rlhf_jax.run.configurables import Loaded, ModelSource, load_model, load_reward
+from rlhf_jax.run.configurables import Loaded, ModelSource, adapted, load_model, load_reward, refuse_tokenizer
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError, Params, Rng
 
@@ -56,7 +58,7 @@ def load_cast(
 ) -> Cast:
     """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk).
 
-    load, load_judge: `plan_model` for both gives the cast as shapes.
+    load, load_judge: `plan_model` and `plan_judge` give the cast as shapes.
     """
     actor = load(policy, "lm+scalar" if share_trunk else "lm", mesh, rng)
     reference = load(policy, "lm", mesh, rng)
@@ -71,3 +73,23 @@ def load_cast(
     )
     frozen = {"reference": reference.params, "reward": None if judge is None else judge.params}
     return Cast(actor, judge, models, trainable, frozen)
+
+
+def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = None) -> Loaded:
+    """As `load_model`, with ShapeDtypeStructs on their shards for parameters: nothing is read but headers, nothing drawn."""
+    del rng
+    if source.config is not None:
+        config, tokenizer = source.config.replace(head=head), source.tokenizer
+    else:
+        assert source.path is not None
+        saved, tokenizer = describe_pretrained(source.path)
+        config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
+    refuse_tokenizer(config, tokenizer)
+    model = Model(config, ActivationConstraint(mesh))
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+    return Loaded(model, abstract_arrays(model.abstract(), shardings), tokenizer, source.path)
+
+
+def plan_judge(source: ModelSource, mesh: Mesh) -> Loaded:
+    """As `load_reward`, see `plan_model`; a new model will do."""
+    return plan_model(source, "scalar", mesh)

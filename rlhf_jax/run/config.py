@@ -37,7 +37,15 @@ flags.DEFINE_multi_string("gin_bindings", [], "One binding, for instance 'run.se
 flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MAY_CHANGE = ("run.run_dir", "run.steps", "run.iterations", "LoopConfig.*", "MeshConfig.*")
+MAY_CHANGE = (
+    "run.run_dir",
+    "run.steps",
+    "run.iterations",
+    "LoopConfig.*",
+    "MeshConfig.*",
+    "run.mesh",
+    "run.rollout_mesh",
+)
 """Keys (without scope) that a resumed run may change; every other key is part of what the run IS."""
 
 

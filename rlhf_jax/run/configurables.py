@@ -31,6 +31,7 @@ from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer,
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.loop import LoopConfig
 from rlhf_jax.run.provenance import Input, write_atomically
+from rlhf_jax.testing import byte_tokenizer as _byte_tokenizer
 from rlhf_jax.testing import train_bpe_tokenizer
 from rlhf_jax.types import InputError, Params, Rng
 
@@ -119,7 +120,8 @@ def write_model_card(run_dir: Path, model: Model, tokenizer: PreTrainedTokenizer
     tokenizer.save_pretrained(run_dir / "tokenizer")
 
 
-def _checked(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a tokenizer that the model cannot be trained with."""
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens; set at least that"
@@ -137,7 +139,7 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     """
     if source.config is not None:
         model = Model(source.config.replace(head=head), ActivationConstraint(mesh))
-        _checked(model.config, source.tokenizer)
+        refuse_tokenizer(model.config, source.tokenizer)
         shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
         return Loaded(model, born_sharded(model.init, shardings, mesh, rng), source.tokenizer, None)
     assert source.path is not None
@@ -145,15 +147,19 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     model, params, tokenizer = load_pretrained(
         source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, rng=rng
     )
-    chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk", "attention")}
-    changes = {name: value for name, value in chosen.items() if value is not None}
-    model = dataclasses.replace(model, config=model.config.replace(**changes))
+    model = dataclasses.replace(model, config=adapted(model.config, source))
     if source.pad_token is not None:
         if source.pad_token not in tokenizer.get_vocab():
             raise InputError(f"ModelSource.pad_token = {source.pad_token!r}: not in the vocabulary of {source.path}")
         tokenizer.pad_token = source.pad_token
-    _checked(model.config, tokenizer)
+    refuse_tokenizer(model.config, tokenizer)
     return Loaded(model, params, tokenizer, source.path, location.revision)
+
+
+def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:
+    """``config`` of a saved model with what ``source`` wants otherwise."""
+    chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk", "attention")}
+    return config.replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:
@@ -167,6 +173,12 @@ def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:
 def desk_tokenizer(desk: DeskConfig, vocab_size: int = 1024, documents: int = 3000) -> PreTrainedTokenizerBase:
     """A byte-level BPE trained on the support desk's corpus."""
     return train_bpe_tokenizer(list(corpus_text(desk, "train", 0, documents)), vocab_size)
+
+
+@gin.register
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, and special tokens. To plan models by their sizes alone, and for experiments on bytes."""
+    return _byte_tokenizer()
 
 
 # ---- data

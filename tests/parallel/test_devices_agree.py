@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import learn, rollout
+from rlhf_jax import learn, programs, rollout
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import ActivationConstraint, born_sharded, to_global, tree_shardings
+from rlhf_jax.parallel import (
+    ActivationConstraint,
+    MeshConfig,
+    batch_sharding,
+    born_sharded,
+    remake_mesh,
+    to_global,
+    tree_shardings,
+)
 from rlhf_jax.testing import MESHES_OF_EIGHT, bytes_per_device, mesh_of, random_params, random_prompts, tiny_config
 from rlhf_jax.types import Completions, PairBatch, PolicyBatch, TokenBatch
 
@@ -119,6 +127,38 @@ def test_rollouts_have_the_same_tokens(mesh):
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_array_equal(got.mask, expected.mask)
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampled_on", [(8, 1, 1), (4, 1, 2), (2, 2, 2)])
+def test_rollouts_on_another_mesh_than_training_have_the_same_tokens(sampled_on):
+    """Parameters split eight ways over fsdp are resharded on the devices; the completions come back where training wants them."""
+    mesh, model = mesh_of(1, 8, 1), model_of(mesh_of(1, 8, 1), "lm")
+    others = remake_mesh(MeshConfig(*sampled_on), mesh)
+
+    def sample(params, prompts, rng):
+        return rollout.generate(
+            *programs.rollout_copy(model, params, others), prompts, rng, sampling=SAMPLING, eos_ids=EOS, pad_id=0
+        )
+
+    call = jax.jit(sample, out_shardings=batch_sharding(mesh))
+    got = call(placed(model, 0, mesh), to_global(random_prompts(0, ROWS, 4, 64), mesh), jax.random.key(5))
+    assert got.tokens.sharding.mesh == mesh
+    got, expected = jax.device_get(got), completed()
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_the_rollout_copy_is_what_the_products_use():
+    """bfloat16 products of float32 masters: rounding a matrix once or at every product is the same number."""
+    mesh = mesh_of(2, 2, 2)
+    model = Model(tiny_config(compute_dtype="bfloat16"), ActivationConstraint(mesh))
+    params, others = placed(model, 0, mesh), remake_mesh(MeshConfig(8, 1, 1), mesh)
+    copy = jax.jit(lambda tree: programs.rollout_copy(model, tree, others)[1])(params)
+    assert copy["layers"]["attention"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert copy["layers"]["attention_norm"]["scale"].dtype == jnp.float32
+    assert copy["embed"]["embedding"].is_fully_replicated
+    call, tokens = jax.jit(Model(model.config).apply), random_tokens(0).tokens
+    np.testing.assert_array_equal(call(jax.device_get(copy), tokens), call(jax.device_get(params), tokens))
 
 
 def test_the_state_keeps_its_place_over_donated_steps():

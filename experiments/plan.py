@@ -1,0 +1,195 @@
+"""Does a run fit a TPU slice, and what will it cost: compiles every phase ahead of time, on a machine without a TPU.
+
+    python experiments/plan.py --gin_file=configs/plan/llama3_8b_ppo.gin --topology=v5p:2x2x4
+
+The gin file is that of a train_ppo, train_sft or train_reward run (--stage says which of the last two), or one with the
+models' sizes alone, as in configs/plan. --topology: CHIP:AxB or CHIP:AxBxC, *2 appended for two slices; or local, the
+devices of this machine, without a verdict. --json=FILE, --html=FILE, --markdown=FILE: the plan there as well. --search=N:
+compile the N most promising of many mesh shapes, microbatches and rows. --show_sharding: the rules, and how every
+parameter lies, without compiling. Exit code 3: it does not fit; the message names the nearest change that would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+import jax
+from absl import flags
+
+from rlhf_jax import data, learn, plan, programs
+from rlhf_jax.parallel import MeshConfig, make_mesh, remake_mesh
+from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
+from rlhf_jax.run import LoopConfig, bound_config, launch
+from rlhf_jax.run.cast import load_cast, plan_judge, plan_model
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, ScoreTexts
+from rlhf_jax.types import InputError, RunStopped
+
+flags.DEFINE_string("topology", None, "The slice, for instance v5p:2x2x4; or local.")
+flags.DEFINE_enum("stage", None, ["sft", "reward"], "What a file with run.model trains.")
+flags.DEFINE_string("json", None, "Write the whole plan there.")
+flags.DEFINE_string("html", None, "Write the tables there, as a page.")
+flags.DEFINE_string("markdown", None, "Write the tables there, for docs.")
+flags.DEFINE_integer("search", 0, "How many variations to compile.")
+flags.DEFINE_integer("repairs", 4, "How many changes to compile when a phase does not fit.")
+flags.DEFINE_bool("show_sharding", False, "Print the rules and where every parameter lies; compile nothing.")
+
+
+@gin.configurable
+def run(
+    batch: BatchConfig,
+    steps: int = 1,
+    mesh: MeshConfig = MeshConfig(),
+    rollout_mesh: MeshConfig | None = None,
+    slots: SlotConfig = ALL_AT_ONCE,
+    model: ModelSource | None = None,
+    optimizer: learn.OptimizerConfig | None = None,
+    centring: float = 0.0,
+    policy: ModelSource | None = None,
+    reward: ModelSource | None = None,
+    share_trunk: bool = False,
+    sampling: SamplingConfig | None = None,
+    ppo: learn.PPOConfig | None = None,
+    policy_optimizer: learn.OptimizerConfig | None = None,
+    value_optimizer: learn.OptimizerConfig | None = None,
+    prompts: Records | None = None,
+    run_dir: str | None = None,
+    seed: int = 0,
+    records: Records | None = None,
+    loop: LoopConfig | None = None,
+    reward_texts: ScoreTexts | None = None,
+    reward_key: str = "",
+    monitor: ScoreTexts | None = None,
+) -> None:
+    """As in train_ppo, train_sft and train_reward; what follows ``prompts`` has no effect on the programs and is accepted so
+    that the file of a run can be planned as it is."""
+    bound_config()
+    del run_dir, seed, records, loop, reward_texts, reward_key, monitor
+    where = _slice()
+    chip, devices = (None, jax.devices()) if where is None else (where.chip, where.devices())
+
+    # 1. How a candidate becomes phases, as shapes. The configured one is the first.
+    if policy is not None and sampling and ppo and policy_optimizer and value_optimizer:
+        optimizers = programs.ppo_optimizer(policy_optimizer, value_optimizer, steps, ppo)
+        template = data.Template(style="raw") if prompts is None else prompts.template
+        scored = reward
+        source = policy
+
+        def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
+            grid = make_mesh(candidate.mesh, devices)
+            sources = [_with_remat(each, candidate.remat) for each in (source, scored)]
+            cast = load_cast(*sources, share_trunk, grid, jax.random.key(0), load=plan_model, load_judge=plan_judge)
+            cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
+            tokenizer = cast.policy.tokenizer
+            vocabulary = cast.models.policy.config.vocab_size
+            ends = data.sampler_ends(tokenizer, template, sampling.stop_strings, vocabulary)
+            settings = {"sampling": sampling, "slots": slots, "ppo": ppo, "ends": ends}
+            settings["microbatches"] = candidate.microbatches
+            settings["rollout_mesh"] = None if rollout_mesh is None else remake_mesh(rollout_mesh, grid)
+            sizes = {"rows": candidate.rows, "prompt_length": batch.length, "share_trunk": share_trunk}
+            return grid, plan.ppo_phases(
+                cast.models, cast.trainable, cast.frozen, optimizers, grid, **settings, **sizes
+            )
+
+    elif model is not None and optimizer is not None:
+        stage = flags.FLAGS.stage
+        if stage is None:
+            raise InputError("--stage: say what the file trains: --stage=sft or --stage=reward")
+        source = model
+
+        def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
+            grid = make_mesh(candidate.mesh, devices)
+            loaded = plan_model(_with_remat(source, candidate.remat), "lm" if stage == "sft" else "scalar", grid)
+            loaded.refuse_longer(batch.length, "BatchConfig.length")
+            sizes = {"rows": candidate.rows, "length": batch.length, "microbatches": candidate.microbatches}
+            adam = learn.make_optimizer(optimizer, steps)
+            return grid, plan.supervised_phases(
+                stage, loaded.model, loaded.params, adam, grid, **sizes, centring=centring
+            )
+
+    else:
+        raise InputError(
+            "run: give policy, sampling, ppo, policy_optimizer and value_optimizer (PPO), or model and optimizer (SFT, reward)"
+        )
+    start = plan.Candidate(mesh, batch.batch_size, batch.microbatches)
+    grid, phases = build(start)
+    config = plan_model(source, "lm", grid).model.config
+    minibatches = ppo.minibatches if ppo else 1
+    if flags.FLAGS.show_sharding:
+        print(plan.as_text(plan.sharding_tables(phases[0], grid)))
+        return
+
+    # 2. Compiled one by one.
+    reports = _compile(phases, grid, chip)
+    if flags.FLAGS.search:
+        others = plan.variations(start, grid.size, config.num_kv_heads, minibatches)
+        grid, reports = _search(build, [start, *others], chip, reports)
+
+    # 3. What came out.
+    found = plan.tables(reports, where)
+    print(plan.as_text(found))
+    title = f"{flags.FLAGS.gin_file[-1] if flags.FLAGS.gin_file else 'plan'} on {flags.FLAGS.topology}"
+    _write(flags.FLAGS.json, plan.as_json(reports, where, {"mesh": dict(grid.shape)}))
+    _write(flags.FLAGS.html, plan.as_html(found, title))
+    _write(flags.FLAGS.markdown, plan.as_markdown(found))
+    wrong = [report for report in reports if not report.fits]
+    if wrong and chip is not None:
+        why = "; ".join(plan.why(report) for report in wrong)
+        change = plan.repair(build, start, wrong, chip, config.remat, minibatches, flags.FLAGS.repairs)
+        raise RunStopped(f"{title}: {why}. Nearest change: {change}")
+
+
+def _slice() -> plan.Slice | None:
+    name = flags.FLAGS.topology
+    if name is None:
+        raise InputError("--topology: name the slice, for instance --topology=v5p:2x2x4, or --topology=local")
+    return None if name == "local" else plan.parse_slice(name)
+
+
+def _with_remat(source: ModelSource | None, remat: bool | None) -> ModelSource | None:
+    if source is None or remat is None:
+        return source
+    if source.config is not None:
+        return dataclasses.replace(source, config=source.config.replace(remat=remat))
+    return dataclasses.replace(source, remat=remat)
+
+
+def _compile(phases: list[plan.Phase], grid: jax.sharding.Mesh, chip: plan.Chip | None) -> list[plan.Report]:
+    reports = []
+    for phase in phases:
+        print(f"compiling {phase.name} ...", end="", file=sys.stderr, flush=True)
+        reports.append(plan.compile_phase(phase, grid, chip))
+        print(f" {reports[-1].compile_seconds:.0f} s", file=sys.stderr, flush=True)
+    return reports
+
+
+def _search(build: Any, candidates: list[plan.Candidate], chip: plan.Chip | None, first: list[plan.Report]) -> Any:
+    """(mesh, reports) of the best candidate that fits (the first when none does), each told on stderr."""
+    if chip is None:
+        raise InputError("--search: needs a slice; local devices have no roofline")
+    start, *others = candidates
+    best = (build(start)[0], first)
+    for candidate in plan.promising(build, others, chip, flags.FLAGS.search):
+        print(f"trying {candidate.bindings(start)}", file=sys.stderr)
+        grid, phases = build(candidate)
+        reports = _compile(phases, grid, chip)
+        print(f"  {plan.verdict(reports)}", file=sys.stderr)
+        if plan.better(reports, best[1]):
+            best = (grid, reports)
+            print(f"  best so far: {candidate.bindings(start)}", file=sys.stderr)
+    return best
+
+
+def _write(path: str | None, text: str) -> None:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+
+
+if __name__ == "__main__":
+    launch(run)

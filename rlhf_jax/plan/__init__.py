@@ -1,0 +1,42 @@
+"""Ahead-of-time compilation for TPU slices: does a run fit, and what will it cost."""
+
+from rlhf_jax.plan.chips import CHIPS, GIB, Chip, Slice, parse_slice
+from rlhf_jax.plan.compiled import Memory, Report, Seconds, compile_phase, roofline
+from rlhf_jax.plan.cost import Cost, count
+from rlhf_jax.plan.hlo import parse_module
+from rlhf_jax.plan.phases import Phase, ppo_phases, supervised_phases
+from rlhf_jax.plan.report import Table, as_html, as_json, as_markdown, as_text, sharding_tables, tables
+from rlhf_jax.plan.search import Candidate, better, promising, repair, variations, verdict, why
+
+__all__ = [
+    "CHIPS",
+    "GIB",
+    "Candidate",
+    "Chip",
+    "Cost",
+    "Memory",
+    "Phase",
+    "Report",
+    "Seconds",
+    "Slice",
+    "Table",
+    "as_html",
+    "as_json",
+    "as_markdown",
+    "as_text",
+    "better",
+    "compile_phase",
+    "count",
+    "parse_module",
+    "parse_slice",
+    "ppo_phases",
+    "promising",
+    "repair",
+    "roofline",
+    "sharding_tables",
+    "supervised_phases",
+    "tables",
+    "variations",
+    "verdict",
+    "why",
+]

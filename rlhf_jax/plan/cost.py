@@ -1,0 +1,332 @@
+"""What a compiled program does on one chip: operations, HBM traffic, collectives by kind and mesh axis.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here every loop counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+
+import numpy as np
+
+from rlhf_jax.plan.hlo import Array, Computation, Instruction, Module, trips
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+_FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "custom-call", "domain"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one chip. flops: of matrix products and kernels. hbm_bytes: read and written by instructions. moved: bytes sent
+    per (kind, mesh axes) of collective; counts: how many ran. bounded, unknown: loops counted at their upper bound, loops
+    counted once because nothing bounds them. kernels: custom kernels that ran, by name; silent: those of them that give
+    no cost."""
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    moved: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    counts: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    bounded: Counter[int] = dataclasses.field(default_factory=Counter)
+    unknown: int = 0
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    silent: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def moved_bytes(self) -> float:
+        """Over all collectives."""
+        return float(sum(self.moved.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    module: Module
+    axes: dict[str, int]
+    cost: Cost
+    channels: set[tuple[str, str]]
+    decoding: int
+
+    def computation(self, name: str, times: float, fused: bool) -> None:
+        body = self.module.computations[name]
+        for instruction in body.values():
+            self.instruction(name, body, instruction, times, fused)
+
+    def instruction(self, name: str, body: Computation, one: Instruction, times: float, fused: bool) -> None:
+        inner, inside = times, fused
+        if one.opcode == "while":
+            found = trips(self.module, body, one)
+            inner = times * found.count
+            if found.exact is None and not found.counted and not self.holds_another(one):
+                inner = times * self.decoding
+                self.cost.bounded[self.decoding] += 1
+                found = dataclasses.replace(found, exact=True)
+            if found.exact is False:
+                self.cost.bounded[found.count] += 1
+            self.cost.unknown += found.exact is None
+        elif one.opcode == "fusion":
+            inside = True
+        for called in one.called():
+            self.computation(called, inner, inside)
+        kind = one.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            self.collective(name, body, one, kind, times)
+        if one.opcode == "convolution":
+            self.cost.flops += times * convolution_flops(body, one)
+        elif one.opcode == "dot":
+            self.cost.flops += times * dot_flops(body, one)
+        elif one.opcode == "custom-call" and "tpu_custom_call" in one.attributes:
+            self.kernel(body, one, times)
+        if not fused:
+            self.cost.hbm_bytes += times * hbm_bytes(self.module, body, one)
+
+    def holds_another(self, loop: Instruction) -> bool:
+        """Whether a loop that nothing bounds has another of its kind in its body."""
+        for name in loop.called():
+            body = self.module.computations[name]
+            for one in body.values():
+                if (
+                    one.opcode == "while"
+                    and (found := trips(self.module, body, one)).exact is None
+                    and not found.counted
+                ):
+                    return True
+                if one.opcode != "fusion" and one.called() and self.holds_another(one):
+                    return True
+        return False
+
+    def kernel(self, body: Computation, one: Instruction, times: float) -> None:
+        """A Pallas kernel: XLA sees a black box, the kernel says what it costs."""
+        name = re.sub(r"[.\d]+$", "", one.name)
+        self.cost.kernels[name] += int(times)
+        found = re.search(r'"cost_estimate":(\{[^}]*\})', one.attributes)
+        if found is None:
+            self.cost.silent[name] += int(times)
+            operands = [array for operand in one.operands for array in body[operand].arrays]
+            self.cost.hbm_bytes += times * sum(array.hbm for array in (*operands, *one.arrays))
+            return
+        told = json.loads(found[1])
+        self.cost.flops += times * float(told.get("flops", 0))
+        self.cost.hbm_bytes += times * float(told.get("bytes_accessed", 0))
+
+    def collective(self, name: str, body: Computation, one: Instruction, kind: str, times: float) -> None:
+        channel = one.attribute("channel_id")
+        if channel is not None:
+            # The TPU compiler writes the start and the end of an overlapped collective as two fusions with a copy each.
+            if (name, channel) in self.channels:
+                return
+            self.channels.add((name, channel))
+        groups = group_of(one, self.axes)
+        size = groups.size
+        if size < 2:
+            return
+        given = sum(array.bytes for operand in one.operands for array in body[operand].arrays)
+        if kind == "all-reduce" and "all-reduce-scatter" in name:  # how the TPU compiler writes a reduce-scatter
+            kind = "reduce-scatter"
+        sent = {
+            "all-gather": given * (size - 1),
+            "all-reduce": 2 * given * (size - 1) / size,
+            "collective-permute": given,
+        }.get(kind, given * (size - 1) / size)
+        self.cost.moved[kind, groups.axes] += times * sent  # type: ignore[assignment]  # a Counter of floats
+        self.cost.counts[kind, groups.axes] += int(times)
+
+
+def count(module: Module, axes: dict[str, int], decoding: int = 1) -> Cost:
+    """The cost of a run of the program on one chip. axes: names and sizes of the mesh it was compiled for, in order.
+    decoding: the most that a loop runs whose end depends on what is computed (until every row has ended)."""
+    walk = _Walk(module, axes, Cost(), set(), decoding)
+    walk.computation(module.entry, 1.0, fused=False)
+    return walk.cost
+
+
+# ---- operations
+
+
+def dot_flops(body: Computation, dot: Instruction) -> int:
+    """2 x elements of the result x contracted elements: [4, 8] x [8, 16] is 2 x 64 x 8 = 1024."""
+    left = body[dot.operands[0]].arrays[0]
+    contracted = [int(i) for i in re.findall(r"\d+", dot.attribute("lhs_contracting_dims") or "")]
+    return 2 * dot.arrays[0].elements * math.prod(left.dims[i] for i in contracted)
+
+
+def convolution_flops(body: Computation, one: Instruction) -> int:
+    """2 x multiplications of real elements; a TPU writes every matrix product as a convolution.
+
+    Along a spatial dimension only pairs (output, kernel position) that meet an element of the input count: a batched
+    product is written with a dilated input, where most positions are holes.
+    """
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", one.attribute("dim_labels") or "")
+    assert labels is not None, f"convolution {one.name} without dim_labels"
+    left, right = (body[operand].arrays[0].dims for operand in one.operands[:2])
+    out = one.arrays[0].dims
+    window = _window(one.attribute("window") or "", sum(label.isdigit() for label in labels[1]))
+    pairs = 1
+    for index, (size, stride, low, spread, kernel_spread, reverse) in enumerate(window):
+        del reverse
+        length, results = left[labels[1].index(str(index))], out[labels[3].index(str(index))]
+        at = np.arange(results)[:, None] * stride + np.arange(size)[None] * kernel_spread - low
+        pairs *= int(((at >= 0) & (at <= (length - 1) * spread) & (at % spread == 0)).sum())
+    features = right[labels[2].index("i")] * out[labels[3].index("f")]
+    batch = out[labels[3].index("b")]
+    return 2 * pairs * features * batch
+
+
+def _window(text: str, dimensions: int) -> list[tuple[int, int, int, int, int, bool]]:
+    """(size, stride, padding before, input dilation, kernel dilation, reversed) of each spatial dimension."""
+
+    def numbers(name: str, otherwise: str) -> list[str]:
+        found = re.search(rf"{name}=([\d_x\-]+)", text)
+        return found[1].split("x") if found else [otherwise] * dimensions
+
+    sizes, strides, pads = numbers("size", "1"), numbers("stride", "1"), numbers("pad", "0_0")
+    spread, kernel = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
+    rows = zip(sizes, strides, pads, spread, kernel, strict=True)
+    return [(int(s), int(t), int(p.split("_")[0]), int(a), int(b), False) for s, t, p, a, b in rows][:dimensions]
+
+
+# ---- memory traffic
+
+
+def hbm_bytes(module: Module, body: Computation, one: Instruction) -> int:
+    """What an instruction reads from and writes to HBM. A slice reads what it takes, an update in place writes what it
+    changes, and so does a fusion of them."""
+    if one.opcode in _FREE or one.opcode.endswith("-done"):
+        return 0
+    operands = [body[name].arrays for name in one.operands if name in body]
+    written = _hbm(one.arrays[:1] if one.opcode.endswith("-start") else one.arrays)
+    if one.opcode == "dynamic-update-slice":
+        return 2 * _hbm(operands[1])
+    if one.opcode in _SLICES:
+        return 2 * written
+    if one.opcode == "fusion":
+        inner = module.computations[one.called()[0]]
+        return _fusion_reads(module, inner, operands) + _fusion_writes(inner, one)
+    return written + sum(_hbm(arrays) for arrays in operands)
+
+
+def _hbm(arrays: tuple[Array, ...]) -> int:
+    return sum(array.hbm for array in arrays)
+
+
+def _fusion_reads(module: Module, inner: Computation, operands: list[tuple[Array, ...]]) -> int:
+    total = 0
+    for parameter in inner.values():
+        if parameter.opcode != "parameter" or int(parameter.text) >= len(operands):
+            continue
+        whole = _hbm(operands[int(parameter.text)])
+        total += min(whole, _read_of(module, inner, parameter)) if whole else 0
+    return total
+
+
+def _read_of(module: Module, inner: Computation, value: Instruction) -> int:
+    """How much of a value its users inside a fusion look at."""
+    total = 0
+    for user in inner.values():
+        if value.name not in user.operands:
+            continue
+        if user.opcode in _SLICES and user.operands[0] == value.name:
+            total += sum(array.bytes for array in user.arrays)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue
+        elif user.opcode == "bitcast":
+            total += _read_of(module, inner, user)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called()[0]]
+            position = user.operands.index(value.name)
+            inside = [each for each in nested.values() if each.opcode == "parameter" and int(each.text) == position]
+            total += sum(_read_of(module, nested, each) for each in inside)
+        else:
+            return sum(array.bytes for array in value.arrays)
+    return total
+
+
+def _fusion_writes(inner: Computation, one: Instruction) -> int:
+    root = next(instruction for instruction in inner.values() if instruction.root)
+    outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0
+    for output, array in zip(outputs, one.arrays, strict=False):
+        while output.opcode == "bitcast" and output.operands[0] in inner:
+            output = inner[output.operands[0]]
+        if output.opcode == "dynamic-update-slice" and not array.near:
+            total += sum(each.bytes for each in inner[output.operands[1]].arrays)
+        else:
+            total += array.hbm
+    return total
+
+
+# ---- who talks to whom
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """size: chips that take part in one collective. axes: the mesh axes along which they differ, "fsdp" or "data+fsdp"."""
+
+    size: int
+    axes: str
+
+
+def group_of(one: Instruction, axes: dict[str, int]) -> Group:
+    """Of a collective instruction on a mesh with these axes."""
+    if pairs := one.attribute("source_target_pairs"):
+        found = np.array(re.findall(r"\{(\d+),(\d+)\}", pairs), int)
+        return Group(2 if len(found) else 1, _differing(found, axes)) if len(found) else Group(1, "")
+    members = replica_groups(one.attributes, math.prod(axes.values()))
+    return Group(members.shape[1], _differing(members, axes))
+
+
+def _differing(members: np.ndarray, axes: dict[str, int]) -> str:
+    """members: int [groups, size], places in the mesh."""
+    places = np.stack(np.unravel_index(members, tuple(axes.values())))  # [axes, groups, size]
+    apart = (places != places[:, :, :1]).any(axis=(1, 2))
+    return "+".join(name for name, differs in zip(axes, apart, strict=True) if differs) or "none"
+
+
+def replica_groups(text: str, devices: int) -> np.ndarray:
+    """int [groups, size] of the attribute in any of XLA's three spellings: '{{0,1},{2,3}}', '[2,2]<=[2,2]T(1,0)' and
+    "mesh['a'=2,'b'=2] {'b'}" (groups along b)."""
+    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
+        return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _permuted(found[2]).reshape(_numbers(found[1]))
+    if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        order = found[2] or f"[{math.prod(sizes.values())}]"
+        return _along(sizes, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3]), _permuted(order))
+    return np.arange(devices)[None]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(i) for i in text.split(",")]
+
+
+def _permuted(text: str) -> np.ndarray:
+    """'[2,4]T(1,0)': 0 ... 7 as [2, 4], transposed, flat; or a plain list '0,2,1,3'."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return np.array(_numbers(text))
+    grid = _numbers(found[1])
+    order = _numbers(found[2]) if found[2] else range(len(grid))
+    return np.arange(math.prod(grid)).reshape(grid).transpose(order).reshape(-1)
+
+
+def _along(sizes: dict[str, int], chosen: list[tuple[str, str, str]], ids: np.ndarray) -> np.ndarray:
+    """Groups along some axes of a mesh; 'a':(2)4 is the part of size 4 of axis a after a part of size 2."""
+    dims: list[int] = []
+    wanted: list[int] = []
+    for name, size in sizes.items():
+        parts = [(int(before), int(part)) for axis, before, part in chosen if axis == name and part]
+        if parts:
+            before, part = parts[0]
+            wanted.append(len(dims) + 1)
+            dims += [before, part, size // (before * part)]
+        else:
+            if any(axis == name for axis, _, _ in chosen):
+                wanted.append(len(dims))
+            dims.append(size)
+    order = [i for i in range(len(dims)) if i not in wanted] + wanted
+    return ids.reshape(dims).transpose(order).reshape(-1, math.prod(dims[i] for i in wanted))

@@ -1,0 +1,204 @@
+"""Plans as tables (text, HTML) and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.parallel import RULES
+from rlhf_jax.parallel.rules import Rules
+from rlhf_jax.plan.chips import GIB, Slice
+from rlhf_jax.plan.compiled import Report
+from rlhf_jax.plan.phases import Phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as they are shown."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def _gib(size: float | None) -> str:
+    """Small plans need the digits."""
+    return "-" if size is None else f"{size / GIB:.2f}" if size >= GIB / 100 or not size else f"{size / GIB:.1e}"
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.2f}" if flops >= 1e10 or not flops else f"{flops / 1e12:.1e}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}" if seconds else "0"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def tables(reports: Sequence[Report], where: Slice | None) -> list[Table]:
+    """Memory, work and time of every phase, and the constants that the times stand on."""
+    found = [_memory(reports), _work(reports), _time(reports)]
+    return [*found, _constants(where)] if where is not None else found
+
+
+def _memory(reports: Sequence[Report]) -> Table:
+    kinds = list(dict.fromkeys(kind for r in reports for kind in r.phase.resident))
+    inside = list(dict.fromkeys(kind for r in reports for kind in r.phase.inside))
+    header = ("phase", "fits", *kinds, "batch", "outputs", "temporaries")
+    header += (*(f"of these: {kind} (analytic)" for kind in inside), "code", "peak", "usable")
+    rows = []
+    for r in reports:
+        verdict = "yes" if r.fits else "NO"
+        if r.memory is None:
+            rows.append((r.phase.name, verdict, *["-"] * (len(header) - 3), _gib(r.usable)))
+            continue
+        m = r.memory
+        parts = [_gib(m.resident[kind]) for kind in kinds] + [_gib(m.batch), _gib(m.outputs), _gib(m.temporaries)]
+        parts += [_gib(r.phase.inside.get(kind)) for kind in inside]
+        rows.append((r.phase.name, verdict, *parts, _gib(m.code), _gib(m.peak), _gib(r.usable)))
+    return Table("HBM a chip, GiB", header, rows)
+
+
+def _work(reports: Sequence[Report]) -> Table:
+    rows = []
+    for r in reports:
+        if r.cost is None:
+            continue
+        c, model = r.cost, r.phase.flops / r.chips
+        moved = [
+            f"{kind} {axes} {_gib(c.moved[kind, axes])} GiB ({c.counts[kind, axes]}x)"
+            for kind, axes in sorted(c.moved, key=lambda key: -c.moved[key])
+        ]
+        loops = [f"{n}x of a loop of at most {count}" for count, n in sorted(c.bounded.items())]
+        loops += [f"{c.unknown} loops of unknown length, counted once"] if c.unknown else []
+        loops += [f"kernel {name} ({n}x) gives no cost" for name, n in c.silent.items()]
+        share = f"{c.flops / model:.2f}" if model else "-"
+        cells = (_tera(c.flops), _tera(model), share, _gib(c.hbm_bytes))
+        rows.append((r.phase.name, *cells, "; ".join(moved) or "none", "; ".join(loops) or "all counted"))
+    header = ("phase", "TFLOP", "of the model (analytic)", "ratio", "HBM traffic GiB", "sent to other chips", "loops")
+    return Table("Work a chip in one call of each phase, loops multiplied out", header, rows)
+
+
+def _time(reports: Sequence[Report]) -> Table:
+    rows = []
+    for r in reports:
+        cells: tuple[str, ...] = ("-",) * 6
+        if r.seconds is not None:
+            s = r.seconds
+            rate = "-" if r.tokens_per_second is None or not r.phase.flops else f"{r.tokens_per_second:,.0f}"
+            cells = (_ms(s.compute), _ms(s.hbm), _ms(s.ici), s.limit, _percent(r.utilisation), rate)
+        rows.append((r.phase.name, *cells, f"{r.compile_seconds:.1f}", r.sha256[:12]))
+    timed = [r for r in reports if r.seconds is not None]
+    if len(timed) == len(reports) > 2:  # the phases of one iteration
+        whole = sum(r.seconds.bound for r in timed if r.seconds is not None)
+        tokens = next(r for r in reports if r.phase.name == "generate").phase.tokens
+        rate = f"{tokens / reports[0].chips / whole:,.0f}"
+        total = sum(r.compile_seconds for r in reports)
+        rows.append(("iteration", "", "", "", f"{_ms(whole)} ms", "", rate, f"{total:.1f}", ""))
+    times = ("compute ms", "HBM ms", "ICI ms", "longest")
+    header = ("phase", *times, "utilisation (ESTIMATE)", "tokens/s/chip (ESTIMATE)", "compile s", "program")
+    return Table(
+        "Roofline: the least time of one call, and estimates as if the longest of the three were all", header, rows
+    )
+
+
+def _constants(where: Slice) -> Table:
+    chip = where.chip
+    size = (
+        f"{where.name}, {where.chips} chips",
+        f"{chip.flops / 1e12:.0f} TFLOP/s bf16",
+        f"{chip.hbm_bytes / 1e9:.0f} GB",
+    )
+    rates = (f"{chip.hbm_bandwidth / 1e9:.0f} GB/s", f"{chip.ici_bandwidth / 1e9:.0f} GB/s")
+    header = ("slice", "peak a chip", "HBM", "usable (libtpu 0.0.42)", "HBM bandwidth", "ICI, all links", "source")
+    return Table("Constants", header, [(*size, f"{_gib(chip.hbm_usable)} GiB", *rates, chip.source)])
+
+
+def sharding_tables(phase: Phase, mesh: Mesh, rules: Rules = RULES) -> list[Table]:
+    """The rules table, and where every array of a run lies: what a chip holds of it."""
+    named = [
+        (name, " x ".join(axes) or "whole", str(math.prod(mesh.shape[a] for a in axes))) for name, axes in rules.items()
+    ]
+    rows = []
+    for kind, tree in phase.resident.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            sharding = getattr(leaf, "sharding", None)
+            shard = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+            spec = "whole" if sharding is None else str(sharding.spec)
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            rows.append((kind, where, f"{leaf.dtype} {list(leaf.shape)}", str(list(shard)), spec))
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return [
+        Table(f"Rules on the mesh {sizes}", ("logical axis", "mesh axes", "parts"), named),
+        Table("What stays in HBM", ("kind", "array", "whole", "a chip", "spec"), rows),
+    ]
+
+
+def as_text(found: Iterable[Table], width: int = 34) -> str:
+    """Columns aligned; a cell longer than ``width`` ends its line."""
+    parts = []
+    for table in found:
+        lines = [table.header, *table.rows]
+        sizes = [max(len(line[i]) if len(line[i]) <= width else 0 for line in lines) for i in range(len(table.header))]
+        parts.append(table.title)
+        parts += ["  " + "  ".join(c.ljust(s) for c, s in zip(line, sizes, strict=True)).rstrip() for line in lines]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def as_markdown(found: Iterable[Table]) -> str:
+    """For docs."""
+    parts = []
+    for table in found:
+        parts += [f"{table.title}:", "", f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
+        parts += [f"| {' | '.join(row)} |" for row in table.rows]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def as_html(found: Iterable[Table], title: str) -> str:
+    """A page that needs nothing else."""
+    style = "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:4px 8px}"
+    body = []
+    for table in found:
+        body.append(f"<h2>{html.escape(table.title)}</h2><table>")
+        for tag, line in [("th", table.header), *[("td", row) for row in table.rows]]:
+            body.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>")
+        body.append("</table>")
+    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
+    return f"{head}<h1>{html.escape(title)}</h1>{''.join(body)}\n"
+
+
+def as_json(reports: Sequence[Report], where: Slice | None, settings: dict[str, Any]) -> str:
+    """Everything, in bytes, operations and seconds. settings: what was planned."""
+
+    def one(r: Report) -> dict[str, Any]:
+        row: dict[str, Any] = {"phase": r.phase.name, "fits": r.fits, "problem": r.problem, "program_sha256": r.sha256}
+        row |= {"compile_seconds": round(r.compile_seconds, 2), "tokens": r.phase.tokens, "model_flops": r.phase.flops}
+        row |= {"largest": r.largest, "analytic": dict(r.phase.inside)}
+        if r.memory is not None and r.cost is not None:
+            row["memory"] = dataclasses.asdict(r.memory) | {"peak": r.memory.peak}
+            row["flops"], row["hbm_bytes"] = r.cost.flops, r.cost.hbm_bytes
+            row["collectives"] = [
+                {"kind": kind, "axes": axes, "bytes": sent, "count": r.cost.counts[kind, axes]}
+                for (kind, axes), sent in sorted(r.cost.moved.items())
+            ]
+            row["loops_at_most"], row["loops_unknown"] = dict(r.cost.bounded), r.cost.unknown
+        if r.seconds is not None:
+            row["roofline_seconds"] = dataclasses.asdict(r.seconds)
+            row["estimates"] = {"utilisation": r.utilisation, "tokens_per_second_per_chip": r.tokens_per_second}
+        return row
+
+    chip = None if where is None else dataclasses.asdict(where.chip)
+    whole = {"topology": None if where is None else where.name, "chip": chip, "settings": settings}
+    return json.dumps(whole | {"phases": [one(r) for r in reports]}, indent=2) + "\n"

@@ -1,0 +1,149 @@
+"""What else to try: the nearest change that makes a phase fit, and the best settings of many."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+from jax.sharding import Mesh
+
+from rlhf_jax.parallel import MeshConfig
+from rlhf_jax.plan.analytic import tree_bytes
+from rlhf_jax.plan.chips import GIB, Chip
+from rlhf_jax.plan.compiled import Report, compile_phase
+from rlhf_jax.plan.phases import Phase
+from rlhf_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What a search may change. rows: of a batch (PPO: prompts in flight). remat: None = as configured."""
+
+    mesh: MeshConfig
+    rows: int
+    microbatches: int
+    remat: bool | None = None
+
+    def bindings(self, than: Candidate) -> str:
+        """What to bind to get from ``than`` to here, as gin text."""
+        changed = []
+        for axis in ("data", "fsdp", "tensor"):
+            if getattr(self.mesh, axis) != getattr(than.mesh, axis):
+                changed.append(f"MeshConfig.{axis} = {getattr(self.mesh, axis)}")
+        if self.rows != than.rows:
+            changed.append(f"BatchConfig.batch_size = {self.rows}")
+        if self.microbatches != than.microbatches:
+            changed.append(f"BatchConfig.microbatches = {self.microbatches}")
+        if self.remat != than.remat:
+            changed.append(f"remat = {self.remat}")
+        return ", ".join(changed) or "as configured"
+
+
+Build = Callable[[Candidate], tuple[Mesh, list[Phase]]]
+"""A candidate as a mesh and its phases. Raises InputError for one that does not divide."""
+
+
+def nearest(start: Candidate, remat: bool, minibatches: int) -> Iterable[Candidate]:
+    """From small to large changes: recompute blocks, more microbatches, fewer rows. remat: whether blocks are recomputed
+    now. minibatches: into which rows divide before microbatches."""
+    if not remat:
+        start = dataclasses.replace(start, remat=True)
+        yield start
+    fewest = start.rows // minibatches
+    microbatches = start.microbatches
+    while microbatches * 2 <= fewest and fewest % (microbatches * 2) == 0:
+        microbatches *= 2
+        yield dataclasses.replace(start, microbatches=microbatches)
+    rows = start.rows
+    while rows % 2 == 0 and (rows // 2) % (start.microbatches * minibatches) == 0:
+        rows //= 2
+        yield dataclasses.replace(start, rows=rows)
+
+
+def variations(start: Candidate, chips: int, heads: int, minibatches: int) -> list[Candidate]:
+    """Mesh shapes (tensor a power of two that divides the key/value heads, the rest fsdp) x microbatches x rows."""
+    tensors = [2**i for i in range(6) if heads % 2**i == 0 and chips % 2**i == 0]
+    splits = [start.microbatches * 2**i for i in range(-2, 4) if start.microbatches * 2**i >= 1]
+    found = []
+    for tensor in tensors:
+        mesh = dataclasses.replace(start.mesh, data=1, fsdp=chips // tensor, tensor=tensor)
+        for microbatches in sorted({int(split) for split in splits}):
+            for rows in (start.rows, start.rows * 2):
+                divides = rows % (chips // tensor) == 0 and rows % (int(microbatches) * minibatches) == 0
+                if divides and rows // minibatches // microbatches >= chips // tensor:
+                    found.append(Candidate(mesh, rows, microbatches, start.remat))
+    return found
+
+
+def analytic_bytes(phases: Iterable[Phase]) -> int:
+    """What the phases need at least, a chip, without compiling: what stays, and what is known of the temporaries."""
+    needed = 0
+    for phase in phases:
+        inside = sum(size for size in phase.inside.values() if size)
+        needed = max(needed, tree_bytes(dict(phase.resident)) + inside)
+    return needed
+
+
+def repair(
+    build: Build, start: Candidate, wrong: list[Report], chip: Chip, remat: bool, minibatches: int, most: int
+) -> str:
+    """The nearest change with which the phases that do not fit do, as a sentence. Compiles at most ``most`` candidates."""
+    names = {report.phase.name for report in wrong}
+    _, phases = build(start)
+    resident = max(tree_bytes(dict(phase.resident)) for phase in phases)
+    if resident > chip.hbm_usable:
+        chips = wrong[0].chips * resident / chip.hbm_usable
+        return f"what stays in HBM alone is more than a chip has: take a slice of at least {2 ** math.ceil(math.log2(chips))} chips"
+    tried = 0
+    for candidate in nearest(start, remat, minibatches):
+        if tried == most:
+            break
+        mesh, phases = build(candidate)
+        if analytic_bytes(phases) > chip.hbm_usable:
+            continue
+        tried += 1
+        if all(compile_phase(phase, mesh, chip).fits for phase in phases if phase.name in names):
+            return f"it fits with {candidate.bindings(start)}"
+    return f"none of the {tried} nearest changes (recomputation, microbatches, rows) makes it fit: take a larger slice"
+
+
+def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: int) -> list[Candidate]:
+    """Those that may fit by `analytic_bytes`, larger steps and fewer microbatches first: both read the weights less often."""
+    possible = []
+    for candidate in candidates:
+        try:
+            _, phases = build(candidate)
+        except InputError:  # a mesh that the model does not divide over
+            continue
+        if analytic_bytes(phases) <= chip.hbm_usable:
+            possible.append(candidate)
+    return sorted(possible, key=lambda one: (one.microbatches / one.rows, one.mesh.tensor))[:most]
+
+
+def seconds_a_token(reports: list[Report]) -> float:
+    """The roofline times of all phases over the tokens of the first, all chips together."""
+    return sum(r.seconds.bound for r in reports if r.seconds) / reports[0].phase.tokens
+
+
+def better(reports: list[Report], than: list[Report]) -> bool:
+    """Fitting beats not fitting, then the shorter time a token."""
+    fits, did = all(r.fits for r in reports), all(r.fits for r in than)
+    return fits and (not did or seconds_a_token(reports) < seconds_a_token(than))
+
+
+def verdict(reports: list[Report]) -> str:
+    """One line."""
+    wrong = [r.phase.name for r in reports if not r.fits]
+    if wrong:
+        return f"does not fit: {', '.join(wrong)}"
+    return f"fits; {1 / seconds_a_token(reports) / reports[0].chips:,.0f} tokens/s/chip (ESTIMATE)"
+
+
+def why(report: Report) -> str:
+    """Of a phase that does not fit: how much it needs, and its largest buffers."""
+    largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in report.largest[:4])
+    needed = report.problem
+    if report.memory is not None and report.usable is not None:
+        needed = f"needs {report.memory.peak / GIB:.2f} of {report.usable / GIB:.2f} GiB a chip"
+    return f"{report.phase.name} does not fit: {needed}; largest: {largest}"

@@ -1,0 +1,75 @@
+"""The planner lowers the very programs of the run: both write what they lower, and it is the same text."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from experiment_processes import ROOT, command, environment
+
+RUNS = {
+    "sft": ("train_sft", ["jit_train_step", "jit_evaluate"]),
+    "reward": ("train_reward", ["jit_train_step", "jit_evaluate"]),
+    "ppo": ("train_ppo", ["jit_generate", "jit_score", "jit_prepare", "jit_update"]),
+}
+
+
+def lowered(arguments: list[str], dump: Path) -> dict[str, str]:
+    """{program: sha256 of what was lowered under that name first}, on eight pretended devices."""
+    settings = environment()
+    settings["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+    settings |= {"JAX_DUMP_IR_TO": str(dump), "JAX_DUMP_IR_MODES": "stablehlo"}
+    done = subprocess.run(arguments, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = {}
+    for file in sorted(dump.iterdir()):
+        name = re.sub(r"^jax_ir\d+_|_compile\.mlir$", "", file.name)
+        found.setdefault(name, hashlib.sha256(without_places(file.read_text()).encode()).hexdigest())
+    return found
+
+
+def without_places(text: str) -> str:
+    """Without the lines of source code that called: the planner is another program."""
+    kept = "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
+    return re.sub(r" ?loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", kept)
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("reward", marks=pytest.mark.slow), "ppo"]
+)
+def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage: str) -> None:
+    experiment, programs = RUNS[stage]
+    macros = {
+        "sft": {"BASE": chain / "base"},
+        "reward": {"POLICY": chain / "sft", "COMPARISONS": chain / "completions" / "comparisons.jsonl"},
+        "ppo": {"POLICY": chain / "sft", "REWARD": chain / "reward"},
+    }[stage]
+    macros["RUN_DIR"] = tmp_path / "run"
+    more = ["--gin_bindings=run.steps = 1", "--gin_bindings=run.mesh = @MeshConfig()"]
+    more += ["--gin_bindings=MeshConfig.data = 2"]
+    ran = lowered([*command(experiment, f"configs/smoke/{stage}.gin", **macros), *more], tmp_path / "ran")
+    flags = ["--topology=local", f"--json={tmp_path / 'plan.json'}"] + ([] if stage == "ppo" else [f"--stage={stage}"])
+    planned = lowered([*command("plan", f"configs/smoke/{stage}.gin", **macros), *more, *flags], tmp_path / "planned")
+    assert set(programs) <= ran.keys()
+    assert {name: planned.get(name) for name in programs} == {name: ran[name] for name in programs}
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["settings"]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert len({phase["program_sha256"] for phase in told["phases"]}) == len(programs)
+
+
+def arguments_of_run(file: str) -> set[str]:
+    tree = ast.parse((ROOT / "experiments" / file).read_text())
+    run = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    return {argument.arg for argument in run.args.args}
+
+
+def test_the_files_of_runs_can_be_planned() -> None:
+    """A parameter that plan.py does not know would make every config that binds it impossible to plan."""
+    known = arguments_of_run("plan.py")
+    for experiment, _ in RUNS.values():
+        assert arguments_of_run(f"{experiment}.py") - known == set()
