@@ -40,6 +40,7 @@ def load_pretrained(
     rules: Rules = RULES,
     head: Head | None = None,
     param_dtype: str | None = None,
+    max_length: int | None = None,
     rng: Rng | None = None,
 ) -> Pretrained:
     """A model from a run directory, a Hugging Face directory, a .gguf file or a hub id, its weights on their shards.
@@ -47,12 +48,15 @@ def load_pretrained(
     mesh: None = everything on the first device. rules: how weights lie on the mesh. head: None = the checkpoint's own;
     "scalar" on a language model keeps the trunk and draws a fresh scalar head from ``rng``, "lm+scalar" likewise.
     A reward run with reward_normalisation.json gets gain and bias folded into its scalar head. param_dtype: dtype of the
-    parameters, float32 or a run's own when None; conversions round to nearest even.
+    parameters, float32 or a run's own when None; conversions round to nearest even. max_length: shorter than the
+    checkpoint's; with positions stretched by "longrope" it decides which factors are taken (`models.RopeScaling`).
     Raises InputError naming file, field or tensors, and the remedy.
     """
     opened = _open(locate(path))
     config = opened.config.replace(
-        head=_chosen_head(opened.config.head, head, rng, path), param_dtype=param_dtype or opened.config.param_dtype
+        head=_chosen_head(opened.config.head, head, rng, path),
+        param_dtype=param_dtype or opened.config.param_dtype,
+        max_length=_chosen_length(opened.config, max_length, path),
     )
     model = Model(config, unconstrained if mesh is None else ActivationConstraint(mesh))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
@@ -85,6 +89,21 @@ class _Opened(NamedTuple):
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     read: Callable[[ModelConfig, Params], Params]
+
+
+def _chosen_length(saved: ModelConfig, wanted: int | None, path: str | Path) -> int:
+    """The max_length to load with. Raises InputError for one that the checkpoint cannot have."""
+    if wanted is None or wanted == saved.max_length:
+        return saved.max_length
+    if wanted > saved.max_length:
+        raise InputError(
+            f"{path}: max_length = {wanted}: the model was made for {saved.max_length} tokens; give at most that"
+        )
+    if saved.positions == "learned":
+        raise InputError(
+            f"{path}: max_length = {wanted}: its table of positions has {saved.max_length} rows; leave it out"
+        )
+    return wanted
 
 
 def _chosen_head(saved: Head, wanted: Head | None, rng: Rng | None, path: str | Path) -> Head:

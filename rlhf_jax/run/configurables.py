@@ -62,8 +62,8 @@ class ModelSource:
 
     path: a run directory of ours, a Hugging Face directory, a .gguf file, or a hub id (name/model, name/model@revision).
     The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
-    remat, logits_chunk, attention: as in ModelConfig. pad_token: a token of the vocabulary to pad with, for
-    tokenizers that name none.
+    remat, logits_chunk, attention: as in ModelConfig. max_length: shorter than the checkpoint's. pad_token: a token
+    of the vocabulary to pad with, for tokenizers that name none.
     """
 
     path: str | None = None
@@ -74,6 +74,7 @@ class ModelSource:
     remat: bool | None = None
     logits_chunk: int | None = None
     attention: str | None = None
+    max_length: int | None = None
     pad_token: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class ModelSource:
             return
         if self.tokenizer is None:
             raise InputError("ModelSource.tokenizer: a new model needs one, for instance @desk_tokenizer()")
-        for name in ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention", "pad_token"):
+        for name in ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention", "max_length", "pad_token"):
             if getattr(self, name) is not None:
                 raise InputError(
                     f"ModelSource.{name}: goes with path; a new model has it from its config and tokenizer"
@@ -145,7 +146,7 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     assert source.path is not None
     location = locate(source.path)
     model, params, tokenizer = load_pretrained(
-        source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, rng=rng
+        source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, max_length=source.max_length, rng=rng
     )
     model = dataclasses.replace(model, config=adapted(model.config, source))
     if source.pad_token is not None:

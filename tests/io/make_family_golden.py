@@ -26,15 +26,15 @@ def saved_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in load_file(Path(directory) / "model.safetensors").items()}
 
 
-def opened(fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
-    """transformers' model of a checkpoint, float32, every tensor found and none left over."""
+def opened(fields: dict[str, Any], tensors: dict[str, np.ndarray], dtype: str = "float32") -> Any:
+    """transformers' model of a checkpoint, every tensor found and none left over."""
     import torch
     import transformers
 
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory), fields, tensors)
         network, told = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            directory, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
         )
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     return network.eval()
@@ -46,7 +46,7 @@ def logits(network: Any, ids: np.ndarray, start: int = 0) -> np.ndarray:
 
     with torch.no_grad():
         positions = torch.arange(start, start + len(ids))[None]
-        return network(torch.from_numpy(ids)[None], position_ids=positions, use_cache=False).logits[0].numpy()
+        return network(torch.from_numpy(ids)[None], position_ids=positions, use_cache=False).logits[0].float().numpy()
 
 
 def continuation(network: Any, ids: np.ndarray, count: int = 32) -> np.ndarray:

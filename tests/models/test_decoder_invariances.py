@@ -119,9 +119,13 @@ def decoded_logits(model: Model, params, prompts, capacity: int, continuation):
     return jnp.concatenate(seen, axis=1), cache
 
 
-@pytest.mark.parametrize("extra", [0, 5])
-def test_cached_decoding_equals_the_full_forward(extra):
-    model, params = tiny_model()
+SLIDING = {"num_layers": 3, "layer_pattern": ("sliding", "full"), "sliding_window": 3, "attention_soft_cap": 2.0}
+LEARNED = {"positions": "learned", "norm": "layer"}
+
+
+@pytest.mark.parametrize(("extra", "changes"), [(0, {}), (5, {}), (0, SLIDING), (5, LEARNED)])
+def test_cached_decoding_equals_the_full_forward(extra, changes):
+    model, params = tiny_model(**changes)
     prompts = random_prompts(0, 4, 6, VOCAB)
     continuation = np.random.default_rng(1).integers(3, VOCAB, (4, 5)).astype(np.int32)
     cached, cache = decoded_logits(model, params, prompts, 6 + 5 + extra, continuation)
