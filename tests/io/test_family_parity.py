@@ -461,7 +461,7 @@ def test_live_gradients(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_live_bfloat16(case: str, tmp_path: Path) -> None:
     """Parameters and activations in bfloat16 against float32, in ours and in theirs, over the spread of the logits: our
-    mean error is at most 1.25 times theirs (docs/models.md has the table)."""
+    mean error over 16 tokens is at most 1.5 times theirs (docs/models.md has the table)."""
     pytest.importorskip("torch", reason="needs the [parity] extra")
     from make_family_golden import logits, opened
 
@@ -474,7 +474,7 @@ def test_live_bfloat16(case: str, tmp_path: Path) -> None:
     errors = [np.abs(one.astype(np.float64) - exact) / exact.std() for one in (ours, theirs)]
     told = " ".join(f"{error.mean():.4f} {error.max():.3f}" for error in errors)
     print(f"\nPRECISION {case}: {told}")
-    assert 1e-4 < errors[0].mean() <= 1.25 * errors[1].mean()
+    assert 1e-4 < errors[0].mean() <= 1.5 * errors[1].mean()
 
 
 @pytest.mark.parity
@@ -492,4 +492,6 @@ def test_live_transformers_computes_the_same_from_an_export(case: str, tmp_path:
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     start = FAR if case in BEYOND_ORIGINAL else 0
     original = opened(CASES[case], drawn(stored_shapes(case)))
-    np.testing.assert_array_equal(logits(network.eval(), tokens(), start), logits(original, tokens(), start))
+    np.testing.assert_allclose(
+        logits(network.eval(), tokens(), start), logits(original, tokens(), start), rtol=0, atol=1e-5
+    )
