@@ -167,11 +167,11 @@ def _compare(results: dict, shown: int) -> dict:
     if all("gold" in result["scores"] for result in results.values()):
         for i, sample in enumerate(samples):
             sample["gold"] = {name: float(results[name]["scores"]["gold"][i]) for name in names}
-    return {"policies": policies, "differences": differences, "samples": samples}
+    return {"prompts": len(ids[0]), "policies": policies, "differences": differences, "samples": samples}
 
 
 def _print(evaluation: dict) -> None:
-    table = Table(title="held-out prompts: mean [95 % interval]")
+    table = Table(title=f"{evaluation['prompts']} prompts: mean [95 % interval]")
     table.add_column("score")
     for policy in evaluation["policies"]:
         table.add_column(policy["name"])

@@ -121,12 +121,16 @@ def _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng) -> t
 def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> None:
     """comparisons.jsonl of the first two replies of each prompt, and annotation.json about them."""
     by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
-    replies = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in side] for side in by_sample]
-    keys = [(row["id"], row["prompt"]) for row in by_sample[0]]
-    labels = label_pairs(annotator, keys, zip(*replies, strict=True), has_flattery)
-    usable = [pair for pair in labels.comparisons if pair["chosen"].strip() and pair["rejected"].strip()]
-    _write(directory / "comparisons.jsonl", usable)
-    summary = {"comparisons": len(usable), "identical": labels.dropped, "agreement_with_gold": labels.agreement}
+    said = [pair for pair in zip(*by_sample, strict=True) if all(row["response"].strip() for row in pair)]
+    pairs = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in pair] for pair in said]
+    labels = label_pairs(annotator, [(first["id"], first["prompt"]) for first, _ in said], pairs, has_flattery)
+    _write(directory / "comparisons.jsonl", labels.comparisons)
+    summary = {
+        "comparisons": len(labels.comparisons),
+        "left_out_identical": labels.dropped,
+        "left_out_empty": len(by_sample[0]) - len(said),
+        "agreement_with_gold": labels.agreement,
+    }
     write_atomically(directory / "annotation.json", json.dumps(summary) + "\n")
     print(json.dumps(summary))
 

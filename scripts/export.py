@@ -41,6 +41,11 @@ def export() -> int:
     if provenance.is_file():
         shutil.copyfile(provenance, out / provenance.name)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
+    if model.config.head == "scalar" and float(params["scalar_head"]["bias"][0]):
+        bias = float(params["scalar_head"]["bias"][0])
+        print(
+            f"note: transformers' classifiers have no bias; add {bias:.6g} to their scores (pairs compare alike without)"
+        )
     return 0
 
 

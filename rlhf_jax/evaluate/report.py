@@ -41,7 +41,7 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 <h2>Stages</h2><table><tr><th>stage<th>steps<th>seconds in steps<th>last metrics<th>started from</tr>
 {% for s in stages %}<tr><td>{{ s.name }}<td>{{ s.steps }}<td>{{ s.seconds }}<td>{{ s.last }}<td>{{ s.inputs }}</tr>
 {% endfor %}</table>
-{% if policies %}<h2>Held-out prompts: mean [95 % interval]</h2><table><tr><th>score
+{% if policies %}<h2>{{ prompts }} prompts: mean [95 % interval]</h2><table><tr><th>score
 {% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}{% for p in policies %}
 <td>{% if key in p.scores %}{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}
 {% else %}not scored{% endif %}{% endfor %}</tr>
@@ -52,7 +52,7 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 v.low, v.high) }}{% if v.low > 0 or v.high < 0 %} *{% endif %}{% endif %}{% endfor %}</tr>
 {% endfor %}</table><p>* the interval excludes zero.</p>{% endif %}
 {% if samples %}<h2>Samples</h2><table><tr><th>prompt{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>
-{% for s in samples %}<tr><td><pre>{{ turns(s.prompt) }}</pre>{% for p in policies %}<td>{{ s.replies[p.name] }}
+{% for s in samples %}<tr><td><pre>{{ turns(s.prompt) }}</pre>{% for p in policies %}<td><pre>{{ s.replies[p.name] }}</pre>
 {% if s.gold %}<br><small>gold {{ "%.2f"|format(s.gold[p.name]) }}</small>{% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
 <h2>Learning curves</h2>{% for s in stages %}{% if s.picture %}<h3>{{ s.name }}</h3>
@@ -126,12 +126,20 @@ def _turns(prompt: str | Sequence[dict[str, str]]) -> str:
 
 
 def headlines(evaluation: dict[str, Any]) -> list[str]:
-    """One sentence per pair of policies on what gold gained; says so when an interval includes zero, and when lengths
-    differ in a way that leaves the gain at equal length to the fitted line alone, or unknown."""
+    """One sentence per pair of policies on what gold gained (without gold: the first score).
+
+    It says so when an interval includes zero, and when lengths differ in a way that leaves the gain at equal length to
+    the fitted line alone, or unknown.
+    """
     sentences = []
     for entry in evaluation.get("differences", []):
-        gold = entry["paired"].get("gold")
-        if gold is None:
+        if not entry["paired"]:
+            continue
+        key = "gold" if "gold" in entry["paired"] else next(iter(entry["paired"]))
+        gain = entry["paired"][key]
+        gained = f"{entry['from']} to {entry['to']}: {key} {_numbers(gain)}{_doubt(gain)}"
+        if "length_controlled" not in entry:
+            sentences.append(gained)
             continue
         controlled = entry["length_controlled"]
         even = controlled["gain"]
@@ -140,7 +148,7 @@ def headlines(evaluation: dict[str, Any]) -> list[str]:
         else:
             line = ", extrapolated: no pair has replies of equal length" if controlled["extrapolated"] else ""
             at_equal = f"at equal length {_numbers(even)}{_doubt(even)}{line}"
-        sentences.append(f"{entry['from']} to {entry['to']}: gold {_numbers(gold)}{_doubt(gold)}; {at_equal}")
+        sentences.append(f"{gained}; {at_equal}")
     return sentences
 
 
@@ -168,6 +176,7 @@ def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
         policies=policies,
         keys=list(dict.fromkeys(key for policy in policies for key in policy["scores"])),
         differences=evaluation.get("differences", []),
+        prompts=evaluation.get("prompts", ""),
         samples=evaluation.get("samples", []),
         turns=_turns,
     )

@@ -290,15 +290,17 @@ def demonstration_file(
     heldout: float = 0.05,
     limit: int | None = None,
     split: str | None = None,
+    loss_on: LossOn = "response",
 ) -> Records:
     """Demonstrations from a file or a hub data set, then with its ``split``.
 
-    ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side.
+    ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side. loss_on: "response" learns the
+    last reply of a conversation, "assistant" every assistant turn, "all" everything.
     """
     records, unusable = data_room.demonstrations(
         data_room.read_rows(path, split=split), fields, source=path, unusable="drop"
     )
-    return Records(*_split(records, heldout, limit), template, files=(path,), unusable=unusable)
+    return Records(*_split(records, heldout, limit), template, loss_on, files=(path,), unusable=unusable)
 
 
 @gin.register

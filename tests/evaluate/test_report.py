@@ -159,6 +159,11 @@ def test_an_interval_around_zero_shows_no_difference():
     assert headlines({}) == [] and headlines({"differences": [{"from": "a", "to": "b", "paired": {}}]}) == []
 
 
+def test_without_gold_the_first_score_is_told():
+    entry = {"from": "a", "to": "b", "paired": {"praise": interval(0.2, 0.1, 0.3), "length": interval(3.0, 1.0, 5.0)}}
+    assert headlines({"differences": [entry]}) == ["a to b: praise +0.200 [+0.100, +0.300]"]
+
+
 def test_what_is_known_at_equal_length_is_said():
     """A gain that may be length only is doubted too; a line that reaches beyond what was seen, or does not exist, is named."""
     changed = json.loads(json.dumps(EVALUATION))
