@@ -35,10 +35,11 @@ from rlhf_jax.run.configurables import (
     encode_records,
     load_model,
     load_reward,
+    refuse_unused,
     tell_left_out,
 )
 from rlhf_jax.run.provenance import write_atomically
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, require_whole
 
 
 @gin.configurable
@@ -57,6 +58,8 @@ def run(
 ) -> None:
     """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy)."""
     bound = bound_config()
+    refuse_unused(batch, "packed", "microbatches")
+    require_whole("run.samples_shown", samples_shown, 0)
     if score_texts is None and reward is None:
         raise InputError("run.score_texts, run.reward: nothing to score with; give one of them, or both")
     if len(policies) < 1:

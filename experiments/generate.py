@@ -29,10 +29,11 @@ from rlhf_jax.run.configurables import (
     ScoreTexts,
     encode_records,
     load_model,
+    refuse_unused,
     tell_left_out,
 )
 from rlhf_jax.run.provenance import write_atomically
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, require_whole
 
 
 @gin.configurable
@@ -52,6 +53,8 @@ def run(
     """samples: completions per prompt, batch_size prompts at a time. score_texts: scores written with each completion
     (the annotator needs "gold")."""
     bound = bound_config()
+    refuse_unused(batch, "packed", "microbatches")
+    require_whole("run.samples", samples, 1)
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
     devices = make_mesh(mesh)

@@ -26,18 +26,16 @@ import gin
 from rlhf_jax.evaluate.report import write_report
 from rlhf_jax.run import (
     STOPPED,
-    Input,
     bound_config,
     fingerprint_asked,
     launch,
     lock,
     make_directory,
-    read_provenance,
     run_child,
     scan,
     settable,
 )
-from rlhf_jax.run.provenance import describe, write_atomically
+from rlhf_jax.run.provenance import FILE, changed_inputs, write_atomically
 from rlhf_jax.types import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +65,7 @@ class Stage:
 def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
     """stages: in order; the first that fails ends the pipeline with its exit code. seed: of every stage."""
     bound = bound_config()
-    directory = Path(run_dir).absolute()
+    directory = Path(run_dir).expanduser().absolute()
     check(stages, seed)
     _refuse_foreign(directory, [stage.name for stage in stages])
     make_directory(directory)
@@ -151,15 +149,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:
     """Whether a stage ended well with this configuration, and everything it read is still what it read then."""
-    made = read_provenance(run_dir)
-    if entry is None or entry["asked"] != asked or made is None:
-        return False
-    local = [given for given in made["inputs"] if Path(given["path"]).is_absolute()]
-    return all(
-        Path(given["path"]).exists()
-        and describe(Input(given["name"], given["path"]))["fingerprint"] == given["fingerprint"]
-        for given in local
-    )
+    return entry is not None and entry["asked"] == asked and (run_dir / FILE).is_file() and not changed_inputs(run_dir)
 
 
 def _fail(stage: Stage, code: int) -> None:

@@ -8,7 +8,6 @@ One iteration: sample, score, prepare, update, adapt the KL coefficient.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +27,7 @@ from rlhf_jax.run.configurables import (
     Records,
     ScoreTexts,
     encode_records,
+    refuse_unused,
     tell_left_out,
     write_model_card,
 )
@@ -62,6 +62,8 @@ def run(
     bound = bound_config()
     if (reward is None) == (reward_texts is None):
         raise InputError("run.reward, run.reward_texts: give exactly one")
+    refuse_unused(batch, "packed")
+    refuse_unused(loop, "evaluate_every")
     devices = make_mesh(mesh)
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
@@ -105,26 +107,28 @@ def run(
             sample_rng, order_rng = jax.random.split(jax.random.fold_in(train_rng, step))
 
             # 3.1 Sample.
-            began = time.monotonic()
+            here.enter("rollout")
             completions = jax.block_until_ready(
                 generate(state.train.params, to_global(next(batches), devices), sample_rng)
             )
-            sampled = time.monotonic()
 
             # 3.2 Score: log-probabilities, values, reward.
-            scored = score(state.train.params, cast.frozen, completions)
+            here.enter("score")
+            scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions))
+            here.enter("reward")
             texts = data.responses(completions, encoded.records, tokenizer) if reward_texts or monitor else None
             if reward_texts is not None:
                 scored = scored.replace(scores=text_rewards(reward_texts(*texts), reward_key))
             watched = {} if monitor is None else {f"monitor/{key}": np.mean(v) for key, v in monitor(*texts).items()}
 
             # 3.3 Rewards and advantages over the whole rollout; is the sampler the scorer?
+            here.enter("prepare")
             prepared, metrics = prepare(scored, state.kl_coefficient)
             measured = fetch(metrics)
             learn.stop_if_sampler_differs(step, measured["sampler_gap"], ppo)
 
             # 3.4 Update; did it begin with the policy that was scored?
-            before = time.monotonic()
+            here.enter("update")
             train, updated = update(state.train, prepared, order_rng)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
 
@@ -135,9 +139,10 @@ def run(
             state = learn.PPOState(train, coefficient, jnp.asarray(step, jnp.int32))
 
             tokens = int(np.asarray(completions.mask).sum())
-            timing = {"seconds_rollout": sampled - began, "seconds_update": time.monotonic() - before}
-            timing["slot_use"] = tokens / int(np.asarray(completions.slot_steps).sum())
-            here.log(step, reported, tokens=tokens, timing=timing)
+            timing = {"slot_use": tokens / int(np.asarray(completions.slot_steps).sum())}
+            if not here.log(step, reported, tokens=tokens, timing=timing, batch=prepared):
+                state = here.rolled_back(state)
+                continue
             here.save(step, state, {"data": batches.get_state()})
 
 

@@ -25,6 +25,7 @@ from rlhf_jax.run.configurables import (
     Records,
     encode_records,
     load_model,
+    refuse_unused,
     tell_left_out,
     write_model_card,
 )
@@ -51,6 +52,9 @@ def run(
     loads this run as a reward model gets them, so that a KL coefficient means the same for every reward model.
     """
     bound = bound_config()
+    refuse_unused(batch, "packed")
+    if not centring >= 0:
+        raise InputError(f"run.centring = {centring!r}: give a number >= 0")
     devices = make_mesh(mesh)
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
@@ -96,7 +100,9 @@ def run(
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
             state, metrics = train_step(state, {}, to_global(pairs, devices))
-            here.log(step, metrics)
+            if not here.log(step, metrics, batch=pairs):
+                state = here.rolled_back(state)
+                continue
             if here.evaluation_due(step):
                 scores = chosen, rejected = heldout_scores(state.params)
                 accuracy = pairwise_accuracy(chosen, rejected)
@@ -107,7 +113,8 @@ def run(
         # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
         rewards = np.stack(scores) if scores is not None else heldout_scores(state.params)
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
-        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items)}
+        probe = {"tokens": heldout.items[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
+        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items), "probe": probe}
         write_atomically(normalisation, json.dumps(numbers) + "\n")
 
 

@@ -87,7 +87,9 @@ def run(
         for step in here.steps(here.resumed_step, steps):
             tokens = next(batches)
             state, metrics = train_step(state, {}, to_global(tokens, devices))
-            here.log(step, metrics, tokens=int(tokens.loss_mask.sum()))
+            if not here.log(step, metrics, tokens=int(tokens.loss_mask.sum()), batch=tokens):
+                state = here.rolled_back(state)
+                continue
             if here.evaluation_due(step):
                 here.record(step, {"heldout/loss": heldout_loss(state.params)})
             here.save(step, state, {"data": batches.get_state()})

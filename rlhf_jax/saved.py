@@ -1,22 +1,40 @@
-"""What a checkpoint of ours is on disk, and how it is read. `run` writes them, `io` loads models from them.
+"""What a checkpoint of ours is on disk, how it is verified and read. `run` writes them, `io` loads models from them.
 
-``RUN_DIR/checkpoints/STEP`` has two items: ``state``, a pytree of arrays (Orbax), and ``host``, JSON with what the loop
-keeps on the host and the ``layout`` of the state: shape and dtype of every leaf by its path. Reading is strict: Orbax
-counts an empty directory as a step and casts a leaf of another dtype silently.
+``RUN_DIR/checkpoints/STEP`` holds ``state/``, a pytree of arrays (Orbax), and ``manifest.json``: size and sha256 of
+every file, ``layout`` (shape and dtype of every leaf by its path), ``host`` (what the loop keeps on the host), metrics,
+hashes of configuration and inputs, versions; the whole under a sha256 of its own. A step is written as ``STEP.saving``
+and gets its name last, in one rename: a directory called STEP was complete once, and what differs from its manifest
+now is damage. Orbax alone restores a flipped bit, counts an empty directory as a step and casts dtypes silently.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from rlhf_jax.types import InputError
 
 Layout = dict[str, list[Any]]
 """{'params/embed/embedding': [[V, D], 'float32']}: every leaf of a state by its path."""
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint is not what was saved: a bit flipped, a file cut, emptied or gone. Whatever is wrong, this is raised."""
+
+    def __init__(self, place: Path, what: str) -> None:
+        remedy = "give the command of that run again (it falls back to an older step), or put a copy back"
+        super().__init__(f"{place}: damaged checkpoint: {what}; {remedy}")
+        self.what = what
 
 
 def checkpoint_dir(run_dir: str | Path) -> Path:
@@ -24,27 +42,20 @@ def checkpoint_dir(run_dir: str | Path) -> Path:
     return Path(run_dir).absolute() / "checkpoints"
 
 
-def is_complete_step(step_dir: Path) -> bool:
-    """Whether both items were committed."""
-    parts = (step_dir / "state" / "_METADATA", step_dir / "host" / "metadata")
-    return all(part.is_file() and part.stat().st_size > 0 for part in parts)
-
-
 def saved_steps(run_dir: str | Path) -> list[int]:
-    """The complete steps of a run, ascending; [] when there is none. Reads directory names only."""
+    """The steps of a run, ascending; [] when there is none. Reads directory names only: `verify` looks inside."""
     directory = checkpoint_dir(run_dir)
-    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit() and is_complete_step(directory / name))
+    return sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
 
 
 def latest_step(run_dir: str | Path) -> int | None:
-    """The newest complete step, None when there is none."""
+    """The newest step, None when there is none."""
     steps = saved_steps(run_dir)
     return steps[-1] if steps else None
 
 
 def find_step(run_dir: str | Path, step: int | None = None) -> Path:
-    """The directory of a complete step, the newest when None. Raises InputError when there is no such step."""
+    """The directory of a step, the newest when None. Raises InputError when there is no such step."""
     steps = saved_steps(run_dir)
     if not steps:
         raise InputError(f"{checkpoint_dir(run_dir)}: no complete checkpoint here; give a run directory that saved one")
@@ -71,20 +82,75 @@ def refuse_other_layout(place: Path, saved: Layout, wanted: Layout, remedy: str)
         raise InputError(f"{place}: {'; '.join(wrong[:8])}{more}; {remedy}")
 
 
-def read_host(place: Path) -> dict[str, Any]:
-    """The ``host`` item of a step: {"host": ..., "layout": Layout}. Raises InputError when it is damaged."""
+# ---- the manifest
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(place: Path) -> dict[str, dict[str, Any]]:
+    """{path relative to ``place``: {"bytes", "sha256"}} of every file below it but the manifest."""
+    files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / MANIFEST)
+    return {
+        path.relative_to(place).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files
+    }
+
+
+def manifest_text(body: Mapping[str, Any]) -> str:
+    """What ``manifest.json`` holds: the body and the sha256 of the body, so that the manifest vouches for itself too."""
+    return json.dumps({"sha256": _hash_body(body), "manifest": body}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_manifest(place: Path) -> dict[str, Any]:
+    """The body of a step's manifest: step, files, layout, host, metrics, config, inputs, versions.
+
+    Raises DamagedCheckpoint when it is missing or is not what was written. The other files are not looked at.
+    """
+    file = place / MANIFEST
+    if not file.is_file():
+        raise DamagedCheckpoint(place, f"{MANIFEST} is missing")
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            found: dict[str, Any] = reader.restore(place / "host", args=ocp.args.JsonRestore())
-    except Exception as error:
-        raise InputError(_damaged(place, error)) from error
-    if not isinstance(found, dict) or "layout" not in found:
-        raise InputError(_damaged(place, KeyError("layout")))
-    return found
+        content = json.loads(file.read_text())
+        body: dict[str, Any] = content["manifest"]
+        same = content["sha256"] == _hash_body(body) and str(body["step"]) == place.name
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(place, f"{MANIFEST} is not readable ({first_line(error)})") from error
+    if not same:
+        raise DamagedCheckpoint(place, f"{MANIFEST} is not what was written")
+    return body
+
+
+def verify(place: Path) -> dict[str, Any]:
+    """The body of the manifest after every file was hashed again. Raises DamagedCheckpoint naming the first bad file.
+
+    Paths of a manifest never leave ``place``: '..' and absolute ones count as damage.
+    """
+    body = read_manifest(place)
+    for name, wanted in body["files"].items():
+        file = place / name
+        if ".." in Path(name).parts or not file.resolve().is_relative_to(place.resolve()):
+            raise DamagedCheckpoint(place, f"{MANIFEST} names {name!r}, which lies elsewhere")
+        if not file.is_file():
+            raise DamagedCheckpoint(place, f"{name} is missing")
+        if file.stat().st_size != wanted["bytes"]:
+            raise DamagedCheckpoint(place, f"{name} has {file.stat().st_size} bytes, {wanted['bytes']} were written")
+        if hash_file(file) != wanted["sha256"]:
+            raise DamagedCheckpoint(place, f"{name} has another sha256 than what was written")
+    return body
+
+
+def _hash_body(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+# ---- the arrays
 
 
 def read_state(place: Path, target: Any) -> Any:
-    """The part of the ``state`` item that ``target`` (abstract, with shardings) names. Raises InputError when damaged."""
+    """The part of ``state`` that ``target`` (abstract, with shardings) names. Raises InputError when Orbax cannot."""
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
@@ -92,16 +158,27 @@ def read_state(place: Path, target: Any) -> Any:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.restore(place / "state", args=arguments)
     except Exception as error:
-        raise InputError(_damaged(place, error)) from error
+        raise InputError(f"{place}: cannot read the arrays ({first_line(error)}); use an older step") from error
+
+
+def read_arrays(place: Path) -> dict[str, np.ndarray]:
+    """Every array of a step on the host, by its path; a random key as its bits. To compare runs with."""
+    with warnings.catch_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        warnings.filterwarnings("ignore", message="Sharding info not provided")  # onto the host: none is wanted
+        tree = reader.restore(place / "state")
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(_bits(x))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _bits(x: Any) -> Any:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _damaged(place: Path, error: BaseException) -> str:
-    return f"{place}: damaged checkpoint ({first_line(error)}); delete this directory to use an older one"
 
 
 def _words(entry: list[Any]) -> str:

@@ -28,6 +28,12 @@ class InputError(ValueError):
     """
 
 
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raises InputError unless ``value`` is a whole number >= ``least``. name: the key that the user set."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} = {value!r}: give a whole number >= {least}")
+
+
 class RunStopped(RuntimeError):
     """A guard stopped the run (non-finite number, sampler and scorer disagree, ...). Exit code 3."""
 

@@ -40,7 +40,7 @@ from rich.table import Table
 from rlhf_jax.command import run_command
 from rlhf_jax.evaluate.statistics import Interval, across_seeds
 from rlhf_jax.run import STOPPED, fingerprint_asked, lock, make_directory, run_child, scan, settable
-from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.run.provenance import changed_inputs, write_atomically
 from rlhf_jax.run.sweep import PlannedRun, expand, final_metrics, plan
 from rlhf_jax.types import InputError
 
@@ -89,6 +89,8 @@ def state_of(run: PlannedRun, out: Path, record: Record) -> str:
         return "failed" if entry and entry["state"] == "failed" else "to do"
     if entry is None or entry["asked"] != fingerprint_asked(scan(FLAGS.gin_file, bindings_of(run, None))):
         return "half done"
+    if entry["state"] == "done" and changed_inputs(out / run.name):
+        return "half done"  # asked for the same of other data or models: its own resume says what to do
     return str(entry["state"])
 
 
@@ -247,7 +249,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command() -> int:
     """What the flags ask for. Raises InputError."""
-    runs, out = planned(), Path(FLAGS.out).absolute()
+    runs, out = planned(), Path(FLAGS.out).expanduser().absolute()
     record = read_record(out)
     if FLAGS.dry_run:
         for run in runs:

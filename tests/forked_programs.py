@@ -15,7 +15,8 @@ from subprocess import PIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKING = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys, traceback
+gc.freeze()  # what was imported is shared with every child, untouched
 for line in sys.stdin:
     cwd, argv = json.loads(line)
     child = os.fork()
@@ -24,8 +25,17 @@ for line in sys.stdin:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
         sys.argv = argv
-        runpy.run_path(argv[0], run_name="__main__")
-        os._exit(99)
+        code = 99
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else error.code is not None
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking the interpreter apart takes longer than most of these programs
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

@@ -33,7 +33,7 @@ def read_rows(
     jsonl and txt skip blank lines; txt yields {"text": line}; csv and tsv need a header; tsv knows no quotes.
     Raises InputError with file and line: missing file, truncated gzip, bad JSON, wrong encoding, row unlike the header.
     """
-    path = Path(location)
+    path = Path(location).expanduser()
     if path.is_file():
         if split is not None:
             raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.saved import find_step, layout, read_host, read_state, refuse_other_layout
+from rlhf_jax.saved import find_step, layout, read_state, refuse_other_layout, verify
 from rlhf_jax.types import InputError, Params
 
 CARD = "model.json"
@@ -30,14 +30,14 @@ def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
 
 
 def read_parameters(path: str | Path, subtree: str, saved_as: Params, like: Params) -> Params:
-    """Parameters of the newest complete checkpoint: those of ``like``, onto its shardings.
+    """Parameters of the newest checkpoint, every file of which is hashed first: those of ``like``, onto its shardings.
 
     saved_as: all that the model card promises, like: the part to read; trees of ShapeDtypeStructs. Optimizer state is
-    not read. Raises InputError: no checkpoint, damaged files, or leaves that are missing, extra, reshaped or re-typed
-    (Orbax would cast silently).
+    not read. Raises DamagedCheckpoint (an older step is not what was asked for, so none is taken in its place), InputError
+    for no checkpoint, or leaves that are missing, extra, reshaped or re-typed (Orbax would cast silently).
     """
     place = find_step(path)
-    whole = read_host(place)["layout"]
+    whole = verify(place)["layout"]
     saved = {name[len(subtree) + 1 :]: entry for name, entry in whole.items() if name.startswith(subtree + "/")}
     if not saved:
         raise InputError(f"{place}: the saved state has no {subtree!r}, which {CARD} names; restore {CARD}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from rlhf_jax.types import InputError
 
@@ -19,8 +20,9 @@ class OptimizerConfig:
     """learning_rate: peak. schedule: after the warm-up, over the rest of the run down to ``final_fraction`` of the peak.
     warmup_steps: linear from 0. adam: "optax" adds epsilon after bias correction (PyTorch, optax), "tf" before it
     (TensorFlow, as in Ziegler et al. 2019; with epsilon 1e-5 the early steps differ up to 16-fold). weight_decay:
-    decoupled, on matrices only. max_grad_norm: clip by global norm, None for none. Moments are float32 whatever the
-    parameters' dtype.
+    decoupled, on matrices only. max_grad_norm: clip by global norm, None for none. spike: refuse an update whose loss or
+    gradient norm lies more than that many standard deviations above its running mean over spike_memory updates (6 is
+    usual), None for none. Moments are float32 whatever the parameters' dtype.
     """
 
     learning_rate: float = 1e-5
@@ -33,6 +35,8 @@ class OptimizerConfig:
     adam: Literal["optax", "tf"] = "optax"
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    spike: float | None = None
+    spike_memory: int = 100
 
     def __post_init__(self) -> None:
         bounds = {
@@ -60,6 +64,12 @@ class OptimizerConfig:
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, int | float) or not norm > 0):
             raise InputError(f"OptimizerConfig.max_grad_norm = {norm!r}: give a positive number or None")
+        spike = self.spike
+        if spike is not None and (isinstance(spike, bool) or not isinstance(spike, int | float) or not spike > 0):
+            raise InputError(f"OptimizerConfig.spike = {spike!r}: give standard deviations > 0 or None")
+        memory = self.spike_memory
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2:
+            raise InputError(f"OptimizerConfig.spike_memory = {memory!r}: give a whole number of updates >= 2")
 
 
 def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:
@@ -118,7 +128,54 @@ def make_optimizer(config: OptimizerConfig, steps: int, updates_per_step: int = 
     if config.weight_decay:
         # Norm scales are [D], or [L, D] when stacked; kernels have at least one axis more.
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_matrices))
-    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)))
+    adamw = optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)))
+    return adamw if config.spike is None else refuse_spikes(adamw, config.spike, config.spike_memory)
+
+
+class SpikeState(NamedTuple):
+    """inner: of the optimiser. accepted: int32 [], updates so far. mean, variance: float32 [2], of loss and gradient norm.
+    refused: bool [], whether the last update was."""
+
+    inner: Any
+    accepted: Array
+    mean: Array
+    variance: Array
+    refused: Array
+
+
+def refuse_spikes(
+    optimizer: optax.GradientTransformation, sigmas: float, memory: int
+) -> optax.GradientTransformationExtraArgs:
+    """``optimizer`` that leaves everything as it was when loss or gradient norm is a spike; ``update`` takes ``loss``.
+
+    A spike: above ``mean + sigmas * max(deviation, |mean| / 100)`` of what was accepted, once min(memory, 20) updates
+    were. The first ``memory`` values are averaged plainly, later ones with weight 1 / memory. A refused update does not
+    enter the mean: a loss that stays high is refused until somebody looks.
+    """
+
+    def init(params: Any) -> SpikeState:
+        zeros = jnp.zeros(2, jnp.float32)
+        return SpikeState(optimizer.init(params), jnp.zeros((), jnp.int32), zeros, zeros, jnp.zeros((), bool))
+
+    def update(grads: Any, state: SpikeState, params: Any = None, *, loss: Array, **_: Any) -> tuple[Any, SpikeState]:
+        seen = jnp.stack([loss, optax.global_norm(grads)]).astype(jnp.float32)
+        deviation = jnp.maximum(jnp.sqrt(state.variance), jnp.abs(state.mean) / 100)
+        refused = (state.accepted >= min(memory, 20)) & (seen > state.mean + sigmas * deviation).any()
+        updates, inner = optimizer.update(grads, state.inner, params)
+        weight = jnp.maximum(1.0 / (state.accepted + 1), 1.0 / memory)
+        away = seen - state.mean
+        new = SpikeState(
+            inner,
+            state.accepted + 1,
+            state.mean + weight * away,
+            (1 - weight) * (state.variance + weight * away**2),
+            jnp.zeros((), bool),
+        )
+        kept = jax.tree.map(lambda ours, theirs: jnp.where(refused, ours, theirs), state, new)
+        zeros = jax.tree.map(lambda u: jnp.where(refused, jnp.zeros_like(u), u), updates)
+        return zeros, kept._replace(refused=refused)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _as_float32(params: Any) -> Any:

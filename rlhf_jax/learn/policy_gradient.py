@@ -42,7 +42,8 @@ class PPOConfig:
     missing_eos_penalty (None = off) and missing_eos: "replace" or "subtract". whiten_rewards: scale the shaped rewards
     (mean kept). whiten_advantages: over the whole "rollout", per "minibatch" or "none"; whiten_ddof: 0 or 1.
     score_clip: bound on |score|, None = off. max_sampler_gap: mean |sampler - scorer| log-probability, nats, beyond
-    which the run stops. max_identity_gap: largest |log ratio| allowed before the first update.
+    which the run stops. max_identity_gap: largest |log ratio| allowed before the first update. max_kl: nats per response,
+    mean over a rollout, beyond which the rollout is not learned from; None = no limit.
     """
 
     epochs: int = 4
@@ -68,6 +69,7 @@ class PPOConfig:
     score_clip: float | None = None
     max_sampler_gap: float = 1e-3
     max_identity_gap: float = 1e-3
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -98,7 +100,7 @@ class PPOConfig:
         for name in ("discount", "lam"):
             self._require(name, 0.0, 1.0)
         self._require("kl_horizon", 1.0, None)
-        for name in ("value_clip", "kl_target", "missing_eos_penalty", "score_clip", "dual_clip"):
+        for name in ("value_clip", "kl_target", "missing_eos_penalty", "score_clip", "dual_clip", "max_kl"):
             if getattr(self, name) is not None:
                 self._require(name, 1.0 if name == "dual_clip" else 0.0, None)
         if self.kl_target == 0:
@@ -126,7 +128,9 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     """Shaped rewards, advantages and returns of a whole rollout, and what to report of it.
 
     Metrics: score and its spread, KL (summed over the response, mean over rows), the sampler-scorer gap, lengths, how
-    many ended, explained variance of the value function.
+    many ended, explained variance of the value function, a checksum of the sampled tokens.
+    A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
+    advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
     done, mask = rollout.completions, rollout.completions.mask
     values_at = ops.value_mask(mask, config.terminal)
@@ -148,11 +152,17 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
     gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
     one = jnp.ones(())
+    mean_kl = Mean.of(k1.sum(axis=1))
+    usable = jnp.isfinite(jnp.stack([x.sum() for x in (rollout.scores, kl, advantages, returns)])).all()
+    if config.max_kl is not None:
+        usable &= mean_kl.value() <= config.max_kl
     metrics = {
+        "rollout_refused": Mean(1.0 - usable, one),
+        "rollout_checksum": Mean(token_checksum(done.tokens, mask), one),
         "score": Mean.of(rollout.scores),
         "score_std": Mean(rollout.scores.std(), one),
         "score_shaped": Mean.of(rewards.sum(axis=1)),
-        "kl": Mean.of(k1.sum(axis=1)),
+        "kl": mean_kl,
         "kl_per_token": Mean.of(k1, mask),
         "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
         "sampler_gap": Mean.of(gap, mask),
@@ -169,11 +179,23 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         completions=done,
         old_logprobs=rollout.logprobs,
         old_values=values,
-        advantages=ops.zero_outside(advantages, mask),
+        advantages=jnp.where(usable, ops.zero_outside(advantages, mask), jnp.nan),
         returns=returns,
         value_mask=values_at,
     )
     return batch, metrics
+
+
+def token_checksum(tokens: Array, mask: Array) -> Array:
+    """A whole number below 2**24 (exact in float32), another one for another token at any place that counts.
+
+    Integers: the same on every mesh. Equal runs have equal ones; a resumed run shows so that it sampled the same text.
+    """
+    place = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
+    mixed = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
+    total = jnp.where(mask, (tokens.astype(jnp.uint32) + 1) * mixed, 0).sum(dtype=jnp.uint32)
+    checksum: Array = ((total * jnp.uint32(2654435761)) >> 8).astype(jnp.float32)
+    return checksum
 
 
 def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
@@ -258,12 +280,14 @@ def update(
 
 
 def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episodes: int) -> Array:
-    """The adaptive controller after an update (fixed when kl_target is None). kl: mean over rows of the summed KL."""
+    """The adaptive controller after an update (fixed when kl_target is None). kl: mean over rows of the summed KL; one
+    that is not finite changes nothing."""
     if config.kl_target is None:
         return coefficient
-    return ops.adaptive_kl_coefficient(
+    adapted = ops.adaptive_kl_coefficient(
         coefficient, kl, episodes=episodes, target=config.kl_target, horizon=config.kl_horizon
     )
+    return jnp.where(jnp.isfinite(kl), adapted, coefficient)
 
 
 def ppo_optimizer_labels(params: Params) -> Any:

@@ -74,20 +74,27 @@ def gradients(
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> TrainStep:
-    """A pure step; jit it with ``donate_argnums=0``. Metrics: ``loss``, ``loss/TERM``, ``grad_norm`` and the loss's own.
+    """A pure step; jit it with ``donate_argnums=0``. Metrics: ``loss``, ``loss/TERM``, ``grad_norm``, ``refused`` and the
+    loss's own.
 
-    When the loss or the gradient norm is not finite the state comes back as it was (only the step has advanced) and the
-    metrics say so: the run loop stops on them, and nothing bad was committed.
+    When the loss or the gradient norm is not finite, or the optimiser calls it a spike (`refuse_spikes`), the state comes
+    back as it was (only the step has advanced) and ``refused`` is 1: nothing bad was committed, and the run's loop decides
+    what follows.
     """
+    extended = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Mean]]:
         rng = jax.random.fold_in(state.rng, state.step)
         grads, metrics = gradients(loss_fn, state.params, frozen, batch, rng, microbatches)
         norm = optax.global_norm(grads)
         metrics["grad_norm"] = Mean(norm, jnp.ones(()))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        loss = metrics["loss"].total
+        updates, opt_state = extended.update(grads, state.opt_state, state.params, loss=loss)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        spikes = [flag for _, flag in optax.tree_utils.tree_get_all_with_path(opt_state, "refused")]
+        refused = jnp.stack([~finite, *spikes]).any()
+        metrics["refused"] = Mean(refused.astype(jnp.float32), jnp.ones(()))
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )

@@ -1,13 +1,14 @@
 """The decoder transformer: its configuration, its parameters as plain arrays, its pure functions."""
 
 from rlhf_jax.models.cache import KVCache, empty_cache
-from rlhf_jax.models.config import Head, ModelConfig
+from rlhf_jax.models.config import DTYPES, Head, ModelConfig
 from rlhf_jax.models.layout import unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.model import Model, parameter_count
 from rlhf_jax.models.rope import RopeScaling
 
 __all__ = [
+    "DTYPES",
     "Head",
     "KVCache",
     "LoraConfig",

@@ -14,12 +14,12 @@ from rlhf_jax.models.rope import Rope, RopeScaling
 from rlhf_jax.types import InputError
 
 Head = Literal["lm", "scalar", "lm+scalar"]
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "head": ("lm", "scalar", "lm+scalar"),
     "attention": ("auto", "xla", "splash", "cudnn"),
-    "param_dtype": _DTYPES,
-    "compute_dtype": _DTYPES,
+    "param_dtype": DTYPES,
+    "compute_dtype": DTYPES,
     "norm": ("rms", "layer"),
     "norm_placement": ("pre", "post", "both"),
     "positions": ("rotary", "learned"),

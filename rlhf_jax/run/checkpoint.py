@@ -1,46 +1,75 @@
-"""Checkpoints of a run: Orbax underneath, strict on top.
+"""Checkpoints of a run: Orbax writes the arrays, everything it leaves to its caller is done here.
 
-What a step is on disk and how it is read: `rlhf_jax.saved`.
+What a step is on disk, how it is verified and read: `rlhf_jax.saved`.
 
-What Orbax leaves to its caller and is done here: an empty or half directory does not count as a step; a leaf of
-another dtype is refused (Orbax casts it silently); a save that Orbax would skip is an error; saves run in the
-background and are always drained before the program ends (an undrained save is lost with exit code 0).
-What is NOT done: Orbax keeps no content checksums, so a flipped bit on disk goes unseen; compare ``fingerprint`` with
-a recorded one where that matters.
+A save copies the arrays off the devices and returns. A thread waits for Orbax, hashes what lies on the disk, writes the
+manifest, gives the step its name and removes what retention no longer wants. Saves are always drained: a failed one
+stops the run (RunStopped) at the next save or at the end. Opening a run (`newest_verified`) removes what a killed
+process left, sets damaged steps aside as STEP.damaged, says so, and falls back to the newest step that is whole.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
-from rlhf_jax.run.provenance import fingerprint_path
+from rlhf_jax.run.provenance import fingerprint_input, write_atomically
 from rlhf_jax.saved import (
+    MANIFEST,
+    DamagedCheckpoint,
     checkpoint_dir,
     find_step,
     first_line,
-    is_complete_step,
+    hash_files,
     latest_step,
     layout,
-    read_host,
+    manifest_text,
+    read_manifest,
     read_state,
     refuse_other_layout,
+    saved_steps,
+    verify,
 )
-from rlhf_jax.types import RunStopped
+from rlhf_jax.types import InputError, RunStopped
+
+SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which steps stay: the ``keep`` newest (>= 1), and the ``keep_best`` best by ``metric`` (those that have it)."""
+
+    keep: int
+    keep_best: int = 0
+    metric: str = ""
+    best: Literal["lowest", "highest"] = "lowest"
+
+    def kept(self, steps: Mapping[int, Mapping[str, float | None]]) -> set[int]:
+        """steps: {step: metrics}. The newest always stay; a metric that is missing or not finite is never best.
+
+        keep 1, keep_best 1, lowest: {1: 5., 2: 3., 3: nan, 4: 4.} keeps {2, 4}.
+        """
+        newest = sorted(steps)[-self.keep :]
+        sign = 1.0 if self.best == "lowest" else -1.0
+        values = {step: metrics.get(self.metric) for step, metrics in steps.items()}
+        ranked = sorted((sign * v, step) for step, v in values.items() if v is not None and math.isfinite(v))
+        return {*newest, *(step for _, step in ranked[: self.keep_best])}
 
 
 def fingerprint(run_dir: str | Path, step: int) -> str:
-    """sha256 over the sorted (relative path, sha256 of the file) of a step: says which very files a later run read.
-
-    Two saves of equal numbers differ in it (Orbax writes time stamps).
-    """
-    return fingerprint_path(checkpoint_dir(run_dir) / str(step))
+    """sha256 over the sorted (relative path, sha256 of the file) of a step, and a reward run's normalisation: says which
+    very files a later run read. Two saves of equal numbers differ in it (Orbax writes time stamps)."""
+    return fingerprint_input(Path(run_dir), step)
 
 
 def abstract(state: Any) -> Any:
@@ -50,32 +79,63 @@ def abstract(state: Any) -> Any:
     return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), state)
 
 
-def _set_aside(step_dir: Path) -> None:
-    """Get an incomplete step out of Orbax's way (it would skip every save up to that step), losing nothing."""
-    if not any(step_dir.iterdir()):
-        step_dir.rmdir()
-        return
-    aside = step_dir.with_name(f"{step_dir.name}.incomplete")
-    step_dir.rename(aside)
-    print(f"warning: {step_dir}: not a complete checkpoint; moved to {aside.name}", file=sys.stderr)
+def newest_verified(run_dir: str | Path) -> int:
+    """The newest step that is whole, 0 when the run saved none; call it under the run's lock, before anything is opened.
+
+    Removes what a killed process left half-written. A damaged step becomes STEP.damaged, with a warning. Raises
+    InputError when there are damaged steps only: to begin again from nothing is for the user to decide.
+    """
+    directory = checkpoint_dir(run_dir)
+    for entry in [*directory.glob(f"*{SAVING}"), *directory.glob(f"*{DELETING}")]:
+        shutil.rmtree(entry)
+    for step in reversed(saved_steps(run_dir)):
+        place = directory / str(step)
+        try:
+            verify(place)
+        except DamagedCheckpoint as error:
+            aside = _set_aside(place)
+            print(f"warning: {place}: damaged checkpoint: {error.what}; moved to {aside.name}", file=sys.stderr)
+            continue
+        if aside_now := sorted(entry.name for entry in directory.glob(f"*{DAMAGED}*")):
+            print(f"warning: {directory}: going on from step {step}; {', '.join(aside_now)} set aside", file=sys.stderr)
+        return step
+    if damaged := sorted(entry.name for entry in directory.glob(f"*{DAMAGED}*")):
+        raise InputError(
+            f"{directory}: no checkpoint is whole ({', '.join(damaged)}): put a good copy back as its step number, or "
+            "remove these to begin again from nothing"
+        )
+    return 0
+
+
+def _set_aside(place: Path) -> Path:
+    names = (f"{place.name}{DAMAGED}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    aside = next(path for path in map(place.with_name, names) if not path.exists())
+    place.rename(aside)
+    return aside
 
 
 class Checkpoints:
-    """The checkpoints of one run, open for saving: a context manager that drains the background saves when it closes.
+    """The checkpoints of one run, open for saving: a context manager that drains the background save when it closes."""
 
-    Opening tidies what a killed process left: temporary directories, and step directories that were never completed.
-    """
+    def __init__(
+        self,
+        run_dir: str | Path,
+        retention: Retention,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        at: Callable[[str, int, Path], None] = lambda point, step, place: None,
+    ) -> None:
+        """facts: more for the manifest (hashes of configuration and inputs, versions), JSON-able.
 
-    def __init__(self, run_dir: str | Path, keep: int) -> None:
-        """keep: how many of the newest steps stay on disk, >= 1."""
-        self.run_dir = Path(run_dir).absolute()
+        at(point, step, directory): called at 'write', 'hash', 'commit' and 'retain', for injected faults.
+        """
+        self.run_dir, self.retention = Path(run_dir).absolute(), retention
         self.directory = checkpoint_dir(run_dir)
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for entry in self.directory.iterdir():
-                if entry.name.isdigit() and not is_complete_step(entry):
-                    _set_aside(entry)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._facts, self._at = dict(facts or {}), at
+        self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -86,44 +146,89 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """The newest complete step, None when there is none; a save still under way does not count."""
+        """The newest step, None when there is none; a save still under way does not count."""
         return latest_step(self.run_dir)
 
-    def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
-        """Copy ``state`` off the devices and write it in the background.
+    def save(
+        self, step: int, state: Any, host: Mapping[str, Any], metrics: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Copy ``state`` off the devices and write it in the background, after the save before this one has ended.
 
-        state: may be donated as soon as this returns. step: larger than every saved step. host: JSON-able.
-        Raises RunStopped when an earlier save failed (disk full).
+        state: may be donated as soon as this returns. step: larger than every saved step. host: JSON-able. metrics: of
+        this step, for retention. Raises RunStopped when an earlier save failed (disk full).
         """
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), host=ocp.args.JsonSave({"host": dict(host), "layout": layout(state)})
-        )
+        self.drain()
+        newest = self.latest_step()
+        if newest is not None and step <= newest:
+            raise RunStopped(f"{self.directory / str(step)}: not saved: step {newest} is already there")
+        finite = {name: v for name, v in (metrics or {}).items() if v is not None and math.isfinite(v)}
+        body = {"step": step, "layout": layout(state), "host": dict(host), "metrics": finite, **self._facts}
+        saving = self.directory / f"{step}{SAVING}"
         try:
-            saved = self._manager.save(step, args=arguments)
+            saving.mkdir(exist_ok=True)
+            self._at("write", step, saving)
+            self._writer.save(saving / "state", args=ocp.args.StandardSave(state))
         except Exception as error:
             raise RunStopped(f"{self.directory / str(step)}: cannot save: {first_line(error)}") from error
-        if not saved:
-            raise RunStopped(
-                f"{self.directory / str(step)}: not saved: step {self._manager.latest_step()} is already there"
-            )
+        self._pending = self._thread.submit(self._finish, step, body, saving)
 
-    def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    def _finish(self, step: int, body: dict[str, Any], saving: Path) -> None:
+        """In the background: what follows Orbax's own writing."""
+        self._writer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        self._at("hash", step, saving)
+        write_atomically(saving / MANIFEST, manifest_text(body | {"files": hash_files(saving)}))
+        self._at("commit", step, saving)
+        place = saving.with_name(str(step))
+        saving.rename(place)
+        self._at("retain", step, place)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Remove what retention does not want; by a rename first, so that no half step ever bears a number."""
+        steps = {step: self._metrics(step) for step in saved_steps(self.run_dir)}
+        for step in steps.keys() - self.retention.kept(steps):
+            doomed = self.directory / f"{step}{DELETING}"
+            (self.directory / str(step)).rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _metrics(self, step: int) -> dict[str, float | None]:
+        if not self.retention.keep_best:
+            return {}
+        try:
+            found: dict[str, float | None] = read_manifest(self.directory / str(step))["metrics"]
+        except DamagedCheckpoint:
+            return {}
+        return found
+
+    def restore(self, state: Any, step: int | None = None, *, verified: bool = False) -> tuple[Any, dict[str, Any]]:
         """(state, host) of ``step`` (the newest when None), onto the shardings of ``state`` (arrays or their abstract).
 
-        The mesh may differ from the one that saved. Raises InputError naming every leaf that is missing, extra or of
-        another shape or dtype.
+        The mesh may differ from the one that saved. verified: its files were just hashed, don't again.
+        Raises DamagedCheckpoint, or InputError naming every leaf that is missing, extra or of another shape or dtype.
         """
+        self.drain()
         place = find_step(self.run_dir, step)
-        saved = read_host(place)
+        body = read_manifest(place) if verified else verify(place)
         remedy = "restore it with the configuration that saved it"
-        refuse_other_layout(place, saved["layout"], layout(state), remedy)
-        return read_state(place, abstract(state)), saved["host"]
+        refuse_other_layout(place, body["layout"], layout(state), remedy)
+        return read_state(place, abstract(state)), body["host"]
 
-    def close(self) -> None:
-        """Wait for the background saves. Raises RunStopped when one failed: a lost save is never exit code 0."""
+    def drain(self) -> None:
+        """Wait for the background save. Raises RunStopped when it failed: a lost save is never exit code 0."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
         try:
-            self._manager.wait_until_finished()
+            pending.result()
         except Exception as error:
             raise RunStopped(f"{self.directory}: a save failed: {first_line(error)}") from error
+
+    def close(self) -> None:
+        """Drain and end the thread. Raises RunStopped as `drain` does."""
+        try:
+            self.drain()
         finally:
-            self._manager.close()
+            self._thread.shutdown()
+            self._writer.close()

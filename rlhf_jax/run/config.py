@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "run.steps",
     "run.iterations",
     "LoopConfig.*",
+    "Fault.*",
     "MeshConfig.*",
     "run.mesh",
     "run.rollout_mesh",

@@ -25,19 +25,21 @@ from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstr
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.io import load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
-from rlhf_jax.models import Head, Model, ModelConfig, RopeScaling
+from rlhf_jax.models import DTYPES, Head, Model, ModelConfig, RopeScaling
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
+from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop import LoopConfig
 from rlhf_jax.run.provenance import Input, write_atomically
 from rlhf_jax.testing import byte_tokenizer as _byte_tokenizer
 from rlhf_jax.testing import train_bpe_tokenizer
-from rlhf_jax.types import InputError, Params, Rng
+from rlhf_jax.types import InputError, Params, Rng, require_whole
 
 for _configurable in (
     AnnotatorConfig,
     DeskConfig,
+    Fault,
     Fields,
     LoopConfig,
     MeshConfig,
@@ -80,6 +82,9 @@ class ModelSource:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.config is None):
             raise InputError("ModelSource: give either path (an existing model) or config (a new one)")
+        for name in ("param_dtype", "compute_dtype"):
+            if getattr(self, name) not in (None, *DTYPES):
+                raise InputError(f"ModelSource.{name} = {getattr(self, name)!r}: one of {', '.join(DTYPES)}")
         if self.config is None:
             return
         if self.tokenizer is None:
@@ -209,6 +214,15 @@ class BatchConfig:
             )
 
 
+def refuse_unused(config: Any, *names: str) -> None:
+    """Raises InputError for a field that this experiment does not read and that is not left at its default: a binding
+    without effect."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise InputError(f"{type(config).__name__}.{field.name} = {value!r}: has no effect here; remove it")
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
     """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints. unusable: rows of
@@ -256,6 +270,9 @@ def _desk_demonstrations(desk: DeskConfig, split: str, start: int, count: int) -
 def desk_corpus(desk: DeskConfig, count: int, heldout: int = 256) -> Records:
     """Documents to pre-train on; every token is a target."""
 
+    require_whole("desk_corpus.count", count, 1)
+    require_whole("desk_corpus.heldout", heldout, 0)
+
     def documents(split: str, count: int) -> list[Demonstration]:
         texts = corpus_text(desk, split, 0, count)
         return [Demonstration(f"{split}-{index}", (), text) for index, text in enumerate(texts)]
@@ -266,6 +283,8 @@ def desk_corpus(desk: DeskConfig, count: int, heldout: int = 256) -> Records:
 @gin.register
 def desk_demonstrations(desk: DeskConfig, start: int, count: int, heldout: int = 256) -> Records:
     """Demonstrations of mixed quality, cases start ... start + count - 1 of the train split."""
+    _require_cases("desk_demonstrations", start, count)
+    require_whole("desk_demonstrations.heldout", heldout, 0)
     train = _desk_demonstrations(desk, "train", start, count)
     return Records(train, _desk_demonstrations(desk, "validation", 0, heldout), DESK_TEMPLATE)
 
@@ -273,8 +292,22 @@ def desk_demonstrations(desk: DeskConfig, start: int, count: int, heldout: int =
 @gin.register
 def desk_prompts(desk: DeskConfig, split: str, start: int, count: int) -> Records:
     """Prompts of the support desk (as ``train``)."""
+    _require_cases("desk_prompts", start, count)
     rows = prompt_records(desk, split, start, count)
     return Records([Prompt(str(r["id"]), _one_message(str(r["prompt"]))) for r in rows], [], DESK_TEMPLATE)
+
+
+def _require_cases(builder: str, start: int, count: int) -> None:
+    require_whole(f"{builder}.start", start, 0)
+    require_whole(f"{builder}.count", count, 1)
+
+
+def _require_side(builder: str, heldout: float | None, limit: int | None) -> None:
+    """Before any file is read."""
+    if heldout is not None and not 0.0 < heldout < 1.0:
+        raise InputError(f"{builder}.heldout = {heldout!r}: give a fraction between 0 and 1")
+    if limit is not None:
+        require_whole(f"{builder}.limit", limit, 1)
 
 
 def _split(records: Sequence[Any], heldout: float, limit: int | None) -> tuple[list[Any], list[Any]]:
@@ -297,6 +330,7 @@ def demonstration_file(
     ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side. loss_on: "response" learns the
     last reply of a conversation, "assistant" every assistant turn, "all" everything.
     """
+    _require_side("demonstration_file", heldout, limit)
     records, unusable = data_room.demonstrations(
         data_room.read_rows(path, split=split), fields, source=path, unusable="drop"
     )
@@ -314,6 +348,7 @@ def comparison_file(
     split: str | None = None,
 ) -> Records:
     """Comparisons from a file or a hub data set, then with its ``split``; hh_dialogues: rows are Anthropic hh-rlhf dialogues."""
+    _require_side("comparison_file", heldout, limit)
     rows = data_room.read_rows(path, split=split)
     if hh_dialogues:
         records, unusable = data_room.hh_comparisons(rows, source=path)
@@ -327,6 +362,7 @@ def prompt_file(
     path: str, template: Template, fields: Fields | None = None, limit: int | None = None, split: str | None = None
 ) -> Records:
     """Prompts from a file or a hub data set, then with its ``split`` (as ``train``)."""
+    _require_side("prompt_file", None, limit)
     records, unusable = data_room.prompts(data_room.read_rows(path, split=split), fields, source=path)
     return Records(records[:limit], [], template, files=(path,), unusable=unusable)
 

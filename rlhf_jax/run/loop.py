@@ -4,105 +4,69 @@
     with open_run(run_dir, stage="sft", bound=bound, seed=0, loop=loop, inputs=[Input("data", path)]) as run:
         state, host = run.restore(state, {"epoch": 0})       # the run's newest checkpoint, or what was given
         for step in run.steps(run.resumed_step, total):      # resumed_step + 1 ... total
-            state, metrics = train_step(state, frozen, next(batches))
-            run.log(step, metrics)                           # every log_every; stops on a number that is not finite
+            batch = next(batches)
+            state, metrics = train_step(state, frozen, batch)
+            if not run.log(step, metrics, batch=batch):      # bad, and LoopConfig.on_bad_step says "rollback"
+                state = run.rolled_back(state)
+                continue
             run.save(step, state, {"epoch": epoch})          # every save_every, at the end, on a signal
 
-Signals. The first SIGTERM or SIGINT inside the loop: the step under way is finished and saved, the save is drained,
-the program exits with 143 or 130; the same command goes on from there. Outside the loop there is nothing to save and
-the program exits at once, with the same codes. A second signal exits at once, whatever is under way.
+Signals: `run.signals`. Bad steps: `run.bad_steps`. Hangs: `run.watchdog`. Faults on purpose: `run.faults`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run import bad_steps
+from rlhf_jax.run.checkpoint import Checkpoints, Retention, newest_verified
 from rlhf_jax.run.config import BoundConfig
+from rlhf_jax.run.faults import PHASES, Faults
+from rlhf_jax.run.loop_config import LoopConfig, due
 from rlhf_jax.run.progress import Display
-from rlhf_jax.run.provenance import Input, describe, write_atomically, write_provenance
+from rlhf_jax.run.provenance import Input, describe, versions, write_atomically, write_provenance
 from rlhf_jax.run.resume import forget, lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
-from rlhf_jax.run.tracking import Metrics, Tracker, fetch, stop_if_not_finite
+from rlhf_jax.run.signals import Signals
+from rlhf_jax.run.tracking import Metrics, Tracker, fetch
+from rlhf_jax.run.watchdog import Watchdog
 from rlhf_jax.saved import checkpoint_dir, latest_step
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, RunStopped
+
+__all__ = ["LoopConfig", "Run", "due", "open_run"]
+OWN = "run"
+"""The key of a checkpoint's host values under which this module keeps its own."""
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """How often things happen, in steps. save_every, log_every: >= 1. evaluate_every: 0 = never.
+class Status:
+    """RUN_DIR/status.json: what the run is doing now, overwritten in place. For whoever watches from outside."""
 
-    keep: newest checkpoints that stay, >= 1. tensorboard: write event files too. progress: a bar or lines on stderr.
-    """
+    def __init__(self, directory: Path) -> None:
+        self._file = os.open(directory / "status.json", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        self._now: dict[str, Any] = {"pid": os.getpid(), "step": 0, "phase": "start", "saving": ""}
+        self.update()
 
-    save_every: int = 100
-    keep: int = 3
-    log_every: int = 1
-    evaluate_every: int = 0
-    tensorboard: bool = True
-    progress: bool = True
+    def update(self, **changed: Any) -> None:
+        """step; phase; saving: the part of a save that runs in the background, '' for none."""
+        self._now |= changed
+        os.pwrite(self._file, json.dumps(self._now).ljust(95).encode() + b"\n", 0)
 
-    def __post_init__(self) -> None:
-        for name, least in (("save_every", 1), ("keep", 1), ("log_every", 1), ("evaluate_every", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"LoopConfig.{name}: must be a whole number >= {least}, got {value!r}")
-        for name in ("tensorboard", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"LoopConfig.{name}: must be True or False, got {getattr(self, name)!r}")
-
-
-def due(step: int, every: int, total: int) -> bool:
-    """Whether something that happens every ``every`` steps (0: never) and at the last one happens at ``step``."""
-    return every > 0 and (step % every == 0 or step == total)
-
-
-class Signals:
-    """The first SIGTERM or SIGINT is remembered, or exits when nothing has to be saved; the second exits at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.in_loop = False
-        self._before: dict[int, Any] = {}
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-        if not self.in_loop:
-            raise SystemExit(128 + number)
-        # os.write, not print: a handler may run in the middle of another print, whose buffer is not re-entrant.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; again to exit at once\n".encode())
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> int:
-        """The signal every process obeys: hosts get it at different steps, and one leaving alone hangs the rest."""
-        if jax.process_count() == 1:
-            return self.received
-        return int(np.max(multihost_utils.process_allgather(np.int32(self.received))))
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
 
 
 @dataclass
@@ -116,12 +80,23 @@ class Run:
     tracker: Tracker
     checkpoints: Checkpoints
     signals: Signals
+    watchdog: Watchdog
+    faults: Faults
+    status: Status
     total: int = 0
+    bad: list[int] = field(default_factory=list)
+    _step: int = 0
+    _phase: tuple[str, float] = ("", 0.0)
+    _seconds: dict[str, float] = field(default_factory=dict)
     _stopping: int = 0
     _saved: int = 0
     _offered: bool = False
-    _unchecked: list[tuple[int, Metrics]] = field(default_factory=list)
+    _going_back: bool = False
+    _nan: bool = False
+    _unchecked: list[tuple[int, Metrics, Any]] = field(default_factory=list)
     _values: dict[str, float | None] = field(default_factory=dict)
+    _measured: tuple[int, dict[str, float | None]] = (0, {})
+    _known: set[str] = field(default_factory=set)
     _timed: tuple[int, float] = (0, 0.0)
     _tokens: int = 0
     _display: Display | None = None
@@ -133,7 +108,8 @@ class Run:
         """
         if not self.resumed_step:
             return state, dict(host)
-        state, saved = self.checkpoints.restore(state, self.resumed_step)
+        state, saved = self.checkpoints.restore(state, self.resumed_step, verified=True)
+        self.bad = list(saved.pop(OWN, {}).get("bad_steps", []))
         if saved.keys() != host.keys():
             place = checkpoint_dir(self.directory) / str(self.resumed_step)
             raise InputError(f"{place}: holds the host values {sorted(saved)}, this program keeps {sorted(host)}")
@@ -155,16 +131,22 @@ class Run:
             return
         self.total, self._saved, self._timed = total, start, (start, time.monotonic())
         self._display = Display(self.stage, start, total, self.loop.progress and jax.process_index() == 0)
-        self.signals.in_loop = True
+        self._step, self.signals.in_loop = start, True
         try:
-            for step in range(start + 1, total + 1):
-                yield step
+            while self._step < total:
+                self._step += 1
+                self._enter("train", first=True)
+                yield self._step
+                if self._going_back:
+                    raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
                 self._stopping = self._stopping or self.signals.agreed()
                 # A signal between save() and here found the step unsaved: the next step will be saved, then we leave.
-                if self._stopping and (self._saved == step or not self._offered):
-                    self._leave(step)
+                if self._stopping and (self._saved == self._step or not self._offered):
+                    self._leave(self._step)
+            self._enter("end")
         finally:
             self.signals.in_loop = False
+            self.watchdog.enter("", 0)
             self.close_display()
 
     def close_display(self) -> None:
@@ -176,50 +158,131 @@ class Run:
         print(f"stopped at step {step}; the same command goes on from here", file=sys.stderr)
         raise SystemExit(128 + self._stopping)
 
-    def log(self, step: int, metrics: Metrics, *, tokens: int = 0, timing: Mapping[str, float] | None = None) -> None:
+    # ---- phases
+
+    def enter(self, phase: str) -> None:
+        """From here on the step does ``phase`` (one of PHASES), until it enters another: a name for its deadline, its
+        fault point, its seconds in timing.jsonl and status.json."""
+        if phase not in PHASES:
+            raise ValueError(f"unknown phase {phase!r}; there are {', '.join(PHASES)}")
+        self._enter(phase)
+
+    def _enter(self, phase: str, first: bool = False) -> None:
+        now, (last, began) = time.monotonic(), self._phase
+        if last:
+            self._seconds[last] = self._seconds.get(last, 0.0) + now - began
+        self._phase = (phase, now)
+        self.watchdog.enter(phase, self._step, first=first)
+        self.status.update(step=self._step, phase=phase)
+        self._nan = self.faults.at(phase, self._step)
+
+    # ---- metrics
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        *,
+        tokens: int = 0,
+        timing: Mapping[str, float] | None = None,
+        batch: Any = None,
+    ) -> bool:
         """The metrics of a step; call it every step, it writes every ``log_every`` and at the last one.
 
-        tokens: trained on in this step, for tokens_per_second. timing: more wall-clock values for timing.jsonl, such
-        as the seconds of a phase.
-        Raises RunStopped when a written number is not finite, after writing it, or when one of an unwritten step was.
+        tokens: trained on in this step, for tokens_per_second. timing: more wall-clock values for timing.jsonl. batch:
+        kept on disk when the step turns out bad. False: the step is bad and undone (LoopConfig.on_bad_step =
+        "rollback"): take ``rolled_back(state)``, and go on with the next step.
+        Raises RunStopped when a step is bad and may not be passed over: after writing the line, when it was due.
         """
+        self._enter("log")
+        metrics = {**metrics, sorted(metrics)[0]: math.nan} if self._nan else metrics
         self._tokens += tokens
-        self._unchecked.append((step, metrics))
-        if not due(step, self.loop.log_every, self.total):
-            return
+        self._unchecked.append((step, metrics, batch))
+        written = due(step, self.loop.log_every, self.total)
+        if not written and self.loop.on_bad_step == "stop":
+            return True  # nobody waits for the devices here; the step is looked at before anything is written or saved
         *_, (_, self._values) = self._check(but=step)
-        self._write_timing(step, timing or {})
-        self.record(step, self._values)
-        if self._display is not None:
-            self._display.update(step, self._values)
+        if self._going_back:
+            return False
+        if written:
+            self._write_timing(step, timing or {})
+            self._record(step, self._values)
+            if self._display is not None:
+                self._display.update(step, self._values)
+        if self.loop.on_bad_step == "stop":
+            bad_steps.stop_if_bad(step, self._values)
+        return True
 
     def _check(self, but: int | None = None) -> list[tuple[int, dict[str, float | None]]]:
-        """The numbers of the steps since the last look, fetched. Raises RunStopped for the first that is not finite (a
-        step between two logged ones counts too); ``but``: the step that its caller writes before it checks."""
-        looked = [(step, fetch(metrics)) for step, metrics in self._unchecked]
+        """The numbers of the steps since the last look, fetched; what is to be done about a bad one is done.
+
+        but: the step that its caller writes before it stops the run for it.
+        """
+        looked = [(step, fetch(metrics), batch) for step, metrics, batch in self._unchecked]
         self._unchecked.clear()
-        for step, values in looked:
+        for step, values, batch in looked:
+            if wrong := bad_steps.what_is_wrong(values):
+                bad_steps.keep(self.directory, step, wrong, self.loop.on_bad_step, values, batch)
+                self._treat(step, wrong, values, but)
+        return [(step, values) for step, values, _ in looked]
+
+    def _treat(self, step: int, wrong: str, values: Mapping[str, float | None], but: int | None) -> None:
+        policy = self.loop.on_bad_step
+        if policy == "stop":
             if step != but:
-                stop_if_not_finite(step, values)
-        return looked
+                bad_steps.stop_if_bad(step, values)
+            return
+        self.bad.append(step)
+        if len(self.bad) > self.loop.bad_steps:
+            raise RunStopped(f"step {step}: {wrong}; {len(self.bad)} bad steps, LoopConfig.bad_steps allows fewer")
+        self.checkpoints.drain()  # a save under way is the one to go back to
+        back = latest_step(self.directory) if policy == "rollback" else None
+        if policy == "rollback" and back is None:
+            raise RunStopped(f"step {step}: {wrong}; no checkpoint yet to roll back to (LoopConfig.save_every)")
+        told = f"going on from step {back} with the next batches" if back else "its batch is passed over"
+        print(f"warning: step {step}: {wrong}; {told}", file=sys.stderr)
+        self._going_back = policy == "rollback"
+
+    def rolled_back(self, state: Any) -> Any:
+        """The newest checkpoint's state, onto the shardings of ``state``; the next step is the one after it. What the
+        program keeps on the host, the data's position above all, stays: the batches since then are passed over."""
+        self.checkpoints.drain()
+        step = latest_step(self.directory) or 0
+        state, _ = self.checkpoints.restore(state, step)
+        self.tracker.rewind(step)
+        self._step, self._saved, self._going_back = step, step, False
+        self._timed, self._tokens = (step, time.monotonic()), 0
+        return state
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Write a line now, whatever the cadence: for evaluations. Raises RunStopped as ``log`` does."""
+        """Write a line now, whatever the cadence: for evaluations. Raises RunStopped for a number that is not finite."""
+        bad_steps.stop_if_bad(step, self._record(step, metrics))
+
+    def _record(self, step: int, metrics: Metrics) -> dict[str, float | None]:
         values = fetch({name: value for name, value in metrics.items() if value is not None})
         values = {name: values.get(name) for name in sorted(metrics)}
         self.tracker.write(step, values)
-        stop_if_not_finite(step, values)
+        before = self._measured[1] if self._measured[0] == step else {}
+        self._measured = (step, before | values)
+        self._known |= values.keys()
+        return values
 
     def _write_timing(self, step: int, timing: Mapping[str, float]) -> None:
         now, (last, began) = time.monotonic(), self._timed
-        seconds = (now - began) / max(step - last, 1)
+        steps = max(step - last, 1)
         rate = {"tokens_per_second": self._tokens / (now - began)} if self._tokens and now > began else {}
-        self.tracker.write_timing(step, {"seconds": seconds, **rate, **timing})
+        phases = {f"seconds_{phase}": seconds / steps for phase, seconds in self._seconds.items()}
+        self.tracker.write_timing(step, {"seconds": (now - began) / steps, **rate, **phases, **timing})
         self._timed, self._tokens = (step, now), 0
+        self._seconds.clear()
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to evaluate after ``step``: every ``evaluate_every`` and at the last one; never when that is 0."""
-        return due(step, self.loop.evaluate_every, self.total)
+        if is_due := due(step, self.loop.evaluate_every, self.total):
+            self._enter("evaluate")
+        return is_due
+
+    # ---- saving
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Call it at the end of every step: it saves every ``save_every``, at the last step and after a signal.
@@ -230,9 +293,20 @@ class Run:
         self._stopping = self._stopping or self.signals.agreed()
         if not (self._stopping or due(step, self.loop.save_every, self.total)):
             return
+        self._enter("save")
         self._check()
-        self.checkpoints.save(step, state, host)
+        self._refuse_unknown_metric(step)
+        measured = self._measured[1] if self._measured[0] == step else {}
+        self.checkpoints.save(step, state, {**host, OWN: {"bad_steps": self.bad}}, measured)
         self._saved = step
+
+    def _refuse_unknown_metric(self, step: int) -> None:
+        metric, evaluated = self.loop.best_metric, step >= max(self.loop.evaluate_every, self.loop.log_every)
+        if self.loop.keep_best and evaluated and self._known and metric not in self._known:
+            raise InputError(
+                f"LoopConfig.best_metric = {metric!r}: this run measures no such thing; one of "
+                f"{', '.join(sorted(self._known))}"
+            )
 
 
 # ---- opening
@@ -259,7 +333,7 @@ def open_run(
     A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
     first step of a new run removes its directory again.
     """
-    directory = Path(run_dir).absolute()
+    directory = Path(run_dir).expanduser().absolute()
     refuse_foreign(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]
@@ -270,22 +344,43 @@ def open_run(
             if first:
                 stack.callback(lock(directory).close)
             signals = stack.enter_context(Signals())
-            resumed = latest_step(directory) or 0
-            if resumed or (output is not None and (directory / output).is_file()):
+            reached = latest_step(directory) or 0
+            if reached or (output is not None and (directory / output).is_file()):
                 now = {"stage": stage, "seed": seed, "inputs": described}
-                holds = f"is at step {resumed}" if resumed else f"holds {output}"
+                holds = f"is at step {reached}" if reached else f"holds {output}"
                 refuse_changes(directory, now, bound.operative, holds)
+            resumed = _agreed(newest_verified(directory) if first else 0)
             if first:
                 write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
                 write_atomically(directory / "config.gin", bound.config)
                 write_atomically(directory / "operative_config.gin", bound.operative)
             tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
             stack.callback(tracker.close)
-            checkpoints = stack.enter_context(Checkpoints(directory, loop.keep))
-            run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals)
+            status, faults = Status(directory), Faults(loop.faults)
+            stack.callback(status.close)
+            watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
+            stack.enter_context(watchdog)
+
+            def at(point: str, step: int, place: Path) -> None:
+                status.update(saving="" if point == "retain" else f"{point} {step}")
+                faults.at(point, step, place)
+
+            facts = {
+                "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
+                "inputs": {entry["name"]: entry["fingerprint"] for entry in described},
+                "versions": versions(),
+            }
+            retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
+            checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
+            run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status)
             stack.callback(run.close_display)
             yield run
     except InputError:
         if first and fresh:
             forget(directory)
         raise
+
+
+def _agreed(step: int) -> int:
+    """The first process's number, on every process: it alone looked at the checkpoints, and set damaged ones aside."""
+    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))

@@ -22,10 +22,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.saved import latest_step
+from rlhf_jax.saved import hash_file, latest_step
 from rlhf_jax.types import InputError
 
 FILE = "provenance.json"
+NORMALISATION = "reward_normalisation.json"
+"""Gain and bias of a reward model's scores; written by train_reward when it is done, read by `io`."""
 PACKAGES = (
     "rlhf_jax",
     "jax",
@@ -37,6 +39,9 @@ PACKAGES = (
     "transformers",
     "datasets",
     "grain",
+    "safetensors",
+    "tokenizers",
+    "gguf",
 )
 
 
@@ -53,11 +58,6 @@ class Input:
     fingerprint: str | None = None
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint_path(path: str | Path) -> str:
     """sha256 of a file's bytes, or of a directory's sorted lines ``relative path, NUL, sha256 of the file, newline``.
 
@@ -65,24 +65,33 @@ def fingerprint_path(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_file():
-        return _hash_file(path)
+        return hash_file(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such file or directory")
     files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-    lines = [f"{name}\0{_hash_file(file)}\n" for name, file in files]
+    lines = [f"{name}\0{hash_file(file)}\n" for name, file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fingerprint_input(path: Path, step: int | None) -> str:
+    """The fingerprint of what is read from ``path``: itself, or ``step`` of the run there. A reward run's normalisation
+    is part of the model, and lies beside its checkpoints."""
+    if step is None:
+        return fingerprint_path(path)
+    arrays, scale = fingerprint_path(path / "checkpoints" / str(step)), path / NORMALISATION
+    return hashlib.sha256(f"{arrays}\0{hash_file(scale)}".encode()).hexdigest() if scale.is_file() else arrays
 
 
 def describe(given: Input) -> dict[str, Any]:
     """The entry of an input: ``name``, absolute ``path``, ``fingerprint``.
 
-    For a run directory the fingerprint is that of its newest complete ``step``: its logs go on changing (a later
-    resume), the weights another run read do not. A file that lies in a run directory was ``made_by`` that run. Either
-    way ``config`` is the sha256 of that run's operative_config.gin, None when it has none.
+    For a run directory the fingerprint is that of its newest ``step`` (with the normalisation of a reward run): its logs
+    go on changing (a later resume), the weights another run read do not. A file that lies in a run directory was
+    ``made_by`` that run. Either way ``config`` is the sha256 of that run's operative_config.gin, None when it has none.
     """
     if given.fingerprint is not None:
         return {"name": given.name, "path": given.path, "fingerprint": given.fingerprint}
-    path = Path(given.path).absolute()
+    path = Path(given.path).expanduser().absolute()
     entry: dict[str, Any] = {"name": given.name, "path": str(path)}
     run = path if path.is_dir() else path.parent
     if (run / FILE).is_file():
@@ -90,10 +99,9 @@ def describe(given: Input) -> dict[str, Any]:
         entry |= {} if step is None else {"step": step}
         entry |= {} if run == path else {"made_by": str(run)}
         config = run / "operative_config.gin"
-        entry["config"] = _hash_file(config) if config.is_file() else None
-    content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
+        entry["config"] = hash_file(config) if config.is_file() else None
     try:
-        return {**entry, "fingerprint": fingerprint_path(content)}
+        return {**entry, "fingerprint": fingerprint_input(path, entry.get("step"))}
     except InputError as error:
         raise InputError(f"input {given.name!r}: {error}; what is not local needs a fingerprint") from error
 
@@ -107,7 +115,8 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """{package: version} of what a run's numbers hang on, and of Python; None for what is not installed."""
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -126,7 +135,7 @@ def launch_facts(resumed_step: int, mesh: Mesh | None = None) -> dict[str, Any]:
         "working_directory": os.getcwd(),
         "resumed_step": resumed_step,
         "git": {"commit": _git("rev-parse", "--verify", "HEAD"), "dirty": None if status is None else bool(status)},
-        "versions": _versions(),
+        "versions": versions(),
         "devices": {
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,
@@ -181,6 +190,22 @@ def write_provenance(
     write_atomically(Path(run_dir) / FILE, json.dumps(content, indent=2) + "\n")
 
 
+def changed_inputs(run_dir: str | Path) -> list[str]:
+    """The local inputs of a run that are not any more what it read, by name; of a pipeline: those of its stages. [] for a
+    directory that records nothing."""
+    made = read_provenance(run_dir)
+    if made is None:
+        stages = sorted(path for path in Path(run_dir).glob("*") if (path / FILE).is_file())
+        return [f"{stage.name}/{name}" for stage in stages for name in changed_inputs(stage)]
+    local = [given for given in made["inputs"] if Path(given["path"]).is_absolute()]
+    return [
+        given["name"]
+        for given in local
+        if not Path(given["path"]).exists()
+        or describe(Input(given["name"], given["path"]))["fingerprint"] != given["fingerprint"]
+    ]
+
+
 def lineage(run_dir: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """The tree of what made a run, down to files that no run made: {path, stage, seed, commit, inputs: [{name, ...}]}.
 
@@ -206,7 +231,7 @@ def _ancestor(entry: dict[str, Any], verify: bool) -> dict[str, Any]:
     node: dict[str, Any] = {**entry, "state": "recorded" if path.exists() else "missing"}
     if verify and path.exists():
         content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
-        same = content.exists() and fingerprint_path(content) == entry["fingerprint"]
+        same = content.exists() and fingerprint_input(path, entry.get("step")) == entry["fingerprint"]
         node["state"] = "same" if same else "changed"
     run = Path(entry.get("made_by", path))
     if (run / FILE).is_file():

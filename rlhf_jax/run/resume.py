@@ -23,6 +23,7 @@ MADE_ON_OPENING = {
     "timing.jsonl",
     "tensorboard",
     "checkpoints",
+    "status.json",
     "model.json",
     "tokenizer",
 }
@@ -98,9 +99,19 @@ def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, hold
             )
     cwd = before["launches"][-1]["working_directory"]
     moves = {(old[name]["path"], new[name]["path"]) for name in old}
+    found = changes(stored.read_text(), operative)
+    schedules = {
+        key: value for key, value in bound_values(operative).items() if key.endswith("OptimizerConfig.schedule")
+    }
+    decaying = [f"{key} = {value!r}" for key, value in schedules.items() if value != "constant"]
+    if decaying and any(change.key in STEPS for change in found):
+        raise InputError(
+            f"run.steps: changed, and {decaying[0]} decays over run.steps: the steps already done had another learning "
+            f"rate; {remedy}"
+        )
     refused = [
         f"{change.key} changed from {change.old!r} to {change.new!r}"
-        for change in changes(stored.read_text(), operative)
+        for change in found
         if not change.allowed and not _is_move(change, cwd, moves)
     ]
     if refused:

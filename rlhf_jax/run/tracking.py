@@ -1,8 +1,8 @@
 """Metrics of a run: ``metrics.jsonl`` (deterministic values), ``timing.jsonl`` (wall clock) and TensorBoard.
 
 One JSON object a line with ``step`` and ``stage``; numbers in full (Python's shortest exact form), so that an
-interrupted and resumed run writes the very bytes of an unbroken one. A number that is not finite is written as ``null``
-and stops the run.
+interrupted and resumed run writes the very bytes of an unbroken one. A number that is not finite is written as ``null``;
+what follows from it is `run.bad_steps`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.run.provenance import write_atomically
-from rlhf_jax.types import Mean, RunStopped
+from rlhf_jax.types import Mean
 
 Metrics = Mapping[str, Any]
 """{name: Mean | scalar array | float}."""
@@ -46,15 +46,6 @@ def not_finite(values: Mapping[str, float | None]) -> list[str]:
     return [name for name, value in values.items() if value is not None and not math.isfinite(value)]
 
 
-def stop_if_not_finite(step: int, values: Mapping[str, float | None]) -> None:
-    """Raises RunStopped naming every value that is not finite."""
-    if bad := not_finite(values):
-        named = ", ".join(f"{name}={values[name]}" for name in bad)
-        raise RunStopped(
-            f"step {step}: not finite: {named}; the step was not saved: lower the learning rate or look at its data"
-        )
-
-
 def cut(path: Path, step: int) -> None:
     """Keep the lines of a .jsonl file whose step is <= ``step``: the later ones will be written again.
 
@@ -79,19 +70,27 @@ class Tracker:
     def __init__(self, run_dir: Path, stage: str, *, resumed_step: int, tensorboard: bool) -> None:
         """resumed_step: what is logged after it is removed first (0: everything)."""
         self.stage = stage
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         self._files: dict[str, Any] = {}
         self._board: Any = None
+        self._open(resumed_step)
+
+    def _open(self, step: int) -> None:
         if jax.process_index() != 0:
             return
         for name in ("metrics", "timing"):
-            cut(run_dir / f"{name}.jsonl", resumed_step or -1)  # a fresh start writes step 0 (evaluations) again too
-            self._files[name] = (run_dir / f"{name}.jsonl").open("a")
-        if tensorboard:
+            file = self._run_dir / f"{name}.jsonl"
+            cut(file, step or -1)  # a fresh start writes step 0 (evaluations) again too
+            self._files[name] = file.open("a")
+        if self._tensorboard:
             from tensorboardX import SummaryWriter  # a slow import that programs without it need not pay
 
-            self._board = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0
-            )
+            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+
+    def rewind(self, step: int) -> None:
+        """Forget every line after ``step``: these steps will be done again."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line to metrics.jsonl, and to TensorBoard what is a finite number."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTS = "rlhf_jax.evaluate.report, rlhf_jax.run.cast, rlhf_jax.run.configurables, rlhf_jax.programs, rich.table"
+"""What every experiment imports, for a process that forks itself."""
 STAGES = ("base", "sft", "completions", "reward", "ppo", "evaluation")
 
 

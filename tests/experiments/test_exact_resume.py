@@ -6,6 +6,7 @@ Every broken run is slowed down a little between its steps, so that the signal a
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -104,3 +105,18 @@ def test_ppo_terminated_and_killed(chain: Path, begin, tmp_path: Path) -> None:
     assert resumed_steps(broken)[:2] == [0, saved] and resumed_steps(broken)[2] in (saved, 4)
     # The value model, the optimiser and the KL coefficient go on as well, not only the policy.
     same_as(chain / "ppo", broken, "policy", "value", "opt_state", "rng", "kl_coefficient")
+
+
+def test_going_on_takes_away_the_scale_of_an_older_step(chain: Path, begin, tmp_path: Path) -> None:
+    """Whoever loads the reward run meanwhile must not get gain and bias that belong to other weights."""
+    shutil.copytree(chain / "reward", tmp_path / "reward")
+    scale = tmp_path / "reward" / "reward_normalisation.json"
+    older = scale.read_text()
+    places = {"POLICY": chain / "sft", "COMPARISONS": chain / "completions" / "comparisons.jsonl"}
+    killed = begin("train_reward", "reward", "reward", seconds_a_step=1.0, **places, **{"run.steps": 14})
+    wait_for_step(tmp_path / "reward", 13, killed)
+    killed.kill()
+    killed.communicate()
+    assert not scale.exists()
+    finish(begin("train_reward", "reward", "reward", **places, **{"run.steps": 14}))
+    assert scale.exists() and scale.read_text() != older

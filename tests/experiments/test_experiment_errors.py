@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from experiment_processes import ROOT, environment
+from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
 
 
@@ -111,6 +111,20 @@ CASES = {
     "a policy as the judge": Case(
         *EVALUATE, ["REWARD = '{chain}/sft'"], "{chain}/sft: has no scalar head: it is no reward or value model"
     ),
+    "negative steps": Case(*SFT, ["run.steps = -1"], "run.steps = -1: give a whole number >= 1"),
+    "negative centring": Case(*REWARD, ["run.centring = -0.01"], "run.centring = -0.01: give a number >= 0"),
+    "packing pairs": Case(*REWARD, ["BatchConfig.packed = True"], "BatchConfig.packed = True: has no effect here"),
+    "packing prompts": Case(*PPO, ["BatchConfig.packed = True"], "BatchConfig.packed = True: has no effect here"),
+    "evaluating in PPO": Case(*PPO, ["LoopConfig.evaluate_every = 2"], "LoopConfig.evaluate_every = 2: has no effect"),
+    "microbatches to sample": Case(*GENERATE, ["BatchConfig.microbatches = 2"], "BatchConfig.microbatches = 2: has no"),
+    "microbatches to evaluate": Case(
+        *EVALUATE, ["BatchConfig.microbatches = 2"], "BatchConfig.microbatches = 2: has no"
+    ),
+    "a mesh that does not fit": Case(
+        *SFT,
+        ["run.mesh = @MeshConfig()", "MeshConfig.data = 3"],
+        "MeshConfig",
+    ),
     "two rewards": Case(*PPO, ["run.reward_texts = @desk_gold()"], "run.reward, run.reward_texts: give exactly one"),
     "rows that do not divide": Case(*PPO, ["PPOConfig.minibatches = 3"], "a rollout of 16 rows does not divide into"),
     "prompts too long for the model": Case(
@@ -189,7 +203,7 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Call]:
-    with forked_programs("rlhf_jax.evaluate.report, rlhf_jax.run.configurables, rich.table", environment()) as call:
+    with forked_programs(IMPORTS, environment()) as call:
         yield call
 
 

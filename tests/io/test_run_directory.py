@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax.io import load_pretrained, read_model_card
 from rlhf_jax.models import Head, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
-from rlhf_jax.run.checkpoint import Checkpoints
+from rlhf_jax.run.checkpoint import Checkpoints, Retention
 from rlhf_jax.run.configurables import write_model_card
 from rlhf_jax.testing import byte_tokenizer, bytes_per_device, random_params, tiny_config
 from rlhf_jax.types import InputError, Params
@@ -27,7 +27,7 @@ def make_run(
     run_dir.mkdir()
     model = Model(tiny_config(head=head, vocab_size=272, **changes))
     write_model_card(run_dir, model, byte_tokenizer(), subtree)
-    with Checkpoints(run_dir, 3) as checkpoints:
+    with Checkpoints(run_dir, Retention(3)) as checkpoints:
         for step in steps:
             params = jax.tree.map(jnp.asarray, random_params(model, step))
             state: Any = params
@@ -42,9 +42,9 @@ def assert_equal(one: Params, other: Params) -> None:
 
 
 @pytest.mark.parametrize("subtree", ["params", "train/params/policy"])
-def test_the_newest_complete_checkpoint_is_read(subtree: str, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_read(subtree: str, tmp_path: Path) -> None:
     model, params = make_run(tmp_path / "run", subtree=subtree, steps=(1, 2, 10))
-    (tmp_path / "run" / "checkpoints" / "11").mkdir()  # a save that never finished
+    (tmp_path / "run" / "checkpoints" / "11.saving").mkdir()  # a save that never finished
     loaded, read, tokenizer = load_pretrained(tmp_path / "run")
     assert loaded.config == model.config and tokenizer.encode("A") == [68]
     assert_equal(read, params)
@@ -142,7 +142,7 @@ def test_what_is_no_run_or_a_damaged_one(tmp_path: Path) -> None:
         if file.name not in ("_METADATA", "_sharding"):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     refuse("damaged checkpoint")
-    (run / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+    (run / "checkpoints" / "1").rename(run / "checkpoints" / "1.damaged")
     refuse("no complete checkpoint")
     (run / "model.json").unlink()
     refuse("neither a run directory .model.json. nor a checkpoint directory .config.json.")

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.learn import OptimizerConfig, make_optimizer, make_schedule
+from rlhf_jax.learn import OptimizerConfig, initial_state, make_optimizer, make_schedule, make_train_step
 from rlhf_jax.testing import tiny_model
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, Term
 
 
 def rates(steps: int, updates_per_step: int = 1, **fields) -> list[float]:
@@ -157,4 +157,84 @@ def test_moments_are_float32_whatever_the_parameters_are(adam):
 )
 def test_bad_fields_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=rf"OptimizerConfig\.{field} = "):
+        OptimizerConfig(**{field: value})
+
+
+# ---- spikes
+
+
+def spiky_step(spike: float | None, memory: int = 4):
+    """A step whose loss is w + the batch's number: the gradient is 1, Adam moves w by the learning rate."""
+
+    def loss(params, frozen, batch, rng):
+        del frozen, rng
+        return {"nll": Term(params["w"] + batch.sum(), jnp.ones(()))}, {}
+
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, spike=spike, spike_memory=memory), 100)
+    state = initial_state({"w": jnp.zeros(())}, optimizer, jax.random.key(0))
+    return jax.jit(make_train_step(loss, optimizer)), state
+
+
+def numpy_spikes(seen: list[float], sigmas: float, memory: int) -> list[bool]:
+    """float64, from the definition: plain mean and variance of what was accepted while it is not more than ``memory``."""
+    accepted: list[float] = []
+    refused = []
+    for value in seen:
+        mean, deviation = (np.mean(accepted), np.std(accepted)) if accepted else (0.0, 0.0)
+        bad = len(accepted) >= min(memory, 20) and value > mean + sigmas * max(deviation, abs(mean) / 100)
+        refused.append(bool(bad))
+        accepted += [] if bad else [value]
+    return refused
+
+
+def test_a_spike_changes_nothing_and_the_next_batch_is_learned_from():
+    step, state = spiky_step(spike=3.0, memory=20)
+    rng = np.random.default_rng(0)
+    losses = [*rng.normal(5.0, 0.5, 24), 50.0, *rng.normal(5.0, 0.5, 3), 20.0, 5.0]
+    refused, before = [], state
+    for value in losses:
+        state, metrics = step(state, {}, jnp.asarray([value], jnp.float32))
+        refused.append(bool(metrics["refused"].value()))
+        if refused[-1]:
+            assert float(state.params["w"]) == float(before.params["w"])
+            for a, b in zip(
+                jax.tree.leaves(before.opt_state.inner), jax.tree.leaves(state.opt_state.inner), strict=True
+            ):
+                np.testing.assert_array_equal(a, b)
+        else:
+            assert float(state.params["w"]) < float(before.params["w"])
+        before = state
+    assert refused == [index in (24, 28) for index in range(len(losses))]
+    # w moves the loss by 0.03 at most: far from any decision
+    assert numpy_spikes(losses[:20] + losses[24:25], 3.0, 20)[-1] and int(state.step) == len(losses)
+
+
+def test_spike_statistics_are_those_of_numpy_while_all_count_alike():
+    step, state = spiky_step(spike=2.0, memory=50)
+    losses = np.random.default_rng(1).normal(3.0, 1.0, 40)
+    refused = []
+    for value in losses:
+        state, metrics = step(state, {}, jnp.asarray([value], jnp.float32))
+        refused.append(bool(metrics["refused"].value()))
+    expected = numpy_spikes(list(losses), 2.0, 50)
+    assert refused == expected and any(expected)
+    accepted = [value for value, bad in zip(losses, expected, strict=True) if not bad]
+    assert float(state.opt_state.mean[0]) == pytest.approx(np.mean(accepted), abs=0.05)
+    assert float(state.opt_state.variance[0]) == pytest.approx(np.var(accepted), abs=0.05)
+    assert float(state.opt_state.mean[1]) == 1.0  # the gradient's norm
+
+
+def test_not_finite_does_not_enter_the_statistics():
+    step, state = spiky_step(spike=6.0)
+    for value in (1.0, np.nan, 1.0):
+        state, metrics = step(state, {}, jnp.asarray([value], jnp.float32))
+        assert bool(metrics["refused"].value()) == np.isnan(value)
+    assert int(state.opt_state.accepted) == 2 and np.isfinite(state.opt_state.mean).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("spike", 0.0), ("spike", True), ("spike_memory", 1), ("spike_memory", 2.5)]
+)
+def test_bad_spike_fields(field, value):
+    with pytest.raises(InputError, match=rf"^OptimizerConfig\.{field} = {value!r}: give"):
         OptimizerConfig(**{field: value})

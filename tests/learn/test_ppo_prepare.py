@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax import ops
 from rlhf_jax.learn import PPOConfig, next_kl_coefficient, prepare
+from rlhf_jax.learn.policy_gradient import token_checksum
 from rlhf_jax.testing import completions, prompt_batch
 from rlhf_jax.types import InputError, Rollout
 
@@ -193,7 +194,8 @@ def test_reported_numbers():
     }  # fmt: skip
     for name, value in expected.items():
         assert float(metrics[name].value()) == pytest.approx(value, abs=1e-5), name
-    assert set(metrics) == {*expected, "score_shaped"}
+    assert set(metrics) == {*expected, "score_shaped", "rollout_refused", "rollout_checksum"}
+    assert float(metrics["rollout_refused"].value()) == 0.0
 
 
 def test_what_is_reported_of_values_is_over_their_own_mask():
@@ -276,3 +278,42 @@ def test_bad_fields_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=rf"PPOConfig\.{field} = ") as error:
         PPOConfig(**{field: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["scores", "logprobs", "ref_logprobs", "values"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_rollout_with_one_bad_number_is_not_learned_from(where, bad):
+    """One bad number in row 0: no row of the rollout may be learned from, in whichever minibatch."""
+    rollout = two_rows()
+    array = np.array(getattr(rollout, where))
+    array[(0,) * array.ndim] = bad
+    for whiten in ("rollout", "none"):
+        batch, metrics = prepare(
+            rollout.replace(**{where: array}), PPOConfig(whiten_advantages=whiten), jnp.asarray(0.05)
+        )
+        assert float(metrics["rollout_refused"].value()) == 1.0
+        assert np.isnan(batch.advantages).all()
+
+
+def test_a_kl_beyond_the_limit_is_not_learned_from():
+    """The example's KL is 0.2 - 0.1 + 0.5 - 0.1 = 0.5 nats."""
+    for limit, refused in ((0.49, True), (0.51, False), (None, False)):
+        batch, metrics = prepare(example(), PPOConfig(max_kl=limit), jnp.asarray(0.05))
+        assert bool(metrics["rollout_refused"].value()) == refused == bool(np.isnan(batch.advantages).all())
+
+
+def test_the_controller_stands_still_when_the_kl_is_no_number():
+    config = PPOConfig(kl_target=6.0)
+    assert float(next_kl_coefficient(config, jnp.float32(0.1), jnp.float32(jnp.nan), 16)) == pytest.approx(0.1)
+
+
+def test_checksum_sees_every_token_that_counts_and_nothing_else():
+    tokens = jnp.asarray([[7, 8, 9], [1, 2, 3]], jnp.int32)
+    mask = jnp.asarray([[1, 1, 0], [1, 1, 1]], bool)
+    first = float(token_checksum(tokens, mask))
+    assert first == int(first) and 0 <= first < 2**24
+    changed = [float(token_checksum(tokens.at[row, column].add(1), mask)) for row, column in np.argwhere(mask)]
+    assert first not in changed and len(set(changed)) == 5
+    assert float(token_checksum(tokens.at[0, 2].set(100), mask)) == first
+    # by hand, K = 2654435761 (odd): (((0 * K) | 1) * 8 + K * 9) * K modulo 2**32, the lowest 8 bits dropped
+    assert float(token_checksum(tokens[:1, :2], mask[:1, :2])) == (8 + 2654435761 * 9) * 2654435761 % 2**32 // 256

@@ -137,12 +137,13 @@ def test_a_number_that_is_not_finite_commits_nothing(bad):
     state, _ = step(state, {}, {"losses": LOSSES, "mask": COUNTED})
     poisoned = {"losses": np.where(LOSSES == 1.0, np.float32(bad), LOSSES), "mask": COUNTED}
     after, metrics = step(state, {}, poisoned)
-    assert not np.isfinite(metrics["loss"].value())
+    assert not np.isfinite(metrics["loss"].value()) and float(metrics["refused"].value()) == 1.0
     for name in ("params", "opt_state"):
         for a, b in zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name)), strict=True):
             np.testing.assert_array_equal(a, b)
     assert (int(state.step), int(after.step)) == (1, 2)
-    again, _ = step(after, {}, {"losses": LOSSES, "mask": COUNTED})
+    again, metrics = step(after, {}, {"losses": LOSSES, "mask": COUNTED})
+    assert float(metrics["refused"].value()) == 0.0
     assert float(again.params["w"]) < float(after.params["w"])  # and it goes on from there
 
 

@@ -68,3 +68,20 @@ def test_the_child_may_save_before_it_leaves(tmp_path: Path, number: signal.Sign
         out, _ = parent.communicate(timeout=60)
     assert out == f"{code or 128 + number}\n"
     assert (tmp_path / "saved").read_text() == str(int(number))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_killed_parent_takes_its_child_along(tmp_path: Path) -> None:
+    """SIGKILL forwards nothing; the child is told all the same, and saves."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [*python(PARENT), SAVES.replace("CODE", "143")]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ready").exists():
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        parent.kill()
+    while not (tmp_path / "saved").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))

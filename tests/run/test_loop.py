@@ -17,18 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.run import BoundConfig, Input, LoopConfig, due, open_run
+from rlhf_jax.run import BoundConfig, Input, LoopConfig, Run, bad_steps, due, open_run
+from rlhf_jax.run.faults import Fault, flip_bit
 from rlhf_jax.run.progress import headline, line
-from rlhf_jax.saved import find_step, read_state, saved_steps
+from rlhf_jax.saved import find_step, read_state, saved_steps, verify
 from rlhf_jax.types import InputError, Mean, RunStopped
 
 PROGRAM = """
 import os, time
 import gin, jax, jax.numpy as jnp
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
+from rlhf_jax.run.faults import Fault
 from rlhf_jax.types import Mean
 
 gin.register(LoopConfig, module="rlhf_jax")
+gin.register(Fault, module="rlhf_jax")
 
 @jax.jit
 def train_step(state):
@@ -189,7 +192,8 @@ def test_cadence_last_step_and_files(tmp_path: Path) -> None:
     metrics = read_lines(tmp_path / "r" / "metrics.jsonl")
     assert metrics == [{"step": s, "stage": "toy", "loss": float(s)} for s in (2, 4, 6, 7)]
     timing = read_lines(tmp_path / "r" / "timing.jsonl")
-    assert [set(entry) for entry in timing] == [{"step", "stage", "seconds", "tokens_per_second"}] * 4
+    always = {"step", "stage", "seconds", "tokens_per_second", "seconds_train", "seconds_log"}
+    assert [set(entry) - {"seconds_save"} for entry in timing] == [always] * 4
     assert (tmp_path / "r" / "config.gin").read_text() == config.config
     assert (tmp_path / "r" / "operative_config.gin").read_text() == config.operative
 
@@ -219,6 +223,28 @@ def test_a_changed_key_is_refused_by_name_and_nothing_is_written(tmp_path: Path)
         train(run_dir, 8, config=bound(O__lr=0.1), seed=1)
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
     assert train(run_dir, 8, config=bound(O__lr=0.1, run__steps=8, LoopConfig__keep=5)) == [5, 6, 7, 8]
+
+
+def test_more_steps_under_a_decaying_rate_are_refused(tmp_path: Path) -> None:
+    """The steps already done would have had another rate, silently."""
+
+    def config(schedule: str, steps: int) -> BoundConfig:
+        return bound(OptimizerConfig__schedule=schedule, run__steps=steps)
+
+    train(tmp_path / "cosine", 4, config=config("cosine", 4))
+    with pytest.raises(InputError, match=r"^run\.steps: changed, and OptimizerConfig\.schedule = 'cosine' decays over"):
+        train(tmp_path / "cosine", 6, config=config("cosine", 6))
+    assert train(tmp_path / "cosine", 4, config=config("cosine", 4)) == []
+    train(tmp_path / "constant", 4, config=config("constant", 4))
+    assert train(tmp_path / "constant", 6, config=config("constant", 6)) == [5, 6]
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.txt").write_text("data")
+    train(Path("~/runs/a"), 2, inputs=(Input("data", "~/data.txt"),))
+    assert saved_steps(tmp_path / "runs" / "a") == [2] and not (tmp_path / "~").exists()
 
 
 def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path) -> None:
@@ -261,6 +287,188 @@ def test_not_finite_in_a_step_that_nobody_looks_at(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match="step 3: not finite: loss=nan"):
         train(tmp_path / "r", 9, metric=lambda step: float("nan") if step == 3 else 1.0, loop={"log_every": 9})
     assert saved_steps(tmp_path / "r") == [2]
+
+
+# ---- bad steps: w grows by the batch's number; the loss is w
+
+
+def learn(run_dir: Path, total: int, batches: list[float], **loop: Any) -> tuple[list[float], Run]:
+    """One number of ``batches`` a step; a NaN changes nothing, as `make_train_step` has it. Returns (used, the run)."""
+    settings = LoopConfig(**{"save_every": 2, "keep": 9, "tensorboard": False, "progress": False, **loop})
+    used: list[float] = []
+    with open_run(run_dir, stage="toy", bound=bound(run__steps=total), seed=0, loop=settings) as run:
+        state, host = run.restore({"w": jnp.zeros(())}, {"next": 0})
+        for step in run.steps(run.resumed_step, total):
+            number = batches[host["next"]]
+            host = {"next": host["next"] + 1}
+            refused = not np.isfinite(number)
+            state = state if refused else {"w": state["w"] + number}
+            used.append(number)
+            if not run.log(
+                step, {"loss": number, "w": state["w"], "refused": float(refused)}, batch={"x": np.array([number])}
+            ):
+                state = run.rolled_back(state)
+                continue
+            run.save(step, state, host)
+    return used, run
+
+
+NAN = float("nan")
+
+
+def test_skip_passes_over_the_batch_and_the_run_has_all_its_steps(tmp_path: Path) -> None:
+    numbers = [1.0, 2.0, NAN, 4.0, 5.0, NAN]
+    learn(tmp_path / "r", 6, numbers, on_bad_step="skip")
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert [(line["step"], line["loss"], line["w"]) for line in lines] == [
+        (1, 1.0, 1.0), (2, 2.0, 3.0), (3, None, 3.0), (4, 4.0, 7.0), (5, 5.0, 12.0), (6, None, 12.0)
+    ]  # fmt: skip
+    assert saved_steps(tmp_path / "r") == [2, 4, 6]  # the last step is there, bad or not
+    assert verify(find_step(tmp_path / "r"))["host"] == {"next": 6, "run": {"bad_steps": [3, 6]}}
+    told = read_lines(tmp_path / "r" / "bad_steps.jsonl")
+    assert [(line["step"], line["wrong"]) for line in told] == [
+        (3, "not finite: loss=nan"),
+        (6, "not finite: loss=nan"),
+    ]
+    np.testing.assert_array_equal(np.load(tmp_path / "r" / "bad_steps" / "step_3.npz")["x"], [NAN])
+
+
+def test_the_budget_counts_over_resumes(tmp_path: Path) -> None:
+    learn(tmp_path / "r", 2, [1.0, NAN], on_bad_step="skip", bad_steps=1)
+    with pytest.raises(
+        RunStopped, match=r"step 3: not finite: loss=nan; 2 bad steps, LoopConfig\.bad_steps allows fewer"
+    ):
+        learn(tmp_path / "r", 4, [1.0, NAN, NAN, 1.0], on_bad_step="skip", bad_steps=1)
+    assert saved_steps(tmp_path / "r") == [2]
+
+
+def test_rollback_goes_on_from_the_checkpoint_with_the_batches_that_follow(tmp_path: Path) -> None:
+    """Saved at 2 (w = 3). Step 4 is bad: 8 is undone as well, steps 3 ... are done with 16, 32, ..."""
+    numbers = [1.0, 2.0, 8.0, NAN, 16.0, 32.0, 64.0]
+    used, run = learn(tmp_path / "r", 5, numbers, on_bad_step="rollback")
+    assert used == pytest.approx(numbers, nan_ok=True) and run.bad == [4]
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert [(line["step"], line["w"]) for line in lines] == [(1, 1.0), (2, 3.0), (3, 19.0), (4, 51.0), (5, 115.0)]
+    assert verify(find_step(tmp_path / "r"))["host"] == {"next": 7, "run": {"bad_steps": [4]}}
+    assert [line["policy"] for line in read_lines(tmp_path / "r" / "bad_steps.jsonl")] == ["rollback"]
+    # The same run, stopped before its rollback was saved: it happens again, and the end is the same.
+    broken = tmp_path / "broken"
+    learn(broken, 2, numbers, on_bad_step="rollback")
+    learn(broken, 5, numbers, on_bad_step="rollback")
+    assert (broken / "metrics.jsonl").read_bytes() == (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    assert verify(find_step(broken))["host"] == verify(find_step(tmp_path / "r"))["host"]
+
+
+def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match="step 1: not finite: loss=nan; no checkpoint yet to roll back to"):
+        learn(tmp_path / "r", 4, [NAN], on_bad_step="rollback")
+
+
+def test_a_program_that_does_not_roll_back_is_told(tmp_path: Path) -> None:
+    loop = LoopConfig(save_every=1, on_bad_step="rollback", tensorboard=False, progress=False)
+    with open_run(tmp_path / "r", stage="toy", bound=bound(), seed=0, loop=loop) as run:
+        steps = run.steps(0, 3)
+        run.log(next(steps), {"loss": 1.0})
+        run.save(1, {"w": jnp.zeros(())}, {})
+        assert run.checkpoints.drain() is None
+        assert run.log(next(steps), {"loss": NAN}) is False
+        with pytest.raises(ValueError, match="take run.rolled_back"):
+            next(steps)
+
+
+def test_an_injected_nan_stops_the_run(tmp_path: Path) -> None:
+    fault = Fault("log", "nan", step=3)
+    with pytest.raises(RunStopped, match="step 3: not finite: loss=nan"):
+        train(tmp_path / "r", 9, loop={"faults": [fault]})
+    assert saved_steps(tmp_path / "r") == [2]
+    assert train(tmp_path / "r", 4, config=bound(run__steps=4)) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({"loss": 1.0, "none": None, "refused": 0.0}, ""),
+        ({"loss": 9.0, "grad_norm": 2.0, "refused": 0.25}, "refused: loss=9.0, grad_norm=2.0: a spike"),
+        ({"loss": NAN, "grad_norm": 2.0, "refused": 1.0}, "not finite: loss=nan"),
+        (
+            {"loss": NAN, "rollout_refused": 1.0, "kl": 80.0, "refused": 1.0},
+            "rollout refused: kl=80.0: not finite, or beyond",
+        ),
+    ],
+)
+def test_what_is_wrong_in_words(values: dict[str, float | None], wrong: str) -> None:
+    found = bad_steps.what_is_wrong(values)
+    assert found.startswith(wrong) and bool(found) == bool(wrong)
+
+
+# ---- best checkpoints, faults, deadlines
+
+
+def test_the_best_checkpoint_by_a_recorded_metric_stays(tmp_path: Path) -> None:
+    losses = [5.0, 1.0, 4.0, 3.0]
+    loop = {"save_every": 1, "keep": 1, "keep_best": 1, "best_metric": "loss"}
+    train(tmp_path / "r", 4, metric=lambda step: losses[step - 1], loop=loop)
+    assert saved_steps(tmp_path / "r") == [2, 4]
+    with pytest.raises(
+        InputError, match=r"^LoopConfig\.best_metric = 'los': this run measures no such thing; one of loss$"
+    ):
+        train(tmp_path / "s", 4, metric=lambda step: 1.0, loop=loop | {"best_metric": "los"})
+
+
+def test_an_injected_exception_leaves_the_newest_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="injected fault at 'train' of step 4"):
+        train(tmp_path / "r", 6, loop={"faults": [Fault("train", "raise", step=4)]})
+    assert saved_steps(tmp_path / "r") == [2] and train(tmp_path / "r", 6) == [3, 4, 5, 6]
+
+
+def test_a_damaged_newest_step_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "r", 6)
+    flip_bit(find_step(tmp_path / "r") / "state" / "_METADATA")
+    whole = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    assert train(tmp_path / "r", 6) == [5, 6]
+    assert "going on from step 4; 6.damaged set aside" in capsys.readouterr().err
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_hang_ends_with_stacks_and_its_own_code(start, tmp_path: Path) -> None:
+    every = ("LoopConfig.deadlines = (('train', 2.0),)", "LoopConfig.faults = [@Fault()]")
+    fault = ("Fault.point = 'train'", "Fault.action = 'hang'", "Fault.step = 3")
+    _, err = finish(start("hung", 9, "LoopConfig.save_every = 1", *every, *fault), 4)
+    assert "stopped: step 3: train took longer than 2 s (LoopConfig.deadlines); the stacks of all threads are in" in err
+    stacks = (tmp_path / "hung" / "stacks.txt").read_text()
+    assert "step 3: train took longer than 2 s" in stacks and "_do" in stacks and "faults.py" in stacks
+    assert saved_steps(tmp_path / "hung") == [1, 2]
+    status = json.loads((tmp_path / "hung" / "status.json").read_text())
+    assert (status["step"], status["phase"], status["saving"]) == (3, "train", "")
+    finish(start("hung", 9, "LoopConfig.save_every = 1"), 0)  # without the fault: keys of LoopConfig may change
+
+
+def test_a_signal_that_is_not_obeyed_in_time(start, tmp_path: Path) -> None:
+    fault = ("Fault.point = 'log'", "Fault.action = 'hang'", "Fault.step = 2")
+    process = start("stuck", 9, "LoopConfig.stop_within = 1.0", "LoopConfig.faults = [@Fault()]", *fault)
+    wait_for_lines(tmp_path / "stuck" / "metrics.jsonl", 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 4)
+    assert "stopped: not stopped within 1 s of the signal (LoopConfig.stop_within)" in err
+
+
+def test_a_second_signal_is_heard_in_the_middle_of_a_compiled_step(start, tmp_path: Path) -> None:
+    """Python's own handlers wait for the call to return; the wake-up pipe does not."""
+    text = (tmp_path / "program.py").read_text()
+    long = "jax.lax.fori_loop(0, 2**31 - 2, lambda i, x: jnp.cos(x), params['w'][0])"
+    (tmp_path / "program.py").write_text(text.replace('loss = Mean.of(params["w"] ** 2)', f"loss = {long}"))
+    process = start("long", 9)
+    wait_for_lines(tmp_path / "long" / "status.json", 1, process)
+    deadline = time.monotonic() + 60
+    while json.loads((tmp_path / "long" / "status.json").read_text())["phase"] != "log":
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
 
 
 def test_the_output_of_a_run_without_checkpoints_is_not_overwritten_by_another(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.run import Input, fingerprint, fingerprint_path, lineage, read_provenance
-from rlhf_jax.run.checkpoint import Checkpoints
-from rlhf_jax.run.provenance import describe, write_provenance
+from rlhf_jax.run.checkpoint import Checkpoints, Retention
+from rlhf_jax.run.provenance import changed_inputs, describe, write_provenance
 from rlhf_jax.types import InputError
 
 
@@ -39,7 +39,7 @@ def test_inputs(tmp_path: Path) -> None:
 def make_run(run_dir: Path, stage: str, *inputs: Input) -> None:
     run_dir.mkdir()
     (run_dir / "operative_config.gin").write_text(f"run.stage = {stage!r}\n")
-    with Checkpoints(run_dir, 1) as checkpoints:
+    with Checkpoints(run_dir, Retention(1)) as checkpoints:
         checkpoints.save(2, {"params": {"w": jnp.ones(2)}}, {})
     entries = [describe(given) for given in inputs]
     write_provenance(run_dir, stage=stage, seed=3, inputs=entries, resumed_step=0)
@@ -95,7 +95,7 @@ def test_a_file_that_a_run_wrote_leads_to_that_run(tmp_path: Path) -> None:
 
 def test_a_step_that_was_never_completed_is_not_the_newest(tmp_path: Path) -> None:
     make_run(tmp_path / "sft", "sft")
-    half = tmp_path / "sft" / "checkpoints" / "7" / "state"
+    half = tmp_path / "sft" / "checkpoints" / "7.saving" / "state"
     half.mkdir(parents=True)
     (half / "part").write_text("x")
     entry = describe(Input("policy", str(tmp_path / "sft")))
@@ -114,3 +114,25 @@ def test_facts_and_launches(tmp_path: Path) -> None:
     assert facts["versions"]["jax"] is not None and facts["command"]
     write_provenance(tmp_path, stage="sft", seed=1, inputs=[], resumed_step=0)  # begun again: nothing was saved
     assert len((read_provenance(tmp_path) or {})["launches"]) == 1
+
+
+def test_the_scale_of_a_reward_model_is_part_of_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "rm", "reward")
+    (tmp_path / "rm" / "reward_normalisation.json").write_text('{"gain": 2.0, "bias": 0.0}')
+    make_run(tmp_path / "ppo", "ppo", Input("reward", str(tmp_path / "rm")))
+    assert lineage(tmp_path / "ppo", verify=True)["inputs"][0]["state"] == "same"
+    (tmp_path / "rm" / "reward_normalisation.json").write_text('{"gain": 3.0, "bias": 0.0}')
+    assert lineage(tmp_path / "ppo", verify=True)["inputs"][0]["state"] == "changed"
+    (tmp_path / "rm" / "reward_normalisation.json").unlink()
+    assert lineage(tmp_path / "ppo", verify=True)["inputs"][0]["state"] == "changed"
+
+
+def test_changed_inputs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    make_run(tmp_path / "sft", "sft", Input("data", str(tmp_path / "data.jsonl")))
+    assert changed_inputs(tmp_path / "sft") == [] and changed_inputs(tmp_path / "absent") == []
+    assert changed_inputs(tmp_path) == []  # as a pipeline: its stages
+    (tmp_path / "data.jsonl").write_text("{ }\n")
+    assert changed_inputs(tmp_path / "sft") == ["data"] and changed_inputs(tmp_path) == ["sft/data"]
+    (tmp_path / "data.jsonl").unlink()
+    assert changed_inputs(tmp_path / "sft") == ["data"]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.run.tracking import Tracker, cut, fetch, stop_if_not_finite
+from rlhf_jax.run.bad_steps import stop_if_bad
+from rlhf_jax.run.tracking import Tracker, cut, fetch
 from rlhf_jax.types import Mean, RunStopped
 
 
@@ -29,9 +30,9 @@ def test_nothing_counted_is_not_an_error_but_nan_is() -> None:
     values = fetch({"nothing": mean(0.0, 0.0), "bad": mean(math.nan, 2.0), "lost": mean(1.0, 0.0)})
     assert values["nothing"] is None
     assert math.isnan(values["bad"] or 0.0) and math.isnan(values["lost"] or 0.0)
-    stop_if_not_finite(1, {"nothing": None, "fine": 1.0})
+    stop_if_bad(1, {"nothing": None, "fine": 1.0})
     with pytest.raises(RunStopped, match=r"step 4: not finite: kl=inf, loss=nan;"):
-        stop_if_not_finite(4, {"fine": 1.0, "kl": math.inf, "loss": math.nan})
+        stop_if_bad(4, {"fine": 1.0, "kl": math.inf, "loss": math.nan})
 
 
 def test_lines_are_exact_and_null_for_what_is_not_finite(tmp_path: Path) -> None:

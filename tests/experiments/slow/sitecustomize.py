@@ -12,8 +12,9 @@ _log = loop.Run.log
 
 
 def log(self, *arguments, **named):
-    _log(self, *arguments, **named)
+    kept = _log(self, *arguments, **named)
     time.sleep(float(os.environ["SECONDS_A_STEP"]))
+    return kept
 
 
 loop.Run.log = log

@@ -1,0 +1,110 @@
+"""experiments/doctor.py on good configurations and on broken ones: it says what is wrong, and touches nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from experiment_processes import IMPORTS, ROOT, environment
+from forked_programs import Call, Done, forked_programs
+
+from rlhf_jax.run.faults import flip_bit
+
+PLACES = {
+    "sft": {"BASE": "base"},
+    "reward": {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
+    "ppo": {"POLICY": "sft", "REWARD": "reward"},
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Call]:
+    with forked_programs(IMPORTS, environment()) as call:
+        yield call
+
+
+def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Done:
+    given = {name: chain / path for name, path in PLACES[config].items()} | places
+    argv = [str(ROOT / "experiments" / "doctor.py"), f"--gin_file=configs/smoke/{config}.gin"]
+    argv += [f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items()]
+    argv += [f"--gin_bindings=RUN_DIR = {str(tmp_path / 'run')!r}", *(f"--gin_bindings={text}" for text in bindings)]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = server(tmp_path, argv)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("stdout", "stderr")) == before
+    return done
+
+
+def wrong(done: Done) -> dict[str, str]:
+    """{check: words} of the WRONG lines; the last line on stderr counts them."""
+    lines = [line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith("WRONG")]
+    found = {check.removeprefix("WRONG").strip(): words for check, words in lines}
+    if found:
+        assert done.returncode == 3 and f"doctor: {len(found)} of " in done.stderr, done.stderr
+    return found
+
+
+@pytest.mark.parametrize("config", ["sft", pytest.param("reward", marks=pytest.mark.slow), "ppo"])
+def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -> None:
+    done = examine(server, tmp_path, chain, config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("nothing wrong in 1")
+    seen = {line[7:].split(":")[0] for line in done.stdout.splitlines()[:-1]}
+    assert {"vocabulary", "BOS", "pad and EOS", "batches", "gradient accumulation", "memory", "time", "disk"} <= seen
+    assert "checkpoint" in seen
+    if config == "ppo":
+        assert {"sampler and scorer", "reference", "reward model", "tokenizers", "reward spread"} <= seen
+    else:
+        assert {"label masks", "lengths", "end of reply", "first steps"} <= seen
+
+
+def test_most_of_the_data_too_long(chain: Path, tmp_path: Path, server: Call) -> None:
+    found = wrong(examine(server, tmp_path, chain, "sft", "BatchConfig.length = 88"))
+    assert "most of the data is not learned from: raise BatchConfig.length" in found["lengths"]
+
+
+def test_a_damaged_model(chain: Path, tmp_path: Path, server: Call) -> None:
+    shutil.copytree(chain / "base", tmp_path / "base")
+    (newest,) = (tmp_path / "base" / "checkpoints").glob("30")
+    flip_bit(newest / "state" / "_METADATA")
+    found = wrong(examine(server, tmp_path, chain, "sft", BASE=tmp_path / "base"))
+    assert "damaged checkpoint: state/_METADATA has another sha256" in found["refused"]
+
+
+@pytest.mark.slow
+def test_a_batch_larger_than_the_data(chain: Path, tmp_path: Path, server: Call) -> None:
+    found = wrong(examine(server, tmp_path, chain, "sft", "BatchConfig.batch_size = 256"))
+    assert "lower BatchConfig.batch_size" in found["batches"]
+
+
+@pytest.mark.slow
+def test_a_reward_model_whose_scale_was_changed(chain: Path, tmp_path: Path, server: Call) -> None:
+    shutil.copytree(chain / "reward", tmp_path / "reward")
+    file = tmp_path / "reward" / "reward_normalisation.json"
+    numbers = json.loads(file.read_text())
+    file.write_text(json.dumps(numbers | {"bias": numbers["bias"] + 0.5}))
+    found = wrong(examine(server, tmp_path, chain, "ppo", REWARD=tmp_path / "reward"))
+    assert list(found) == ["reward model"] and "the model loaded is not the one trained" in found["reward model"]
+
+
+@pytest.mark.slow
+def test_a_sampler_too_far_from_the_scorer(chain: Path, tmp_path: Path, server: Call) -> None:
+    found = wrong(examine(server, tmp_path, chain, "ppo", "PPOConfig.max_sampler_gap = 0.0"))
+    assert "the ratio would be wrong" in found["sampler and scorer"]
+
+
+@pytest.mark.slow
+def test_every_reply_cut_off(chain: Path, tmp_path: Path, server: Call) -> None:
+    found = wrong(examine(server, tmp_path, chain, "ppo", "SamplingConfig.max_new_tokens = 1"))
+    assert "raise SamplingConfig.max_new_tokens" in found["replies"]
+
+
+def test_a_configuration_of_something_else(tmp_path: Path) -> None:
+    script = [str(ROOT / ".venv" / "bin" / "python"), str(ROOT / "experiments" / "doctor.py")]
+    done = subprocess.run(
+        [*script, "--gin_file=configs/smoke/evaluate.gin"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
