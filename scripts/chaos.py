@@ -4,9 +4,9 @@
 
 The tiny model of configs/smoke. Each trial is one run, killed (SIGKILL) once to three times at moments drawn uniformly
 over the wall time of an unbroken run, then left to finish. Phases that no random kill hit get a trial of their own,
-killed there by an injected fault. Compared are metrics.jsonl byte for byte (no gap, no duplicate; of ppo it holds a
-checksum of every rollout), every array of the last checkpoint (parameters, optimisers, keys, KL coefficient), what the
-checkpoint keeps on the host (data position) and, of reward, reward_normalisation.json.
+killed there by an injected fault. Compared are metrics.jsonl byte for byte (no gap, no duplicate; of ppo it holds sums over the
+log-probabilities of every sampled token), every array of the last checkpoint (parameters, optimisers, keys, KL
+coefficient), what the checkpoint keeps on the host (data position) and, of reward, reward_normalisation.json.
 
 OUT/inputs (made once) holds what the stage starts from, OUT/STAGE the runs and table.md. Lost: a trial that could not be
 finished by its command, or lacks a step. Exit codes: 0 nothing lost, nothing different; 1 otherwise; 2 unusable flags.

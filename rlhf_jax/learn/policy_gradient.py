@@ -128,7 +128,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     """Shaped rewards, advantages and returns of a whole rollout, and what to report of it.
 
     Metrics: score and its spread, KL (summed over the response, mean over rows), the sampler-scorer gap, lengths, how
-    many ended, explained variance of the value function, a checksum of the sampled tokens.
+    many ended, explained variance of the value function.
     A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
     advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
@@ -158,7 +158,6 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         usable &= mean_kl.value() <= config.max_kl
     metrics = {
         "rollout_refused": Mean(1.0 - usable, one),
-        "rollout_checksum": Mean(token_checksum(done.tokens, mask), one),
         "score": Mean.of(rollout.scores),
         "score_std": Mean(rollout.scores.std(), one),
         "score_shaped": Mean.of(rewards.sum(axis=1)),
@@ -184,18 +183,6 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         value_mask=values_at,
     )
     return batch, metrics
-
-
-def token_checksum(tokens: Array, mask: Array) -> Array:
-    """A whole number below 2**24 (exact in float32), another one for another token at any place that counts.
-
-    Integers: the same on every mesh. Equal runs have equal ones; a resumed run shows so that it sampled the same text.
-    """
-    place = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
-    mixed = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
-    total = jnp.where(mask, (tokens.astype(jnp.uint32) + 1) * mixed, 0).sum(dtype=jnp.uint32)
-    checksum: Array = ((total * jnp.uint32(2654435761)) >> 8).astype(jnp.float32)
-    return checksum
 
 
 def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:

@@ -26,6 +26,8 @@ from rlhf_jax.types import RunStopped
 
 POLICIES = ("stop", "skip", "rollback")
 FILE, DIRECTORY = "bad_steps.jsonl", "bad_steps"
+ONLY_WHEN_BAD = ("refused", "rollout_refused")
+"""Metrics that a line holds when they are not 0."""
 Values = Mapping[str, float | None]
 
 

@@ -261,6 +261,7 @@ class Run:
     def _record(self, step: int, metrics: Metrics) -> dict[str, float | None]:
         values = fetch({name: value for name, value in metrics.items() if value is not None})
         values = {name: values.get(name) for name in sorted(metrics)}
+        values = {name: value for name, value in values.items() if value or name not in bad_steps.ONLY_WHEN_BAD}
         self.tracker.write(step, values)
         before = self._measured[1] if self._measured[0] == step else {}
         self._measured = (step, before | values)

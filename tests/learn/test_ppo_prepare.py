@@ -10,7 +10,6 @@ import pytest
 
 from rlhf_jax import ops
 from rlhf_jax.learn import PPOConfig, next_kl_coefficient, prepare
-from rlhf_jax.learn.policy_gradient import token_checksum
 from rlhf_jax.testing import completions, prompt_batch
 from rlhf_jax.types import InputError, Rollout
 
@@ -194,7 +193,7 @@ def test_reported_numbers():
     }  # fmt: skip
     for name, value in expected.items():
         assert float(metrics[name].value()) == pytest.approx(value, abs=1e-5), name
-    assert set(metrics) == {*expected, "score_shaped", "rollout_refused", "rollout_checksum"}
+    assert set(metrics) == {*expected, "score_shaped", "rollout_refused"}
     assert float(metrics["rollout_refused"].value()) == 0.0
 
 
@@ -305,15 +304,3 @@ def test_a_kl_beyond_the_limit_is_not_learned_from():
 def test_the_controller_stands_still_when_the_kl_is_no_number():
     config = PPOConfig(kl_target=6.0)
     assert float(next_kl_coefficient(config, jnp.float32(0.1), jnp.float32(jnp.nan), 16)) == pytest.approx(0.1)
-
-
-def test_checksum_sees_every_token_that_counts_and_nothing_else():
-    tokens = jnp.asarray([[7, 8, 9], [1, 2, 3]], jnp.int32)
-    mask = jnp.asarray([[1, 1, 0], [1, 1, 1]], bool)
-    first = float(token_checksum(tokens, mask))
-    assert first == int(first) and 0 <= first < 2**24
-    changed = [float(token_checksum(tokens.at[row, column].add(1), mask)) for row, column in np.argwhere(mask)]
-    assert first not in changed and len(set(changed)) == 5
-    assert float(token_checksum(tokens.at[0, 2].set(100), mask)) == first
-    # by hand, K = 2654435761 (odd): (((0 * K) | 1) * 8 + K * 9) * K modulo 2**32, the lowest 8 bits dropped
-    assert float(token_checksum(tokens[:1, :2], mask[:1, :2])) == (8 + 2654435761 * 9) * 2654435761 % 2**32 // 256
