@@ -2,6 +2,7 @@
 
 from rlhf_jax.models.cache import KVCache, empty_cache
 from rlhf_jax.models.config import DTYPES, Head, ModelConfig
+from rlhf_jax.models.decoder import SeparateLayer
 from rlhf_jax.models.layout import unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.model import Model, parameter_count
@@ -15,6 +16,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "RopeScaling",
+    "SeparateLayer",
     "empty_cache",
     "parameter_count",
     "unconstrained",

@@ -7,8 +7,9 @@ S columns, D hidden size, G key/value heads, K head_dim, V vocabulary, L layers.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,17 @@ from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
-from rlhf_jax.models.weights import Kernel, precision_of
+from rlhf_jax.models.weights import Kernel, precision_of, weights_first
 
 _RESIDUAL = ("act_batch", "act_length", "act_embed")
+
+
+class SeparateLayer(NamedTuple):
+    """One layer by itself: its kind, graph definition and weights."""
+
+    kind: LayerKind
+    definition: Any
+    weights: Any
 
 
 class Decoder(nnx.Module):
@@ -125,10 +134,6 @@ class Decoder(nnx.Module):
         known = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1)
         zero = jnp.zeros((), jnp.int32)
 
-        def over_cache(window: int | None) -> Attend:
-            seen = known >= 0 if window is None else (known >= 0) & (known > positions - window)
-            return self._attend_where(seen[:, None, :])
-
         carry = (self._embed(tokens, positions, constrain), cache.keys, cache.values)
         for kinds, definitions, weights, numbers in self._groups():
 
@@ -146,35 +151,71 @@ class Decoder(nnx.Module):
                     seen_keys, seen_values = (
                         jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in (keys, values)
                     )
-                    x, _ = block(x, query, seen_keys, seen_values, over_cache(kind.window))
+                    x, _ = block(x, query, seen_keys, seen_values, self._over_cache(known, positions, kind.window))
                 return (x, keys, values), None
 
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
         x, keys, values = carry
         return self.final_norm(x), KVCache(keys, values, known, cache.index + 1)
 
-    def _attend_where(self, mask: Array) -> Attend:
-        """Attention to the keys of a cache that ``mask`` [B, 1, C] lets through."""
+    def _over_cache(self, known: Int32[Array, "B C"], positions: Int32[Array, "B 1"], window: int | None) -> Attend:
+        """Attention of the tokens at ``positions`` to the cached ones at ``known`` (-1: none)."""
         config = self._config
+        seen = known >= 0 if window is None else (known >= 0) & (known > positions - window)
         return functools.partial(
             attend,
-            mask=mask,
+            mask=seen[:, None, :],
             precision=precision_of(config),
             scale=config.attention_scale,
             cap=config.attention_soft_cap,
         )
 
-    def logits(self, hidden: Float[Array, "B S D"], constrain: Constrain) -> Float[Array, "B S V"]:
-        """Float32 logits, over rows as in `Kernel`."""
+    def separate_layers(self) -> list[SeparateLayer]:
+        """Every layer with weights of its own, turned for products with few rows (`weights.weights_first`)."""
+        layers = []
+        for kinds, definitions, weights, numbers in self._groups():
+            for repeat, place in itertools.product(range(numbers.shape[0]), range(len(kinds))):
+                one = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], weights[place])
+                block = nnx.merge(definitions[place], one)
+                for _, part in block.iter_modules():
+                    if isinstance(part, Kernel):
+                        part.turn()
+                layers.append(SeparateLayer(kinds[place], *nnx.split(block)))
+        return layers
+
+    def decode_separately(
+        self,
+        tokens: Int32[Array, "B 1"],
+        positions: Int32[Array, "B 1"],
+        cache: KVCache,
+        layers: list[SeparateLayer],
+        constrain: Constrain,
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """As `decode`, layer after layer without a loop: nothing is sliced from a stack, and each layer updates a cache of
+        its own (`KVCache.separated`)."""
+        known = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1)
+        x, keys, values = self._embed(tokens, positions, constrain), list(cache.keys), list(cache.values)
+        for index, layer in enumerate(layers):
+            block = nnx.merge(layer.definition, layer.weights)
+            query, key, value = block.read(x, positions)
+            keys[index] = jax.lax.dynamic_update_slice_in_dim(keys[index], key, cache.index, axis=2)
+            values[index] = jax.lax.dynamic_update_slice_in_dim(values[index], value, cache.index, axis=2)
+            x, _ = block(x, query, keys[index], values[index], self._over_cache(known, positions, layer.kind.window))
+        return self.final_norm(x), KVCache(tuple(keys), tuple(values), known, cache.index + 1)
+
+    def logits(
+        self, hidden: Float[Array, "B S D"], constrain: Constrain, *, few_rows: bool = False
+    ) -> Float[Array, "B S V"]:
+        """Float32 logits, over rows as in `Kernel`. few_rows: with a tied table as the left operand (`weights_first`)."""
         tied = self._config.tie_embeddings
         table = self.embed.embedding[...] if tied else self.lm_head.kernel[...]
-        out = jnp.einsum(
-            "nd,vd->nv" if tied else "nd,dv->nv",
-            hidden.reshape(-1, hidden.shape[-1]),
-            table.astype(self._config.dtype),
-            precision=precision_of(self._config),
-            preferred_element_type=jnp.float32,
-        )
+        rows, table = hidden.reshape(-1, hidden.shape[-1]), table.astype(self._config.dtype)
+        precision = precision_of(self._config)
+        if few_rows and tied:
+            out = weights_first("nd,dv->nv", rows, table, inputs=1, precision=precision, result=jnp.float32)
+        else:
+            equation = "nd,vd->nv" if tied else "nd,dv->nv"
+            out = jnp.einsum(equation, rows, table, precision=precision, preferred_element_type=jnp.float32)
         return constrain(
             soft_cap(out, self._config.logit_soft_cap).reshape(*hidden.shape[:2], -1),
             ("act_batch", "act_length", "act_vocab"),

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from rlhf_jax.models import lora
 from rlhf_jax.models.cache import KVCache, empty_cache
 from rlhf_jax.models.config import Head, ModelConfig
-from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder import Decoder, SeparateLayer
 from rlhf_jax.models.layout import Constrain, unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.moe import load_balancing_loss
@@ -97,11 +97,11 @@ class Model:
             return hidden, jnp.zeros((), jnp.float32)
         return hidden, self.config.router_coefficient * load_balancing_loss(routing, segment_ids > 0)
 
-    def logits(self, params: Params, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Float32 logits of hidden states."""
+    def logits(self, params: Params, hidden: Float[Array, "B S D"], *, few_rows: bool = False) -> Float[Array, "B S V"]:
+        """Float32 logits of hidden states. few_rows: as a CPU multiplies them fastest when B * S is small."""
         if not self.config.has_lm:
             raise InputError(f"a model with head {self.config.head!r} has no logits: load it with head='lm'")
-        return self._module(params).logits(hidden, self.constrain)
+        return self._module(params).logits(hidden, self.constrain, few_rows=few_rows)
 
     def scalars(self, params: Params, hidden: Float[Array, "B S D"]) -> Float[Array, "B S"]:
         """Float32 output of the scalar head on hidden states."""
@@ -142,11 +142,23 @@ class Model:
             index=jnp.asarray(width, jnp.int32),
         )
 
+    def separate_layers(self, params: Params) -> list[SeparateLayer]:
+        """For `decode`: a copy of every layer's weights by itself, laid out for products with few rows on a CPU."""
+        return self._module(params).separate_layers()
+
     def decode(
-        self, params: Params, tokens: Int32[Array, "B 1"], positions: Int32[Array, "B 1"], cache: KVCache
+        self,
+        params: Params,
+        tokens: Int32[Array, "B 1"],
+        positions: Int32[Array, "B 1"],
+        cache: KVCache,
+        layers: list[SeparateLayer] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """One token further for every row."""
-        return self._module(params).decode(tokens, positions, cache, self.constrain)
+        """One token further for every row. layers: `separate_layers` of params; the cache must then be `separated`."""
+        module = self._module(params)
+        if layers is None:
+            return module.decode(tokens, positions, cache, self.constrain)
+        return module.decode_separately(tokens, positions, cache, layers, self.constrain)
 
 
 def _defaults(tokens: Array, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:

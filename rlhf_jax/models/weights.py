@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from rlhf_jax.models.config import ModelConfig
@@ -21,6 +22,27 @@ def drawn(config: ModelConfig, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rn
     """N(0, 1/fan_in) truncated at two sigma, in param_dtype."""
     draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32) / math.sqrt(fan_in)
     return draw.astype(config.param_dtype)
+
+
+def weights_first(
+    equation: str,
+    rows: Array,
+    turned: Array,
+    *,
+    inputs: int,
+    precision: jax.lax.Precision | None,
+    result: DTypeLike | None = None,
+) -> Array:
+    """``equation`` of [n, inputs] and [inputs, outputs], given the weights as [outputs, inputs].
+
+    The weights are the left operand: a CPU streams its rows once, where as the right one it packs all of them anew for
+    16 rows of text (1.5 to 2 times the time). The barrier keeps XLA from turning the product round again.
+    """
+    operands, out = equation.split("->")
+    row, weight = operands.split(",")
+    first = f"{weight[inputs:]}{weight[:inputs]},{row}->{out[1:]}{out[0]}"
+    product = jnp.einsum(first, turned, rows, precision=precision, preferred_element_type=result)
+    return jnp.moveaxis(jax.lax.optimization_barrier(product), -1, 0)
 
 
 class Kernel(nnx.Module):
@@ -45,7 +67,7 @@ class Kernel(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
         self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
-        self._inputs, self._axes, self._adapted = inputs, axes, False
+        self._inputs, self._axes, self._adapted, self._turned = inputs, axes, False, False
 
     def adapt(self, config: ModelConfig, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs) -> None:
         """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also room for a key per layer."""
@@ -60,10 +82,19 @@ class Kernel(nnx.Module):
             self.dropout_key = nnx.Param(jnp.zeros((shape[0], 2), jnp.uint32), sharding_names=("layers", "lora_rank"))
         self._adapted, self._scaling, self._dropout = True, scaling, dropout
 
+    def turn(self) -> None:
+        """Keep the weights [outputs, inputs] from now on, for products with few rows on a CPU (see `weights_first`)."""
+        kernel = self.kernel[...].astype(self._dtype)
+        self.kernel = nnx.Param(kernel.transpose(*range(self._inputs, kernel.ndim), *range(self._inputs)))
+        self._turned = True
+
     def __call__(self, equation: str, x: Array) -> Array:
         """x: [B, S, ...]; the equation sees [n, ...]."""
-        rows = x.reshape(-1, *x.shape[2:])
-        out = jnp.einsum(equation, rows, self.kernel[...].astype(self._dtype), precision=self._precision)
+        rows, kernel = x.reshape(-1, *x.shape[2:]), self.kernel[...].astype(self._dtype)
+        if self._turned:
+            out = weights_first(equation, rows, kernel, inputs=self._inputs, precision=self._precision)
+        else:
+            out = jnp.einsum(equation, rows, kernel, precision=self._precision)
         if self._adapted:
             out = out + self._low_rank(equation, rows)
         if self._bias:

@@ -67,10 +67,21 @@ def sample_tokens(
         return tokens, token_logprobs(logits, tokens), jnp.zeros(tokens.shape, jnp.float32)
     allowed = truncate_logits(drawn / temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="low"))(keys)
-    tokens = jnp.argmax(allowed + noise, axis=-1).astype(jnp.int32)  # Gumbel-max: argmax(l + g) ~ softmax(l)
+    tokens = _first_largest(allowed + noise)  # Gumbel-max: argmax(l + g) ~ softmax(l)
     raw = token_logprobs(logits, tokens, temperature)
     same = adjusted is None and top_k == 0 and top_p == 1 and min_p == 0
     return tokens, raw, raw if same else token_logprobs(allowed, tokens)
+
+
+def _first_largest(x: jax.Array) -> jax.Array:
+    """``argmax`` over the last axis as two plain reductions, int32 (of a row with NaN the last index).
+
+    XLA on a CPU fuses the noise into argmax's reduction of pairs and then computes it without vector instructions: for 16
+    rows of 49152 sampling took 23 ms of CPU time so, and takes 8 ms.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    last = x.shape[-1] - 1
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, last).min(axis=-1)
 
 
 def truncate_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> jax.Array:

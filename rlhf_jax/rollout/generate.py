@@ -47,6 +47,8 @@ def generate(
     if bool(sampling.stop_strings) != (stop_table is not None):
         raise InputError("generate: stop_table goes with SamplingConfig.stop_strings: make it with data.stop_table")
     job = Job(model, params, jax.tree.map(jnp.asarray, prompts), rng, sampling, samples, eos_ids, pad_id, stop_table)
+    if slots.separate_layers:
+        job = dataclasses.replace(job, layers=model.separate_layers(params))
     wide = min(slots.slots or job.rows, job.rows)
     state = first_fill(job, read_prompts(job, 0, -(-wide // samples)), wide)
     if wide < job.rows:

@@ -25,14 +25,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax import ops
-from rlhf_jax.models import KVCache, Model
+from rlhf_jax.models import KVCache, Model, SeparateLayer
 from rlhf_jax.rollout.settings import SamplingConfig
 from rlhf_jax.types import Params, PromptBatch, Rng
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What stays the same while sampling. prompts: [N, P]; stop_table: int [states, V] of `data.stop_table`, or None."""
+    """What stays the same while sampling. prompts: [N, P]; stop_table: int [states, V] of `data.stop_table`, or None.
+    layers: `Model.separate_layers`, or None to decode with a loop over the stacked ones."""
 
     model: Model
     params: Params
@@ -43,6 +44,7 @@ class Job:
     eos_ids: tuple[int, ...]
     pad_id: int
     stop_table: Array | None
+    layers: list[SeparateLayer] | None = None
 
     @property
     def width(self) -> int:
@@ -126,7 +128,7 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
     prompts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), job.prompts)
     positions = ops.positions_from_mask(prompts.mask)
     hidden, cache = job.model.prefill(job.params, prompts.tokens, prompts.mask, positions, job.width)
-    return Staged(first, prompts, hidden, cache)
+    return Staged(first, prompts, hidden, cache if job.layers is None else cache.separated())
 
 
 def first_fill(job: Job, staged: Staged, slots: int) -> Slots:
@@ -211,7 +213,7 @@ def step(job: Job, state: Slots) -> Slots:
         is_stop = is_stop | (stop_state == job.stop_table.shape[0] - 1)
     stops = running & is_stop & (count >= job.sampling.min_new_tokens)
     positions = (work.prompt_length + work.count)[:, None]
-    hidden, cache = job.model.decode(job.params, token[:, None], positions, state.cache)
+    hidden, cache = job.model.decode(job.params, token[:, None], positions, state.cache, job.layers)
     columns = job.width + job.sampling.max_new_tokens
     cache = dataclasses.replace(cache, index=jnp.where(cache.index == columns, job.width, cache.index))
     work = dataclasses.replace(
@@ -260,7 +262,7 @@ def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:
     """(token, its raw log-probability, that it was drawn with, is it a stop token) of every slot."""
     sampling = job.sampling
     keys = ops.token_keys(job.rng, work.prompt_id, work.sample_id, work.count)
-    logits = job.model.logits(job.params, work.hidden)[:, 0]
+    logits = job.model.logits(job.params, work.hidden, few_rows=job.layers is not None)[:, 0]
     stops = jnp.asarray(job.eos_ids, jnp.int32)
     adjusted = None
     if work.seen is not None:

@@ -101,13 +101,13 @@ class Counting:
         known = jnp.full((tokens.shape[0], capacity), -1, jnp.int32).at[:, 0].set(0)
         return wanted[:, None, None], KVCache(keys, keys, known, jnp.ones((), jnp.int32))
 
-    def decode(self, params, tokens, positions, cache):
-        del params, tokens  # position p means: p tokens have been said
+    def decode(self, params, tokens, positions, cache, layers):
+        del params, tokens, layers  # position p means: p tokens have been said
         remaining = cache.keys[0, :, 0, 0, 0] - positions[:, 0]
         return remaining[:, None, None], cache.replace(index=cache.index + 1)
 
-    def logits(self, params, hidden):
-        del params
+    def logits(self, params, hidden, few_rows):
+        del params, few_rows
         return jnp.where(hidden == 1.0, 99.0 * jax.nn.one_hot(1, 256), 99.0 * jax.nn.one_hot(5, 256))
 
 
@@ -245,3 +245,33 @@ def test_a_sliding_window_counts_positions_and_not_columns_of_the_ring():
     expected = run(params, few, KEY)
     assert (np.asarray(expected.tokens) != np.asarray(sample(few).tokens)).any()  # the window matters
     assert_same(run(params, few, KEY, slots=SlotConfig(slots=2)), expected)
+
+
+def test_layers_with_weights_of_their_own_decode_the_same_tokens(one_each):
+    """Turned weights and a cache for each layer, in slots that are refilled and moved together; another layout of the
+    products, so log-probabilities agree up to rounding."""
+    done = sample(PROMPTS, SlotConfig(slots=4, prefill=2, smallest=2, separate_layers=True))
+    assert_same(done, one_each)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 5, "layer_pattern": ("sliding", "full"), "sliding_window": 3},  # a scanned pair and a remainder
+        {"qkv_bias": True, "output_bias": True, "tie_embeddings": False},
+    ],
+)
+def test_separate_layers_come_in_the_order_of_the_stacked_ones(changes):
+    model, params = tiny_model(**changes)
+    prompts, tokens = rows_of(PROMPTS, np.arange(4)), np.full((4, 1), 20, np.int32)
+
+    @functools.partial(compiled, static_argnames="separate")
+    def after_one_token(separate):
+        positions = ops.positions_from_mask(prompts.mask)
+        _, cache = model.prefill(params, prompts.tokens, jnp.asarray(prompts.mask), positions, 7)
+        layers = model.separate_layers(params) if separate else None
+        cache = cache.separated() if separate else cache
+        hidden, _ = model.decode(params, tokens, positions[:, -1:] + 1, cache, layers)
+        return model.logits(params, hidden, few_rows=separate)
+
+    np.testing.assert_allclose(after_one_token(True), after_one_token(False), atol=1e-4, rtol=1e-4)
