@@ -28,7 +28,7 @@ from rlhf_jax.io import adapter_card, load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, Head, LoraConfig, Model, ModelConfig, RopeScaling, lora
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
-from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
+from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop import LoopConfig
@@ -458,6 +458,13 @@ ScoreTexts = Callable[[Sequence[Mapping[str, Any]], Sequence[str], Sequence[bool
 def desk_gold() -> ScoreTexts:
     """The support desk's exact scorer: "gold" and "gold/COMPONENT" in [0, 1]."""
     return support_desk.score
+
+
+@gin.register
+def in_processes(score: ScoreTexts, workers: int = 2, seconds: float = 30.0) -> ScoreTexts:
+    """``score`` of every response by itself in one of ``workers`` processes; one that takes longer than ``seconds``, or
+    fails, stops the run with the id of its prompt."""
+    return RewardPool(score, workers=workers, seconds=seconds)
 
 
 @gin.register
