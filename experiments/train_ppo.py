@@ -130,7 +130,7 @@ def run(
             here.enter("prepare")
             prepared, metrics = prepare(scored, state.kl_coefficient)
             measured = fetch(metrics)
-            learn.stop_if_sampler_differs(step, measured["sampler_gap"], ppo)
+            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), ppo)
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")

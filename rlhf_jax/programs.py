@@ -166,7 +166,13 @@ def ppo_functions(
     def score(params: Params, frozen: Params, completions: Any) -> Any:
         both = lora.whole(params, frozen)
         four = rollout.RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
-        return rollout.score(models, four, completions, temperature=sampling.temperature)
+        return rollout.score(
+            models,
+            four,
+            completions,
+            temperature=sampling.temperature,
+            sampler_logprobs=ppo.old_logprobs == "sampler",
+        )
 
     def prepare(scored: Any, coefficient: jax.Array) -> Any:
         return learn.prepare(scored, ppo, coefficient)

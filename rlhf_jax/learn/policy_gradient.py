@@ -43,7 +43,9 @@ class PPOConfig:
     (mean kept). whiten_advantages: over the whole "rollout", per "minibatch" or "none"; whiten_ddof: 0 or 1.
     score_clip: bound on |score|, None = off. max_sampler_gap: mean |sampler - scorer| log-probability, nats, beyond
     which the run stops. max_identity_gap: largest |log ratio| allowed before the first update. max_kl: nats per response,
-    mean over a rollout, beyond which the rollout is not learned from; None = no limit.
+    mean over a rollout, beyond which the rollout is not learned from; None = no limit. old_logprobs: the policy's at the
+    rollout, recomputed by the "scorer", or the "sampler"'s own, which saves a forward pass; the identity gap then is that
+    between sampler and update.
     """
 
     epochs: int = 4
@@ -70,6 +72,7 @@ class PPOConfig:
     max_sampler_gap: float = 1e-3
     max_identity_gap: float = 1e-3
     max_kl: float | None = None
+    old_logprobs: Literal["scorer", "sampler"] = "scorer"
 
     def __post_init__(self) -> None:
         choices = {
@@ -79,6 +82,7 @@ class PPOConfig:
             "whiten_advantages": ("rollout", "minibatch", "none"),
             "whiten_ddof": (0, 1),
             "whiten_rewards": (True, False),
+            "old_logprobs": ("scorer", "sampler"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -150,7 +154,6 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     residual = ops.masked_var(returns - values, values_at)
     spread = ops.masked_var(returns, values_at)
     k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
-    gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
     one = jnp.ones(())
     mean_kl = Mean.of(k1.sum(axis=1))
     usable = jnp.isfinite(jnp.stack([x.sum() for x in (rollout.scores, kl, advantages, returns)])).all()
@@ -164,14 +167,15 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         "kl": mean_kl,
         "kl_per_token": Mean.of(k1, mask),
         "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
-        "sampler_gap": Mean.of(gap, mask),
-        "sampler_gap_max": Mean(gap.max(), one),
         "response_length": Mean.of(mask.sum(axis=1)),
         "ended": Mean.of(done.ended),
         "value": Mean.of(values, values_at),
         "return": Mean.of(returns, values_at),
         "explained_variance": Mean(1.0 - residual / jnp.maximum(spread, 1e-8), one),
     }
+    if config.old_logprobs == "scorer":
+        gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
+        metrics |= {"sampler_gap": Mean.of(gap, mask), "sampler_gap_max": Mean(gap.max(), one)}
     if config.whiten_advantages == "rollout":
         advantages = ops.whiten(advantages, mask, ddof=config.whiten_ddof)
     batch = PolicyBatch(

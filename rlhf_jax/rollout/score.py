@@ -133,14 +133,25 @@ def policy_and_values(
     return logprobs, entropy, jnp.take_along_axis(values, jnp.minimum(columns, behind), axis=1)
 
 
-def score(models: RolloutModels, params: RolloutParams, completions: Completions, *, temperature: float) -> Rollout:
-    """Everything PPO needs to know of completions, at the sampling temperature. Pure; jit with models static.
+def score(
+    models: RolloutModels,
+    params: RolloutParams,
+    completions: Completions,
+    *,
+    temperature: float,
+    sampler_logprobs: bool = False,
+) -> Rollout:
+    """Everything PPO needs to know of completions, at the sampling temperature. Pure; jit with models and temperature static.
 
-    Raises InputError when exactly one of models.reward and params.reward is None.
+    sampler_logprobs: take the policy's log-probabilities from the sampler instead of a pass of their own; under jit that
+    pass then does not exist, unless the policy's trunk carries the values. Raises InputError when exactly one of
+    models.reward and params.reward is None.
     """
     if (models.reward is None) != (params.reward is None):
         raise InputError("score: give both RolloutModels.reward and RolloutParams.reward, or None for both")
     logprobs, _, values = policy_and_values(models, params.policy, params.value, completions, temperature=temperature)
+    if sampler_logprobs:
+        logprobs = completions.logprobs
     hidden = response_hidden(models.reference, params.reference, completions)
     reference, _ = response_logprobs(models.reference, params.reference, hidden, completions, temperature=temperature)
     scores = jnp.zeros(completions.ended.shape, jnp.float32)
