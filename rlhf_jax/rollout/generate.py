@@ -46,7 +46,8 @@ def generate(
         raise InputError(f"generate: samples = {samples}: must be at least 1")
     if bool(sampling.stop_strings) != (stop_table is not None):
         raise InputError("generate: stop_table goes with SamplingConfig.stop_strings: make it with data.stop_table")
-    job = Job(model, params, jax.tree.map(jnp.asarray, prompts), rng, sampling, samples, eos_ids, pad_id, stop_table)
+    prompts, stop_table = jax.tree.map(jnp.asarray, (prompts, stop_table))
+    job = Job(model, params, prompts, rng, sampling, samples, eos_ids, pad_id, stop_table)
     if slots.separate_layers:
         job = dataclasses.replace(job, layers=model.separate_layers(params))
     wide = min(slots.slots or job.rows, job.rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ PROMPTS = random_prompts(0, 13, 5, 64)
 STOPS = tuple(range(2, 14))
 KEY = jax.random.key(11)
 SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=9)
+TWICE = np.zeros((3, 64), np.int32)  # a stop table: token 46 twice running
+TWICE[0, 46], TWICE[1, 46], TWICE[2] = 1, 2, 2
 
 
 # These programs run for milliseconds and are compiled for seconds: without LLVM's optimisation, fewer.
@@ -33,9 +35,9 @@ compiled = functools.partial(
 
 @functools.partial(compiled, static_argnames=("slots", "samples", "sampling"))
 def sample(prompts, slots=SlotConfig(), samples=1, sampling=SAMPLING):  # noqa: B008
-    return generate(
-        MODEL, PARAMS, prompts, KEY, sampling=sampling, eos_ids=STOPS, pad_id=0, samples=samples, slots=slots
-    )
+    table = TWICE if sampling.stop_strings else None
+    settings = {"sampling": sampling, "eos_ids": STOPS, "pad_id": 0, "samples": samples, "slots": slots}
+    return generate(MODEL, PARAMS, prompts, KEY, stop_table=table, **settings)
 
 
 def rows_of(prompts, order):
@@ -85,6 +87,18 @@ def test_samples_of_a_prompt_read_once_are_those_of_prompts_read_apart():
     expected = sample(apart)
     assert len({tuple(row) for row in np.asarray(expected.tokens).tolist()}) == 15
     assert_same(sample(few, SlotConfig(slots=7, prefill=2, smallest=2), 3), expected)
+
+
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(one_each):
+    """In refilled slots, against a search in the responses that came without it."""
+    done = sample(PROMPTS, SlotConfig(slots=4), sampling=replace(SAMPLING, stop_strings=("as in TWICE",)))
+    tokens, lengths = np.asarray(one_each.tokens), np.asarray(one_each.mask).sum(axis=1)
+    twice = (tokens[:, 1:] == 46) & (tokens[:, :-1] == 46)
+    stopped = np.where(twice.any(axis=1), twice.argmax(axis=1) + 2, 99)
+    np.testing.assert_array_equal(np.asarray(done.mask).sum(axis=1), np.minimum(stopped, lengths))
+    np.testing.assert_array_equal(done.tokens, np.where(done.mask, tokens, 0))
+    np.testing.assert_array_equal(done.ended, one_each.ended | (stopped <= lengths))
+    assert min((stopped < lengths).sum(), (stopped > lengths).sum()) >= 2
 
 
 @dataclass(frozen=True)
@@ -228,7 +242,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="samples = 0: must be at least 1"):
         sample(PROMPTS, samples=0)
     with pytest.raises(InputError, match=r"make it with data\.stop_table"):
-        sample(PROMPTS, sampling=SamplingConfig(stop_strings=["x"], max_new_tokens=9))
+        generate(MODEL, PARAMS, PROMPTS, KEY, sampling=SAMPLING, eos_ids=STOPS, pad_id=0, stop_table=TWICE)
     with pytest.raises(InputError, match=r"SlotConfig\.refill_at = 3: more than SlotConfig\.slots = 2"):
         SlotConfig(slots=2, refill_at=3)
     for field, value in (("slots", -1), ("prefill", 1.0), ("refill_at", 0), ("smallest", True)):
