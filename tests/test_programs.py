@@ -3,6 +3,7 @@ they belong, one learning rate per rollout."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from rlhf_jax import programs, rollout
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model
+from rlhf_jax.parallel import to_global
 from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
 
 ROWS = 8
@@ -53,8 +55,8 @@ def test_a_value_head_on_the_policys_trunk_begins_at_zero(share_trunk):
 
 
 @functools.cache
-def iteration():
-    """(completions, rollout, prepared batch and its metrics, metrics of the update) of one iteration at temperature .7.
+def built():
+    """(the four functions, a maker of the state at step 0, frozen parameters) at temperature .7.
 
     The policy begins as the reference; the value model as the reward model.
     """
@@ -62,22 +64,60 @@ def iteration():
     scalar = policy.with_head("scalar")
     models = rollout.RolloutModels(policy, policy, scalar, scalar)
     frozen = {"reference": random_params(policy, 0), "reward": random_params(scalar, 5)}
-    trained = jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]})
     rates = OptimizerConfig(learning_rate=1e-3), OptimizerConfig(learning_rate=1e-3)
     optimizer = programs.ppo_optimizer(*rates, steps=1, ppo=PPO)
-    state = programs.ppo_beginning(optimizer, PPO, jax.random.key(1), share_trunk=False)(trained)
-    generate, score, prepare, update = programs.ppo_functions(
-        models, optimizer, state, mesh_of(), sampling=SAMPLING, ppo=PPO, microbatches=2, ends=ENDS
+    begin = programs.ppo_beginning(optimizer, PPO, jax.random.key(1), share_trunk=False)
+
+    def fresh():
+        return begin(jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]}))
+
+    functions = programs.ppo_functions(
+        models, optimizer, fresh(), mesh_of(), sampling=SAMPLING, ppo=PPO, microbatches=2, ends=ENDS
     )
+    return functions, fresh, frozen
+
+
+@functools.cache
+def iteration():
+    """(completions, rollout, metrics, a rollout scored by other parameters, metrics of the update) of one iteration."""
+    (generate, score, prepare, update), fresh, frozen = built()
+    state = fresh()
     done = generate(state.train.params, random_prompts(0, ROWS, 4, 64), jax.random.key(0))
     # What the policy has become after some training must reach neither the reference nor the reward.
-    other = {"policy": random_params(policy, 1), "value": random_params(scalar, 2)}
+    other = {"policy": random_params(Model(tiny_config(head="lm")), 1)}
+    other["value"] = random_params(Model(tiny_config(head="scalar")), 2)
     moved = jax.device_get(score(other, frozen, done))
     scored = score(state.train.params, frozen, done)
     prepared, metrics = prepare(scored, state.kl_coefficient)
     kept = jax.device_get((done, scored, metrics, moved))
     _, updated = update(state.train, prepared, jax.random.key(2))
     return *kept, jax.device_get(updated)
+
+
+def test_nothing_is_traced_or_compiled_twice():
+    """Three iterations with prompts and replies of other lengths: JAX reports traces and compilations in the first only."""
+    (generate, score, prepare, update), fresh, frozen = built()
+    state, seen, lengths = fresh(), [], set()
+
+    def listen(event: str, duration: float, **about) -> None:
+        del duration
+        if event in ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration"):
+            seen.append((event, about))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for index in range(3):
+            before = len(seen)
+            prompts = to_global(random_prompts(index, ROWS, 4, 64), mesh_of())
+            done = generate(state.train.params, prompts, jax.random.key(index))
+            prepared, _ = prepare(score(state.train.params, frozen, done), state.kl_coefficient)
+            train, _ = update(state.train, prepared, jax.random.key(index))
+            state = dataclasses.replace(state, train=train)
+            lengths.add(tuple(np.asarray(done.mask).sum(axis=1)))
+            assert index == 0 or seen[before:] == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(lengths) == 3 and seen
 
 
 def test_sampler_scorer_and_update_use_one_temperature():
