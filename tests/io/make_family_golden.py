@@ -5,6 +5,7 @@ python tests/io/make_family_golden.py
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -20,7 +21,8 @@ def saved_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that transformers writes for this configuration."""
     import transformers
 
-    network = getattr(transformers, fields["architectures"][0])(transformers.AutoConfig.for_model(**fields))
+    own = copy.deepcopy(fields)  # transformers writes into rope_scaling
+    network = getattr(transformers, fields["architectures"][0])(transformers.AutoConfig.for_model(**own))
     with tempfile.TemporaryDirectory() as directory:
         network.save_pretrained(directory)
         return {name: tensor.shape for name, tensor in load_file(Path(directory) / "model.safetensors").items()}

@@ -6,6 +6,7 @@ field of every configuration changed, and prints the largest difference of each 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from family_files import (
     BEYOND_ORIGINAL,
     CASES,
@@ -134,6 +136,19 @@ def test_a_checkpoint_comes_back_tensor_by_tensor(case: str, dtype: str, tmp_pat
         assert after[name].dtype == tensor.dtype and after[name].tobytes() == tensor.tobytes(), name
     again = config_from_hf(json.loads((tmp_path / "out" / "config.json").read_text()), "config.json")
     assert again.replace(param_dtype=dtype) == model.config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configurations_as_transformers_5_writes_them(case: str, tmp_path: Path) -> None:
+    """rope_parameters instead of rope_theta and rope_scaling, layer_types, defaults left out: the same model."""
+    fields = CASES[case]
+    own = copy.deepcopy(fields)  # transformers writes into rope_scaling
+    transformers.AutoConfig.for_model(**own).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_scaling" not in written and "rope_theta" not in written
+    assert config_from_hf(written | {"architectures": fields["architectures"]}, "config.json") == config_from_hf(
+        fields, "config.json"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -481,7 +496,6 @@ def test_live_bfloat16(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_live_transformers_computes_the_same_from_an_export(case: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
-    import transformers
     from make_family_golden import logits, opened
 
     loaded = load_pretrained(checkpoint(case, tmp_path))

@@ -245,6 +245,24 @@ def test_what_a_family_does_not_understand_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("Phi3ForCausalLM", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "embd_pdrop": 0.0}),
+        ("SmolLM3ForCausalLM", {"pretraining_tp": 2, "max_window_layers": 28, "sliding_window": None}),
+        (
+            "Gemma2ForCausalLM",
+            {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window": 4096},
+        ),
+        ("Gemma3ForCausalLM", {"_sliding_window_pattern": 6, "attn_logit_softcapping": None}),
+        ("Qwen2ForCausalLM", {"use_mrope": False, "use_sliding_window": False, "sliding_window": 131072}),
+        ("MixtralForCausalLM", {"output_router_logits": False, "router_jitter_noise": 0.0}),
+    ],
+)
+def test_fields_of_released_files_without_effect(architecture: str, fields: dict[str, Any]) -> None:
+    assert read(architecture, **fields) == read(architecture)
+
+
 def test_gpt2_and_neox_by_hand() -> None:
     sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 3, "n_head": 4}
     gpt2 = config({"architectures": ["GPT2LMHeadModel"], "resid_pdrop": 0.1} | sizes)

@@ -23,7 +23,8 @@ _COMMON_FIXED: dict[str, tuple[Any, ...]] = {
 }
 _NO_EFFECT = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path architectures bad_words_ids
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path _num_labels architectures
+    bad_words_ids gradient_checkpointing
     begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
@@ -131,7 +132,7 @@ def _architecture(fields: Fields, where: str) -> str:
 
 def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
     """Raises InputError naming each field that changes the computation, or may do so, in a way the decoder does not follow."""
-    if fields.get("auto_map") is not None:
+    if fields.get("auto_map") is not None and "auto_map" not in family.ignored:
         raise InputError(f"{where}: auto_map: the checkpoint brings its own code, which is never run")
     fixed = dict(family.fixed) | _COMMON_FIXED
     wrong = []

@@ -122,7 +122,7 @@ QWEN2 = Family(
     defaults=_defaults(32768, 32),
     implied={"qkv_bias": True},
     rules=(_activation("hidden_act", "silu"), QWEN_LAYERS, rope_rule()),
-    fixed=_NO_DROPOUT,
+    fixed=_NO_DROPOUT | {"use_mrope": (False, None)},
     weights=names.LLAMA_WEIGHTS,
 )
 QWEN3 = Family(
@@ -163,7 +163,7 @@ GEMMA2 = Family(
     implied=_GEMMA | {"norm_placement": "both"},
     rules=(*_GEMMA2_RULES, alternating(2), rope_rule()),
     fixed=_GEMMA_FIXED,
-    ignored=frozenset({"hidden_act"}),  # the files have both; hidden_activation is read
+    ignored=frozenset({"hidden_act", "sliding_window_size"}),  # the files have both words; the others are read
     weights=names.GEMMA_WEIGHTS,
     even_heads=True,
 )
@@ -191,8 +191,8 @@ SMOLLM3 = Family(
     fields=_SIZES | _BIASES | {"mlp_bias": "mlp_bias"},
     defaults=_defaults(32768, 4, tie_word_embeddings=True),
     rules=(_activation("hidden_act", "silu"), SMOLLM3_LAYERS, rope_rule(2e6)),
-    fixed=_NO_DROPOUT | {"pretraining_tp": (1, None)},
-    ignored=frozenset({"max_window_layers"}),
+    fixed=_NO_DROPOUT,
+    ignored=frozenset({"max_window_layers", "pretraining_tp"}),  # in the files, not in the model
     weights=names.LLAMA_WEIGHTS,
 )
 PHI3 = Family(
@@ -206,7 +206,10 @@ PHI3 = Family(
         one_window(None),
         rope_rule(fraction="partial_rotary_factor", outer_original=True),
     ),
-    fixed=_NO_DROPOUT | {"resid_pdrop": (0, None), "embd_pdrop": (0, None), "attention_bias": (False, None)},
+    fixed=_NO_DROPOUT
+    | {"resid_pdrop": (0, None), "embd_pdrop": (0, None), "attention_bias": (False, None), "mlp_bias": (False, None)}
+    | {"lm_head_bias": (False, None), "full_attn_mod": (1, None), "interpolate_factor": (1, None)},
+    ignored=frozenset({"auto_map"}),  # names Microsoft's code for old transformers; it is never run
     weights=names.PHI3_WEIGHTS,
 )
 OLMO2 = Family(
@@ -249,7 +252,8 @@ GPT_NEOX = Family(
         _activation("hidden_act", "gelu"),
         rope_rule(theta="rotary_emb_base", fraction="rotary_pct", default_fraction=0.25),
     ),
-    fixed=_NO_DROPOUT | {"hidden_dropout": (0, None)},
+    fixed=_NO_DROPOUT
+    | dict.fromkeys(("hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"), (0, None)),
     ignored=frozenset({"classifier_dropout"}),
     weights=names.GPT_NEOX_WEIGHTS,
     prefix="gpt_neox.",
