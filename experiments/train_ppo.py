@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_jax import data, learn, programs, rollout
 from rlhf_jax.models import LoraConfig
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, remake_mesh, to_global
+from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, on_all, remake_mesh, to_global, to_host
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import load_cast
 from rlhf_jax.run.configurables import (
@@ -116,14 +116,15 @@ def run(
             completions = jax.block_until_ready(
                 generate(state.train.params, to_global(next(batches), devices), sample_rng, cast.frozen)
             )
+            replies = to_host(completions)
 
             # 3.2 Score: log-probabilities, values, reward.
             here.enter("score")
             scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions))
             here.enter("reward")
-            texts = data.responses(completions, encoded.records, tokenizer) if reward_texts or monitor else None
+            texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
             if reward_texts is not None:
-                scored = scored.replace(scores=text_rewards(reward_texts(*texts), reward_key))
+                scored = scored.replace(scores=to_global(text_rewards(reward_texts(*texts), reward_key), devices))
             watched = {} if monitor is None else {f"monitor/{key}": np.mean(v) for key, v in monitor(*texts).items()}
 
             # 3.3 Rewards and advantages over the whole rollout; is the sampler the scorer?
@@ -138,24 +139,24 @@ def run(
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
 
             # 3.5 Adapt the KL coefficient to what was measured.
-            kl = jnp.asarray(measured["kl"], jnp.float32)
-            coefficient = learn.next_kl_coefficient(ppo, state.kl_coefficient, kl, batch.batch_size)
-            reported = metrics | updated | watched | {"kl_coefficient": state.kl_coefficient}
-            state = learn.PPOState(train, coefficient, jnp.asarray(step, jnp.int32))
+            now, kl = jnp.asarray(to_host(state.kl_coefficient)), jnp.asarray(measured["kl"], jnp.float32)
+            coefficient = learn.next_kl_coefficient(ppo, now, kl, batch.batch_size)
+            reported = metrics | updated | watched | {"kl_coefficient": now}
+            state = learn.PPOState(train, *on_all((coefficient, np.int32(step)), devices))
 
-            tokens = int(np.asarray(completions.mask).sum())
-            timing = {"slot_use": tokens / int(np.asarray(completions.slot_steps).sum())}
+            tokens = int(replies.mask.sum())
+            timing = {"slot_use": tokens / int(replies.slot_steps.sum())}
             if not here.log(step, reported, tokens=tokens, timing=timing, batch=prepared):
                 state = here.rolled_back(state)
                 continue
             here.save(step, state, {"data": batches.get_state()})
 
 
-def text_rewards(values: dict[str, list[float]], key: str) -> jax.Array:
+def text_rewards(values: dict[str, list[float]], key: str) -> np.ndarray:
     """float32 [B]. Raises InputError when the scorer has no such key."""
     if key not in values:
         raise InputError(f"run.reward_key = {key!r}: reward_texts gives {', '.join(sorted(values))}")
-    return jnp.asarray(values[key], jnp.float32)
+    return np.asarray(values[key], np.float32)
 
 
 if __name__ == "__main__":

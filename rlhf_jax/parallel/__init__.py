@@ -1,7 +1,15 @@
 """Meshes, the logical-to-mesh rules table, and placing arrays by it."""
 
 from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, remake_mesh
-from rlhf_jax.parallel.placement import abstract_arrays, born_abstract, born_sharded, state_shardings, to_global
+from rlhf_jax.parallel.placement import (
+    abstract_arrays,
+    born_abstract,
+    born_sharded,
+    on_all,
+    state_shardings,
+    to_global,
+    to_host,
+)
 from rlhf_jax.parallel.rules import (
     RULES,
     ActivationConstraint,
@@ -21,10 +29,12 @@ __all__ = [
     "born_abstract",
     "born_sharded",
     "make_mesh",
+    "on_all",
     "partition_spec",
     "remake_mesh",
     "replicated",
     "state_shardings",
     "to_global",
+    "to_host",
     "tree_shardings",
 ]

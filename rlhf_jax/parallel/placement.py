@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rlhf_jax.parallel.rules import batch_sharding, replicated
@@ -52,6 +54,21 @@ def abstract_arrays(shapes: Any, shardings: Any) -> Any:
     """Two trees alike as one of ShapeDtypeStructs with shardings."""
     struct: Any = jax.ShapeDtypeStruct
     return jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+
+
+def to_host(tree: _T) -> _T:
+    """numpy arrays of the whole of ``tree``, in every process: rows that lie with other processes are sent around."""
+    if jax.process_count() == 1:
+        host: _T = jax.device_get(tree)
+    else:
+        host = multihost_utils.process_allgather(tree, tiled=True)
+    return host
+
+
+def on_all(tree: _T, mesh: Mesh) -> _T:
+    """Numbers of the host, the same in every process, as arrays on all devices of ``mesh``."""
+    placed: _T = jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+    return placed
 
 
 def to_global(batch: _T, mesh: Mesh) -> _T:

@@ -28,6 +28,7 @@ from absl import flags
 from gin import config_parser
 
 from rlhf_jax.command import asks_for_help, parse_flags, usage
+from rlhf_jax.run.distributed import connect
 from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, same_selector
 from rlhf_jax.run.gin_types import settled, wrong_type
 from rlhf_jax.types import InputError, RunStopped
@@ -35,6 +36,9 @@ from rlhf_jax.types import InputError, RunStopped
 flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to add files, later ones win.")
 flags.DEFINE_multi_string("gin_bindings", [], "One binding, for instance 'run.seed = 1'; wins over every file.")
 flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+flags.DEFINE_string(
+    "distributed", None, "Join other processes: auto, or HOST:PORT,PROCESSES,INDEX (run/distributed.py)."
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAY_CHANGE = (
@@ -313,7 +317,7 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 def _usage(run_fn: Callable[..., object]) -> str:
     """The experiment's own words and the three flags."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    return usage(words, ("gin_file", "gin_bindings", "debug"))
+    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed"))
 
 
 def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
@@ -327,6 +331,8 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
         return 2
     scanned: list[Binding] = []
     try:
+        if flags.FLAGS.distributed is not None:
+            connect(flags.FLAGS.distributed)
         scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
         run_fn()
     except KeyboardInterrupt:

@@ -138,6 +138,8 @@ def write_model_card(
 ) -> None:
     """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters, of
     adapters also their settings and ``base``, the path of the model under them) and tokenizer/."""
+    if jax.process_index():
+        return
     card: dict[str, Any] = {"config": json.loads(model.config.to_json()), "subtree": subtree}
     if model.lora is not None:
         assert base is not None

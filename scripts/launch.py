@@ -1,0 +1,123 @@
+"""Several processes of one run on this machine, each a host of its own to JAX; to try and to test what a slice does.
+
+    python scripts/launch.py --processes=2 -- experiments/train_sft.py --gin_file=configs/smoke/base.gin
+
+The first process's output is shown, the others' goes to LOGS/process_I.log. When one process ends with an error the others
+are stopped, within --grace seconds, and one line says which it was; exit code: its own. The same command goes on from the
+last checkpoint. --devices: pretended devices of each process (CPU).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from rlhf_jax.command import parse_flags, usage
+from rlhf_jax.types import InputError
+
+FLAGS = ("processes", "devices", "grace", "logs")
+flags.DEFINE_integer("processes", 2, "How many processes.", lower_bound=1)
+flags.DEFINE_integer("devices", 0, "Pretended CPU devices of each process; 0: leave the platform alone.", lower_bound=0)
+flags.DEFINE_float("grace", 30.0, "Seconds that the others get to stop before they are killed.", lower_bound=0.0)
+flags.DEFINE_string("logs", None, "Directory of the logs; default: a new temporary one.")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """Of a child: its pretended devices."""
+    if not flags.FLAGS.devices:
+        return dict(os.environ)
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(flags.FLAGS.devices),
+        "XLA_FLAGS": _xla_flags(),
+    }
+
+
+def _xla_flags() -> str:
+    given = os.environ.get("XLA_FLAGS", "").split()
+    return " ".join(flag for flag in given if "host_platform_device_count" not in flag)
+
+
+def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
+    """Wait for all; the exit code of the first that failed, after the others were stopped. 0 when none did."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [(index, code) for index, code in enumerate(codes) if code]
+        if failed:
+            index, code = failed[0]
+            print(
+                f"launch: process {index} ended with {describe(code)}; stopping the others", file=sys.stderr, flush=True
+            )
+            stop(processes, grace)
+            return code if code > 0 else 128 - code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def describe(code: int) -> str:
+    return f"exit code {code}" if code > 0 else signal.Signals(-code).name
+
+
+def stop(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
+    """SIGTERM to all that run, SIGKILL to those that still do after ``grace`` seconds: a process that waits for one that is
+    gone inside a collective cannot finish its step."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + grace
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main(argv: list[str]) -> int:
+    if "--" not in argv:
+        print(usage(__doc__ or "", FLAGS))
+        return 0 if "--help" in argv else 2
+    at = argv.index("--")
+    try:
+        parse_flags(argv[:at])
+        if not argv[at + 1 :]:
+            raise InputError("nothing after --: name a script and its flags")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    logs = Path(flags.FLAGS.logs or tempfile.mkdtemp(prefix="launch_"))
+    logs.mkdir(parents=True, exist_ok=True)
+    count, port = flags.FLAGS.processes, free_port()
+    processes = []
+    for index in range(count):
+        command = [sys.executable, *argv[at + 1 :], f"--distributed=localhost:{port},{count},{index}"]
+        output = None if index == 0 else (logs / f"process_{index}.log").open("wb")
+        processes.append(subprocess.Popen(command, env=environment(), stdout=output, stderr=output))
+    for number in (signal.SIGTERM, signal.SIGINT):  # every process saves and leaves at the same step
+        signal.signal(number, lambda got, _: [p.send_signal(got) for p in processes if p.poll() is None])
+    code = supervise(processes, flags.FLAGS.grace)
+    if code:
+        print(f"launch: the other processes' output: {logs}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
