@@ -28,6 +28,7 @@ from absl import flags
 from gin import config_parser
 
 from rlhf_jax.command import asks_for_help, parse_flags, usage
+from rlhf_jax.run.cold_start import watch
 from rlhf_jax.run.distributed import connect
 from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, same_selector
 from rlhf_jax.run.gin_types import settled, wrong_type
@@ -36,6 +37,9 @@ from rlhf_jax.types import InputError, RunStopped
 flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to add files, later ones win.")
 flags.DEFINE_multi_string("gin_bindings", [], "One binding, for instance 'run.seed = 1'; wins over every file.")
 flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+flags.DEFINE_string(
+    "compilation_cache", None, "Keep compiled programs there, a directory or gs://..., for later starts."
+)
 flags.DEFINE_string(
     "distributed", None, "Join other processes: auto, or HOST:PORT,PROCESSES,INDEX (run/distributed.py)."
 )
@@ -317,7 +321,7 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 def _usage(run_fn: Callable[..., object]) -> str:
     """The experiment's own words and the three flags."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed"))
+    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache"))
 
 
 def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
@@ -333,6 +337,7 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
     try:
         if flags.FLAGS.distributed is not None:
             connect(flags.FLAGS.distributed)
+        watch(flags.FLAGS.compilation_cache)
         scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
         run_fn()
     except KeyboardInterrupt:

@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.run import bad_steps
 from rlhf_jax.run.checkpoint import Checkpoints, Retention, newest_verified
+from rlhf_jax.run.cold_start import tell_first_step
 from rlhf_jax.run.config import BoundConfig
 from rlhf_jax.run.faults import PHASES, Faults
 from rlhf_jax.run.loop_config import LoopConfig, due
@@ -139,6 +140,8 @@ class Run:
                 yield self._step
                 if self._going_back:
                     raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
+                if self._step == start + 1:
+                    tell_first_step()
                 self._stopping = self._stopping or self.signals.agreed()
                 # A signal between save() and here found the step unsaved: the next step will be saved, then we leave.
                 if self._stopping and (self._saved == self._step or not self._offered):
