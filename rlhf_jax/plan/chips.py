@@ -68,6 +68,8 @@ class Slice:
         slice."""
         # Without it libtpu asks a metadata server that only a TPU machine has, for minutes.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # Nothing runs on a TPU here, so several plans may use libtpu at the same time.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         name = f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
         more: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":  # as a v4 machine runs JAX: both cores of a chip are one device

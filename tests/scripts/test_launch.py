@@ -1,0 +1,63 @@
+"""scripts/launch.py as a parent of plain programs, and the spelling of --distributed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.run.distributed import connect
+from rlhf_jax.types import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys, time
+count, index = sys.argv[-1].split(",")[1:]
+if index == "1":
+    sys.exit({code})
+time.sleep({seconds})
+print("process", index, "of", count, "is done", flush=True)
+"""
+
+
+def launch(tmp_path: Path, code: int, seconds: float, *flags: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.format(code=code, seconds=seconds))
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "launch.py"),
+        *flags,
+        f"--logs={tmp_path / 'logs'}",
+        "--",
+        str(script),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_all_end_well(tmp_path: Path) -> None:
+    done = launch(tmp_path, 0, 0.0, "--processes=3")
+    assert done.returncode == 0 and done.stdout == "process 0 of 3 is done\n"
+    assert (tmp_path / "logs" / "process_2.log").read_text() == "process 2 of 3 is done\n"
+
+
+def test_one_that_fails_stops_the_others(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = launch(tmp_path, 3, 600.0, "--processes=3", "--grace=5")
+    assert done.returncode == 3 and time.monotonic() - began < 60
+    assert "launch: process 1 ended with exit code 3; stopping the others" in done.stderr
+    assert str(tmp_path / "logs") in done.stderr and "is done" not in done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--processes=0",), ("--proceses=2",)])
+def test_mistakes_are_one_line(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    done = launch(tmp_path, 0, 0.0, *flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["", "yes", "host,2,0", "host:1,2", "host:1,2,2", "host:1,a,0"])
+def test_other_spellings_of_distributed_are_refused(how: str) -> None:
+    with pytest.raises(InputError, match=f"--distributed={how}: "):
+        connect(how)
