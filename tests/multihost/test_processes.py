@@ -91,7 +91,8 @@ def test_every_stage_gives_what_one_process_gives(one: Path, tmp_path: Path, pro
         for got, want in zip(found, expected, strict=True):
             assert got.keys() == want.keys()
             for name, value in want.items():
-                assert got[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (stage, want["step"], name)
+                wanted = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-6)
+                assert got[name] == wanted, (stage, want["step"], name)
         assert saved_steps(root / stage)[-1] == steps[-1]
     assert json.loads((root / "base" / "provenance.json").read_text())["launches"][0]["processes"] == processes
 
@@ -116,4 +117,5 @@ def test_a_dead_process_stops_the_others_and_the_run_goes_on(one: Path, tmp_path
     assert "launch: process 1 ended with SIGKILL; stopping the others" in out
     finish(launch(2, "train_sft", root / "base", {**longer, "LoopConfig.save_every": "1"}, "configs/smoke/base.gin"))
     final, undisturbed = lines(root / "base")[-1], lines(one / "base")[-1]
-    assert final == pytest.approx(undisturbed, rel=1e-5)
+    assert final["step"] == undisturbed["step"] == 4
+    assert final["heldout/loss"] == pytest.approx(undisturbed["heldout/loss"], rel=1e-5)
