@@ -206,6 +206,14 @@ def test_a_reply_that_was_cut_off_gets_no_end_token() -> None:
         assert chat.decode(done(encode_demonstration(record, chat, Template(), max_length=99)).tokens) == text
 
 
+def test_the_first_token_of_a_comparison_without_a_prompt_is_no_target() -> None:
+    """Nothing stands before it that could predict it, as in a demonstration."""
+    pair = encode_comparison(Comparison("c", (), "bc", "c"), character_tokenizer(), RAW, max_length=9)
+    assert not isinstance(pair, Skipped)
+    assert pair.chosen == Encoded([1, 2, 5], [False, True, True], 0, 0, "c")
+    assert pair.rejected == Encoded([2, 5], [False, True], 0, 0, "c")
+
+
 def test_both_sides_of_a_comparison_share_their_prompt() -> None:
     tokenizer = character_tokenizer()
     record = Comparison("c", user("xcxa"), "b", "bccc", 0.5)

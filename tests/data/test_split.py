@@ -41,6 +41,15 @@ def test_fraction_is_uniform_and_salted() -> None:
     assert abs(np.corrcoef(fractions, salted)[0, 1]) < 0.1
 
 
+def test_the_salt_chooses_another_split() -> None:
+    """Two splits of one data set must not hold out the same prompts: about .3 * .3 of them are in both."""
+    records = [prompt(f"q{i}") for i in range(200)]
+    first, second = (
+        {record.id for record in split_by_prompt(records, held_out=0.3, salt=salt)[1]} for salt in ("", "other")
+    )
+    assert len(first & second) < 0.6 * min(len(first), len(second))
+
+
 def test_worked_fraction() -> None:
     # printf '\nuser: a' | sha256sum begins with the 8 bytes below; >> 11 leaves 53 bits.
     assert prompt_fraction(prompt("a").prompt) == (0xB17EF0E925E7AA39 >> 11) / 2**53
