@@ -69,7 +69,9 @@ def test_k3_is_never_negative_for_tiny_differences():
 
 
 def test_kl_is_float32_from_bfloat16():
-    assert kl_estimate(jnp.array([-1.0], jnp.bfloat16), jnp.array([-2.0], jnp.bfloat16)).dtype == jnp.float32
+    """The difference is taken in float32: -100 - (-.30078125) is -99.69921875; bfloat16 would make it -99.5."""
+    d = kl_estimate(jnp.array([-100.0], jnp.bfloat16), jnp.array([-0.30078125], jnp.bfloat16))
+    assert d.dtype == jnp.float32 and float(d[0]) == -99.69921875
 
 
 def test_unknown_kind():

@@ -178,6 +178,16 @@ def test_extreme_ratios_have_finite_losses_and_gradients():
     assert np.isfinite(gradient).all()
 
 
+def test_a_large_ratio_is_not_cut_short():
+    """The clamp that keeps exp finite is far out: a log ratio of 10 with A = -1 costs e^10 = 22026.5, gradient the same."""
+
+    def total(new):
+        return policy_loss(new, jnp.zeros(1), jnp.array([-1.0]), clip_low=0.2, clip_high=0.2)[0].sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.array([10.0]))
+    np.testing.assert_allclose([value, gradient[0]], [22026.466, 22026.466], rtol=1e-5)
+
+
 def test_old_quantities_are_constants():
     def policy(old, advantages):
         return policy_loss(NEW, old, advantages, clip_low=0.2, clip_high=0.2)[0].sum()
