@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import data, learn, programs, rollout
+from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, remake_mesh, to_global
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import load_cast
@@ -55,10 +56,12 @@ def run(
     reward_key: str = "gold",
     monitor: ScoreTexts | None = None,
     share_trunk: bool = False,
+    lora: LoraConfig | None = None,
 ) -> None:
     """steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
     ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
-    share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample."""
+    share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
+    lora: train adapters on policy and value model."""
     bound = bound_config()
     if (reward is None) == (reward_texts is None):
         raise InputError("run.reward, run.reward_texts: give exactly one")
@@ -66,7 +69,7 @@ def run(
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
     # 1. Models and prompts.
-    cast = load_cast(policy, reward, share_trunk, devices, init_rng)
+    cast = load_cast(policy, reward, share_trunk, devices, init_rng, lora=lora)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer, pad = cast.policy.tokenizer, cast.policy.tokenizer.pad_token_id
     encoded, none = encode_records(
@@ -98,7 +101,9 @@ def run(
     inputs = [*cast.inputs, *prompts.as_inputs()]
     with open_run(run_dir, stage="ppo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(prompts, encoded, none)
-        write_model_card(here.directory, cast.models.policy, tokenizer, subtree="train/params/policy")
+        write_model_card(
+            here.directory, cast.models.policy, tokenizer, subtree="train/params/policy", base=cast.policy.input
+        )
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
         for step in here.steps(here.resumed_step, steps):
@@ -107,7 +112,7 @@ def run(
             # 3.1 Sample.
             began = time.monotonic()
             completions = jax.block_until_ready(
-                generate(state.train.params, to_global(next(batches), devices), sample_rng)
+                generate(state.train.params, to_global(next(batches), devices), sample_rng, cast.frozen)
             )
             sampled = time.monotonic()
 
@@ -125,7 +130,7 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             before = time.monotonic()
-            train, updated = update(state.train, prepared, order_rng)
+            train, updated = update(state.train, prepared, order_rng, cast.frozen)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
 
             # 3.5 Adapt the KL coefficient to what was measured.

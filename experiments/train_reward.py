@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax import data, learn, ops, programs
 from rlhf_jax.evaluate.preference import pairwise_accuracy
+from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import (
@@ -26,6 +27,7 @@ from rlhf_jax.run.configurables import (
     encode_records,
     load_model,
     tell_left_out,
+    with_adapters,
     write_model_card,
 )
 from rlhf_jax.run.provenance import write_atomically
@@ -44,8 +46,10 @@ def run(
     loop: LoopConfig,
     mesh: MeshConfig = MeshConfig(),
     centring: float = 0.0,
+    lora: LoraConfig | None = None,
 ) -> None:
-    """steps: optimiser steps. centring: weight of (chosen + rejected)^2. The rest: rlhf_jax/run/configurables.py.
+    """steps: optimiser steps. centring: weight of (chosen + rejected)^2. lora: train adapters and the scalar head, the rest
+    frozen. Everything else: rlhf_jax/run/configurables.py.
 
     At the end reward_normalisation.json holds the gain and bias that give held-out rewards mean 0 and deviation 1; whoever
     loads this run as a reward model gets them, so that a KL coefficient means the same for every reward model.
@@ -55,7 +59,7 @@ def run(
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
     # 1. Model and data.
-    loaded = load_model(model, "scalar", devices, init_rng)
+    loaded = with_adapters(load_model(model, "scalar", devices, init_rng), lora, devices, init_rng)
     tokenizer, network = loaded.tokenizer, loaded.model
 
     def encode(record: data.Comparison) -> data.EncodedPair | data.Skipped:
@@ -80,14 +84,16 @@ def run(
     def heldout_scores(params) -> np.ndarray:
         """float32 [2, N]: chosen, rejected."""
         parts = data.evaluation_pair_batches(heldout.items, **shape)
-        scored = [np.stack(jax.device_get(score_pairs(params, to_global(part, devices)))) for part in parts]
+        scored = [
+            np.stack(jax.device_get(score_pairs(params, to_global(part, devices), loaded.frozen))) for part in parts
+        ]
         return np.concatenate(scored, axis=1)[:, : len(heldout.items)]
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="reward", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(records, train, heldout)
-        write_model_card(here.directory, network, tokenizer)
+        write_model_card(here.directory, network, tokenizer, base=loaded.input)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
         scores, normalisation = None, here.directory / "reward_normalisation.json"
@@ -95,7 +101,7 @@ def run(
             normalisation.unlink(missing_ok=True)
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
-            state, metrics = train_step(state, {}, to_global(pairs, devices))
+            state, metrics = train_step(state, loaded.frozen, to_global(pairs, devices))
             here.log(step, metrics)
             if here.evaluation_due(step):
                 scores = chosen, rejected = heldout_scores(state.params)

@@ -14,6 +14,7 @@ import gin
 import jax
 
 from rlhf_jax import data, learn, programs
+from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import (
@@ -23,6 +24,7 @@ from rlhf_jax.run.configurables import (
     encode_records,
     load_model,
     tell_left_out,
+    with_adapters,
     write_model_card,
 )
 from rlhf_jax.types import InputError, Mean
@@ -39,15 +41,17 @@ def run(
     optimizer: learn.OptimizerConfig,
     loop: LoopConfig,
     mesh: MeshConfig = MeshConfig(),
+    lora: LoraConfig | None = None,
 ) -> None:
-    """steps: optimiser steps. Everything else is described at its dataclass in rlhf_jax/run/configurables.py."""
+    """steps: optimiser steps. lora: train adapters, the model frozen. Everything else is described at its dataclass in
+    rlhf_jax/run/configurables.py."""
     bound = bound_config()
     devices = make_mesh(mesh)
     root = jax.random.key(seed, impl="threefry2x32")
     init_rng, train_rng = jax.random.split(root)
 
     # 1. Model and data.
-    loaded = load_model(model, "lm", devices, init_rng)
+    loaded = with_adapters(load_model(model, "lm", devices, init_rng), lora, devices, init_rng)
     tokenizer, network = loaded.tokenizer, loaded.model
 
     def encode(record: data.Demonstration) -> data.Encoded | data.Skipped:
@@ -72,21 +76,21 @@ def run(
 
     def heldout_loss(params) -> Mean:
         held = data.evaluation_batches(held_rows, batch_size=batch.batch_size, length=batch.length, pad_id=pad)
-        parts = [evaluate(params, to_global(part, devices)) for part in held]
+        parts = [evaluate(params, to_global(part, devices), loaded.frozen) for part in held]
         return sum(parts[1:], parts[0])
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(records, train, heldout)
-        write_model_card(here.directory, network, tokenizer)
+        write_model_card(here.directory, network, tokenizer, base=loaded.input)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
         if here.resumed_step == 0 and loop.evaluate_every:  # before any training, to compare with
             here.record(0, {"heldout/loss": heldout_loss(state.params)})
         for step in here.steps(here.resumed_step, steps):
             tokens = next(batches)
-            state, metrics = train_step(state, {}, to_global(tokens, devices))
+            state, metrics = train_step(state, loaded.frozen, to_global(tokens, devices))
             here.log(step, metrics, tokens=int(tokens.loss_mask.sum()))
             if here.evaluation_due(step):
                 here.record(step, {"heldout/loss": heldout_loss(state.params)})

@@ -19,14 +19,15 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax import learn, rollout
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, lora
 from rlhf_jax.parallel import ActivationConstraint, batch_sharding, replicated, tree_shardings
 from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
 
 
 class SupervisedFunctions(NamedTuple):
-    """train_step(state, frozen, batch) -> (state, metrics), the state donated. evaluate(params, batch): SFT gives the
-    `Mean` loss of a batch, the reward model its scores (chosen, rejected), float32 [B] each."""
+    """train_step(state, frozen, batch) -> (state, metrics), the state donated. evaluate(params, batch, frozen): SFT gives
+    the `Mean` loss of a batch, the reward model its scores (chosen, rejected), float32 [B] each. params: what is trained;
+    frozen: nothing, or {"base": ...} with adapters (`models.lora`)."""
 
     train_step: Callable[..., Any]
     evaluate: Callable[..., Any]
@@ -45,11 +46,11 @@ def sft_functions(
     logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
     loss = learn.make_sft_loss(lambda params, tokens: logprobs(model, params, tokens))
 
-    def evaluate(params: Params, tokens: TokenBatch) -> Mean:
-        nll = loss(params, {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
+    def evaluate(params: Params, tokens: TokenBatch, frozen: Params | None = None) -> Mean:
+        nll = loss(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
         return Mean(nll.total, nll.weight)
 
-    train_step = _train_step(loss, optimizer, state, mesh, microbatches)
+    train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
 
 
@@ -69,10 +70,10 @@ def reward_functions(
 
     loss = learn.make_reward_loss(score, centring=centring)
 
-    def evaluate(params: Params, pairs: Any) -> tuple[jax.Array, jax.Array]:
-        return learn.pair_scores(score, params, pairs)
+    def evaluate(params: Params, pairs: Any, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
+        return learn.pair_scores(score, lora.whole(params, frozen), pairs)
 
-    train_step = _train_step(loss, optimizer, state, mesh, microbatches)
+    train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
 
 
@@ -87,11 +88,12 @@ def _train_step(
 
 
 class PPOFunctions(NamedTuple):
-    """The four of an iteration. params: what is trained, {"policy"[, "value"]}; frozen: {"reference", "reward"}.
+    """The four of an iteration. params: what is trained, {"policy"[, "value"]}; frozen: {"reference", "reward"}, with
+    adapters also {"base": {"policy"[, "value"]}}.
 
-    generate(params, prompts, rng) -> Completions. score(params, frozen, completions) -> Rollout.
-    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng) -> (state, metrics), the
-    state donated.
+    generate(params, prompts, rng, frozen) -> Completions. score(params, frozen, completions) -> Rollout.
+    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng, frozen) -> (state, metrics),
+    the state donated.
     """
 
     generate: Callable[..., Any]
@@ -152,23 +154,25 @@ def ppo_functions(
             models, params["policy"], params.get("value"), completions, temperature=sampling.temperature
         )
 
-    train_step = learn.make_train_step(learn.make_ppo_loss(policy_fn, ppo), optimizer, microbatches=microbatches)
+    loss = lora.on_adapters(learn.make_ppo_loss(policy_fn, ppo), None)  # without dropout: the first ratio must be 1
+    train_step = learn.make_train_step(loss, optimizer, microbatches=microbatches)
 
-    def generate(params: Params, prompts: Any, rng: Rng) -> Any:
-        sampler, policy = models.policy, params["policy"]
+    def generate(params: Params, prompts: Any, rng: Rng, frozen: Params | None = None) -> Any:
+        sampler, policy = models.policy, lora.whole(params, frozen)["policy"]
         if rollout_mesh is not None:
             sampler, policy = rollout_copy(sampler, policy, rollout_mesh)
         return rollout.generate(sampler, policy, prompts, rng, sampling=sampling, slots=slots, **ends)
 
     def score(params: Params, frozen: Params, completions: Any) -> Any:
-        four = rollout.RolloutParams(params["policy"], frozen["reference"], params.get("value"), frozen["reward"])
+        both = lora.whole(params, frozen)
+        four = rollout.RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
         return rollout.score(models, four, completions, temperature=sampling.temperature)
 
     def prepare(scored: Any, coefficient: jax.Array) -> Any:
         return learn.prepare(scored, ppo, coefficient)
 
-    def update(train: TrainState, prepared: Any, rng: Rng) -> Any:
-        return learn.update(train_step, train, prepared, rng, ppo)
+    def update(train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None) -> Any:
+        return learn.update(train_step, train, prepared, rng, ppo, frozen)
 
     return PPOFunctions(
         jax.jit(generate, out_shardings=rows),

@@ -1,5 +1,6 @@
 """Weights in and out: run directories, Hugging Face directories, GGUF files and hub ids, with tokenizer and configuration."""
 
+from rlhf_jax.io.adapters import adapter_card
 from rlhf_jax.io.export import export_pretrained
 from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
@@ -9,6 +10,7 @@ from rlhf_jax.io.tokenizers import load_tokenizer
 __all__ = [
     "Location",
     "Pretrained",
+    "adapter_card",
     "describe_pretrained",
     "export_pretrained",
     "load_pretrained",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax.io.adapters import AdapterSource, merged, read_adapter_card, read_adapters
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import Location, locate
@@ -18,7 +19,7 @@ from rlhf_jax.io.placing import check_tensors, place, with_base_names
 from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tensors import Tensors, listed, open_safetensors
 from rlhf_jax.io.tokenizers import load_tokenizer, tokenizer_from_gguf
-from rlhf_jax.models import Head, Model, ModelConfig, unconstrained
+from rlhf_jax.models import Head, Model, ModelConfig, lora, unconstrained
 from rlhf_jax.models.families import config_from_hf, weights_of
 from rlhf_jax.parallel import RULES, ActivationConstraint, MeshConfig, born_sharded, make_mesh, tree_shardings
 from rlhf_jax.parallel.rules import Rules
@@ -159,18 +160,35 @@ def _open_foreign(
     return _Opened(saved, tokenizer, read)
 
 
-def _open_run(run_dir: Path) -> _Opened:
-    """A run directory of ours."""
+def _open_run(run_dir: Path, step: int | None = None) -> _Opened:
+    """A run directory of ours. step: of its checkpoint, None = the newest."""
     saved, subtree = read_model_card(run_dir)
+    source = read_adapter_card(run_dir)
+    if source is not None:
+        return _open_adapted_run(run_dir, saved, subtree, source)
 
     def read(wanted: ModelConfig, shardings: Params) -> Params:
         both = {name: tree for name, tree in Model(saved).abstract().items() if name in shardings}
         like = jax.tree.map(_placed, both, {name: shardings[name] for name in both})
-        params = read_parameters(run_dir, subtree, Model(saved).abstract(), like)
+        params = read_parameters(run_dir, subtree, Model(saved).abstract(), like, step=step)
         if wanted.head == "scalar" and saved.has_scalar:
             params = normalised_scalar_head(run_dir, params)
         cast: Params = jax.tree.map(lambda leaf: leaf.astype(wanted.param_dtype), params)
         return cast
+
+    return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
+
+
+def _open_adapted_run(run_dir: Path, saved: ModelConfig, subtree: str, source: AdapterSource) -> _Opened:
+    """A run that trained adapters: its base with them merged in."""
+    location = locate(source.base)
+    base = _open_run(location.path, source.base_step) if location.kind == "run" else _open(location)
+
+    def read(wanted: ModelConfig, shardings: Params) -> Params:
+        frozen, _ = lora.split(base.read(wanted, shardings))
+        trained = read_adapters(run_dir, subtree, Model(saved, lora=source.lora), shardings)
+        params = merged(frozen, trained, source.lora, shardings)
+        return normalised_scalar_head(run_dir, params) if wanted.head == "scalar" and saved.has_scalar else params
 
     return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
 

@@ -29,14 +29,16 @@ def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
     return ModelConfig.from_json(json.dumps(fields["config"]), str(card)), fields["subtree"]
 
 
-def read_parameters(path: str | Path, subtree: str, saved_as: Params, like: Params) -> Params:
-    """Parameters of the newest complete checkpoint: those of ``like``, onto its shardings.
+def read_parameters(
+    path: str | Path, subtree: str, saved_as: Params, like: Params, *, step: int | None = None
+) -> Params:
+    """Parameters of the newest complete checkpoint, or that of ``step``: those of ``like``, onto its shardings.
 
     saved_as: all that the model card promises, like: the part to read; trees of ShapeDtypeStructs. Optimizer state is
     not read. Raises InputError: no checkpoint, damaged files, or leaves that are missing, extra, reshaped or re-typed
     (Orbax would cast silently).
     """
-    place = find_step(path)
+    place = find_step(path, step)
     whole = read_host(place)["layout"]
     saved = {name[len(subtree) + 1 :]: entry for name, entry in whole.items() if name.startswith(subtree + "/")}
     if not saved:

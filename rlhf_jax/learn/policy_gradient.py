@@ -229,9 +229,14 @@ def minibatch_indices(rng: Rng, rows: int, config: PPOConfig) -> Array:
 
 
 def update(
-    train_step: TrainStep, state: TrainState, batch: PolicyBatch, rng: Rng, config: PPOConfig
+    train_step: TrainStep,
+    state: TrainState,
+    batch: PolicyBatch,
+    rng: Rng,
+    config: PPOConfig,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of ``train_step`` in one scan.
+    """Epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}.
 
     Metrics are summed over all of them (token means over the whole update); ``identity/*`` are those of the first
     minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding. ``identity/identity_gap`` is
@@ -244,7 +249,7 @@ def update(
         if config.whiten_advantages == "minibatch":
             white = ops.whiten(chosen.advantages, chosen.completions.mask, ddof=config.whiten_ddof)
             chosen = dataclasses.replace(chosen, advantages=white)
-        return train_step(state, {}, chosen)
+        return train_step(state, frozen or {}, chosen)
 
     state, metrics = jax.lax.scan(one, state, indices)
     merged: dict[str, Mean] = jax.tree.map(lambda x: x.sum(axis=0), metrics)

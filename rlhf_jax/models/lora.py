@@ -135,18 +135,21 @@ def _nested(path: str, leaf: Params) -> Params:
     return leaf
 
 
-def on_adapters(loss: LossFn, *, dropout: bool) -> LossFn:
-    """A loss of whole parameter trees as one of ``(trained, {"base": frozen, ...})``.
+def whole(trained: Params, frozen: Params | None) -> Params:
+    """The whole trees of ``trained`` and ``frozen["base"]``; ``trained`` itself when there is no base, so that everything is
+    trained. Trees of several models ({"policy": ..., "value": ...} on both sides) work the same."""
+    return combine(frozen["base"], trained) if frozen and "base" in frozen else trained
 
-    Nested trees ({"policy": ..., "value": ...} and {"base": {"policy": ..., "value": ...}}) work the same.
-    """
 
-    def adapted(params: Params, frozen: Params, batch: Any, rng: Rng) -> Any:
-        whole = combine(frozen["base"], params)
-        if dropout:
+def on_adapters(loss: LossFn, lora: LoraConfig | None) -> LossFn:
+    """A loss of whole parameter trees as one of (trained, frozen), see `whole`. lora: None = everything is trained."""
+
+    def adapted(trained: Params, frozen: Params, batch: Any, rng: Rng) -> Any:
+        params = whole(trained, frozen)
+        if lora is not None and lora.dropout:
             rng, drop_rng = jax.random.split(rng)
-            whole = with_dropout(whole, drop_rng)
-        return loss(whole, frozen, batch, rng)
+            params = with_dropout(params, drop_rng)
+        return loss(params, frozen, batch, rng)
 
     return adapted
 

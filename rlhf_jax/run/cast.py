@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.io import describe_pretrained
-from rlhf_jax.models import Head, Model
+from rlhf_jax.models import Head, LoraConfig, Model
 from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, tree_shardings
 from rlhf_jax.rollout import RolloutModels
-from rlhf_jax.run.configurables import Loaded, ModelSource, adapted, load_model, load_reward, refuse_tokenizer
+from rlhf_jax.run.configurables import (
+    Loaded,
+    ModelSource,
+    adapted,
+    load_model,
+    load_reward,
+    refuse_tokenizer,
+    with_adapters,
+)
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError, Params, Rng
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast:
-    """policy: as it was loaded. trainable: {"policy"[, "value"]}; frozen: {"reference", "reward"}."""
+    """policy: as it was loaded. trainable: {"policy"[, "value"]}; frozen: {"reference", "reward"}, with adapters also
+    {"base": {"policy"[, "value"]}}, of which the policy's is the reference itself and the value's the reward model's trunk.
+    """
 
     policy: Loaded
     judge: Loaded | None
     models: RolloutModels
     trainable: Params
-    frozen: dict[str, Params | None]
+    frozen: dict[str, Any]
 
     @property
     def inputs(self) -> list[Input]:
@@ -53,17 +65,26 @@ def load_cast(
     mesh: Mesh,
     rng: Rng,
     *,
+    lora: LoraConfig | None = None,
     load: Callable[..., Loaded] = load_model,
     load_judge: Callable[..., Loaded] = load_reward,
 ) -> Cast:
     """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk).
 
+    lora: adapters are trained on policy and value model; no copies then, their bases are the reference and the reward model.
     load, load_judge: `plan_model` and `plan_judge` give the cast as shapes.
     """
-    actor = load(policy, "lm+scalar" if share_trunk else "lm", mesh, rng)
-    reference = load(policy, "lm", mesh, rng)
+    if lora is not None and lora.dropout:
+        raise InputError(
+            "LoraConfig.dropout: rollouts are scored without it, so that PPO's first ratio would not be 1; set 0"
+        )
+    actor = with_adapters(load(policy, "lm+scalar" if share_trunk else "lm", mesh, rng), lora, mesh, rng)
+    reference = actor.base("lm") if lora is not None else load(policy, "lm", mesh, rng)
     judge = None if reward is None else load_judge(reward, mesh)
-    critic = None if share_trunk else load(reward or policy, "scalar", mesh, rng)
+    critic = None
+    if not share_trunk:
+        start = judge if lora is not None and judge is not None else load(reward or policy, "scalar", mesh, rng)
+        critic = with_adapters(start, lora, mesh, jax.random.fold_in(rng, 1))
     for other in filter(None, (judge, critic)):
         if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
             raise InputError(f"{other.input}: its tokenizer is not the policy's; train both from one base model")
@@ -72,6 +93,9 @@ def load_cast(
         actor.model, reference.model, None if critic is None else critic.model, None if judge is None else judge.model
     )
     frozen = {"reference": reference.params, "reward": None if judge is None else judge.params}
+    if lora is not None:
+        owners = {"policy": actor} | ({} if critic is None else {"value": critic})
+        frozen["base"] = {name: owner.frozen["base"] for name, owner in owners.items()}
     return Cast(actor, judge, models, trainable, frozen)
 
 

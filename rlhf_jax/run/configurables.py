@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import jax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +24,9 @@ from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
-from rlhf_jax.io import load_pretrained, locate
+from rlhf_jax.io import adapter_card, load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
-from rlhf_jax.models import Head, Model, ModelConfig, RopeScaling
+from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, RopeScaling, lora
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
@@ -39,6 +40,7 @@ for _configurable in (
     AnnotatorConfig,
     DeskConfig,
     Fields,
+    LoraConfig,
     LoopConfig,
     MeshConfig,
     ModelConfig,
@@ -93,17 +95,26 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model ready to use. input: what provenance records (None for a new model); revision: its commit on the hub."""
+    """A model ready to use. input: what provenance records (None for a new model); revision: its commit on the hub.
+
+    frozen: {}, or with adapters {"base": ...}; params are then the adapters and the scalar head (`models.lora`).
+    """
 
     model: Model
     params: Params
     tokenizer: PreTrainedTokenizerBase
     input: str | None
     revision: str | None = None
+    frozen: Params = dataclasses.field(default_factory=dict)
 
     def as_inputs(self, name: str) -> list[Input]:
         """For `open_run`."""
         return [] if self.input is None else [Input(name, self.input, self.revision)]
+
+    def base(self, head: Head) -> Loaded:
+        """The frozen base of an adapted model by itself, under ``head``: the same arrays, no copy."""
+        model = dataclasses.replace(self.model, lora=None).with_head(head)
+        return dataclasses.replace(self, model=model, params=self.frozen["base"], frozen={})
 
     def refuse_longer(self, tokens: int, what: str) -> None:
         """Raises InputError when sequences of ``tokens`` are longer than the model's max_length: rotary positions past
@@ -113,10 +124,19 @@ class Loaded:
             raise InputError(f"{what}: sequences of {tokens} tokens; the model's max_length is {limit}")
 
 
-def write_model_card(run_dir: Path, model: Model, tokenizer: PreTrainedTokenizerBase, subtree: str = "params") -> None:
-    """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters)
-    and tokenizer/."""
-    card = {"config": json.loads(model.config.to_json()), "subtree": subtree}
+def write_model_card(
+    run_dir: Path,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    subtree: str = "params",
+    base: str | None = None,
+) -> None:
+    """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters, of
+    adapters also their settings and ``base``, the path of the model under them) and tokenizer/."""
+    card: dict[str, Any] = {"config": json.loads(model.config.to_json()), "subtree": subtree}
+    if model.lora is not None:
+        assert base is not None
+        card["adapter"] = adapter_card(model.lora, base)
     write_atomically(run_dir / "model.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(run_dir / "tokenizer")
 
@@ -161,6 +181,33 @@ def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:
     """``config`` of a saved model with what ``source`` wants otherwise."""
     chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk", "attention")}
     return config.replace(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: Rng) -> Loaded:
+    """``loaded`` with fresh adapters to train, everything else frozen; itself when ``settings`` is None.
+
+    The scalar head of a reward or value model is trained whole. Works on shapes too. Raises InputError for a new model.
+    """
+    if settings is None:
+        return loaded
+    if loaded.input is None:
+        raise InputError("run.lora: a new model is no base for adapters; give ModelSource.path")
+    model = dataclasses.replace(loaded.model, lora=settings)
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+    base, trained = lora.split(loaded.params)
+
+    def fresh(rng: Rng) -> Params:
+        adapters = lora.split(model.init(rng))[1]
+        return {name: tree for name, tree in adapters.items() if name != lora.HEAD}
+
+    if isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
+        drawn = jax.eval_shape(fresh, rng)
+        at = {name: lora.split(shardings)[1][name] for name in drawn}
+        struct: Any = jax.ShapeDtypeStruct
+        adapters = jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), drawn, at)
+    else:
+        adapters = born_sharded(fresh, shardings, mesh, rng)
+    return dataclasses.replace(loaded, model=model, params=adapters | trained, frozen={"base": base})
 
 
 def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:

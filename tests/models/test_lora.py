@@ -111,7 +111,7 @@ BATCH = token_batch([[5, 6, 7, 8], [9, 10, 11]])
 def test_gradients_of_a_and_b_follow_from_that_of_the_merged_matrix():
     # W' = W + s A B, so dL/dA = s dL/dW' B^T and dL/dB = s A^T dL/dW'.
     base, adapters = lora.split(PARAMS)
-    loss = lora.on_adapters(sft_loss(MODEL), dropout=False)
+    loss = lora.on_adapters(sft_loss(MODEL), CONFIG)
     key = jax.random.key(0)
     gradient = jax.jit(lambda a, b: learn.gradients(loss, a, {"base": b}, BATCH, key, 1)[0])(adapters, base)
     plain = sft_loss(Model(MODEL.config))
@@ -133,7 +133,7 @@ def test_a_step_trains_adapters_only_and_only_they_have_moments():
     state = learn.initial_state(jax.tree.map(jnp.asarray, adapters), adam, jax.random.key(0))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    step = jax.jit(learn.make_train_step(lora.on_adapters(sft_loss(MODEL), dropout=False), adam))
+    step = jax.jit(learn.make_train_step(lora.on_adapters(sft_loss(MODEL), CONFIG), adam))
     losses = []
     for _ in range(5):
         state, metrics = step(state, {"base": base}, BATCH)

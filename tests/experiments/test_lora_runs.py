@@ -1,0 +1,60 @@
+"""Runs of adapters: resumed exactly, loaded with their base, and in PPO measured against the base itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from experiment_processes import finish, read_lines
+from test_exact_resume import same_as, saved_state, terminate
+
+from rlhf_jax.io import load_pretrained
+from rlhf_jax.models import LoraConfig, Model, lora
+from rlhf_jax.types import InputError
+
+
+def adapters_of(run_dir: Path, model: Model) -> dict:
+    """The trained part of the newest checkpoint as a tree."""
+    state, tree = saved_state(run_dir), lora.split(Model(model.config, lora=LoraConfig(rank=8)).abstract())[1]
+    return jax.tree_util.tree_map_with_path(lambda at, _: state["['params']" + jax.tree_util.keystr(at)], tree)
+
+
+def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tmp_path: Path) -> None:
+    places = {"BASE": chain / "base"}
+    finish(begin("train_sft", "sft_lora", "unbroken", **places))
+    terminate(begin, tmp_path / "broken", 3, "train_sft", "sft_lora", **places)
+    finish(begin("train_sft", "sft_lora", "broken", **places))
+    same_as(tmp_path / "unbroken", tmp_path / "broken", "lora_a", "lora_b", "opt_state")
+    assert not any("kernel" in path or "embedding" in path for path in saved_state(tmp_path / "broken"))
+
+    base, base_params, _ = load_pretrained(chain / "base")
+    model, params, _ = load_pretrained(tmp_path / "unbroken")
+    assert model.lora is None and model.config == base.config
+    trained = adapters_of(tmp_path / "unbroken", model)
+    expected = lora.merge(lora.combine(base_params, trained), LoraConfig(rank=8, alpha=16))
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    query = (tree["layers"]["attention"]["query"]["kernel"] for tree in (params, base_params))
+    assert np.abs(np.subtract(*query)).max() > 1e-3
+
+    card = tmp_path / "unbroken" / "model.json"
+    card.write_text(card.read_text().replace('"base_step": 30', '"base_step": 29'))
+    with pytest.raises(InputError, match="no checkpoint of step 29"):
+        load_pretrained(tmp_path / "unbroken")
+
+
+def test_ppo_of_adapters_begins_at_its_base(chain: Path, begin, tmp_path: Path) -> None:
+    finish(begin("train_ppo", "ppo_lora", "ppo", POLICY=chain / "sft", REWARD=chain / "reward"))
+    lines = read_lines(tmp_path / "ppo" / "metrics.jsonl")
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-5) and lines[-1]["kl"] > 1e-3
+    assert all(line["identity/identity_gap"] < 1e-5 for line in lines)
+    trained = [path for path in saved_state(tmp_path / "ppo") if "params" in path]
+    assert trained and all("lora_" in path or "scalar_head" in path for path in trained)
+
+
+def test_dropout_is_refused_for_ppo(chain: Path, begin) -> None:
+    bindings = {"POLICY": chain / "sft", "REWARD": chain / "reward", "LoraConfig.dropout": 0.1}
+    _, err = finish(begin("train_ppo", "ppo_lora", "ppo", **bindings), 2)
+    assert "LoraConfig.dropout" in err
