@@ -1,10 +1,12 @@
 """A run directory as a Hugging Face style directory, which transformers and what reads its format load.
 
     python scripts/export.py --run_dir=runs/support_desk/ppo --out=exports/ppo
+    python scripts/export.py --run_dir=runs/mine/sft_lora --out=exports/adapter --adapter_only
 
 Writes config.json, generation_config.json, safetensors, the tokenizer and its chat template. A reward run becomes
 LlamaForSequenceClassification with one label, its reward normalisation folded into the head. The run's provenance.json
-goes along, so that the lineage of what is trained from the export goes back to the run. --run_dir also takes whatever
+goes along, so that the lineage of what is trained from the export goes back to the run. A run of adapters is exported with
+them merged in, or with --adapter_only as they are, for ``peft`` to load onto the base. --run_dir also takes whatever
 else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub id.
 """
 
@@ -21,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import flags
 
 from rlhf_jax.command import run_command
-from rlhf_jax.io import export_pretrained, load_pretrained, locate
+from rlhf_jax.io import export_adapter, export_pretrained, load_adapter, load_pretrained, locate
 from rlhf_jax.types import InputError
 
 
@@ -31,15 +33,17 @@ def export() -> int:
     out = Path(given.out)
     if out.exists():
         raise InputError(f"--out: {out} already exists; give another directory or remove it")
+    if given.adapter_only:
+        return adapter(out)
+    if given.base is not None:
+        raise InputError("--base: goes with --adapter_only")
     model, params, tokenizer = load_pretrained(given.run_dir, head=given.head, param_dtype=given.dtype)
     if given.pad_token is not None:
         if given.pad_token not in tokenizer.get_vocab():
             raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
         tokenizer.pad_token = given.pad_token
     export_pretrained(out, model, params, tokenizer)
-    provenance = locate(given.run_dir).path / "provenance.json"
-    if provenance.is_file():
-        shutil.copyfile(provenance, out / provenance.name)
+    copy_provenance(out)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
     if model.config.head == "scalar" and float(params["scalar_head"]["bias"][0]):
         bias = float(params["scalar_head"]["bias"][0])
@@ -49,10 +53,38 @@ def export() -> int:
     return 0
 
 
+def adapter(out: Path) -> int:
+    """Only the adapters. Raises InputError when the base is nothing that ``peft`` could load."""
+    given = flags.FLAGS
+    for name in ("head", "dtype", "pad_token"):
+        if getattr(given, name) is not None:
+            raise InputError(f"--{name}: does not go with --adapter_only: adapters are exported as they are")
+    model, trained, tokenizer, base = load_adapter(given.run_dir)
+    base = given.base or base
+    if given.base is None and locate(base).kind != "huggingface":
+        raise InputError(f"--base: {base} is nothing that peft can load; export it too and give that directory")
+    export_adapter(out, model, trained, tokenizer, base)
+    copy_provenance(out)
+    print(f"{out}: adapters of {base}")
+    return 0
+
+
+def copy_provenance(out: Path) -> None:
+    """The run's provenance.json, when it has one."""
+    provenance = locate(flags.FLAGS.run_dir).path / "provenance.json"
+    if provenance.is_file():
+        shutil.copyfile(provenance, out / provenance.name)
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("run_dir", None, "Run directory of train_sft, train_reward or train_ppo.", required=True)
     flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
     flags.DEFINE_enum("head", None, ["lm", "scalar"], "Which head, for a model that has both.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; default: as saved.")
     flags.DEFINE_string("pad_token", None, "Padding token; a reward model's must not be the end of sequence.")
-    sys.exit(run_command(export, sys.argv, __doc__ or "", ("run_dir", "out", "head", "dtype", "pad_token")))
+    flags.DEFINE_boolean("adapter_only", False, "Write the adapters by themselves, in PEFT's format.")
+    flags.DEFINE_string(
+        "base", None, "With --adapter_only: what the adapter names as its base; default: as in the run."
+    )
+    names = ("run_dir", "out", "head", "dtype", "pad_token", "adapter_only", "base")
+    sys.exit(run_command(export, sys.argv, __doc__ or "", names))

@@ -1,20 +1,25 @@
 """Weights in and out: run directories, Hugging Face directories, GGUF files and hub ids, with tokenizer and configuration."""
 
-from rlhf_jax.io.adapters import adapter_card
+from rlhf_jax.io.adapters import Adapter, adapter_card, load_adapter
 from rlhf_jax.io.export import export_pretrained
 from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
+from rlhf_jax.io.peft_files import export_adapter, read_adapter
 from rlhf_jax.io.run_directory import read_model_card
 from rlhf_jax.io.tokenizers import load_tokenizer
 
 __all__ = [
+    "Adapter",
     "Location",
     "Pretrained",
     "adapter_card",
     "describe_pretrained",
+    "export_adapter",
     "export_pretrained",
+    "load_adapter",
     "load_pretrained",
     "load_tokenizer",
     "locate",
+    "read_adapter",
     "read_model_card",
 ]

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import locate
-from rlhf_jax.io.run_directory import CARD, read_parameters
+from rlhf_jax.io.run_directory import CARD, normalised_scalar_head, read_model_card, read_parameters
+from rlhf_jax.io.tokenizers import load_tokenizer
 from rlhf_jax.models import LoraConfig, Model, lora
+from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.saved import find_step
 from rlhf_jax.types import InputError, Params
 
@@ -66,3 +69,30 @@ def merged(base: Params, trained: Params, settings: LoraConfig, shardings: Param
     there = {name: shardings[name] for name in shardings if name in base or name in trained}
     made: Params = jax.jit(merge, out_shardings=there)(base, trained)
     return made
+
+
+class Adapter(NamedTuple):
+    """What a run of adapters trained, by itself: model with its ``lora``, adapters (and scalar head), tokenizer, and what the
+    base was loaded from."""
+
+    model: Model
+    trained: Params
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+
+
+def load_adapter(run_dir: str | Path) -> Adapter:
+    """The newest checkpoint of a run of adapters, on the first device, without its base. A reward model's normalisation is
+    folded into its head. Raises InputError for a run that trained everything."""
+    run_dir = Path(run_dir)
+    config, subtree = read_model_card(run_dir)
+    source = read_adapter_card(run_dir)
+    if source is None:
+        raise InputError(f"{run_dir}: trained no adapters; export the whole model")
+    model = Model(config, lora=source.lora)
+    everywhere = NamedSharding(make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
+    shardings = jax.tree.map(lambda _: everywhere, model.abstract())
+    trained = read_adapters(run_dir, subtree, model, shardings)
+    if config.head == "scalar":
+        trained = normalised_scalar_head(run_dir, trained)
+    return Adapter(model, trained, load_tokenizer(run_dir / "tokenizer"), source.base)

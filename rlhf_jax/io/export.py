@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -46,20 +47,30 @@ def export_pretrained(
     not padding, ours the last token: padding must therefore not be the end-of-sequence token.
     Raises InputError: ``path`` exists, parameters of another model, a head or tokenizer that cannot be exported.
     """
+    fields = config_to_hf(model.config) | _special_ids(model.config, tokenizer)
+    _check_params(model, params)
+    with new_directory(path) as directory:
+        _write_weights(directory, model.config, params, max_file_bytes)
+        write_json(directory / "config.json", fields)
+        ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if model.config.has_lm:
+            write_json(directory / "generation_config.json", {name: i for name, i in ids.items() if i is not None})
+        save_tokenizer(tokenizer, directory)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A directory to write to that becomes ``path`` when everything went well, and goes away otherwise.
+
+    Raises InputError when ``path`` exists.
+    """
     path = Path(path)
     if path.exists():
         raise InputError(f"{path}: already exists; give another directory or remove it")
-    fields = config_to_hf(model.config) | _special_ids(model.config, tokenizer)
-    _check_params(model, params)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        _write_weights(temporary, model.config, params, max_file_bytes)
-        write_json(temporary / "config.json", fields)
-        ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if model.config.has_lm:
-            write_json(temporary / "generation_config.json", {name: i for name, i in ids.items() if i is not None})
-        save_tokenizer(tokenizer, temporary)
+        yield temporary
         _make_readable(temporary)
         temporary.rename(path)
     except BaseException:

@@ -15,6 +15,8 @@ from rlhf_jax.io.adapters import AdapterSource, merged, read_adapter_card, read_
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import Location, locate
+from rlhf_jax.io.peft_files import CONFIG as ADAPTER_CONFIG
+from rlhf_jax.io.peft_files import is_adapter, read_adapter
 from rlhf_jax.io.placing import check_tensors, place, with_base_names
 from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tensors import Tensors, listed, open_safetensors
@@ -137,6 +139,8 @@ def _open(location: Location) -> _Opened:
     if location.kind == "gguf":
         fields, tensors, metadata = open_gguf(location.path)
         return _open_foreign(fields, str(location.path), tensors, tokenizer_from_gguf(metadata, str(location.path)))
+    if is_adapter(location.path):
+        return _open_peft(location.path)
     file = location.path / "config.json"
     return _open_foreign(read_json(file), str(file), open_safetensors(location.path), load_tokenizer(location.path))
 
@@ -191,6 +195,24 @@ def _open_adapted_run(run_dir: Path, saved: ModelConfig, subtree: str, source: A
         return normalised_scalar_head(run_dir, params) if wanted.head == "scalar" and saved.has_scalar else params
 
     return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
+
+
+def _open_peft(directory: Path) -> _Opened:
+    """An adapter in PEFT's format: the base that it names, with the adapter merged in."""
+    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise InputError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path = {name!r}: name the base model")
+    base = _open(locate(name))
+    settings, trained, with_head = read_adapter(directory, base.config)
+
+    def read(wanted: ModelConfig, shardings: Params) -> Params:
+        frozen, head = lora.split(base.read(wanted, shardings))
+        there = head | {name: tree for name, tree in trained.items() if name in shardings}
+        return merged(frozen, there, settings, shardings)
+
+    has_tokenizer = (directory / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(directory) if has_tokenizer else base.tokenizer
+    return _Opened(base.config.replace(head="scalar") if with_head else base.config, tokenizer, read)
 
 
 def _placed(leaf: Any, sharding: Any) -> Any:

@@ -56,7 +56,7 @@ def locate(given: str | Path) -> Location:
 def _kind_of_directory(path: Path) -> Kind:
     if (path / CARD).is_file():
         return "run"
-    if (path / "config.json").is_file():
+    if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return "huggingface"
     if found := sorted(file.name for file in path.glob("*.gguf")):
         raise InputError(f"{path}: give the file itself, for instance {path / found[0]}")

@@ -68,6 +68,21 @@ def open_safetensors(directory: Path) -> Tensors:
     return Tensors(str(directory), stored, read, frozenset({"F32", "F16", "BF16"}))
 
 
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file. Raises InputError: no such file, damaged file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    file = _open(path)
+    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    stored = {name: Stored(tuple(part.get_shape()), part.get_dtype(), path.name) for name, part in parts.items()}
+
+    def read(name: str, window: Window) -> np.ndarray:
+        part: np.ndarray = parts[name][window]
+        return part
+
+    return Tensors(str(path), stored, read, frozenset({"F32", "F16", "BF16"}))
+
+
 def listed(names: list[str], most: int = 8) -> str:
     """Names for a message, at most ``most`` of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -93,7 +108,7 @@ def _places(directory: Path) -> dict[str, str]:
         return {}
     names = sorted(path.name for path in directory.iterdir())
     if "adapter_model.safetensors" in names:
-        raise InputError(f"{directory}: holds a LoRA adapter, not a model; merge it into its base first")
+        raise InputError(f"{directory}: holds adapter weights without adapter_config.json; give the whole adapter")
     if pickled := [name for name in names if name.endswith(_PICKLED)]:
         raise InputError(
             f"{directory}: only pickled weights ({listed(pickled, 3)}), which can run code and are never read; convert: "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from experiment_processes import finish, read_lines
+from experiment_processes import ROOT, finish, read_lines, start
 from test_exact_resume import same_as, saved_state, terminate
 
 from rlhf_jax.io import load_pretrained
@@ -38,6 +39,16 @@ def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tm
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     query = (tree["layers"]["attention"]["query"]["kernel"] for tree in (params, base_params))
     assert np.abs(np.subtract(*query)).max() > 1e-3
+
+    # exported by themselves the adapters give the same model on the exported base
+    export = [sys.executable, str(ROOT / "scripts" / "export.py")]
+    adapter = [*export, f"--run_dir={tmp_path / 'unbroken'}", f"--out={tmp_path / 'adapter'}", "--adapter_only"]
+    _, err = finish(start(adapter), 2)
+    assert "is nothing that peft can load" in err and not (tmp_path / "adapter").exists()
+    finish(start([*export, f"--run_dir={chain / 'base'}", f"--out={tmp_path / 'base'}"]))
+    finish(start([*adapter, f"--base={tmp_path / 'base'}"]))
+    again = load_pretrained(tmp_path / "adapter").params
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
     card = tmp_path / "unbroken" / "model.json"
     card.write_text(card.read_text().replace('"base_step": 30', '"base_step": 29'))

@@ -1,0 +1,259 @@
+"""Adapters as the PEFT library keeps them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.io.export import new_directory
+from rlhf_jax.io.json_files import read_json, write_json
+from rlhf_jax.io.layout import Layout, parse, whole
+from rlhf_jax.io.tensors import Tensors, listed, open_file
+from rlhf_jax.io.tokenizers import save_tokenizer
+from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
+from rlhf_jax.models.families import dimensions, weights_of
+from rlhf_jax.types import InputError, Params
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_HEAD = {"scalar_head/kernel": ("score.weight", "o d -> d o"), "scalar_head/bias": ("score.bias", "o -> o")}
+_SIDES = {"lora_a": "lora_A", "lora_b": "lora_B"}
+
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", "task_type"}
+_NO_EFFECT = {
+    "target_modules",  # the tensors say it
+    "inference_mode",
+    "auto_mapping",
+    "revision",
+    "peft_version",
+    "init_lora_weights",
+    "fan_in_fan_out",  # how the base keeps its matrix; A and B lie the same either way
+    "megatron_core",
+    "ensure_weight_tying",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "exclude_modules",
+    "layers_pattern",
+    "qalora_group_size",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """name: PEFT's. ours: path of the parameter. layer: its place in the stack, None when it is not stacked."""
+
+    name: str
+    ours: str
+    layer: int | None
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """A matrix that can be adapted. inside: its name inside a layer, as `LoraConfig.targets` sees it. stack: its parameter's
+    path without ``/kernel``. module: its name in the checkpoint, ``{layer}`` for the number. a, b: layouts."""
+
+    inside: str
+    stack: str
+    layers: range
+    module: str
+    a: str
+    b: str
+
+    def tensors(self) -> Iterator[_Tensor]:
+        """Of all its layers."""
+        for side, layout in (("lora_a", self.a), ("lora_b", self.b)):
+            for place, layer in enumerate(self.layers):
+                name = f"{_PREFIX}{self.module.format(layer=layer)}.{_SIDES[side]}.weight"
+                yield _Tensor(name, f"{self.stack}/{side}", place, parse(layout))
+
+
+def _matrices(config: ModelConfig) -> list[_Matrix]:
+    """The matrices of the layers that are a checkpoint's own tensor. What is stored joined with others (GPT-2's c_attn,
+    Phi-3's qkv_proj) has no A and B of its own there, and is left out."""
+    found = []
+    for weight in weights_of(config):
+        if weight.layers is None or not weight.ours.endswith("/kernel") or "{expert}" in weight.theirs:
+            continue
+        stack = weight.ours.removesuffix("/kernel")
+        inside = re.sub(r"^layers/(\d+/)?", "", stack)
+        layout = parse(weight.layout, weight.part)
+        inputs = 2 if inside == "attention/output" else 1
+        ins, outs = layout.ours[:inputs], layout.ours[inputs:]
+        if sorted(layout.theirs) != sorted(((ins,), (outs,))):
+            continue
+        a = f"r ({' '.join(ins)}) -> {' '.join(ins)} r"
+        b = f"({' '.join(outs)}) r -> r {' '.join(outs)}"
+        found.append(_Matrix(inside, stack, weight.layers, weight.theirs.removesuffix(".weight"), a, b))
+    return found
+
+
+def _head_tensors(config: ModelConfig) -> list[_Tensor]:
+    if not config.has_scalar:
+        return []
+    return [_Tensor(_PREFIX + name, ours, None, parse(layout)) for ours, (name, layout) in _HEAD.items()]
+
+
+def export_adapter(
+    path: str | Path, model: Model, trained: Params, tokenizer: PreTrainedTokenizerBase, base: str
+) -> None:
+    """Write what a run of adapters trained as a directory that ``peft`` loads onto ``base``: adapter_config.json,
+    adapter_model.safetensors and the tokenizer.
+
+    model: with its ``lora``. trained: adapters, and the scalar head of a reward or value model, which becomes PEFT's saved
+    module ``score`` (its bias as the tensor ``score.bias`` when it is not zero; PEFT knows none). Numbers are kept bit for
+    bit. Raises InputError: ``path`` exists, or a matrix that checkpoints of the family keep joined with others.
+    """
+    if model.lora is None:
+        raise InputError(f"{path}: the model has no adapters; export it whole")
+    settings, config = model.lora, model.config
+    known = {matrix.stack: matrix for matrix in _matrices(config)}
+    adapted = [at for at, _ in lora.adapted_kernels(trained)]
+    if joined := sorted(set(adapted) - known.keys()):
+        raise InputError(
+            f"LoraConfig.targets: {listed(joined)}: stored joined with others in checkpoints of family {config.family!r}, "
+            "where PEFT has one adapter for all of them; export the merged model"
+        )
+    sizes = dimensions(config) | {"r": settings.rank}
+    tensors = {}
+    for tensor in [t for at in adapted for t in known[at].tensors()] + _head_tensors(config):
+        parameter = np.asarray(_leaf(trained, tensor.ours))
+        if tensor.ours == "scalar_head/bias" and not parameter.any():
+            continue
+        stored = np.empty(tensor.layout.their_shape(sizes), parameter.dtype)
+        tensor.layout.write(sizes, stored, parameter if tensor.layer is None else parameter[tensor.layer])
+        tensors[tensor.name] = stored
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if config.has_lm else "SEQ_CLS",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "target_modules": sorted({known[at].module.split("{layer}.")[1] for at in adapted}),
+        "modules_to_save": ["score"] if config.has_scalar else None,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with new_directory(path) as directory:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        write_json(directory / CONFIG, fields)
+        save_tokenizer(tokenizer, directory)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the directory holds an adapter in PEFT's format."""
+    return (path / CONFIG).is_file()
+
+
+def read_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Params, bool]:
+    """(settings, what was trained as float32 numpy arrays, whether a scalar head is among it) of an adapter directory.
+
+    config: of the base. Raises InputError: damaged files; a setting that changes the computation and is not understood, by
+    name; tensors that are missing, not of this model, reshaped or of a dtype that is not read, listed.
+    """
+    path = Path(path)
+    fields = read_json(path / CONFIG)
+    _refuse_foreign(fields, path / CONFIG)
+    with_head = any(name == f"{_PREFIX}score.weight" for name in open_file(path / WEIGHTS).stored)
+    tensors = open_file(path / WEIGHTS)
+    known = config.replace(head="scalar") if with_head else config
+    wanted, targets = [], []
+    for matrix in _matrices(config):
+        parts = list(matrix.tensors())
+        if any(part.name in tensors.stored for part in parts):
+            wanted += parts
+            targets.append(matrix.inside)
+    wanted += [part for part in _head_tensors(known) if part.ours != "scalar_head/bias" or part.name in tensors.stored]
+    try:
+        settings = LoraConfig(
+            rank=fields["r"],
+            alpha=fields["lora_alpha"],
+            rslora=bool(fields.get("use_rslora")),
+            dropout=float(fields.get("lora_dropout") or 0.0),
+            targets="|".join(sorted(set(targets))),
+        )
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{path / CONFIG}: {error}") from error
+    sizes = dimensions(config) | {"r": settings.rank}
+    _check(tensors, wanted, sizes)
+    return settings, _assembled(tensors, wanted, sizes, known), with_head
+
+
+def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type = {fields.get('peft_type')!r}: only LORA adapters are read")
+    saved = fields.get("modules_to_save")
+    allowed = {"bias": ("none",), "modules_to_save": (None, [], ["score"], ["classifier", "score"])}
+    wrong = [
+        f"{name} = {fields[name]!r}" for name, values in allowed.items() if fields.get(name, values[0]) not in values
+    ]
+    del saved
+    wrong += [
+        f"{name} = {value!r}"
+        for name, value in fields.items()
+        if value and name not in _READ | _NO_EFFECT | allowed.keys()
+    ]
+    if wrong:
+        raise InputError(f"{where}: {'; '.join(sorted(wrong))}: not understood; merge the adapter with peft instead")
+
+
+def _check(tensors: Tensors, wanted: list[_Tensor], sizes: Mapping[str, int]) -> None:
+    """Raises InputError listing what is missing, extra, of another shape or of a dtype that is not read."""
+    shapes = {tensor.name: tensor.layout.their_shape(sizes) for tensor in wanted}
+    stored, wrong = tensors.stored, []
+    if missing := sorted(shapes.keys() - stored.keys()):
+        wrong.append(f"missing: {listed(missing)}")
+    if extra := sorted(stored.keys() - shapes.keys()):
+        wrong.append(f"not of this model: {listed(extra)}")
+    both = sorted(shapes.keys() & stored.keys())
+    if reshaped := [
+        f"{n} {list(stored[n].shape)}, not {list(shapes[n])}" for n in both if stored[n].shape != shapes[n]
+    ]:
+        wrong.append(f"of another shape: {listed(reshaped)}")
+    if retyped := [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in tensors.readable]:
+        wrong.append(f"of a dtype that is not read: {listed(retyped)}")
+    if not shapes:
+        wrong.append("none of this model")
+    if wrong:
+        raise InputError(f"{tensors.where}: adapter tensors {'; '.join(wrong)}")
+
+
+def _assembled(tensors: Tensors, wanted: list[_Tensor], sizes: Mapping[str, int], config: ModelConfig) -> Params:
+    """The tree of the wanted tensors, layers stacked. An adapter is small: every process reads the whole of it."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for tensor in wanted:
+        window = whole(tensor.layout.our_shape(sizes))
+
+        def read(part: tuple[slice, ...], name: str = tensor.name) -> np.ndarray:
+            return np.asarray(tensors.read(name, part), np.float32)
+
+        stacks.setdefault(tensor.ours, []).append(tensor.layout.to_ours(sizes, window, read))
+    params: Params = {}
+    if config.has_scalar and "scalar_head/bias" not in stacks:
+        stacks["scalar_head/bias"] = [np.zeros(1, np.float32)]
+    for ours, parts in stacks.items():
+        *parents, leaf = ours.split("/")
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = jnp.asarray(parts[0] if ours.startswith(lora.HEAD) else np.stack(parts))
+    return params
+
+
+def _leaf(params: Params, path: str) -> Any:
+    for key in path.split("/"):
+        params = params[key]
+    return params

@@ -1,0 +1,154 @@
+"""Adapters in PEFT's format: names and shapes by hand, the round trip bit by bit, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from family_files import CASES, drawn, stored_shapes
+from llama_files import write_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from rlhf_jax.io import export_adapter, load_pretrained, read_adapter
+from rlhf_jax.models import LoraConfig, Model, lora
+from rlhf_jax.testing import byte_tokenizer, random_params
+from rlhf_jax.types import InputError
+
+SETTINGS = LoraConfig(rank=3, alpha=5.0, rslora=True)
+
+
+def base(case: str, directory: Path) -> Path:
+    return write_checkpoint(directory / case, CASES[case], drawn(stored_shapes(case)))
+
+
+@pytest.fixture
+def exported(tmp_path: Path):
+    """(adapter directory, base model, base parameters, trained) of a model whose layers are of two kinds."""
+    directory = base("gemma3", tmp_path)
+    model, params, _ = load_pretrained(directory)
+    adapted = Model(model.config, lora=SETTINGS)
+    _, trained = lora.split(random_params(adapted, 7))
+    export_adapter(tmp_path / "adapter", adapted, trained, byte_tokenizer(), str(directory))
+    return tmp_path / "adapter", model, params, trained
+
+
+def test_names_shapes_and_settings(exported) -> None:
+    adapter, _, _, trained = exported
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    at = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
+    # 5 layers, 7 matrices, A and B; hidden 32, 4 heads of 12 on 2, rank 3
+    assert len(tensors) == 5 * 7 * 2
+    shapes = {(name, side): tensors[at.format(1, name, side)].shape for name in ("q_proj", "k_proj") for side in "AB"}
+    assert shapes == {
+        ("q_proj", "A"): (3, 32),
+        ("q_proj", "B"): (48, 3),
+        ("k_proj", "A"): (3, 32),
+        ("k_proj", "B"): (24, 3),
+    }
+    assert tensors[at.format(2, "o_proj", "A")].shape == (3, 48)
+    # layers 0, 1 and 3, 4 see a window, layer 2 everything: three stacks, the last one of layers 3 and 4
+    assert sorted(trained["layers"]) == ["0", "2", "3"]
+    query = trained["layers"]["3"]["attention"]["query"]
+    assert np.array_equal(tensors[at.format(4, "q_proj", "A")], query["lora_a"][1].T)
+    assert np.array_equal(tensors[at.format(4, "q_proj", "B")], query["lora_b"][1].reshape(3, 48).T)
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (3, 5.0, True)
+    names = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    assert set(fields["target_modules"]) == names | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    assert (fields["task_type"], fields["modules_to_save"]) == ("CAUSAL_LM", None)
+
+
+def test_round_trip_is_bit_exact(exported) -> None:
+    adapter, model, _, trained = exported
+    settings, again, with_head = read_adapter(adapter, model.config)
+    assert not with_head and (settings.rank, settings.alpha, settings.rslora) == (3, 5.0, True)
+    assert jax.tree.structure(again) == jax.tree.structure(trained)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert jax.tree.structure(lora.split(Model(model.config, lora=settings).abstract())[1]) == jax.tree.structure(
+        trained
+    )
+
+
+def test_an_adapter_loads_merged_into_the_base_it_names(exported) -> None:
+    adapter, model, params, trained = exported
+    loaded, merged, _ = load_pretrained(adapter)
+    assert loaded.config == model.config
+    expected = lora.merge(lora.combine(params, trained), SETTINGS)
+    for ours, theirs in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
+    directory = base("mistral", tmp_path)
+    model = load_pretrained(directory).model.with_head("scalar")
+    adapted = Model(model.config, lora=LoraConfig(rank=2, targets="attention/value"))
+    _, trained = lora.split(random_params(adapted, 3))
+    export_adapter(tmp_path / "adapter", adapted, trained, byte_tokenizer(), str(directory))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    head = trained["scalar_head"]["kernel"]
+    assert np.array_equal(tensors["base_model.model.score.weight"], np.asarray(head).T)
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (fields["task_type"], fields["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    loaded, params, _ = load_pretrained(tmp_path / "adapter")
+    assert loaded.config.head == "scalar"
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(params["scalar_head"][name], trained["scalar_head"][name])
+
+
+def rewrite(adapter: Path, change) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(QUERY), f"missing: {QUERY}"),
+        (lambda t: t.update(other=np.zeros(2, np.float32)), "not of this model: other"),
+        (
+            lambda t: t.update({QUERY: np.zeros((4, 32), np.float32)}),
+            r"of another shape: .*q_proj.*\[4, 32\], not \[3, 32\]",
+        ),
+        (lambda t: t.update({QUERY: np.zeros((3, 32), np.int8)}), r"of a dtype that is not read: .*q_proj.*\(I8\)"),
+    ],
+)
+def test_wrong_tensors_are_listed(exported, change, message) -> None:
+    rewrite(exported[0], change)
+    with pytest.raises(InputError, match=message):
+        load_pretrained(exported[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["embed_tokens"]),
+        ("peft_type", "IA3"),
+        ("something_new", 1),
+    ],
+)
+def test_settings_that_are_not_understood_are_refused_by_name(exported, field, value) -> None:
+    file = exported[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(InputError, match=f"{field} = "):
+        load_pretrained(exported[0])
+
+
+def test_matrices_that_a_checkpoint_joins_are_refused(tmp_path: Path) -> None:
+    adapted = Model(load_pretrained(base("gpt2", tmp_path)).model.config, lora=SETTINGS)
+    _, trained = lora.split(random_params(adapted, 0))
+    with pytest.raises(InputError, match="layers/attention/key.*stored joined.*export the merged model"):
+        export_adapter(tmp_path / "adapter", adapted, trained, byte_tokenizer(), "base")
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(InputError, match="no adapters"):
+        export_adapter(tmp_path / "adapter", Model(adapted.config), trained, byte_tokenizer(), "base")
