@@ -23,6 +23,7 @@ import jax
 from absl import flags
 
 from rlhf_jax import data, learn, plan, programs
+from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, make_mesh, remake_mesh
 from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
 from rlhf_jax.run import LoopConfig, bound_config, launch
@@ -65,10 +66,13 @@ def run(
     reward_texts: ScoreTexts | None = None,
     reward_key: str = "",
     monitor: ScoreTexts | None = None,
+    lora: LoraConfig | None = None,
 ) -> None:
     """As in train_ppo, train_sft and train_reward; what follows ``prompts`` has no effect on the programs and is accepted so
     that the file of a run can be planned as it is."""
     bound_config()
+    if lora is not None:
+        raise InputError("run.lora: adapters are not planned; without it the plan is of the run that trains everything")
     del run_dir, seed, records, loop, reward_texts, reward_key, monitor
     where = _slice()
     chip, devices = (None, jax.devices()) if where is None else (where.chip, where.devices())

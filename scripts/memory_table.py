@@ -1,4 +1,5 @@
-"""Peak memory of one SFT step by how many columns are scored at a time, as the compiler reports it. Nothing is run.
+"""Peak memory of one SFT step, as the compiler reports it: by how many columns are scored at a time, and with adapters.
+Nothing is run.
 
     python scripts/memory_table.py                          # for this machine
     python scripts/memory_table.py --topology=v5e:2x2       # for one chip of a TPU slice, without a TPU (needs libtpu)
@@ -24,7 +25,7 @@ from jax.sharding import SingleDeviceSharding
 
 from rlhf_jax import learn, rollout
 from rlhf_jax.command import run_command
-from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
 from rlhf_jax.types import TokenBatch
 
 MODEL = ModelConfig(
@@ -32,24 +33,25 @@ MODEL = ModelConfig(
 )
 
 
-def compile_step(columns: int, rows: int, length: int, device: jax.Device) -> tuple[int, int]:
-    """(temporary bytes, argument bytes) of an SFT step with Adam on one device."""
-    model = Model(MODEL.replace(logits_chunk=columns))
+def compile_step(model: Model, rows: int, length: int, device: jax.Device) -> tuple[int, int]:
+    """(temporary bytes, argument bytes) of an SFT step with Adam on one device, of the adapters when the model has them."""
     adam = learn.make_optimizer(learn.OptimizerConfig(), 10)
     loss = learn.make_sft_loss(lambda params, batch: rollout.sequence_logprobs(model, params, batch))
-    step = jax.jit(learn.make_train_step(loss, adam), donate_argnums=0)
+    step = jax.jit(learn.make_train_step(lora.on_adapters(loss, model.lora), adam), donate_argnums=0)
 
-    def begin() -> object:
+    def begin() -> tuple[object, object]:
         rng = jax.random.key(0, impl="threefry2x32")
-        return learn.initial_state(model.init(rng), adam, rng)
+        params = model.init(rng)
+        base, trained = lora.split(params) if model.lora is not None else ({}, params)
+        return learn.initial_state(trained, adam, rng), {"base": base} if model.lora is not None else {}
 
     def there(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
 
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = TokenBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((rows, length), jnp.bool_))
-    state, batch = jax.tree.map(there, (jax.eval_shape(begin), batch))
-    memory = step.lower(state, {}, batch).compile().memory_analysis()
+    (state, frozen), batch = jax.tree.map(there, (jax.eval_shape(begin), batch))
+    memory = step.lower(state, frozen, batch).compile().memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 
 
@@ -62,11 +64,23 @@ def table() -> int:
     rows, length = given.rows, given.length
     print(f"{device.device_kind}: {rows} rows of {length} columns; logits [B, S, V] would be ", end="")
     print(f"{rows * length * MODEL.vocab_size * 4 / 2**30:.2f} GiB in float32\n")
-    print("| logits_chunk | temporary, GiB | arguments, GiB |\n|---|---|---|")
-    for columns in (length, 512, 128, 32):
-        temporary, arguments = compile_step(columns, rows, length, device)
+    print("| trained | base | logits_chunk | temporary, GiB | arguments, GiB |\n|---|---|---|---|---|")
+    adapters = LoraConfig(rank=16)
+    for trained, dtype, columns in (
+        ("everything", "float32", length),
+        ("everything", "float32", 512),
+        ("everything", "float32", 128),
+        ("everything", "float32", 32),
+        ("LoRA, rank 16", "float32", 128),
+        ("LoRA, rank 16", "bfloat16", length),
+        ("LoRA, rank 16", "bfloat16", 128),
+    ):
+        config = MODEL.replace(logits_chunk=columns, param_dtype=dtype)
+        model = Model(config, lora=None if trained == "everything" else adapters)
+        temporary, arguments = compile_step(model, rows, length, device)
         name = f"{columns} (all)" if columns == length else str(columns)
-        print(f"| {name} | {temporary / 2**30:.2f} | {arguments / 2**30:.2f} |", flush=True)
+        numbers = f"{temporary / 2**30:.2f} | {arguments / 2**30:.2f}"
+        print(f"| {trained} | {dtype} | {name} | {numbers} |", flush=True)
     return 0
 
 
