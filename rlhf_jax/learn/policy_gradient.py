@@ -210,12 +210,8 @@ def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
             ops.zero_outside(values, values_at), batch.old_values, batch.returns, config.value_clip
         )
         pg, vf, spread = Mean.of(policy, mask), Mean.of(value, values_at), Mean.of(entropy, mask)
-        terms = {
-            "policy": Term(pg.total, pg.weight),
-            "value": Term(vf.total, vf.weight, config.value_coefficient),
-        }
-        if config.entropy_coefficient:
-            terms["entropy"] = Term(spread.total, spread.weight, -config.entropy_coefficient)
+        means = {"policy": pg, "value": vf, "entropy": spread}
+        terms = {name: Term(means[name].total, means[name].weight, c) for name, c in _coefficients(config).items()}
         log_ratio = logprobs - old
         metrics = {
             "ratio": Mean.of(ratio, mask),
@@ -231,6 +227,19 @@ def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
         return terms, metrics
 
     return loss
+
+
+def _coefficients(config: PPOConfig) -> dict[str, float]:
+    """Of the terms of the loss; an entropy that does not count is no term."""
+    entropy = {"entropy": -config.entropy_coefficient} if config.entropy_coefficient else {}
+    return {"policy": 1.0, "value": config.value_coefficient, **entropy}
+
+
+def _pooled_loss(metrics: dict[str, Mean], config: PPOConfig) -> Mean:
+    """The loss from its terms' means. A term that nothing counts for adds 0, as in the step."""
+    parts = [(coefficient, metrics[f"loss/{name}"]) for name, coefficient in _coefficients(config).items()]
+    values = [coefficient * mean.total / jnp.where(mean.weight > 0, mean.weight, 1.0) for coefficient, mean in parts]
+    return Mean(jnp.stack(values).sum(), jnp.ones(()))
 
 
 def minibatch_indices(rng: Rng, rows: int, config: PPOConfig) -> Array:
@@ -251,7 +260,8 @@ def update(
 ) -> tuple[TrainState, dict[str, Mean]]:
     """Epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}.
 
-    Metrics are summed over all of them (token means over the whole update); ``identity/*`` are those of the first
+    Metrics are summed over all of them (token means over the whole update), ``loss`` is the sum of the terms so pooled;
+    ``identity/*`` are those of the first
     minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding. ``identity/identity_gap`` is
     the largest |log ratio| of that minibatch (with microbatches: the sum of each one's largest, never less).
     """
@@ -266,6 +276,7 @@ def update(
 
     state, metrics = jax.lax.scan(one, state, indices)
     merged: dict[str, Mean] = jax.tree.map(lambda x: x.sum(axis=0), metrics)
+    merged["loss"] = _pooled_loss(merged, config)
     first: dict[str, Mean] = jax.tree.map(lambda x: x[0], metrics)
     for name in ("identity_gap", "approx_kl_k2", "clip_fraction", "ratio"):
         merged[f"identity/{name}"] = first[name]

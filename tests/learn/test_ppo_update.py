@@ -228,6 +228,16 @@ def test_with_learning_rate_zero_the_ratio_stays_one(microbatches):
     assert float(metrics["grad_norm"].value()) > 1e-3
 
 
+def test_the_loss_of_an_update_is_the_sum_of_its_pooled_terms():
+    """A mean of the minibatches' losses would weigh a minibatch of few tokens like one of many."""
+    config = PPOConfig(epochs=2, minibatches=2, value_coefficient=0.25, entropy_coefficient=0.5)
+    _, metrics = run_update(config, 0.05)
+    values = {name: float(mean.value()) for name, mean in metrics.items()}
+    whole = values["loss/policy"] + 0.25 * values["loss/value"] - 0.5 * values["loss/entropy"]
+    np.testing.assert_allclose(values["loss"], whole, rtol=1e-6)
+    assert values["loss/entropy"] == values["entropy"] > 0
+
+
 def test_identities_are_of_the_first_minibatch_only():
     _, metrics = run_update(PPOConfig(epochs=3, minibatches=2), 0.05)
     assert float(metrics["identity/identity_gap"].value()) < 2e-6
@@ -283,7 +293,8 @@ def test_advantages_whitened_in_each_minibatch(scope, ddof, whitened):
         del frozen
         count, advantages, masks = state
         seen = (count + 1, advantages.at[count].set(batch.advantages), masks.at[count].set(batch.completions.mask))
-        return seen, dict.fromkeys(("identity_gap", "approx_kl_k2", "clip_fraction", "ratio"), zero)
+        names = ("identity_gap", "approx_kl_k2", "clip_fraction", "ratio", "loss/policy", "loss/value")
+        return seen, dict.fromkeys(names, zero)
 
     config = PPOConfig(epochs=1, minibatches=4, whiten_advantages=scope, whiten_ddof=ddof)
     nothing = (jnp.zeros((), jnp.int32), jnp.zeros((4, 2, 4)), jnp.zeros((4, 2, 4), bool))
