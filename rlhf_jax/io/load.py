@@ -76,13 +76,15 @@ def load_pretrained(
     return Pretrained(model, params, opened.tokenizer)
 
 
-def describe_pretrained(path: str | Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
-    """Configuration (as saved) and tokenizer of what `load_pretrained` would load; no weights are read.
+def describe_pretrained(
+    path: str | Path, *, max_length: int | None = None
+) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    """Configuration (as saved, but for ``max_length``) and tokenizer of what `load_pretrained` would load; no weights are read.
 
     Raises InputError as `load_pretrained` does.
     """
     opened = _open(locate(path))
-    return opened.config, opened.tokenizer
+    return opened.config.replace(max_length=_chosen_length(opened.config, max_length, path)), opened.tokenizer
 
 
 class _Opened(NamedTuple):

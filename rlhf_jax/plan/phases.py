@@ -97,7 +97,7 @@ def supervised_phases(
     tokens = sequences * length
     return [
         Phase(f"{stage} step", functions.train_step, (state, {}, batch), resident, tokens, 3 * forward, inside),
-        Phase(f"{stage} evaluate", functions.evaluate, (state.params, batch), resident, tokens, forward, {}),
+        Phase(f"{stage} evaluate", functions.evaluate, (state.params, batch, {}), resident, tokens, forward, {}),
     ]
 
 
@@ -132,7 +132,7 @@ def ppo_phases(
         made = jax.eval_shape(function, *arguments)
         return jax.tree.map(lambda leaf: _rows(mesh, leaf.dtype, *leaf.shape), made)
 
-    completions: Completions = produced(functions.generate, params, prompts, rng)
+    completions: Completions = produced(functions.generate, params, prompts, rng, frozen)
     scored: Rollout = produced(functions.score, params, frozen, completions)
     prepared: PolicyBatch = produced(lambda *given: functions.prepare(*given)[0], scored, state.kl_coefficient)
 
@@ -170,13 +170,13 @@ def ppo_phases(
         inside["rollout copy"] = analytic.tree_bytes(abstract_arrays(copied, where))
     generated = analytic.generate_flops(config, rows, prompt_length, new)
     return [
-        Phase("generate", functions.generate, (params, prompts, rng), resident, tokens, generated, inside, new),
+        Phase("generate", functions.generate, (params, prompts, rng, frozen), resident, tokens, generated, inside, new),
         Phase("score", functions.score, (params, frozen, completions), resident, tokens, sum(passes.values()), {}),
         Phase("prepare", functions.prepare, (scored, state.kl_coefficient), resident, tokens, 0, {}),
         Phase(
             "update",
             functions.update,
-            (train, prepared, rng),
+            (train, prepared, rng, frozen),
             resident,
             tokens * ppo.epochs,
             3 * trained * ppo.epochs,

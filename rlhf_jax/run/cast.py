@@ -106,7 +106,7 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
         config, tokenizer = source.config.replace(head=head), source.tokenizer
     else:
         assert source.path is not None
-        saved, tokenizer = describe_pretrained(source.path)
+        saved, tokenizer = describe_pretrained(source.path, max_length=source.max_length)
         config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
     refuse_tokenizer(config, tokenizer)
     model = Model(config, ActivationConstraint(mesh))
