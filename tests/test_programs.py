@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax import programs, rollout
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import to_global
+from rlhf_jax.parallel import replicated, to_global
 from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
 
 ROWS = 8
@@ -66,10 +66,11 @@ def built():
     frozen = {"reference": random_params(policy, 0), "reward": random_params(scalar, 5)}
     rates = OptimizerConfig(learning_rate=1e-3), OptimizerConfig(learning_rate=1e-3)
     optimizer = programs.ppo_optimizer(*rates, steps=1, ppo=PPO)
-    begin = programs.ppo_beginning(optimizer, PPO, jax.random.key(1), share_trunk=False)
 
-    def fresh():
-        return begin(jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]}))
+    def fresh():  # with a key of its own, because an update donates it, and placed as a run places its state
+        begin = programs.ppo_beginning(optimizer, PPO, jax.random.key(1), share_trunk=False)
+        state = begin(jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]}))
+        return jax.device_put(state, replicated(mesh_of()))
 
     functions = programs.ppo_functions(
         models, optimizer, fresh(), mesh_of(), sampling=SAMPLING, ppo=PPO, microbatches=2, ends=ENDS
