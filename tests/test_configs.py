@@ -152,7 +152,9 @@ def test_the_check_lets_a_good_config_through(tmp_path: Path, check: Check) -> N
             None, "run.records = @OptimizerConfig()\n", "must be a reference that gives Records", id="wrong reference"
         ),
         pytest.param(None, "OptimizerConfig.b1 = 1.5\n", "OptimizerConfig.b1 = 1.5: give a number", id="out of range"),
-        pytest.param(None, "desk_demonstrations.start = -1\n", "case index -1 is negative", id="a builder refuses"),
+        pytest.param(
+            None, "desk_demonstrations.start = -1\n", "start = -1: give a whole number >= 0", id="a builder refuses"
+        ),
         pytest.param(None, "include 'configs/none.gin'\n", "no such gin file 'configs/none.gin'", id="missing file"),
         pytest.param(None, "run.steps = %STEPS\n", "unknown macro %STEPS", id="unknown macro"),
         pytest.param(None, "run.steps = (3\n", "cannot read gin", id="not gin"),

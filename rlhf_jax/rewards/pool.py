@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from rlhf_jax.types import InputError, RunStopped
@@ -42,12 +42,12 @@ class RewardPool:
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
             raise InputError(f"in_processes.seconds = {seconds!r}: give a number > 0")
         try:
-            self._score = pickle.dumps(score)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            ForkingPickler.dumps(score)  # what starting a process will do with it
+        except Exception as error:
             raise InputError(
                 f"in_processes.score: {error}; give a function of a module, which a process can import"
             ) from error
-        self._count, self._seconds, self._starting = workers, float(seconds), starting
+        self._score, self._count, self._seconds, self._starting = score, workers, float(seconds), starting
         self._workers: list[_Worker] = []
 
     def __call__(
@@ -110,7 +110,7 @@ class RewardPool:
                 raise RunStopped(f"reward of prompt {prompt!r}: its process had ended before ({error})") from error
 
 
-def _start(score: bytes) -> _Worker:
+def _start(score: Score) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, score), daemon=True)
@@ -119,9 +119,8 @@ def _start(score: bytes) -> _Worker:
     return _Worker(process, ours)
 
 
-def _serve(pipe: Connection, pickled: bytes) -> None:
+def _serve(pipe: Connection, score: Score) -> None:
     """In the process: scores of one response after the other, or what went wrong."""
-    score: Score = pickle.loads(pickled)
     while True:
         try:
             row, response, ended = pipe.recv()

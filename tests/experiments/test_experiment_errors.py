@@ -37,7 +37,7 @@ CASES = {
     "argument": Case(*PPO, [], "unexpected argument 'run.steps=3'; everything is a flag", ("run.steps=3",)),
     "missing gin file": Case("train_sft", "sfd", [], "--gin_file=configs/smoke/sfd.gin: no such gin file"),
     "config of another experiment": Case(
-        "train_reward", "base", [], "Comparison records are needed here, got Demonstration"
+        "train_reward", "base", ["BatchConfig.packed = False"], "Comparison records are needed here, got Demonstration"
     ),
     # keys
     "unknown key": Case(

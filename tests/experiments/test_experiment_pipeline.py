@@ -65,11 +65,11 @@ def test_stopped_resumed_and_no_longer_true(chain: Path, tmp_path: Path) -> None
     assert (directory / "sft" / "metrics.jsonl").read_bytes() == (chain / "sft" / "metrics.jsonl").read_bytes()
     assert (directory / "report.html").is_file()
 
-    # What a finished stage had read is another thing now: not skipped, and refused by name.
+    # What a finished stage had read is damaged now: not skipped, and refused by name.
     card = directory / "base" / "checkpoints" / "30" / "state" / "_METADATA"
     card.write_text(card.read_text() + " ")
     _, err = finish(start(pipeline), 2)
-    assert "error: input 'model': the content of" in err and "is not what the run began with" in err
+    assert f"error: {directory / 'base' / 'checkpoints' / '30'}: damaged checkpoint" in err
     assert err.endswith("error: stage sft ended with exit code 2; its message is above\n")
 
 

@@ -446,7 +446,14 @@ def test_a_hang_ends_with_stacks_and_its_own_code(start, tmp_path: Path) -> None
 def test_a_signal_that_is_not_obeyed_in_time(start, tmp_path: Path) -> None:
     fault = ("Fault.point = 'log'", "Fault.action = 'hang'", "Fault.step = 2")
     process = start("stuck", 9, "LoopConfig.stop_within = 1.0", "LoopConfig.faults = [@Fault()]", *fault)
-    wait_for_lines(tmp_path / "stuck" / "metrics.jsonl", 1, process)
+    status = tmp_path / "stuck" / "status.json"
+    wait_for_lines(status, 1, process)
+    deadline = time.monotonic() + 60
+    while (now := json.loads(status.read_text()))["step"] != 2 or now[
+        "phase"
+    ] != "log":  # a signal before would be obeyed
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = finish(process, 4)
     assert "stopped: not stopped within 1 s of the signal (LoopConfig.stop_within)" in err
