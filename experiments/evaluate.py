@@ -184,7 +184,7 @@ def _print(evaluation: dict) -> None:
     console = Console()
     console.print(table)
     for sentence in headlines(evaluation):
-        console.print(sentence, markup=False)
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
