@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import data, learn, programs, rollout
-from rlhf_jax.data import Comparison, Demonstration, Prompt
+from rlhf_jax.data import Comparison, Demonstration
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, remake_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch
@@ -38,6 +38,7 @@ from rlhf_jax.run.configurables import (
     ModelSource,
     Records,
     ScoreTexts,
+    encode_prompts,
     encode_records,
     load_model,
     with_adapters,
@@ -370,10 +371,7 @@ def ppo_checks(
     tokenizer, template = cast.policy.tokenizer, prompts.template
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
-    def encode(record):
-        return data.encode_prompt(record, tokenizer, template, max_prompt_length=batch.length)
-
-    encoded, _ = encode_records(prompts, Prompt, encode)
+    encoded, _ = encode_prompts(prompts, tokenizer, batch.length)
     yield from token_checks(encoded.items, tokenizer)
     shape = {"batch_size": batch.batch_size, "length": batch.length, "seed": seed, "pad_id": tokenizer.pad_token_id}
     batches = data.prompt_batches(encoded.items, **shape)

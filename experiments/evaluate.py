@@ -32,7 +32,7 @@ from rlhf_jax.run.configurables import (
     ModelSource,
     Records,
     ScoreTexts,
-    encode_records,
+    encode_prompts,
     load_model,
     load_reward,
     refuse_unused,
@@ -103,14 +103,8 @@ def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices
         )
     for each in filter(None, (loaded, judge)):
         each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
-    encoded, none = encode_records(
-        prompts,
-        data.Prompt,
-        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
-    )
-
+    encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     tell_left_out(prompts, encoded, none)
-
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 
     @jax.jit

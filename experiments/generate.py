@@ -27,7 +27,7 @@ from rlhf_jax.run.configurables import (
     ModelSource,
     Records,
     ScoreTexts,
-    encode_records,
+    encode_prompts,
     load_model,
     refuse_unused,
     tell_left_out,
@@ -93,14 +93,8 @@ def run(
 def _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng) -> tuple[list[dict], float]:
     """A row per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
-    encoded, none = encode_records(
-        prompts,
-        data.Prompt,
-        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
-    )
-
+    encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     tell_left_out(prompts, encoded, none)
-
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 
     @jax.jit

@@ -27,7 +27,7 @@ from rlhf_jax.run.configurables import (
     ModelSource,
     Records,
     ScoreTexts,
-    encode_records,
+    encode_prompts,
     refuse_unused,
     tell_left_out,
     write_model_card,
@@ -74,11 +74,7 @@ def run(
     cast = load_cast(policy, reward, share_trunk, devices, init_rng, lora=lora)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer, pad = cast.policy.tokenizer, cast.policy.tokenizer.pad_token_id
-    encoded, none = encode_records(
-        prompts,
-        data.Prompt,
-        lambda record: data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=batch.length),
-    )
+    encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     batches = data.prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.io.export import new_directory
 from rlhf_jax.io.json_files import read_json, write_json
 from rlhf_jax.io.layout import Layout, parse, whole
-from rlhf_jax.io.tensors import Tensors, listed, open_file
+from rlhf_jax.io.tensors import Tensors, listed, open_file, wrong_kinds
 from rlhf_jax.io.tokenizers import save_tokenizer
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
 from rlhf_jax.models.families import dimensions, weights_of
@@ -218,13 +218,7 @@ def _check(tensors: Tensors, wanted: list[_Tensor], sizes: Mapping[str, int]) ->
         wrong.append(f"missing: {listed(missing)}")
     if extra := sorted(stored.keys() - shapes.keys()):
         wrong.append(f"not of this model: {listed(extra)}")
-    both = sorted(shapes.keys() & stored.keys())
-    if reshaped := [
-        f"{n} {list(stored[n].shape)}, not {list(shapes[n])}" for n in both if stored[n].shape != shapes[n]
-    ]:
-        wrong.append(f"of another shape: {listed(reshaped)}")
-    if retyped := [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in tensors.readable]:
-        wrong.append(f"of a dtype that is not read: {listed(retyped)}")
+    wrong += wrong_kinds(tensors, shapes)
     if not shapes:
         wrong.append("none of this model")
     if wrong:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.io.layout import Layout, Window, parse
-from rlhf_jax.io.tensors import Tensors, listed
+from rlhf_jax.io.tensors import Tensors, listed, wrong_kinds
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.families import DERIVED_TENSORS, FAMILIES, Weight, dimensions, weights_of
 from rlhf_jax.types import InputError, Params
@@ -43,13 +43,7 @@ def check_tensors(tensors: Tensors, config: ModelConfig) -> None:
         extra.remove(head)
     if extra:
         wrong.append(f"not of this architecture: {listed(extra)}")
-    both = sorted(expected.keys() & stored.keys())
-    if reshaped := [
-        f"{n} {_words(stored[n].shape)}, not {_words(expected[n])}" for n in both if stored[n].shape != expected[n]
-    ]:
-        wrong.append(f"of another shape than config.json says: {listed(reshaped)}")
-    if retyped := [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in tensors.readable]:
-        wrong.append(f"of a dtype that is not read: {listed(retyped)} (read: {', '.join(sorted(tensors.readable))})")
+    wrong += wrong_kinds(tensors, expected)
     if wrong:
         raise InputError(f"{tensors.where}: tensors {'; '.join(wrong)}")
 
@@ -148,7 +142,3 @@ def _equals_the_embeddings(tensors: Tensors, config: ModelConfig, head: str) -> 
         if not np.array_equal(tensors.read(name, window), tensors.read(head, window)):
             return False
     return True
-
-
-def _words(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"

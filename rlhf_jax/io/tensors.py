@@ -89,6 +89,23 @@ def listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def wrong_kinds(tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What to say of stored tensors whose shape is another than ``expected`` or whose dtype is not read; [] for none."""
+    stored, wrong = tensors.stored, []
+    both = sorted(expected.keys() & stored.keys())
+    if reshaped := [
+        f"{n} {_words(stored[n].shape)}, not {_words(expected[n])}" for n in both if stored[n].shape != expected[n]
+    ]:
+        wrong.append(f"of another shape than the configuration says: {listed(reshaped)}")
+    if retyped := [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in tensors.readable]:
+        wrong.append(f"of a dtype that is not read: {listed(retyped)} (read: {', '.join(sorted(tensors.readable))})")
+    return wrong
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
 def _file(stored: Mapping[str, Stored], name: str) -> str | None:
     return stored[name].file if name in stored else None
 

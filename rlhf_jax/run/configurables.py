@@ -427,6 +427,17 @@ def encode_records(
     return data_room.encode_all(records.train, encode), heldout
 
 
+def encode_prompts(
+    prompts: Records, tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[data_room.EncodedSet[Any, Any], data_room.EncodedSet[Any, Any]]:
+    """`encode_records` of prompts to sample replies to, of at most ``length`` tokens."""
+
+    def encode(record: Any) -> Any:
+        return data_room.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=length)
+
+    return encode_records(prompts, Prompt, encode)
+
+
 def tell_left_out(
     records: Records, train: data_room.EncodedSet[Any, Any], heldout: data_room.EncodedSet[Any, Any]
 ) -> None:

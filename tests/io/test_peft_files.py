@@ -115,7 +115,7 @@ QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update(other=np.zeros(2, np.float32)), "not of this model: other"),
         (
             lambda t: t.update({QUERY: np.zeros((4, 32), np.float32)}),
-            r"of another shape: .*q_proj.*\[4, 32\], not \[3, 32\]",
+            r"of another shape than the configuration says: .*q_proj.*\[4, 32\], not \[3, 32\]",
         ),
         (lambda t: t.update({QUERY: np.zeros((3, 32), np.int8)}), r"of a dtype that is not read: .*q_proj.*\(I8\)"),
     ],
