@@ -28,21 +28,13 @@ import numpy as np
 from rlhf_jax import data, learn, programs, rollout
 from rlhf_jax.data import Comparison, Demonstration
 from rlhf_jax.models import LoraConfig
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, remake_mesh, to_global, tree_shardings
+from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch
-from rlhf_jax.run.cast import load_cast
+from rlhf_jax.run.cast import assemble, load_cast
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.configurables import (
-    BatchConfig,
-    Loaded,
-    ModelSource,
-    Records,
-    ScoreTexts,
-    encode_prompts,
-    encode_records,
-    load_model,
-    with_adapters,
-)
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
+from rlhf_jax.run.models import Loaded, load_model, with_adapters
+from rlhf_jax.run.records import Records, encode_prompts, encode_records
 from rlhf_jax.saved import read_arrays, verify
 from rlhf_jax.types import InputError, RunStopped, TokenBatch
 
@@ -377,13 +369,18 @@ def ppo_checks(
     batches = data.prompt_batches(encoded.items, **shape)
     yield arithmetic_check(len(encoded.items), batch, steps)
 
-    optimizer = programs.ppo_optimizer(policy_optimizer, value_optimizer, steps, ppo)
-    begin = programs.ppo_beginning(optimizer, ppo, rng, share_trunk=share_trunk)
-    state = born_sharded(begin, cast.shardings(devices), devices, cast.trainable)
-    ends = data.sampler_ends(tokenizer, template, sampling.stop_strings, cast.models.policy.config.vocab_size)
-    settings = {"sampling": sampling, "ppo": ppo, "microbatches": batch.microbatches, "ends": ends, "slots": slots}
-    settings["rollout_mesh"] = None if rollout_mesh is None else remake_mesh(rollout_mesh, devices)
-    generate, score, prepare, update = programs.ppo_functions(cast.models, optimizer, state, devices, **settings)
+    settings = programs.PPOSettings(
+        steps=steps,
+        sampling=sampling,
+        ppo=ppo,
+        policy_optimizer=policy_optimizer,
+        value_optimizer=value_optimizer,
+        microbatches=batch.microbatches,
+        slots=slots,
+        share_trunk=share_trunk,
+        rollout_mesh=rollout_mesh,
+    )
+    state, (generate, score, prepare, update) = assemble(cast, settings, template, devices, rng)
     yield memory_check(state, cast.frozen)
 
     example = to_global(next(batches), devices)
@@ -416,13 +413,10 @@ def ppo_checks(
     words = f"{ended:.0%} end by themselves, mean length {length:.0f} of {sampling.max_new_tokens}"
     yield judge("replies", ended > 0, words, "raise SamplingConfig.max_new_tokens, or SFT did not learn to stop")
 
-    def policy_fn(params, done):
-        return rollout.policy_and_values(
-            cast.models, params["policy"], params.get("value"), done, temperature=sampling.temperature
-        )
-
     if lora is None:
-        yield gradient_check(learn.make_ppo_loss(policy_fn, ppo), state.train.params, prepared, batch.microbatches, rng)
+        yield gradient_check(
+            programs.ppo_loss(cast.models, settings), state.train.params, prepared, batch.microbatches, rng
+        )
     held = [state.train]
 
     def one() -> Any:

@@ -27,18 +27,10 @@ from rlhf_jax.evaluate.statistics import length_controlled_difference, mean_inte
 from rlhf_jax.io import locate
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import (
-    BatchConfig,
-    ModelSource,
-    Records,
-    ScoreTexts,
-    encode_prompts,
-    load_model,
-    load_reward,
-    refuse_unused,
-    tell_left_out,
-)
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.models import load_model, load_reward
 from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.types import InputError, require_whole
 
 

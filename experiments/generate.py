@@ -22,17 +22,10 @@ from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.rewards.support_desk import has_flattery
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import (
-    BatchConfig,
-    ModelSource,
-    Records,
-    ScoreTexts,
-    encode_prompts,
-    load_model,
-    refuse_unused,
-    tell_left_out,
-)
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.models import load_model
 from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.types import InputError, require_whole
 
 

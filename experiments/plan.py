@@ -24,11 +24,12 @@ from absl import flags
 
 from rlhf_jax import data, learn, plan, programs
 from rlhf_jax.models import LoraConfig
-from rlhf_jax.parallel import MeshConfig, make_mesh, remake_mesh
+from rlhf_jax.parallel import MeshConfig, born_abstract, make_mesh
 from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
 from rlhf_jax.run import LoopConfig, bound_config, launch
-from rlhf_jax.run.cast import load_cast, plan_judge, plan_model
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Records, ScoreTexts
+from rlhf_jax.run.cast import assemble, load_cast, plan_judge, plan_model
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
+from rlhf_jax.run.records import Records
 from rlhf_jax.types import InputError, RunStopped
 
 flags.DEFINE_string("topology", None, "The slice, for instance v5p:2x2x4; or local.")
@@ -79,7 +80,16 @@ def run(
 
     # 1. How a candidate becomes phases, as shapes. The configured one is the first.
     if policy is not None and sampling and ppo and policy_optimizer and value_optimizer:
-        optimizers = programs.ppo_optimizer(policy_optimizer, value_optimizer, steps, ppo)
+        settings = programs.PPOSettings(
+            steps=steps,
+            sampling=sampling,
+            ppo=ppo,
+            policy_optimizer=policy_optimizer,
+            value_optimizer=value_optimizer,
+            slots=slots,
+            share_trunk=share_trunk,
+            rollout_mesh=rollout_mesh,
+        )
         template = data.Template(style="raw") if prompts is None else prompts.template
         scored = reward
         source = policy
@@ -89,15 +99,18 @@ def run(
             sources = [_with_remat(each, candidate.remat) for each in (source, scored)]
             cast = load_cast(*sources, share_trunk, grid, jax.random.key(0), load=plan_model, load_judge=plan_judge)
             cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
-            tokenizer = cast.policy.tokenizer
-            vocabulary = cast.models.policy.config.vocab_size
-            ends = data.sampler_ends(tokenizer, template, sampling.stop_strings, vocabulary)
-            settings = {"sampling": sampling, "slots": slots, "ppo": ppo, "ends": ends}
-            settings["microbatches"] = candidate.microbatches
-            settings["rollout_mesh"] = None if rollout_mesh is None else remake_mesh(rollout_mesh, grid)
-            sizes = {"rows": candidate.rows, "prompt_length": batch.length, "share_trunk": share_trunk}
+            chosen = dataclasses.replace(settings, microbatches=candidate.microbatches)
+            rng = jax.random.key(0, impl="threefry2x32")
+            state, functions = assemble(cast, chosen, template, grid, rng, born=born_abstract)
             return grid, plan.ppo_phases(
-                cast.models, cast.trainable, cast.frozen, optimizers, grid, **settings, **sizes
+                cast.models,
+                cast.frozen,
+                state,
+                functions,
+                chosen,
+                grid,
+                rows=candidate.rows,
+                prompt_length=batch.length,
             )
 
     elif model is not None and optimizer is not None:

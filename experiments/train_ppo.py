@@ -17,21 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, learn, programs, rollout
+from rlhf_jax import data, learn, rollout
 from rlhf_jax.models import LoraConfig
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, on_all, remake_mesh, to_global, to_host
+from rlhf_jax.parallel import MeshConfig, make_mesh, on_all, to_global, to_host
+from rlhf_jax.programs import PPOSettings
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
-from rlhf_jax.run.cast import load_cast
-from rlhf_jax.run.configurables import (
-    BatchConfig,
-    ModelSource,
-    Records,
-    ScoreTexts,
-    encode_prompts,
-    refuse_unused,
-    tell_left_out,
-    write_model_card,
-)
+from rlhf_jax.run.cast import assemble, load_cast
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.models import write_model_card
+from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.types import InputError
 
 
@@ -80,20 +74,19 @@ def run(
     )
 
     # 2. State, and the four jitted functions.
-    optimizer = programs.ppo_optimizer(policy_optimizer, value_optimizer, steps, ppo)
-    begin = programs.ppo_beginning(optimizer, ppo, train_rng, share_trunk=share_trunk)
-    state = born_sharded(begin, cast.shardings(devices), devices, cast.trainable)
-    vocabulary = cast.models.policy.config.vocab_size
-    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary)
-    settings = {
-        "sampling": sampling,
-        "slots": slots,
-        "ppo": ppo,
-        "microbatches": batch.microbatches,
-        "ends": ends,
-        "rollout_mesh": None if rollout_mesh is None else remake_mesh(rollout_mesh, devices),
-    }
-    generate, score, prepare, update = programs.ppo_functions(cast.models, optimizer, state, devices, **settings)
+    settings = PPOSettings(
+        steps=steps,
+        sampling=sampling,
+        ppo=ppo,
+        policy_optimizer=policy_optimizer,
+        value_optimizer=value_optimizer,
+        microbatches=batch.microbatches,
+        slots=slots,
+        share_trunk=share_trunk,
+        rollout_mesh=rollout_mesh,
+    )
+    state, functions = assemble(cast, settings, prompts.template, devices, train_rng)
+    generate, score, prepare, update = functions
 
     # 3. The loop.
     inputs = [*cast.inputs, *prompts.as_inputs()]

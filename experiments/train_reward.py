@@ -20,18 +20,10 @@ from rlhf_jax.evaluate.preference import pairwise_accuracy
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import (
-    BatchConfig,
-    ModelSource,
-    Records,
-    encode_records,
-    load_model,
-    refuse_unused,
-    tell_left_out,
-    with_adapters,
-    write_model_card,
-)
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
+from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.types import InputError
 
 

@@ -17,16 +17,9 @@ from rlhf_jax import data, learn, programs
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import (
-    BatchConfig,
-    ModelSource,
-    Records,
-    encode_records,
-    load_model,
-    tell_left_out,
-    with_adapters,
-    write_model_card,
-)
+from rlhf_jax.run.configurables import BatchConfig, ModelSource
+from rlhf_jax.run.models import load_model, with_adapters, write_model_card
+from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.types import InputError, Mean
 
 

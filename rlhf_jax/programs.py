@@ -20,7 +20,14 @@ from jax.sharding import Mesh
 
 from rlhf_jax import learn, rollout
 from rlhf_jax.models import Model, lora
-from rlhf_jax.parallel import ActivationConstraint, batch_sharding, replicated, tree_shardings
+from rlhf_jax.parallel import (
+    ActivationConstraint,
+    MeshConfig,
+    batch_sharding,
+    remake_mesh,
+    replicated,
+    tree_shardings,
+)
 from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
 
 
@@ -102,32 +109,42 @@ class PPOFunctions(NamedTuple):
     update: Callable[..., Any]
 
 
-def ppo_optimizer(
-    policy: learn.OptimizerConfig, value: learn.OptimizerConfig, steps: int, ppo: learn.PPOConfig
-) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class PPOSettings:
+    """Everything that decides PPO's programs besides its models. steps: iterations. share_trunk: the value head stands on
+    the policy's trunk. rollout_mesh: the run's devices in another shape, for sampling: see `rollout_copy`."""
+
+    steps: int
+    sampling: rollout.SamplingConfig
+    ppo: learn.PPOConfig
+    policy_optimizer: learn.OptimizerConfig
+    value_optimizer: learn.OptimizerConfig
+    microbatches: int = 1
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE
+    share_trunk: bool = False
+    rollout_mesh: MeshConfig | None = None
+
+
+def ppo_optimizer(settings: PPOSettings) -> optax.GradientTransformation:
     """One optimiser for the policy's leaves, one for the value model's."""
-    updates = ppo.epochs * ppo.minibatches
-    return optax.partition(
-        {
-            "policy": learn.make_optimizer(policy, steps, updates),
-            "value": learn.make_optimizer(value, steps, updates),
-        },
-        learn.ppo_optimizer_labels,
-    )
+    updates = settings.ppo.epochs * settings.ppo.minibatches
+    each = {"policy": settings.policy_optimizer, "value": settings.value_optimizer}
+    optimizers = {name: learn.make_optimizer(config, settings.steps, updates) for name, config in each.items()}
+    return optax.partition(optimizers, learn.ppo_optimizer_labels)
 
 
 def ppo_beginning(
-    optimizer: optax.GradientTransformation, ppo: learn.PPOConfig, rng: Rng, *, share_trunk: bool
+    optimizer: optax.GradientTransformation, settings: PPOSettings, rng: Rng
 ) -> Callable[[Params], learn.PPOState]:
-    """trainable parameters -> the state at step 0. rng: the run's key. share_trunk: the value head stands on the
-    policy's trunk and begins with every value 0 (Ziegler et al. 2019)."""
+    """trainable parameters -> the state at step 0. rng: the run's key. A value head on the policy's trunk begins with every
+    value 0 (Ziegler et al. 2019)."""
 
     def begin(params: Params) -> learn.PPOState:
-        if share_trunk:
+        if settings.share_trunk:
             head = jax.tree.map(jnp.zeros_like, params["policy"]["scalar_head"])
             params = params | {"policy": params["policy"] | {"scalar_head": head}}
         train = learn.initial_state(params, optimizer, rng)
-        return learn.PPOState(train, jnp.asarray(ppo.kl_coefficient, jnp.float32), jnp.zeros((), jnp.int32))
+        return learn.PPOState(train, jnp.asarray(settings.ppo.kl_coefficient, jnp.float32), jnp.zeros((), jnp.int32))
 
     return begin
 
@@ -137,31 +154,21 @@ def ppo_functions(
     optimizer: optax.GradientTransformation,
     state: learn.PPOState,
     mesh: Mesh,
-    *,
-    sampling: rollout.SamplingConfig,
-    ppo: learn.PPOConfig,
-    microbatches: int,
+    settings: PPOSettings,
     ends: dict[str, Any],
-    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
-    rollout_mesh: Mesh | None = None,
 ) -> PPOFunctions:
-    """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout. rollout_mesh: the devices
-    of ``mesh`` in another shape, for sampling: see `rollout_copy`."""
+    """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout."""
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
-
-    def policy_fn(params: Params, completions: Any) -> Any:
-        return rollout.policy_and_values(
-            models, params["policy"], params.get("value"), completions, temperature=sampling.temperature
-        )
-
-    loss = lora.on_adapters(learn.make_ppo_loss(policy_fn, ppo), None)  # without dropout: the first ratio must be 1
-    train_step = learn.make_train_step(loss, optimizer, microbatches=microbatches)
+    sampling, ppo = settings.sampling, settings.ppo
+    rollout_mesh = None if settings.rollout_mesh is None else remake_mesh(settings.rollout_mesh, mesh)
+    loss = lora.on_adapters(ppo_loss(models, settings), None)  # without dropout: the first ratio must be 1
+    train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
 
     def generate(params: Params, prompts: Any, rng: Rng, frozen: Params | None = None) -> Any:
         sampler, policy = models.policy, lora.whole(params, frozen)["policy"]
         if rollout_mesh is not None:
             sampler, policy = rollout_copy(sampler, policy, rollout_mesh)
-        return rollout.generate(sampler, policy, prompts, rng, sampling=sampling, slots=slots, **ends)
+        return rollout.generate(sampler, policy, prompts, rng, sampling=sampling, slots=settings.slots, **ends)
 
     def score(params: Params, frozen: Params, completions: Any) -> Any:
         both = lora.whole(params, frozen)
@@ -186,6 +193,17 @@ def ppo_functions(
         jax.jit(prepare, out_shardings=(rows, everywhere)),
         jax.jit(update, donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
     )
+
+
+def ppo_loss(models: rollout.RolloutModels, settings: PPOSettings) -> LossFn:
+    """Of the update, over parameters that are whole (`models.lora.whole`)."""
+
+    def policy_fn(params: Params, completions: Any) -> Any:
+        return rollout.policy_and_values(
+            models, params["policy"], params.get("value"), completions, temperature=settings.sampling.temperature
+        )
+
+    return learn.make_ppo_loss(policy_fn, settings.ppo)
 
 
 def rollout_copy(model: Model, params: Params, mesh: Mesh) -> tuple[Model, Params]:

@@ -66,6 +66,7 @@ import jax  # noqa: E402
 from rlhf_jax import learn, models  # noqa: E402
 from rlhf_jax.data import support_desk_replies  # noqa: E402
 from rlhf_jax.run import config, configurables  # noqa: E402
+from rlhf_jax.run.models import refuse_tokenizer  # noqa: E402
 
 
 def few(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +92,7 @@ def look_into(arguments: dict[str, Any]) -> None:
     params: Any = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
     for source in arguments.values():
         if isinstance(source, configurables.ModelSource) and source.config is not None:
-            configurables.refuse_tokenizer(source.config, source.tokenizer)
+            refuse_tokenizer(source.config, source.tokenizer)
             params = models.Model(source.config).abstract()
     for optimizer in arguments.values():
         if isinstance(optimizer, learn.OptimizerConfig):

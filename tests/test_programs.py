@@ -25,11 +25,8 @@ ENDS = {"eos_ids": tuple(range(2, 10)), "pad_id": 0}
 
 def test_the_learning_rate_stands_still_within_an_iteration_and_each_part_has_its_own():
     """Under a constant gradient Adam moves by its rate: 2 epochs x 2 minibatches at the full rate, then 4 at half (B29)."""
-    rates = (
-        OptimizerConfig(learning_rate=0.1, schedule="linear"),
-        OptimizerConfig(learning_rate=0.01, schedule="linear"),
-    )
-    optimizer = programs.ppo_optimizer(*rates, steps=2, ppo=PPO)
+    rates = [OptimizerConfig(learning_rate=rate, schedule="linear") for rate in (0.1, 0.01)]
+    optimizer = programs.ppo_optimizer(programs.PPOSettings(2, SAMPLING, PPO, *rates))
     params = {"policy": {"w": jnp.zeros(())}, "value": {"w": jnp.zeros(())}}
     state, moved = optimizer.init(params), []
     for _ in range(8):
@@ -46,8 +43,9 @@ def test_a_value_head_on_the_policys_trunk_begins_at_zero(share_trunk):
     params = {"policy": random_params(model, 0)}
     if not share_trunk:
         params["value"] = random_params(model.with_head("scalar"), 1)
-    optimizer = programs.ppo_optimizer(OptimizerConfig(), OptimizerConfig(), 1, PPO)
-    state = programs.ppo_beginning(optimizer, PPO, jax.random.key(0), share_trunk=share_trunk)(params)
+    rate = OptimizerConfig()
+    settings = programs.PPOSettings(1, SAMPLING, PPO, rate, rate, share_trunk=share_trunk)
+    state = programs.ppo_beginning(programs.ppo_optimizer(settings), settings, jax.random.key(0))(params)
     expected = params if not share_trunk else {"policy": {**params["policy"], "scalar_head": {"bias": 0, "kernel": 0}}}
     jax.tree.map(lambda found, leaf: np.testing.assert_array_equal(found, np.broadcast_to(leaf, found.shape)),
                  state.train.params, expected)  # fmt: skip
@@ -64,18 +62,16 @@ def built():
     scalar = policy.with_head("scalar")
     models = rollout.RolloutModels(policy, policy, scalar, scalar)
     frozen = {"reference": random_params(policy, 0), "reward": random_params(scalar, 5)}
-    rates = OptimizerConfig(learning_rate=1e-3), OptimizerConfig(learning_rate=1e-3)
-    optimizer = programs.ppo_optimizer(*rates, steps=1, ppo=PPO)
+    rate = OptimizerConfig(learning_rate=1e-3)
+    settings = programs.PPOSettings(1, SAMPLING, PPO, rate, rate, microbatches=2)
+    optimizer = programs.ppo_optimizer(settings)
 
     def fresh():  # with a key of its own, because an update donates it, and placed as a run places its state
-        begin = programs.ppo_beginning(optimizer, PPO, jax.random.key(1), share_trunk=False)
+        begin = programs.ppo_beginning(optimizer, settings, jax.random.key(1))
         state = begin(jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]}))
         return jax.device_put(state, replicated(mesh_of()))
 
-    functions = programs.ppo_functions(
-        models, optimizer, fresh(), mesh_of(), sampling=SAMPLING, ppo=PPO, microbatches=2, ends=ENDS
-    )
-    return functions, fresh, frozen
+    return programs.ppo_functions(models, optimizer, fresh(), mesh_of(), settings, ENDS), fresh, frozen
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from rlhf_jax import learn, programs
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import abstract_arrays, batch_sharding, born_abstract, tree_shardings
+from rlhf_jax.parallel import abstract_arrays, batch_sharding, born_abstract, remake_mesh, tree_shardings
 from rlhf_jax.plan import analytic
-from rlhf_jax.rollout import ALL_AT_ONCE, RolloutModels, SamplingConfig, SlotConfig
+from rlhf_jax.rollout import RolloutModels
 from rlhf_jax.types import Completions, PairBatch, Params, PolicyBatch, PromptBatch, Rollout, TokenBatch
 
 
@@ -103,27 +103,18 @@ def supervised_phases(
 
 def ppo_phases(
     models: RolloutModels,
-    trainable: Params,
     frozen: dict[str, Params | None],
-    optimizer: optax.GradientTransformation,
+    state: learn.PPOState,
+    functions: programs.PPOFunctions,
+    settings: programs.PPOSettings,
     mesh: Mesh,
     *,
     rows: int,
     prompt_length: int,
-    sampling: SamplingConfig,
-    ppo: learn.PPOConfig,
-    microbatches: int,
-    ends: dict[str, Any],
-    share_trunk: bool,
-    rollout_mesh: Mesh | None = None,
-    slots: SlotConfig = ALL_AT_ONCE,
 ) -> list[Phase]:
-    """The four of an iteration. trainable, frozen: shapes with shardings."""
-    begin = programs.ppo_beginning(optimizer, ppo, jax.random.key(0, impl="threefry2x32"), share_trunk=share_trunk)
-    state = born_abstract(begin, programs.placed(trainable), mesh, trainable)
-    settings: dict[str, Any] = {"sampling": sampling, "ppo": ppo, "microbatches": microbatches, "ends": ends}
-    settings |= {"rollout_mesh": rollout_mesh, "slots": slots}
-    functions = programs.ppo_functions(models, optimizer, state, mesh, **settings)
+    """The four of an iteration. frozen, state: shapes with shardings."""
+    sampling, ppo, slots, microbatches = settings.sampling, settings.ppo, settings.slots, settings.microbatches
+    rollout_mesh = None if settings.rollout_mesh is None else remake_mesh(settings.rollout_mesh, mesh)
     params, train = state.train.params, state.train
     new, rng = sampling.max_new_tokens, _rng()
     prompts = prompt_batch(mesh, rows, prompt_length)

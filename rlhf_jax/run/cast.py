@@ -1,4 +1,4 @@
-"""The models of PPO, loaded for a run or as shapes for a plan."""
+"""The models of PPO with their state and functions, for a run or as shapes for a plan."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.data import Template, sampler_ends
 from rlhf_jax.io import describe_pretrained
+from rlhf_jax.learn import PPOState
 from rlhf_jax.models import Head, LoraConfig, Model
-from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, tree_shardings
+from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, tree_shardings
+from rlhf_jax.programs import PPOFunctions, PPOSettings, ppo_beginning, ppo_functions, ppo_optimizer
 from rlhf_jax.rollout import RolloutModels
-from rlhf_jax.run.configurables import (
-    Loaded,
-    ModelSource,
-    adapted,
-    load_model,
-    load_reward,
-    refuse_tokenizer,
-    with_adapters,
-)
+from rlhf_jax.run.configurables import ModelSource
+from rlhf_jax.run.models import Loaded, adapted, load_model, load_reward, refuse_tokenizer, with_adapters
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError, Params, Rng
 
@@ -42,15 +38,6 @@ class Cast:
     def inputs(self) -> list[Input]:
         """For `open_run`."""
         return [*self.policy.as_inputs("policy"), *(self.judge.as_inputs("reward") if self.judge else [])]
-
-    def shardings(self, mesh: Mesh) -> Params:
-        """Of ``trainable``."""
-        owners = {"policy": self.models.policy, "value": self.models.value}
-        return {
-            name: tree_shardings(owner.abstract(), owner.logical_axes(), mesh)
-            for name, owner in owners.items()
-            if name in self.trainable and owner is not None
-        }
 
     def refuse_longer(self, tokens: int, what: str) -> None:
         """As `Loaded.refuse_longer`, for every model (a value model is as long as what it started from)."""
@@ -97,6 +84,30 @@ def load_cast(
         owners = {"policy": actor} | ({} if critic is None else {"value": critic})
         frozen["base"] = {name: owner.frozen["base"] for name, owner in owners.items()}
     return Cast(actor, judge, models, trainable, frozen)
+
+
+def assemble(
+    cast: Cast,
+    settings: PPOSettings,
+    template: Template,
+    mesh: Mesh,
+    rng: Rng,
+    *,
+    born: Callable[..., PPOState] = born_sharded,
+) -> tuple[PPOState, PPOFunctions]:
+    """PPO's state at step 0 and the four functions of an iteration. template: of the prompts, it says what ends a reply.
+    rng: the run's key. born: `parallel.born_abstract` for a plan."""
+    models, sampling = cast.models, settings.sampling
+    owners = {"policy": models.policy, "value": models.value}
+    shardings = {
+        name: tree_shardings(owner.abstract(), owner.logical_axes(), mesh)
+        for name, owner in owners.items()
+        if name in cast.trainable and owner is not None
+    }
+    optimizer = ppo_optimizer(settings)
+    state = born(ppo_beginning(optimizer, settings, rng), shardings, mesh, cast.trainable)
+    ends = sampler_ends(cast.policy.tokenizer, template, sampling.stop_strings, models.policy.config.vocab_size)
+    return state, ppo_functions(models, optimizer, state, mesh, settings, ends)
 
 
 def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = None) -> Loaded:

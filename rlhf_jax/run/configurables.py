@@ -1,22 +1,16 @@
 """The configurable surface on one page: every dataclass and builder that a gin file may name.
 
 The only module of the package that imports every room. Builders return records and frozen dataclasses; nothing here
-touches a device except `load_model`.
+touches a device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gin
-import jax
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
@@ -24,18 +18,17 @@ from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
-from rlhf_jax.io import adapter_card, load_pretrained, locate
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
-from rlhf_jax.models import DTYPES, Head, LoraConfig, Model, ModelConfig, RopeScaling, lora
-from rlhf_jax.parallel import ActivationConstraint, MeshConfig, born_sharded, tree_shardings
+from rlhf_jax.models import DTYPES, LoraConfig, ModelConfig, RopeScaling
+from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop import LoopConfig
-from rlhf_jax.run.provenance import Input, write_atomically
+from rlhf_jax.run.records import Records
 from rlhf_jax.testing import byte_tokenizer as _byte_tokenizer
 from rlhf_jax.testing import train_bpe_tokenizer
-from rlhf_jax.types import InputError, Params, Rng, require_whole
+from rlhf_jax.types import InputError, require_whole
 
 for _configurable in (
     AnnotatorConfig,
@@ -98,132 +91,6 @@ class ModelSource:
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model ready to use. input: what provenance records (None for a new model); revision: its commit on the hub.
-
-    frozen: {}, or with adapters {"base": ...}; params are then the adapters and the scalar head (`models.lora`).
-    """
-
-    model: Model
-    params: Params
-    tokenizer: PreTrainedTokenizerBase
-    input: str | None
-    revision: str | None = None
-    frozen: Params = dataclasses.field(default_factory=dict)
-
-    def as_inputs(self, name: str) -> list[Input]:
-        """For `open_run`."""
-        return [] if self.input is None else [Input(name, self.input, self.revision)]
-
-    def base(self, head: Head) -> Loaded:
-        """The frozen base of an adapted model by itself, under ``head``: the same arrays, no copy."""
-        model = dataclasses.replace(self.model, lora=None).with_head(head)
-        return dataclasses.replace(self, model=model, params=self.frozen["base"], frozen={})
-
-    def refuse_longer(self, tokens: int, what: str) -> None:
-        """Raises InputError when sequences of ``tokens`` are longer than the model's max_length: rotary positions past
-        it give numbers, and nonsense. what: the keys that decide the length."""
-        limit = self.model.config.max_length
-        if tokens > limit:
-            raise InputError(f"{what}: sequences of {tokens} tokens; the model's max_length is {limit}")
-
-
-def write_model_card(
-    run_dir: Path,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    subtree: str = "params",
-    base: str | None = None,
-) -> None:
-    """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters, of
-    adapters also their settings and ``base``, the path of the model under them) and tokenizer/."""
-    if jax.process_index():
-        return
-    card: dict[str, Any] = {"config": json.loads(model.config.to_json()), "subtree": subtree}
-    if model.lora is not None:
-        assert base is not None
-        card["adapter"] = adapter_card(model.lora, base)
-    write_atomically(run_dir / "model.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(run_dir / "tokenizer")
-
-
-def refuse_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError for a tokenizer that the model cannot be trained with."""
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens; set at least that"
-        )
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError(
-            "tokenizer: needs an end-of-sequence and a padding token; set eos_token, and pad_token or ModelSource.pad_token"
-        )
-
-
-def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> Loaded:
-    """The model under ``head``, on its shards. A scalar head that the checkpoint lacks is drawn from ``rng`` (None: refused).
-
-    A reward model (head "scalar") that keeps reward_normalisation.json gets gain and bias folded into its head.
-    """
-    if source.config is not None:
-        model = Model(source.config.replace(head=head), ActivationConstraint(mesh))
-        refuse_tokenizer(model.config, source.tokenizer)
-        shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
-        return Loaded(model, born_sharded(model.init, shardings, mesh, rng), source.tokenizer, None)
-    assert source.path is not None
-    location = locate(source.path)
-    model, params, tokenizer = load_pretrained(
-        source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, max_length=source.max_length, rng=rng
-    )
-    model = dataclasses.replace(model, config=adapted(model.config, source))
-    if source.pad_token is not None:
-        if source.pad_token not in tokenizer.get_vocab():
-            raise InputError(f"ModelSource.pad_token = {source.pad_token!r}: not in the vocabulary of {source.path}")
-        tokenizer.pad_token = source.pad_token
-    refuse_tokenizer(model.config, tokenizer)
-    return Loaded(model, params, tokenizer, source.path, location.revision)
-
-
-def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:
-    """``config`` of a saved model with what ``source`` wants otherwise."""
-    chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk", "attention")}
-    return config.replace(**{name: value for name, value in chosen.items() if value is not None})
-
-
-def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: Rng) -> Loaded:
-    """``loaded`` with fresh adapters to train, everything else frozen; itself when ``settings`` is None.
-
-    The scalar head of a reward or value model is trained whole. Works on shapes too. Raises InputError for a new model.
-    """
-    if settings is None:
-        return loaded
-    if loaded.input is None:
-        raise InputError("run.lora: a new model is no base for adapters; give ModelSource.path")
-    model = dataclasses.replace(loaded.model, lora=settings)
-    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
-    base, trained = lora.split(loaded.params)
-
-    def fresh(rng: Rng) -> Params:
-        adapters = lora.split(model.init(rng))[1]
-        return {name: tree for name, tree in adapters.items() if name != lora.HEAD}
-
-    if isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
-        drawn = jax.eval_shape(fresh, rng)
-        at = {name: lora.split(shardings)[1][name] for name in drawn}
-        struct: Any = jax.ShapeDtypeStruct
-        adapters = jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), drawn, at)
-    else:
-        adapters = born_sharded(fresh, shardings, mesh, rng)
-    return dataclasses.replace(loaded, model=model, params=adapters | trained, frozen={"base": base})
-
-
-def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:
-    """A trained reward model. Raises InputError for one without a scalar head of its own: it would score at random."""
-    if source.config is not None:
-        raise InputError("ModelSource.config: a new reward model scores at random; give path, a run of train_reward")
-    return load_model(source, "scalar", mesh, None)
-
-
 @gin.register
 def desk_tokenizer(desk: DeskConfig, vocab_size: int = 1024, documents: int = 3000) -> PreTrainedTokenizerBase:
     """A byte-level BPE trained on the support desk's corpus."""
@@ -270,40 +137,6 @@ def refuse_unused(config: Any, *names: str) -> None:
         value = getattr(config, field.name)
         if field.name in names and value != field.default:
             raise InputError(f"{type(config).__name__}.{field.name} = {value!r}: has no effect here; remove it")
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints. unusable: rows of
-    the files that became no record, by reason."""
-
-    train: Sequence[Any]
-    heldout: Sequence[Any]
-    template: Template
-    loss_on: LossOn = "response"
-    files: tuple[str, ...] = ()
-    unusable: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def of(self, kind: type) -> Records:
-        """Itself. Raises InputError when a record is not a ``kind``: a builder of another experiment was bound."""
-        for record in (*self.train, *self.heldout):
-            if not isinstance(record, kind):
-                raise InputError(
-                    f"{kind.__name__} records are needed here, got {type(record).__name__}; bind another builder "
-                    "(rlhf_jax/run/configurables.py lists them)"
-                )
-        return self
-
-    def as_inputs(self) -> list[Input]:
-        """For `open_run`: the files, or the hash of generated records."""
-        if self.files:
-            content = None if all(Path(file).exists() for file in self.files) else self._content()
-            return [Input(f"data {index}", file, content) for index, file in enumerate(self.files)]
-        return [Input("data", "generated", self._content())]
-
-    def _content(self) -> str:
-        """Of the records themselves: what is on a hub has no file to hash."""
-        return data_room.fingerprint([*self.train, *self.heldout])
 
 
 def _one_message(text: str) -> tuple[Message, ...]:
@@ -414,41 +247,6 @@ def prompt_file(
     _require_side("prompt_file", None, limit)
     records, unusable = data_room.prompts(data_room.read_rows(path, split=split), fields, source=path)
     return Records(records[:limit], [], template, files=(path,), unusable=unusable)
-
-
-def encode_records(
-    records: Records, kind: type, encode: Callable[[Any], Any]
-) -> tuple[data_room.EncodedSet[Any, Any], data_room.EncodedSet[Any, Any]]:
-    """(train, heldout) encoded; all must be of ``kind``; heldout is empty when there is none."""
-    records.of(kind)
-    heldout = (
-        data_room.encode_all(records.heldout, encode) if records.heldout else data_room.EncodedSet([], [], Counter())
-    )
-    return data_room.encode_all(records.train, encode), heldout
-
-
-def encode_prompts(
-    prompts: Records, tokenizer: PreTrainedTokenizerBase, length: int
-) -> tuple[data_room.EncodedSet[Any, Any], data_room.EncodedSet[Any, Any]]:
-    """`encode_records` of prompts to sample replies to, of at most ``length`` tokens."""
-
-    def encode(record: Any) -> Any:
-        return data_room.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=length)
-
-    return encode_records(prompts, Prompt, encode)
-
-
-def tell_left_out(
-    records: Records, train: data_room.EncodedSet[Any, Any], heldout: data_room.EncodedSet[Any, Any]
-) -> None:
-    """Nothing is left out silently: a line on stderr for each side of which something is. Call it when the run is open, so
-    that a mistake of the user's stays one line."""
-    for side, encoded, unusable in (("training", train, records.unusable), ("held-out", heldout, {})):
-        reasons = Counter(encoded.dropped) + Counter(unusable)
-        if reasons:
-            told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-            total = len(encoded.items) + sum(reasons.values())
-            print(f"{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)
 
 
 @gin.register

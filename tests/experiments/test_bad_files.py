@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 from rlhf_jax.io import export_pretrained
 from rlhf_jax.models import Model
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.configurables import write_model_card
 from rlhf_jax.run.faults import flip_bit
+from rlhf_jax.run.models import write_model_card
 from rlhf_jax.saved import manifest_text
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
 

@@ -18,7 +18,8 @@ from rlhf_jax.io import locate
 from rlhf_jax.io.location import _download
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.run import fingerprint_path
-from rlhf_jax.run.configurables import Loaded, ModelSource, load_model
+from rlhf_jax.run.configurables import ModelSource
+from rlhf_jax.run.models import Loaded, load_model
 from rlhf_jax.run.provenance import describe, write_provenance
 from rlhf_jax.testing import byte_tokenizer, tiny_config
 from rlhf_jax.types import InputError

@@ -15,7 +15,7 @@ from rlhf_jax.io import load_pretrained, read_model_card
 from rlhf_jax.models import Head, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.configurables import write_model_card
+from rlhf_jax.run.models import write_model_card
 from rlhf_jax.testing import byte_tokenizer, bytes_per_device, random_params, tiny_config
 from rlhf_jax.types import InputError, Params
 
