@@ -1,12 +1,13 @@
-"""Time training steps and rollouts of the SmolLM2-135M shape on this machine, beside a bare torch loop when one is given.
+"""Time training steps and rollouts of the SmolLM2-135M shape on this machine, beside torch and TRL when they are given.
 
     python scripts/benchmark.py --suite=cpu
-    python scripts/benchmark.py --rows=sft,generate --torch_python=/path/to/venv/bin/python --repeats=5
+    python scripts/benchmark.py --rows=sft,generate --torch_python=PATH/bin/python --repeats=5
 
-Each row runs in a process of its own, ours and torch's in turn, so that both see the same machine; the ratio is the median
-of the ratios of neighbouring runs. Prints a table: throughput in useful tokens (pairs, iterations) a second (median and
-spread of the repetitions), share of the measured matmul peak, CPU seconds and peak memory of the process. Weights are
-random: no number here depends on them. The torch side needs torch and transformers in its own interpreter.
+Each row (`benchmark_rows.ROWS`) runs in a process of its own for every side, the sides in turn, so that all see the same
+machine; a ratio is the median of the ratios of neighbouring runs. Prints a table: throughput in useful tokens (pairs,
+iterations) a second (median and spread of the repetitions), share of the measured peak of a matrix product, CPU seconds
+and peak memory of the process. Weights are random: no number here depends on them. torch's side needs torch and
+transformers in its own interpreter, TRL's also trl; docs/performance.md says how they were installed.
 """
 
 from __future__ import annotations
@@ -24,28 +25,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
+from benchmark_rows import PEERS, ROWS, SHAPES, Row
 
 from rlhf_jax.command import run_command
 from rlhf_jax.types import InputError
 
 HERE = Path(__file__).resolve().parent
-UNITS = {
-    "sft": "tokens/s",
-    "sft_ragged": "useful tokens/s",
-    "generate": "new tokens/s",
-    "generate_ragged": "useful tokens/s",
-    "rm": "pairs/s",
-    "ppo": "iterations/s",
-}
-MEANING = {
-    "sft": "SFT step, 8 x 256",
-    "sft_ragged": "SFT step, documents of 32..256 tokens: ours packed into rows of 256, torch padded, 16 at a time",
-    "generate": "16 prompts x 64, 128 new tokens each",
-    "generate_ragged": "64 prompts x 64, replies of 8..128 (each token ends one with probability 1/60), 16 at a time",
-    "rm": "reward model step, 8 pairs x 256",
-    "ppo": "PPO iteration, 16 x (64 + 64), four 135M models, 4 epochs",
-}
-ON_TORCH = ("sft", "sft_ragged", "generate", "generate_ragged", "rm")
+NAMES = [row.name for row in ROWS]
+HEAD = ["row", "side", "median", "spread", "of peak", "CPU s", "memory", "ours is"]
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
 """Freed memory stays with the process and in huge pages: a fresh buffer costs its page faults, a used one nothing."""
 
@@ -54,10 +41,13 @@ class Side:
     """A process that has one row ready and runs it once for every line it is sent."""
 
     def __init__(self, python: str, script: str, row: str, shape: str, environment: dict[str, str]) -> None:
-        command = [python, str(HERE / script), row, shape]
         self._name = f"{script} {row}"
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+            [python, str(HERE / script), row, shape],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
         )
         self.facts = self._answer()
 
@@ -82,69 +72,65 @@ class Side:
         self._process.wait()
 
 
-def measure(row: str, shape: str, torch_python: str | None, repeats: int, tuned: bool) -> list[list[str]]:
-    """The table's lines of a row, ours and torch's."""
-    ours = Side(sys.executable, "benchmark_jax.py", row, shape, {"GLIBC_TUNABLES": MALLOC} if tuned else {})
-    sides = {f"ours (jax {ours.facts['version']})": ours}
-    if torch_python is not None and row in ON_TORCH:
-        theirs = Side(torch_python, "benchmark_torch.py", row, shape, {})
-        sides[f"torch {theirs.facts['version']}"] = theirs
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+def measure(row: Row, shape: str, pythons: dict[str, str], repeats: int, tuned: bool) -> list[list[str]]:
+    """The table's lines of a row: ours, then those of the peers that there is an interpreter for."""
+    sides = [Side(sys.executable, "benchmark_jax.py", row.name, shape, {"GLIBC_TUNABLES": MALLOC} if tuned else {})]
+    sides += [Side(pythons[peer], PEERS[peer], row.name, shape, {}) for peer in row.peers if peer in pythons]
+    runs: list[list[dict[str, Any]]] = [[] for _ in sides]
     for _ in range(repeats):
-        for name, side in sides.items():
-            runs[name].append(side.once())
-    for side in sides.values():
+        for side, found in zip(sides, runs, strict=True):
+            found.append(side.once())
+    for side in sides:
         side.close()
-    speeds = {name: [run["amount"] / run["seconds"] for run in found] for name, found in runs.items()}
-    first, lines = next(iter(speeds)), []
-    for name, found in runs.items():
-        speed = speeds[name]
-        use = statistics.median(run["flops"] / run["seconds"] for run in found) / ours.facts["peak_flops"]
-        ratio = statistics.median(a / b for a, b in zip(speeds[first], speed, strict=True))
-        lines.append(
-            [
-                row,
-                name,
-                f"{statistics.median(speed):.3g} {UNITS[row]}",
-                f"{min(speed):.3g} to {max(speed):.3g}",
-                f"{use:.2f}",
-                f"{statistics.median(run['cpu_seconds'] for run in found):.1f}",
-                f"{max(run['peak_bytes'] for run in found) / 1e9:.1f} GB",
-                "" if name == first else f"ours is {ratio:.2f}x",
-            ]
-        )
-    return lines
+    peak, ours = sides[0].facts["peak_flops"], runs[0]
+    return [line(row, side.facts["version"], found, ours, peak) for side, found in zip(sides, runs, strict=True)]
+
+
+def line(row: Row, name: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]], peak: float) -> list[str]:
+    """Of one side, under `HEAD`."""
+    speed, beside = ([run["amount"] / run["seconds"] for run in found] for found in (runs, ours))
+    ratio = statistics.median(a / b for a, b in zip(beside, speed, strict=True))
+    return [
+        row.name,
+        name,
+        f"{statistics.median(speed):.3g} {row.unit}/s",
+        f"{min(speed):.3g} to {max(speed):.3g}",
+        f"{statistics.median(run['flops'] / run['seconds'] for run in runs) / peak:.2f}",
+        f"{statistics.median(run['cpu_seconds'] for run in runs):.1f}",
+        f"{max(run['peak_bytes'] for run in runs) / 1e9:.1f} GB",
+        "" if runs is ours else f"{ratio:.2f}x",
+    ]
 
 
 def benchmark() -> int:
     """Raises InputError for unknown rows and processes that fail."""
     given = flags.FLAGS
-    rows = list(UNITS) if not given.rows else given.rows
-    for row in rows:
-        if row not in UNITS:
-            raise InputError(f"--rows: {row!r} is none of {', '.join(UNITS)}")
+    rows = [row for row in ROWS if not given.rows or row.name in given.rows]
+    for name in given.rows:
+        if name not in NAMES:
+            raise InputError(f"--rows: {name!r} is none of {', '.join(NAMES)}")
     if given.repeats < 1:
         raise InputError(f"--repeats = {given.repeats}: give a number >= 1")
+    pythons = {"torch": given.torch_python, "trl": given.trl_python}
+    pythons = {peer: python for peer, python in pythons.items() if python is not None}
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}; {versions}")
-    print(
-        f"malloc: {MALLOC if given.malloc else 'as it is'} (ours); load average {os.getloadavg()[0]:.2f} at the start"
-    )
-    head = ["row", "side", "median", "spread", "of peak", "CPU s", "memory", "ratio"]
-    print("\t".join(head))
+    print(f"malloc (ours): {MALLOC if given.malloc else 'as it is'}")
+    print(" | ".join(HEAD))
     for row in rows:
-        for line in measure(row, given.shape, given.torch_python, given.repeats, given.malloc):
-            print("\t".join(line), flush=True)
-        print(f"\t{MEANING[row]}; load average {os.getloadavg()[0]:.2f}", flush=True)
+        for cells in measure(row, given.shape, pythons, given.repeats, given.malloc):
+            print(" | ".join(cells), flush=True)
+        print(f"    {row.meaning}; load average {os.getloadavg()[0]:.2f}", flush=True)
     return 0
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("suite", "cpu", ["cpu"], "Which shapes: those that a CPU measures in minutes.")
-    flags.DEFINE_list("rows", [], f"Of {', '.join(UNITS)}; all when empty.")
-    flags.DEFINE_enum("shape", "smollm2", ["smollm2", "tiny"], "Of the model; tiny only tries the script out.")
+    flags.DEFINE_list("rows", [], f"Of {', '.join(NAMES)}; all when empty.")
+    flags.DEFINE_enum("shape", "smollm2", list(SHAPES), "Of the model; tiny only tries the script out.")
     flags.DEFINE_integer("repeats", 3, "Timed repetitions of each side.")
     flags.DEFINE_string("torch_python", None, "A Python with torch and transformers to run beside ours.")
+    flags.DEFINE_string("trl_python", None, "A Python with trl as well.")
     flags.DEFINE_bool("malloc", True, "Run ours with the malloc settings printed above the table.")
-    names = ("suite", "rows", "shape", "repeats", "torch_python", "malloc")
+    names = ("suite", "rows", "shape", "repeats", "torch_python", "trl_python", "malloc")
     sys.exit(run_command(benchmark, sys.argv, __doc__ or "", names))

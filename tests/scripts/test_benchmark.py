@@ -1,0 +1,65 @@
+"""scripts/benchmark.py: the work it reckons, by hand, and one row from end to end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from benchmark_rows import PEERS, ROWS, SHAPES, Sizes, stops  # noqa: E402 (a script's neighbour, found by the line above)
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_flops_by_hand() -> None:
+    # A layer: query 2 x 4, key and value 2 x 2 each, output 4 x 2 = 24; three 2 x 5 matrices = 30. Two layers 108, head 10 x 2.
+    sizes = Sizes(vocab=10, hidden=2, layers=2, heads=2, kv_heads=1, head_dim=2, ffn=5)
+    assert sizes.forward_flops(0, head=False) == 2 * 108
+    assert sizes.forward_flops(0) == 2 * (108 + 20)
+    # Attention to 3 keys: two products of 2 heads x 2 numbers x 3 keys in 2 layers, two operations each.
+    assert sizes.forward_flops(3, head=False) == 2 * 108 + 2 * 2 * (2 * 2 * 3) * 2
+    assert sizes.causal_flops(6) == 6 * sizes.forward_flops(3)
+
+
+def test_the_shape_is_that_of_smollm2() -> None:
+    # 134,515,008 parameters, of which 61 norms of 576 are in no product.
+    weights = SHAPES["smollm2"].forward_flops(0) / 2
+    assert weights == 134_515_008 - 61 * 576
+
+
+def test_one_token_in_so_many_ends_a_reply() -> None:
+    assert len(stops(SHAPES["smollm2"], 60)) == pytest.approx(49152 / 60, abs=1)
+
+
+def test_every_side_has_its_rows() -> None:
+    for side, script in ({"ours": "benchmark_jax.py"} | PEERS).items():
+        text = (SCRIPTS / script).read_text()
+        for row in ROWS:
+            if side == "ours" or side in row.peers:
+                assert f"def {row.name}(" in text, (script, row.name)
+
+
+def test_an_unknown_row_is_one_line() -> None:
+    done = run("--rows=sfd")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines() == [
+        f"error: --rows: 'sfd' is none of {', '.join(row.name for row in ROWS)}"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["sft_ragged", "rm", "generate_ragged", "ppo_ragged"])
+def test_a_row_prints_its_line(row: str) -> None:
+    done = run("--shape=tiny", "--repeats=1", f"--rows={row}")
+    assert done.returncode == 0, done.stderr
+    cells = done.stdout.splitlines()[3].split(" | ")
+    assert cells[0] == row and cells[1].startswith("ours, jax")
+    assert float(cells[2].split()[0]) > 0 and 0 < float(cells[4]) < 1
