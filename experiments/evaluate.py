@@ -2,7 +2,7 @@
 
     python experiments/evaluate.py --gin_file=configs/support_desk/evaluate.gin
 
-Writes RUN_DIR/evaluation.json and prints a table.
+Writes RUN_DIR/evaluation.json (with seed and commit) and prints a table.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ from rich.table import Table
 
 from rlhf_jax import data, rollout
 from rlhf_jax.evaluate.report import headlines
-from rlhf_jax.evaluate.statistics import length_controlled_difference, mean_interval, paired_difference
+from rlhf_jax.evaluate.statistics import (
+    Interval,
+    length_controlled_difference,
+    mean_interval,
+    paired_difference,
+    wilson_interval,
+)
 from rlhf_jax.io import locate
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
 from rlhf_jax.run.models import load_model, load_reward
-from rlhf_jax.run.provenance import write_atomically
+from rlhf_jax.run.provenance import launches, write_atomically
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.types import InputError, require_whole
 
@@ -80,7 +86,8 @@ def run(
             results[name] = _sample(
                 ModelSource(path=path), judge, prompts, batch, sampling, slots, score_texts, devices, rng
             )
-        evaluation = _compare(results, samples_shown)
+        commit = launches(here.directory)[-1]["git"]["commit"]
+        evaluation = {"seed": seed, "commit": commit} | _compare(results, samples_shown)
         write_atomically(here.directory / "evaluation.json", json.dumps(evaluation, indent=1, sort_keys=True) + "\n")
     _print(evaluation)
 
@@ -125,9 +132,14 @@ def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices
     return {"rows": rows, "texts": texts, "scores": scores}
 
 
+def _interval(key: str, values: np.ndarray) -> Interval:
+    """A mean with Student's interval; of the share that ended, which is a proportion, Wilson's."""
+    return wilson_interval(values.sum(), values.size) if key == "ended" else mean_interval(values)
+
+
 def _compare(results: dict, shown: int) -> dict:
     policies = [
-        {"name": name, "scores": {key: dataclasses.asdict(mean_interval(v)) for key, v in result["scores"].items()}}
+        {"name": name, "scores": {key: dataclasses.asdict(_interval(key, v)) for key, v in result["scores"].items()}}
         for name, result in results.items()
     ]
     differences = []

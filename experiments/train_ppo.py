@@ -93,7 +93,12 @@ def run(
     with open_run(run_dir, stage="ppo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(prompts, encoded, none)
         write_model_card(
-            here.directory, cast.models.policy, tokenizer, subtree="train/params/policy", base=cast.policy.input
+            here.directory,
+            cast.models.policy,
+            tokenizer,
+            prompts.template,
+            subtree="train/params/policy",
+            base=cast.policy.input,
         )
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
@@ -121,6 +126,7 @@ def run(
             prepared, metrics = prepare(scored, state.kl_coefficient)
             measured = fetch(metrics)
             learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), ppo)
+            learn.warn_if_kl_is_negative(step, measured["kl"], measured["kl_standard_error"])
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")

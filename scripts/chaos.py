@@ -46,7 +46,7 @@ CHAIN = {
     "ppo": ("train_ppo", "ppo", {"POLICY": "sft", "REWARD": "reward"}),
 }
 """{stage: (experiment, config, macros with paths of earlier stages)}."""
-STEPS = {"sft": 48, "reward": 48, "ppo": 16}
+STEPS = {"sft": 32, "reward": 48, "ppo": 12}
 """More than the smoke configs ask for, so that starting is not most of a run's time."""
 SAVE_EVERY, EVALUATE_EVERY = 2, 4
 IN_A_SAVE = ("write", "hash", "commit", "retain")

@@ -5,16 +5,19 @@
 
 Writes config.json, generation_config.json, safetensors, the tokenizer and its chat template. A reward run becomes
 LlamaForSequenceClassification with one label, its reward normalisation folded into the head. The run's provenance.json
-goes along, so that the lineage of what is trained from the export goes back to the run. A run of adapters is exported with
+goes along, so that the lineage of what is trained from the export goes back to the run, and template.json says how its
+conversations were written down. A run of adapters is exported with
 them merged in, or with --adapter_only as they are, for ``peft`` to load onto the base. --run_dir also takes whatever
 else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub id.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +26,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import flags
 
 from rlhf_jax.command import run_command
-from rlhf_jax.io import export_adapter, export_pretrained, load_adapter, load_pretrained, locate
+from rlhf_jax.data import Template
+from rlhf_jax.io import export_adapter, export_pretrained, load_adapter, load_pretrained, locate, read_template
 from rlhf_jax.types import InputError
 
 
@@ -42,8 +46,9 @@ def export() -> int:
         if given.pad_token not in tokenizer.get_vocab():
             raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
         tokenizer.pad_token = given.pad_token
+    template = read_template(locate(given.run_dir).path)
     export_pretrained(out, model, params, tokenizer)
-    copy_provenance(out)
+    write_origin(out, template)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
     if model.config.head == "scalar" and float(params["scalar_head"]["bias"][0]):
         bias = float(params["scalar_head"]["bias"][0])
@@ -63,17 +68,21 @@ def adapter(out: Path) -> int:
     base = given.base or base
     if given.base is None and locate(base).kind != "huggingface":
         raise InputError(f"--base: {base} is nothing that peft can load; export it too and give that directory")
+    template = read_template(locate(given.run_dir).path)
     export_adapter(out, model, trained, tokenizer, base)
-    copy_provenance(out)
+    write_origin(out, template)
     print(f"{out}: adapters of {base}")
     return 0
 
 
-def copy_provenance(out: Path) -> None:
-    """The run's provenance.json, when it has one."""
+def write_origin(out: Path, template: Template | None) -> None:
+    """The run's provenance.json, and template.json: how the conversations were written down that the model learned from
+    (style "chat": by the tokenizer's chat_template). Each when the run has it."""
     provenance = locate(flags.FLAGS.run_dir).path / "provenance.json"
     if provenance.is_file():
         shutil.copyfile(provenance, out / provenance.name)
+    if template is not None:
+        (out / "template.json").write_text(json.dumps(asdict(template), indent=2) + "\n")
 
 
 if __name__ == "__main__":

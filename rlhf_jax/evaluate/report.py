@@ -38,8 +38,10 @@ table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.3rem
 text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-space:pre-wrap;margin:0}</style></head>
 <body><h1>{{ title }}</h1>
 {% for line in headlines %}<p><strong>{{ line }}</strong></p>{% endfor %}
-<h2>Stages</h2><table><tr><th>stage<th>steps<th>seconds in steps<th>last metrics<th>started from</tr>
-{% for s in stages %}<tr><td>{{ s.name }}<td>{{ s.steps }}<td>{{ s.seconds }}<td>{{ s.last }}<td>{{ s.inputs }}</tr>
+<h2>Stages</h2><table><tr><th>stage<th>steps<th>seconds in steps<th>last metrics<th>started from
+<th>seed<th>commit</tr>
+{% for s in stages %}<tr><td>{{ s.name }}<td>{{ s.steps }}<td>{{ s.seconds }}<td>{{ s.last }}<td>{{ s.inputs }}
+<td>{{ s.seed }}<td>{{ s.commit }}</tr>
 {% endfor %}</table>
 {% if policies %}<h2>{{ prompts }} prompts: mean [95 % interval]</h2><table><tr><th>score
 {% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}{% for p in policies %}
@@ -109,15 +111,23 @@ def _stage(directory: Path) -> dict[str, Any]:
         seconds += row.get("seconds", 0.0) * (row["step"] - before)
         before = row["step"]
     provenance = directory / "provenance.json"
-    inputs = _parsed(provenance, provenance.read_text())["inputs"] if provenance.is_file() else []
+    facts = _parsed(provenance, provenance.read_text()) if provenance.is_file() else {}
     return {
         "name": directory.name if directory.is_dir() else f"{directory.name} (missing)",
         "steps": rows[-1]["step"] if rows else "",
         "seconds": f"{seconds:.0f}" if timing else "",
         "last": ", ".join(f"{key} {value:.3f}" for key, value in last.items()),
-        "inputs": ", ".join(f"{entry['name']} ({entry['fingerprint'][:12]})" for entry in inputs),
+        "inputs": ", ".join(f"{entry['name']} ({entry['fingerprint'][:12]})" for entry in facts.get("inputs", [])),
+        "seed": facts.get("seed", ""),
+        "commit": ", ".join(dict.fromkeys(_commit(launch["git"]) for launch in facts.get("launches", []))),
         "picture": _picture(rows),
     }
+
+
+def _commit(git: dict[str, Any]) -> str:
+    """Of one start of a run."""
+    changed = " with changes" if git["dirty"] else ""
+    return f"{git['commit'][:12]}{changed}" if git["commit"] else "unknown"
 
 
 def _turns(prompt: str | Sequence[dict[str, str]]) -> str:
@@ -164,10 +174,11 @@ def _doubt(interval: dict[str, Any]) -> str:
 def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
     """Write RUN_DIR/report.html from what the stages left on disk; what is missing is left out or said to be missing.
 
+    The evaluation shown is that of the last stage that wrote an evaluation.json.
     Returns its path. Raises InputError for a file that is not JSON.
     """
-    file = run_dir / "evaluation" / "evaluation.json"
-    evaluation = _parsed(file, file.read_text()) if file.is_file() else {}
+    written = [file for name in stages if (file := run_dir / name / "evaluation.json").is_file()]
+    evaluation = _parsed(written[-1], written[-1].read_text()) if written else {}
     policies = evaluation.get("policies", [])
     page = _PAGE.render(
         title=f"{run_dir.name}: from base to PPO",

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.data import Template
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.saved import find_step, layout, read_state, refuse_other_layout, verify
@@ -27,6 +28,21 @@ def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
     if not isinstance(fields.get("config"), dict) or not isinstance(fields.get("subtree"), str):
         raise InputError(f"{card}: damaged (needs config and subtree); train again or restore the file")
     return ModelConfig.from_json(json.dumps(fields["config"]), str(card)), fields["subtree"]
+
+
+def read_template(path: str | Path) -> Template | None:
+    """The template that a run's model was trained with; None when ``path`` is no run, or one of a version that kept none.
+
+    Raises InputError for fields that are no template's.
+    """
+    card = Path(path) / CARD
+    fields = read_json(card).get("template") if card.is_file() else None
+    if fields is None:
+        return None
+    try:
+        return Template(**fields)
+    except (TypeError, InputError) as error:
+        raise InputError(f"{card}: template: {error}; train again or restore the file") from error
 
 
 def read_parameters(

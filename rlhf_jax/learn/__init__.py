@@ -12,6 +12,7 @@ from rlhf_jax.learn.policy_gradient import (
     stop_if_not_identity,
     stop_if_sampler_differs,
     update,
+    warn_if_kl_is_negative,
 )
 from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores
 from rlhf_jax.learn.sft import make_sft_loss
@@ -39,4 +40,5 @@ __all__ = [
     "stop_if_not_identity",
     "stop_if_sampler_differs",
     "update",
+    "warn_if_kl_is_negative",
 ]

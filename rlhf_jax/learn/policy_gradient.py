@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from rlhf_jax.types import (
 
 PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
 """(trainable params, completions) -> (logprobs, entropy, values), float32 [B, T]."""
+ROUNDING_OF_KL = 1e-3
+"""Nats a response that float32 log-probabilities of hundreds of tokens may be off by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +134,8 @@ class PPOState:
 def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple[PolicyBatch, dict[str, Mean]]:
     """Shaped rewards, advantages and returns of a whole rollout, and what to report of it.
 
-    Metrics: score and its spread, KL (summed over the response, mean over rows), the sampler-scorer gap, lengths, how
-    many ended, explained variance of the value function.
+    Metrics: score and its spread, KL (summed over the response, mean over rows) and its standard error, the
+    sampler-scorer gap, lengths, how many ended, explained variance of the value function.
     A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
     advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
@@ -165,6 +168,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         "score_std": Mean(rollout.scores.std(), one),
         "score_shaped": Mean.of(rewards.sum(axis=1)),
         "kl": mean_kl,
+        "kl_standard_error": _standard_error(k1.sum(axis=1)),
         "kl_per_token": Mean.of(k1, mask),
         "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
         "response_length": Mean.of(mask.sum(axis=1)),
@@ -187,6 +191,17 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         value_mask=values_at,
     )
     return batch, metrics
+
+
+def _standard_error(rows: Array) -> Mean:
+    """Of the mean of float32 [B], deviation with B - 1 in the denominator / sqrt(B); nothing counts for a single row.
+
+    [1, 2, 3, 4]: 1.290994 / 2 = 0.645497.
+    """
+    count = rows.shape[0]
+    if count < 2:
+        return Mean(jnp.zeros(()), jnp.zeros(()))
+    return Mean(jnp.std(rows, ddof=1) / count**0.5, jnp.ones(()))
 
 
 def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
@@ -318,3 +333,24 @@ def stop_if_not_identity(step: int, gap: float | None, config: PPOConfig) -> Non
             f"step {step}: before the first update |log ratio| is {gap:.2e}, limit PPOConfig.max_identity_gap "
             f"= {config.max_identity_gap}: update and scorer see different models or masks"
         )
+
+
+def warn_if_kl_is_negative(step: int, kl: float | None, standard_error: float | None) -> bool:
+    """Whether the estimate of the KL to the reference is negative beyond noise; then a line on stderr.
+
+    kl: mean over a rollout of log-probability policy minus reference on the samples, nats a response; its expectation is
+    the KL, which is >= 0, only when the samples are the scored policy's own. Below -3 standard errors (and rounding) they
+    are not: top_k, top_p, min_p, a repetition penalty or min_new_tokens draw from another distribution, and so does a
+    sampler that differs from the scorer (huggingface/trl issues 239, 262, 352). The penalty then pays for going there.
+    """
+    if kl is None or standard_error is None or not kl < -3.0 * standard_error - ROUNDING_OF_KL:
+        return False
+    if jax.process_index() == 0:
+        print(
+            f"warning: step {step}: the KL to the reference is estimated as {kl:.3g} nats a response, "
+            f"{-kl / max(standard_error, 1e-9):.1f} standard errors below 0: the samples are not the policy's own; "
+            "leave top_k, top_p, min_p, repetition_penalty and min_new_tokens of SamplingConfig off, or lower "
+            "PPOConfig.kl_coefficient",
+            file=sys.stderr,
+        )
+    return True

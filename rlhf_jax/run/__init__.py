@@ -16,7 +16,9 @@ from rlhf_jax.run.config import (
     scan,
     settable,
 )
-from rlhf_jax.run.loop import LoopConfig, Run, due, open_run
+from rlhf_jax.run.loop import Run
+from rlhf_jax.run.loop_config import LoopConfig, due
+from rlhf_jax.run.opening import open_run
 from rlhf_jax.run.provenance import Input, fingerprint_path, lineage, read_provenance
 from rlhf_jax.run.resume import lock, make_directory
 from rlhf_jax.run.tracking import Tracker, fetch

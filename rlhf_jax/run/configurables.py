@@ -24,7 +24,7 @@ from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
-from rlhf_jax.run.loop import LoopConfig
+from rlhf_jax.run.loop_config import LoopConfig
 from rlhf_jax.run.records import Records
 from rlhf_jax.testing import byte_tokenizer as _byte_tokenizer
 from rlhf_jax.testing import train_bpe_tokenizer

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax.data import Template
 from rlhf_jax.io import adapter_card, load_pretrained, locate
 from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, lora
 from rlhf_jax.parallel import ActivationConstraint, born_sharded, tree_shardings
@@ -54,14 +55,17 @@ def write_model_card(
     run_dir: Path,
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     subtree: str = "params",
     base: str | None = None,
 ) -> None:
-    """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters, of
-    adapters also their settings and ``base``, the path of the model under them) and tokenizer/."""
+    """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters, the
+    template of the conversations it was trained on, of adapters also their settings and ``base``, the path of the model
+    under them) and tokenizer/."""
     if jax.process_index():
         return
     card: dict[str, Any] = {"config": json.loads(model.config.to_json()), "subtree": subtree}
+    card["template"] = dataclasses.asdict(template)
     if model.lora is not None:
         assert base is not None
         card["adapter"] = adapter_card(model.lora, base)

@@ -206,6 +206,12 @@ def changed_inputs(run_dir: str | Path) -> list[str]:
     ]
 
 
+def launches(run_dir: str | Path) -> list[dict[str, Any]]:
+    """`launch_facts` of every start of a run, the present one last; [] when it has no provenance.json."""
+    found: list[dict[str, Any]] = (read_provenance(run_dir) or {"launches": []})["launches"]
+    return found
+
+
 def lineage(run_dir: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """The tree of what made a run, down to files that no run made: {path, stage, seed, commit, inputs: [{name, ...}]}.
 

@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax.evaluate import headlines, write_report
 from rlhf_jax.types import InputError
 
-STAGES = ["sft", "reward", "ppo"]
+STAGES = ["sft", "reward", "ppo", "comparison"]
 
 
 def interval(mean: float, low: float, high: float) -> dict:
@@ -26,7 +26,8 @@ def write_stage(directory: Path, rows, timing=(), inputs=None) -> None:
     if timing:
         (directory / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timing))
     if inputs is not None:
-        (directory / "provenance.json").write_text(json.dumps({"inputs": inputs}))
+        launches = [{"git": {"commit": "abcdef0123456789", "dirty": dirty}} for dirty in (False, True, True)]
+        (directory / "provenance.json").write_text(json.dumps({"seed": 17, "inputs": inputs, "launches": launches}))
 
 
 EVALUATION = {
@@ -57,8 +58,8 @@ def run_dir(tmp_path: Path) -> Path:
     write_stage(run / "sft", rows, timing, [{"name": "model", "fingerprint": "0123456789abcdef"}])
     write_stage(run / "reward", [{"step": 5, "accuracy": 0.75, "heldout/accuracy": 0.7}])
     write_stage(run / "ppo", [{"step": 1, "score": 0.25, "kl": 0.5}, {"step": 2, "score": None, "kl": 0.75}])
-    (run / "evaluation").mkdir()
-    (run / "evaluation" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (run / "comparison").mkdir()
+    (run / "comparison" / "evaluation.json").write_text(json.dumps(EVALUATION))
     return run
 
 
@@ -92,6 +93,7 @@ def test_the_whole_page(run_dir):
     assert re.search(r"sft\|.*3\|.*7\|", page.text.replace("\n", "")), "3 steps, 4 + 2 * 1.5 = 7 seconds"
     assert "accuracy 0.750" in page.text and "score 0.250" in page.text  # the last number there is, not the last line
     assert page.tags.count("img") == 3
+    assert "17|abcdef012345, abcdef012345 with changes|" in page.text.replace("\n", "")
 
 
 def test_nothing_is_loaded_from_elsewhere_and_pictures_are_pictures(run_dir):
@@ -108,26 +110,26 @@ def test_texts_of_models_are_shown_not_run(run_dir):
 
 
 def test_a_dialogue_is_shown_by_turns(run_dir):
-    file = run_dir / "evaluation" / "evaluation.json"
+    file = run_dir / "comparison" / "evaluation.json"
     evaluation = json.loads(file.read_text())
     evaluation["samples"][1]["prompt"] = [{"role": "system", "content": "<i>"}, {"role": "user", "content": "And now?"}]
     file.write_text(json.dumps(evaluation))
-    assert "<pre>system: &lt;i&gt;\nuser: And now?</pre>" in write_report(run_dir, ["sft"]).read_text()
+    assert "<pre>system: &lt;i&gt;\nuser: And now?</pre>" in write_report(run_dir, STAGES).read_text()
 
 
 def test_what_is_missing_is_said(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     page = Page(write_report(empty, STAGES))
-    assert page.text.count("(missing)") == 3 and "No evaluation was run." in page.text and "img" not in page.tags
+    assert page.text.count("(missing)") == 4 and "No evaluation was run." in page.text and "img" not in page.tags
 
     write_stage(empty / "sft", [])  # begun, nothing logged yet
     (empty / "reward").mkdir()
     page = Page(write_report(empty, STAGES))
-    assert page.text.count("(missing)") == 1
+    assert page.text.count("(missing)") == 2
 
-    (empty / "evaluation").mkdir()
-    file = empty / "evaluation" / "evaluation.json"
+    (empty / "comparison").mkdir()
+    file = empty / "comparison" / "evaluation.json"
     file.write_text(json.dumps({"policies": EVALUATION["policies"][:1]}))  # one policy: nothing to compare
     page = Page(write_report(empty, STAGES))
     assert "0.500 [0.400, 0.600]" in page.text and "Samples" not in page.text
@@ -135,7 +137,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 def test_a_policy_with_other_scores_still_has_a_row(run_dir):
     """A score that only some policies have is shown for those."""
-    file = run_dir / "evaluation" / "evaluation.json"
+    file = run_dir / "comparison" / "evaluation.json"
     changed = json.loads(file.read_text())
     changed["policies"][1]["scores"]["reward"] = interval(1.0, 0.9, 1.1)
     del changed["policies"][1]["scores"]["length"]
@@ -188,6 +190,6 @@ def test_a_damaged_file_is_named(run_dir):
     with pytest.raises(InputError, match=r"sft/metrics\.jsonl:4: not JSON"):
         write_report(run_dir, STAGES)
     metrics.write_text(whole)
-    (run_dir / "evaluation" / "evaluation.json").write_text("{")
+    (run_dir / "comparison" / "evaluation.json").write_text("{")
     with pytest.raises(InputError, match=r"evaluation\.json:1: not JSON"):
         write_report(run_dir, STAGES)

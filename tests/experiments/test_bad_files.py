@@ -21,6 +21,7 @@ from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.data import Template
 from rlhf_jax.io import export_pretrained
 from rlhf_jax.models import Model
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
@@ -253,7 +254,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_pretrained(directory / "hf", model, params, byte_tokenizer())
     (directory / "gguf").mkdir()
     (directory / "run").mkdir()
-    write_model_card(directory / "run", model, byte_tokenizer())
+    write_model_card(directory / "run", model, byte_tokenizer(), Template(style="raw"))
     with Checkpoints(directory / "run", Retention(1)) as checkpoints:
         checkpoints.save(1, {"params": params}, {})
     return directory

@@ -132,6 +132,11 @@ def test_evaluation_and_report(chain: Path) -> None:
     for policy in evaluation["policies"]:
         assert {"gold", "gold/fact", "length", "ended", "reward"} <= policy["scores"].keys()
         assert policy["scores"]["gold"]["n"] == 24
+        ended = policy["scores"]["ended"]  # a share: Wilson's interval, which has a width at 0 and 1 too
+        assert 0.0 <= ended["low"] < ended["high"] <= 1.0 and ended["low"] <= ended["mean"] <= ended["high"]
+        z2, n = 1.959964**2, 24
+        assert ended["low"] + ended["high"] == pytest.approx((2 * ended["mean"] + z2 / n) / (1 + z2 / n), abs=1e-6)
+    assert evaluation["seed"] == 0 and {"commit"} < evaluation.keys()
     assert [(entry["from"], entry["to"]) for entry in evaluation["differences"]] == [("base", "sft"), ("sft", "ppo")]
     assert len(evaluation["samples"]) == 4
     page = (chain / "report.html").read_text()

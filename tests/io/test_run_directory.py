@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.io import load_pretrained, read_model_card
+from rlhf_jax.data import Template
+from rlhf_jax.io import load_pretrained, read_model_card, read_template
 from rlhf_jax.models import Head, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.testing import byte_tokenizer, bytes_per_device, random_params, tiny_config
 from rlhf_jax.types import InputError, Params
+
+TEMPLATE = Template(style="plain", prompt_format="Q {prompt}\nA:", bos="never")
 
 
 def make_run(
@@ -26,7 +29,7 @@ def make_run(
     """A run that saved ``steps``; the parameters of step n are those of seed n. Returns the newest."""
     run_dir.mkdir()
     model = Model(tiny_config(head=head, vocab_size=272, **changes))
-    write_model_card(run_dir, model, byte_tokenizer(), subtree)
+    write_model_card(run_dir, model, byte_tokenizer(), TEMPLATE, subtree)
     with Checkpoints(run_dir, Retention(3)) as checkpoints:
         for step in steps:
             params = jax.tree.map(jnp.asarray, random_params(model, step))
@@ -49,6 +52,20 @@ def test_the_newest_checkpoint_is_read(subtree: str, tmp_path: Path) -> None:
     assert loaded.config == model.config and tokenizer.encode("A") == [68]
     assert_equal(read, params)
     assert read_model_card(tmp_path / "run") == (model.config, subtree)
+
+
+def test_the_template_is_kept_with_the_model(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    assert read_template(tmp_path / "run") == TEMPLATE
+    assert read_template(tmp_path) is None  # no run
+    card = tmp_path / "run" / "model.json"
+    fields = json.loads(card.read_text())
+    card.write_text(json.dumps(fields | {"template": {"style": "fancy"}}))
+    with pytest.raises(InputError, match=r"model\.json: template: Template\.style = 'fancy'"):
+        read_template(tmp_path / "run")
+    del fields["template"]  # of a run of an older version
+    card.write_text(json.dumps(fields))
+    assert read_template(tmp_path / "run") is None and load_pretrained(tmp_path / "run").model is not None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -39,6 +39,8 @@ def test_a_run_is_exported_with_its_lineage(tmp_path: Path) -> None:
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded), jax.device_get(params))
     assert lineage(tmp_path / "out")["stage"] == "sft"
+    template = json.loads((tmp_path / "out" / "template.json").read_text())
+    assert template["style"] == "plain" and template["prompt_format"] == "Q {prompt}\nA:" and template["bos"] == "never"
 
 
 def test_a_scorer_needs_a_padding_token_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
-from rlhf_jax.learn import PPOConfig, next_kl_coefficient, prepare
+from rlhf_jax.learn import PPOConfig, next_kl_coefficient, prepare, warn_if_kl_is_negative
+from rlhf_jax.run import fetch
 from rlhf_jax.testing import completions, prompt_batch
 from rlhf_jax.types import InputError, Rollout
 
@@ -186,6 +187,7 @@ def test_reported_numbers():
     returns, values = np.array([2, 2, 2, 2, 1, 1]), np.array([0.1, 0.2, 0.3, 0.4, 0.0, 1.0])
     expected = {
         "score": 1.5, "score_std": 0.5, "kl": 0.25, "kl_per_token": 0.5 / 6,
+        "kl_standard_error": 0.25,  # of 0.5 and 0: deviation sqrt(2) / 4, over sqrt(2)
         "sampled_entropy": (3.7 + 1.1) / 2,
         "sampler_gap": (0.1 + 0.4) / 6, "sampler_gap_max": 0.4,
         "response_length": 3.0, "ended": 0.5, "value": values.mean(), "return": returns.mean(),
@@ -304,3 +306,38 @@ def test_a_kl_beyond_the_limit_is_not_learned_from():
 def test_the_controller_stands_still_when_the_kl_is_no_number():
     config = PPOConfig(kl_target=6.0)
     assert float(next_kl_coefficient(config, jnp.float32(0.1), jnp.float32(jnp.nan), 16)) == pytest.approx(0.1)
+
+
+def one_token_kl(tokens):
+    """(kl, standard error) of one-token responses drawn from a policy (.5, .3, .2) whose reference is (.6, .25, .15)."""
+    policy, reference = np.log([0.5, 0.3, 0.2]), np.log([0.6, 0.25, 0.15])
+    logprobs, ref = ([[row[token]] for token in tokens] for row in (policy, reference))
+    rollout = rollout_of([(7,)] * len(tokens), [0.0] * len(tokens), logprobs=logprobs, ref=ref, length=1)
+    measured = fetch(prepare(rollout, PLAIN, jnp.asarray(0.0))[1])
+    return measured["kl"], measured["kl_standard_error"]
+
+
+def test_a_negative_kl_beyond_noise_is_told(capsys):
+    """The samples of the policy estimate its KL of 0.021; cut down to its two likeliest tokens (.625, .375) the same
+    estimator has the mean .625 log(.5/.6) + .375 log(.3/.25) = -0.0456, which is no KL."""
+    draw = np.random.default_rng(0)
+    kl, error = one_token_kl(draw.choice(3, 2000, p=[0.5, 0.3, 0.2]))
+    assert kl == pytest.approx(0.021, abs=3 * error) and not warn_if_kl_is_negative(7, kl, error)
+    assert capsys.readouterr().err == ""
+    kl, error = one_token_kl(draw.choice(2, 2000, p=[0.625, 0.375]))
+    assert kl == pytest.approx(-0.0456, abs=3 * error) and warn_if_kl_is_negative(7, kl, error)
+    told = capsys.readouterr().err
+    assert told.startswith("warning: step 7: the KL to the reference is estimated as -0.0") and told.count("\n") == 1
+    assert "top_k" in told and "PPOConfig.kl_coefficient" in told
+
+
+@pytest.mark.parametrize(
+    ("kl", "error", "warned"),
+    [(-0.29, 0.1, False), (-0.31, 0.1, True), (-5e-4, 0.0, False), (-2e-3, 0.0, True), (None, None, False)],
+)
+def test_noise_is_three_standard_errors_and_rounding(kl, error, warned):
+    assert warn_if_kl_is_negative(1, kl, error) is warned
+
+
+def test_a_single_response_has_no_standard_error():
+    assert fetch(prepare(example(), PLAIN, jnp.asarray(0.0))[1])["kl_standard_error"] is None

@@ -1,0 +1,100 @@
+"""Opening a run directory: refuse what may not be, lock, find the checkpoint to go on from, record; and close in order."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rlhf_jax.run.checkpoint import Checkpoints, Retention, newest_verified
+from rlhf_jax.run.config import BoundConfig
+from rlhf_jax.run.faults import Faults
+from rlhf_jax.run.loop import Run
+from rlhf_jax.run.loop_config import LoopConfig
+from rlhf_jax.run.provenance import Input, describe, versions, write_atomically, write_provenance
+from rlhf_jax.run.resume import forget, lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
+from rlhf_jax.run.signals import Signals
+from rlhf_jax.run.status import Status
+from rlhf_jax.run.tracking import Tracker
+from rlhf_jax.run.watchdog import Watchdog
+from rlhf_jax.saved import latest_step
+from rlhf_jax.types import InputError
+
+
+@contextlib.contextmanager
+def open_run(
+    run_dir: str | Path,
+    *,
+    stage: str,
+    bound: BoundConfig,
+    seed: int,
+    loop: LoopConfig,
+    inputs: Sequence[Input] = (),
+    mesh: Mesh | None = None,
+    output: str | None = None,
+) -> Iterator[Run]:
+    """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
+
+    run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... mesh: only recorded. output: the file that a
+    run without checkpoints leaves when it is done. Raises InputError,
+    before anything is written, when the directory belongs to something else, is in use, or was begun with another
+    configuration.
+    A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
+    first step of a new run removes its directory again.
+    """
+    directory = Path(run_dir).expanduser().absolute()
+    refuse_foreign(directory, stage)
+    refuse_steps(directory, bound.operative, latest_step(directory) or 0)
+    described = [describe(given) for given in inputs]
+    first, fresh = jax.process_index() == 0, not directory.exists()
+    make_directory(directory)
+    try:
+        with contextlib.ExitStack() as stack:
+            if first:
+                stack.callback(lock(directory).close)
+            signals = stack.enter_context(Signals())
+            reached = latest_step(directory) or 0
+            if reached or (output is not None and (directory / output).is_file()):
+                now = {"stage": stage, "seed": seed, "inputs": described}
+                holds = f"is at step {reached}" if reached else f"holds {output}"
+                refuse_changes(directory, now, bound.operative, holds)
+            resumed = _agreed(newest_verified(directory) if first else 0)
+            if first:
+                write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
+                write_atomically(directory / "config.gin", bound.config)
+                write_atomically(directory / "operative_config.gin", bound.operative)
+            tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
+            stack.callback(tracker.close)
+            status, faults = Status(directory), Faults(loop.faults)
+            stack.callback(status.close)
+            watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
+            stack.enter_context(watchdog)
+
+            def at(point: str, step: int, place: Path) -> None:
+                status.update(saving="" if point == "retain" else f"{point} {step}")
+                faults.at(point, step, place)
+
+            facts = {
+                "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
+                "inputs": {entry["name"]: entry["fingerprint"] for entry in described},
+                "versions": versions(),
+            }
+            retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
+            checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
+            run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status)
+            stack.callback(run.close_display)
+            yield run
+    except InputError:
+        if first and fresh:
+            forget(directory)
+        raise
+
+
+def _agreed(step: int) -> int:
+    """The first process's number, on every process: it alone looked at the checkpoints, and set damaged ones aside."""
+    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))
