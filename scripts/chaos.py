@@ -22,18 +22,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from absl import flags
+from chaos_table import Kill, Trial, hit, table
 
 from rlhf_jax.command import run_command
-from rlhf_jax.saved import find_step, latest_step, read_arrays, verify
+from rlhf_jax.saved import latest_step
+from rlhf_jax.testing.same_run import difference
 from rlhf_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -56,28 +55,6 @@ PHASES = {
     "ppo": ("start", "rollout", "score", "reward", "prepare", "update", "log", "save", "end", *IN_A_SAVE),
 }
 """'start': before the run directory is open: imports, loading, restoring. IN_A_SAVE: in the background, or on the way."""
-
-
-@dataclass
-class Kill:
-    """One SIGKILL: seconds after the process began; aimed: by an injected fault. logged, saved: steps on disk then."""
-
-    seconds: float
-    phase: str
-    step: int
-    logged: int
-    saved: int
-    aimed: bool = False
-
-
-@dataclass
-class Trial:
-    """A run and what became of it. verdict: 'same', 'different: ...' or 'lost: ...'."""
-
-    number: int
-    directory: Path
-    kills: list[Kill] = field(default_factory=list)
-    verdict: str = ""
 
 
 # ---- processes
@@ -165,38 +142,6 @@ def killed_at(point: str, step: int, arguments: list[str], run_dir: Path, log: P
     return Kill(time.monotonic() - began, point, step, last_logged(run_dir), latest_step(run_dir) or 0, aimed=True)
 
 
-# ---- comparing
-
-
-def difference(unbroken: Path, broken: Path) -> str:
-    """'' when the two runs are the same, else 'different: ...' or 'lost: ...'."""
-    ours, theirs = ((directory / "metrics.jsonl").read_bytes().splitlines() for directory in (broken, unbroken))
-    if len(ours) != len(theirs):
-        return f"lost: {len(ours)} lines of metrics, not {len(theirs)}"
-    if ours != theirs:
-        first = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
-        return f"different: line {first + 1} of metrics.jsonl"
-    places = find_step(broken), find_step(unbroken)
-    if places[0].name != places[1].name:
-        return f"lost: ends at step {places[0].name}, not {places[1].name}"
-    if verify(places[0])["host"] != verify(places[1])["host"]:
-        return "different: what the checkpoint keeps on the host"
-    one, other = map(read_arrays, places)
-    if wrong := [name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name))]:
-        return f"different: {len(wrong)} arrays, {min(wrong)} among them"
-    files = [directory / "reward_normalisation.json" for directory in (broken, unbroken)]
-    if files[0].is_file() != files[1].is_file() or (
-        files[0].is_file() and files[0].read_bytes() != files[1].read_bytes()
-    ):
-        return "different: reward_normalisation.json"
-    return ""
-
-
-def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    """Bit for bit."""
-    return one is not None and other is not None and one.dtype == other.dtype and one.tobytes() == other.tobytes()
-
-
 # ---- the trials
 
 
@@ -270,36 +215,6 @@ class Chaos:
         yield phase, rng.randrange(1, total // every.get(phase, 1) + 1) * every.get(phase, 1)
 
 
-def hit(trials: Sequence[Trial], phases: Sequence[str]) -> Counter[str]:
-    """How many kills hit each phase; one in 'log + hash' counts for both."""
-    parts = [part for trial in trials for kill in trial.kills for part in kill.phase.split(" + ")]
-    return Counter(part for part in parts if part in phases)
-
-
-def table(chaos: Chaos, trials: Sequence[Trial]) -> str:
-    """Markdown: a line for each kill, then the sums."""
-    lines = [
-        "| trial | killed at | phase | step | newest checkpoint | steps done again | result |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for trial in trials:
-        for index, kill in enumerate(trial.kills):
-            moment = "aimed" if kill.aimed else f"{kill.seconds:.2f} s"
-            again = max(kill.logged - kill.saved, 0)
-            result = trial.verdict if index == len(trial.kills) - 1 else "killed again"
-            cells = (trial.number, moment, kill.phase, kill.step or "", kill.saved or "none", again, result)
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        if not trial.kills:
-            lines.append(f"| {trial.number} | not killed | | | | | {trial.verdict} |")
-    counted = hit(trials, PHASES[chaos.stage])
-    verdicts = Counter(trial.verdict.split(":")[0] for trial in trials)
-    kills = sum(len(trial.kills) for trial in trials)
-    lines += ["", f"{chaos.stage}: {len(trials)} trials, {kills} kills over {chaos.seconds:.1f} s of an unbroken run. "]
-    lines += ["Phases hit: " + ", ".join(f"{phase} {counted[phase]}" for phase in PHASES[chaos.stage]) + ". "]
-    lines += [f"lost = {verdicts['lost']}, different = {verdicts['different']}, same = {verdicts['same']}"]
-    return "\n".join(lines) + "\n"
-
-
 def make_inputs(stage: str, directory: Path) -> Path:
     """Run what comes before ``stage``; finished stages are skipped."""
     for name in list(CHAIN)[: list(CHAIN).index(stage)]:
@@ -335,7 +250,7 @@ def main() -> int:
     for phase in PHASES[stage] if FLAGS.aimed else ():
         if not hit(trials, PHASES[stage])[phase]:
             add(chaos.aimed_kill(phase, rng))
-    text = table(chaos, trials)
+    text = table(stage, PHASES[stage], chaos.seconds, trials)
     (chaos.out / "table.md").write_text(text)
     print(text, end="")
     missed = [phase for phase in PHASES[stage] if FLAGS.aimed and not hit(trials, PHASES[stage])[phase]]

@@ -1,4 +1,5 @@
-"""What tests need, ours and those of users: tiny models, small tokenizers, hand-made batches, toy rewards, pretended devices."""
+"""What tests need, ours and those of users: tiny models, small tokenizers, hand-made batches, toy rewards, pretended devices,
+and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from rlhf_jax.testing.batches import completions, prompt_batch, random_prompts, 
 from rlhf_jax.testing.devices import MESHES_OF_EIGHT, bytes_per_device, mesh_of, pretend_devices
 from rlhf_jax.testing.models import random_params, tiny_config, tiny_model
 from rlhf_jax.testing.rewards import count_reward, table_reward
+from rlhf_jax.testing.same_run import difference
 from rlhf_jax.testing.tokenizer import byte_tokenizer, train_bpe_tokenizer
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "bytes_per_device",
     "completions",
     "count_reward",
+    "difference",
     "mesh_of",
     "pretend_devices",
     "prompt_batch",

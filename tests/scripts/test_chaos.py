@@ -17,6 +17,7 @@ import pytest
 
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
 from rlhf_jax.run.faults import flip_bit
+from rlhf_jax.testing import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "chaos.py"
@@ -24,6 +25,7 @@ SCRIPT = ROOT / "scripts" / "chaos.py"
 
 @pytest.fixture(scope="module")
 def chaos() -> Any:
+    sys.path.append(str(SCRIPT.parent))  # where python looks first when it runs the script
     spec = importlib.util.spec_from_file_location("chaos_script", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,22 +60,22 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_what_differs_is_named(name: str, chaos: Any, unbroken: Path, tmp_path: Path) -> None:
+def test_what_differs_is_named(name: str, unbroken: Path, tmp_path: Path) -> None:
     changes, words = DIFFERENCES[name]
-    assert chaos.difference(unbroken, make_run(tmp_path / "broken", **changes)) == words
+    assert difference(unbroken, make_run(tmp_path / "broken", **changes)) == words
 
 
-def test_a_reward_model_without_its_scale_is_different(chaos: Any, unbroken: Path, tmp_path: Path) -> None:
+def test_a_reward_model_without_its_scale_is_different(unbroken: Path, tmp_path: Path) -> None:
     broken = make_run(tmp_path / "broken")
     (broken / "reward_normalisation.json").write_text("{}")
-    assert chaos.difference(unbroken, broken) == "different: reward_normalisation.json"
+    assert difference(unbroken, broken) == "different: reward_normalisation.json"
 
 
-def test_damage_is_not_the_same(chaos: Any, unbroken: Path, tmp_path: Path) -> None:
+def test_damage_is_not_the_same(unbroken: Path, tmp_path: Path) -> None:
     broken = make_run(tmp_path / "broken")
     flip_bit(broken / "checkpoints" / "3" / "state" / "_METADATA")
     with pytest.raises(ValueError, match="damaged checkpoint"):
-        chaos.difference(unbroken, broken)
+        difference(unbroken, broken)
 
 
 def test_the_phase_is_that_of_the_process_itself(chaos: Any, tmp_path: Path) -> None:
@@ -87,10 +89,7 @@ def test_table_counts_both_phases_of_a_kill_and_every_verdict(chaos: Any, tmp_pa
     kills = [chaos.Kill(1.5, "train + hash", 3, 3, 2), chaos.Kill(0.5, "start", 0, 3, 2)]
     trials = [chaos.Trial(1, tmp_path, kills, "same"), chaos.Trial(2, tmp_path, kills[:1], "lost: exit code 1")]
 
-    class Of:
-        stage, seconds = "sft", 9.0
-
-    text = chaos.table(Of, trials)
+    text = chaos.table("sft", chaos.PHASES["sft"], 9.0, trials)
     assert "| 1 | 1.50 s | train + hash | 3 | 2 | 1 | killed again |" in text
     assert "start 1, train 2" in text and "hash 2" in text
     assert text.endswith("lost = 1, different = 0, same = 1\n")
