@@ -65,7 +65,7 @@ FORBIDDEN: dict[str, set[str]] = {
 EXCEPTIONS = {
     "run/configurables.py": ALL | {"run", "testing"},
     "run/records.py": {"types", "data"},
-    "run/models.py": {"types", "io", "models", "parallel"},
+    "run/models.py": {"types", "data", "io", "models", "parallel"},
     "run/cast.py": {"types", "data", "io", "learn", "models", "parallel", "programs", "rollout"},
 }
 GIN = {"rlhf_jax/run/config.py", "rlhf_jax/run/configurables.py"}
