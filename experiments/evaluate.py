@@ -103,6 +103,7 @@ def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices
     for each in filter(None, (loaded, judge)):
         each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
+    rollout.refuse_unshared(encoded.items, slots)
     tell_left_out(prompts, encoded, none)
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 

@@ -87,6 +87,7 @@ def _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng) -> t
     """A row per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
+    rollout.refuse_unshared(encoded.items, slots)
     tell_left_out(prompts, encoded, none)
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 

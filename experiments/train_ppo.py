@@ -69,6 +69,7 @@ def run(
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer, pad = cast.policy.tokenizer, cast.policy.tokenizer.pad_token_id
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
+    rollout.refuse_unshared(encoded.items, slots)
     batches = data.prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad
     )

@@ -1,6 +1,6 @@
 """The decoder transformer: its configuration, its parameters as plain arrays, its pure functions."""
 
-from rlhf_jax.models.cache import KVCache, empty_cache
+from rlhf_jax.models.cache import KVCache, Storage, empty_cache
 from rlhf_jax.models.config import DTYPES, Head, ModelConfig
 from rlhf_jax.models.decoder import SeparateLayer
 from rlhf_jax.models.layout import unconstrained
@@ -17,6 +17,7 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "SeparateLayer",
+    "Storage",
     "empty_cache",
     "parameter_count",
     "unconstrained",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,56 @@ from jaxtyping import Array, Bool, Int32
 
 from rlhf_jax.models.config import ModelConfig
 
+Storage = Literal["compute", "bfloat16", "int8"]
+"""How keys and values are kept: in compute_dtype, in bfloat16, or `Quantised`."""
+
+
+@struct.dataclass
+class Quantised:
+    """Numbers as int8 times a scale for each vector. numbers: int8 [..., K]. scale: float32 [..., 1], the largest
+    magnitude of the vector over 127: what comes back is off by at most half a scale."""
+
+    numbers: Any
+    scale: Any
+
+
+def stored(x: Array, storage: Storage) -> Any:
+    """Keys or values [..., K] as they are kept; vectors of zeros stay so."""
+    if storage == "bfloat16":
+        return x.astype(jnp.bfloat16)
+    if storage == "compute":
+        return x
+    x32 = x.astype(jnp.float32)
+    scale = jnp.abs(x32).max(axis=-1, keepdims=True) / 127.0
+    numbers = jnp.round(x32 / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8)
+    return Quantised(numbers, scale)
+
+
+def restored(kept: Any, dtype: Any) -> Array:
+    """As they are multiplied: the inverse of `stored`, up to its rounding."""
+    if isinstance(kept, Quantised):
+        numbers: Array = kept.numbers.astype(jnp.float32) * kept.scale
+        return numbers.astype(dtype)
+    whole: Array = kept
+    return whole.astype(dtype)
+
 
 @struct.dataclass
 class KVCache:
     """Keys and values of what was read so far.
 
     keys, values: compute_dtype [L, B, G, C, K]: per row and head a contiguous [C, K] matrix, which is what the decode
-    matmul reads; or, `separated`, a tuple of L arrays [B, G, C, K]. positions: int32 [B, C], the position of the token in
-    a column, -1 where there is none; keys carry their rotation, so columns may hold tokens in any order. index: int32 [],
-    the next column to write, one for all rows (one slice instead of a scatter): a sampler that puts a new prompt into a
-    row writes on where the others are.
+    matmul reads; kept as ``storage`` says (`Quantised` has two such arrays); or, `separated`, a tuple of L [B, G, C, K].
+    positions: int32 [B, C], the position of the token in a column, -1 where there is none; keys carry their rotation, so
+    columns may hold tokens in any order. index: int32 [], the next column to write, one for all rows (one slice instead of
+    a scatter): a sampler that puts a new prompt into a row writes on where the others are.
     """
 
     keys: Any
     values: Any
     positions: Int32[Array, "B C"]
     index: Int32[Array, ""]
+    storage: Storage = struct.field(pytree_node=False, default="compute")
 
     LOGICAL_AXES = ("layers", "act_batch", "act_kv_heads", "act_length", "act_head_dim")
 
@@ -38,19 +72,32 @@ class KVCache:
 
     def take(self, rows: Int32[Array, "N"], capacity: int | None = None) -> KVCache:  # noqa: F821
         """The given rows (one may come several times), with empty columns behind up to ``capacity`` (None: as many)."""
-        more = 0 if capacity is None else capacity - self.positions.shape[1]
+        chosen = jax.tree.map(lambda stack: jnp.take(stack, rows, axis=stack.ndim - 4), (self.keys, self.values))
+        positions = jnp.take(self.positions, rows, axis=0)
+        taken = dataclasses.replace(self, keys=chosen[0], values=chosen[1], positions=positions)
+        return taken if capacity is None else taken.widened(capacity)
 
-        def widened(stack: Array) -> Array:
-            chosen = jnp.take(stack, rows, axis=stack.ndim - 4)
-            return jnp.pad(chosen, [*[(0, 0)] * (stack.ndim - 2), (0, more), (0, 0)])
+    def widened(self, capacity: int) -> KVCache:
+        """With empty columns behind, ``capacity`` in all."""
+        more = capacity - self.positions.shape[1]
 
-        positions = jnp.pad(jnp.take(self.positions, rows, axis=0), ((0, 0), (0, more)), constant_values=-1)
-        keys, values = jax.tree.map(widened, (self.keys, self.values))
-        return KVCache(keys, values, positions, self.index)
+        def padded(stack: Array) -> Array:
+            return jnp.pad(stack, [*[(0, 0)] * (stack.ndim - 2), (0, more), (0, 0)])
+
+        keys, values = jax.tree.map(padded, (self.keys, self.values))
+        positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
+        return dataclasses.replace(self, keys=keys, values=values, positions=positions)
 
     def separated(self) -> KVCache:
         """With an array for each layer."""
-        return dataclasses.replace(self, keys=tuple(self.keys), values=tuple(self.values))
+
+        def layer(stack: Any, index: int) -> Any:
+            return jax.tree.map(lambda x: x[index], stack)
+
+        def apart(stack: Any) -> tuple[Any, ...]:
+            return tuple(layer(stack, index) for index in range(jax.tree.leaves(stack)[0].shape[0]))
+
+        return dataclasses.replace(self, keys=apart(self.keys), values=apart(self.values))
 
     def put(self, row: Int32[Array, ""], other: KVCache, other_row: Int32[Array, ""]) -> KVCache:
         """With what ``row`` held replaced, in place, by a row of ``other``, whose columns become the first ones."""
@@ -64,15 +111,16 @@ class KVCache:
         one = jnp.pad(one, ((0, 0), (0, self.positions.shape[1] - one.shape[1])), constant_values=-1)
         positions = jax.lax.dynamic_update_slice(self.positions, one, (row, zero))
         keys, values = jax.tree.map(moved, (self.keys, self.values), (other.keys, other.values))
-        return KVCache(keys, values, positions, self.index)
+        return dataclasses.replace(self, keys=keys, values=values, positions=positions)
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
+def empty_cache(config: ModelConfig, batch: int, capacity: int, storage: Storage = "compute") -> KVCache:
     """A cache of ``capacity`` columns that holds nothing."""
     shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
     return KVCache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=stored(jnp.zeros(shape, config.dtype), storage),
+        values=stored(jnp.zeros(shape, config.dtype), storage),
         positions=jnp.full((batch, capacity), -1, jnp.int32),
         index=jnp.zeros((), jnp.int32),
+        storage=storage,
     )

@@ -6,6 +6,7 @@ S columns, D hidden size, G key/value heads, K head_dim, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax.models.attention import Attend, attend, self_attention, soft_cap
-from rlhf_jax.models.cache import KVCache
+from rlhf_jax.models.cache import KVCache, restored, stored
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
 from rlhf_jax.models.layout import Constrain
@@ -128,43 +129,62 @@ class Decoder(nnx.Module):
         return self.final_norm(x), _concatenated(kept), routed
 
     def decode(
-        self, tokens: Int32[Array, "B 1"], positions: Int32[Array, "B 1"], cache: KVCache, constrain: Constrain
-    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """One more column for every row. The cache travels in the carry of the layer scan and is updated in place."""
-        known = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1)
+        self,
+        tokens: Int32[Array, "B S"],
+        positions: Int32[Array, "B S"],
+        cache: KVCache,
+        constrain: Constrain,
+        mask: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """More columns for every row, one or several. mask: which of them hold a token (None: all). The cache travels in
+        the carry of the layer scan and is updated in place."""
+        held = positions if mask is None else jnp.where(mask, positions, -1)
+        known = jax.lax.dynamic_update_slice_in_dim(cache.positions, held, cache.index, axis=1)
         zero = jnp.zeros((), jnp.int32)
 
         carry = (self._embed(tokens, positions, constrain), cache.keys, cache.values)
         for kinds, definitions, weights, numbers in self._groups():
 
             def body(
-                carry: tuple[Array, Array, Array], scanned: Any, kinds: Any = kinds, definitions: Any = definitions
-            ) -> tuple[tuple[Array, Array, Array], None]:
+                carry: tuple[Array, Any, Any], scanned: Any, kinds: Any = kinds, definitions: Any = definitions
+            ) -> tuple[tuple[Array, Any, Any], None]:
                 x, keys, values = carry
                 layer_numbers, layers = scanned
                 for place, (kind, definition, layer) in enumerate(zip(kinds, definitions, layers, strict=True)):
                     block, index = nnx.merge(definition, layer), layer_numbers[place]
                     query, key, value = block.read(x, positions)
                     where = (index, zero, zero, cache.index, zero)
-                    keys = jax.lax.dynamic_update_slice(keys, key[None], where)
-                    values = jax.lax.dynamic_update_slice(values, value[None], where)
-                    seen_keys, seen_values = (
-                        jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in (keys, values)
-                    )
-                    x, _ = block(x, query, seen_keys, seen_values, self._over_cache(known, positions, kind.window))
+
+                    def written(stack: Array, column: Array, where: Any = where) -> Array:
+                        return jax.lax.dynamic_update_slice(stack, column[None], where)
+
+                    def seen(stack: Any, index: Any = index) -> Array:
+                        kept = jax.tree.map(functools.partial(_one_of, index=index), stack)
+                        return restored(kept, self._config.dtype)
+
+                    keys = jax.tree.map(written, keys, stored(key, cache.storage))
+                    values = jax.tree.map(written, values, stored(value, cache.storage))
+                    over_cache = self._over_cache(known, positions, kind.window)
+                    x, _ = block(x, query, seen(keys), seen(values), over_cache)
                 return (x, keys, values), None
 
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
         x, keys, values = carry
-        return self.final_norm(x), KVCache(keys, values, known, cache.index + 1)
+        index = cache.index + tokens.shape[1]
+        return self.final_norm(x), dataclasses.replace(cache, keys=keys, values=values, positions=known, index=index)
 
-    def _over_cache(self, known: Int32[Array, "B C"], positions: Int32[Array, "B 1"], window: int | None) -> Attend:
-        """Attention of the tokens at ``positions`` to the cached ones at ``known`` (-1: none)."""
+    def _over_cache(self, known: Int32[Array, "B C"], positions: Int32[Array, "B S"], window: int | None) -> Attend:
+        """Attention of the tokens at ``positions`` to the cached ones at ``known`` (-1: none) that are not behind them."""
         config = self._config
-        seen = known >= 0 if window is None else (known >= 0) & (known > positions - window)
+        cached, own = known[:, None, :], positions[:, :, None]
+        seen = cached >= 0
+        if positions.shape[1] > 1:  # a single token is the last one that there is
+            seen = seen & (cached <= own)
+        if window is not None:
+            seen = seen & (cached > own - window)
         return functools.partial(
             attend,
-            mask=seen[:, None, :],
+            mask=seen,
             precision=precision_of(config),
             scale=config.attention_scale,
             cap=config.attention_soft_cap,
@@ -198,10 +218,18 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(layers):
             block = nnx.merge(layer.definition, layer.weights)
             query, key, value = block.read(x, positions)
-            keys[index] = jax.lax.dynamic_update_slice_in_dim(keys[index], key, cache.index, axis=2)
-            values[index] = jax.lax.dynamic_update_slice_in_dim(values[index], value, cache.index, axis=2)
-            x, _ = block(x, query, keys[index], values[index], self._over_cache(known, positions, layer.kind.window))
-        return self.final_norm(x), KVCache(tuple(keys), tuple(values), known, cache.index + 1)
+
+            def written(stack: Array, column: Array) -> Array:
+                return jax.lax.dynamic_update_slice_in_dim(stack, column, cache.index, axis=2)
+
+            keys[index] = jax.tree.map(written, keys[index], stored(key, cache.storage))
+            values[index] = jax.tree.map(written, values[index], stored(value, cache.storage))
+            seen_keys, seen_values = (restored(stack, self._config.dtype) for stack in (keys[index], values[index]))
+            x, _ = block(x, query, seen_keys, seen_values, self._over_cache(known, positions, layer.kind.window))
+        kept = dataclasses.replace(
+            cache, keys=tuple(keys), values=tuple(values), positions=known, index=cache.index + 1
+        )
+        return self.final_norm(x), kept
 
     def logits(
         self, hidden: Float[Array, "B S D"], constrain: Constrain, *, few_rows: bool = False
@@ -220,6 +248,12 @@ class Decoder(nnx.Module):
             soft_cap(out, self._config.logit_soft_cap).reshape(*hidden.shape[:2], -1),
             ("act_batch", "act_length", "act_vocab"),
         )
+
+
+def _one_of(stack: Array, index: Array) -> Array:
+    """stack[index]."""
+    one: Array = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    return one
 
 
 def _stacked(config: ModelConfig, kind: LayerKind, count: int, rngs: nnx.Rngs) -> Block:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax.models import lora
-from rlhf_jax.models.cache import KVCache, empty_cache
+from rlhf_jax.models.cache import KVCache, Storage, empty_cache, stored
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.decoder import Decoder, SeparateLayer
 from rlhf_jax.models.layout import Constrain, unconstrained
@@ -127,20 +127,53 @@ class Model:
         mask: Bool[Array, "B P"],
         positions: Int32[Array, "B P"],
         capacity: int,
+        storage: Storage = "compute",
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """Read left-padded prompts: the last column's hidden state and a cache of ``capacity`` >= P columns."""
+        """Read left-padded prompts: the last column's hidden state and a cache of ``capacity`` >= P columns, kept as
+        ``storage`` says (the prompts themselves are read with keys and values as they are)."""
         segment_ids = mask.astype(jnp.int32)
         hidden, (keys, values), _ = self._module(params).hidden(
             tokens, positions, segment_ids, self.constrain, keep_keys_and_values=True
         )
-        cache = empty_cache(self.config, tokens.shape[0], capacity)
+        cache = empty_cache(self.config, tokens.shape[0], capacity, storage)
         width = tokens.shape[1]
-        return hidden[:, -1:], KVCache(
-            keys=self.constrain(cache.keys.at[:, :, :, :width].set(keys), KVCache.LOGICAL_AXES),
-            values=self.constrain(cache.values.at[:, :, :, :width].set(values), KVCache.LOGICAL_AXES),
+
+        def filled(empty: Array, read: Array) -> Array:
+            return self.constrain(empty.at[:, :, :, :width].set(read), KVCache.LOGICAL_AXES)
+
+        return hidden[:, -1:], dataclasses.replace(
+            cache,
+            keys=jax.tree.map(filled, cache.keys, stored(keys, storage)),
+            values=jax.tree.map(filled, cache.values, stored(values, storage)),
             positions=cache.positions.at[:, :width].set(jnp.where(mask, positions, -1)),
             index=jnp.asarray(width, jnp.int32),
         )
+
+    def read_on(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B P"],
+        mask: Bool[Array, "B P"],
+        positions: Int32[Array, "B P"],
+        cache: KVCache,
+        chunk: int,
+    ) -> tuple[Float[Array, "B 1 D"], KVCache]:
+        """`prefill` behind what ``cache`` holds, ``chunk`` columns at a time (0: all at once): attention then needs scores of
+        chunk x columns of the cache, not of P x P. The first chunk is the one that may be shorter."""
+        chunk = min(chunk or tokens.shape[1], tokens.shape[1])
+        module, first = self._module(params), tokens.shape[1] % chunk or chunk
+
+        def read(cache: KVCache, columns: Any) -> tuple[KVCache, Array]:
+            hidden, cache = module.decode(columns[0], columns[2], cache, self.constrain, columns[1])
+            return cache, hidden[:, -1:]
+
+        columns = (tokens, mask, positions)
+        cache, hidden = read(cache, jax.tree.map(lambda x: x[:, :first], columns))
+        if first < tokens.shape[1]:
+            rest = jax.tree.map(lambda x: x[:, first:].reshape(x.shape[0], -1, chunk).swapaxes(0, 1), columns)
+            cache, last = jax.lax.scan(read, cache, rest)
+            hidden = last[-1]
+        return hidden, cache
 
     def separate_layers(self, params: Params) -> list[SeparateLayer]:
         """For `decode`: a copy of every layer's weights by itself, laid out for products with few rows on a CPU."""

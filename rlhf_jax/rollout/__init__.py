@@ -11,7 +11,7 @@ from rlhf_jax.rollout.score import (
     sequence_logprobs_and_router_loss,
     sequence_scores,
 )
-from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig
+from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig, refuse_unshared
 
 __all__ = [
     "ALL_AT_ONCE",
@@ -22,6 +22,7 @@ __all__ = [
     "as_token_batch",
     "generate",
     "policy_and_values",
+    "refuse_unshared",
     "score",
     "sequence_logprobs",
     "sequence_logprobs_and_router_loss",

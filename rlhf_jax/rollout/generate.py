@@ -10,7 +10,17 @@ from jaxtyping import Array
 
 from rlhf_jax.models import Model
 from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig
-from rlhf_jax.rollout.slots import Job, Slots, admit, decode_until, first_fill, flush, move_together, read_prompts
+from rlhf_jax.rollout.slots import (
+    Job,
+    Slots,
+    admit,
+    decode_until,
+    first_fill,
+    flush,
+    move_together,
+    read_prefix,
+    read_prompts,
+)
 from rlhf_jax.types import Completions, InputError, Params, PromptBatch, Rng
 
 
@@ -42,18 +52,28 @@ def generate(
             f"generate: {width} prompt columns and SamplingConfig.max_new_tokens = {length} exceed the model's max_length "
             f"= {model.config.max_length}: shorten one of them"
         )
+    if slots.shared_prefix >= width:
+        raise InputError(
+            f"generate: SlotConfig.shared_prefix = {slots.shared_prefix} leaves nothing of prompts of {width} columns"
+        )
     if samples < 1:
         raise InputError(f"generate: samples = {samples}: must be at least 1")
     if bool(sampling.stop_strings) != (stop_table is not None):
         raise InputError("generate: stop_table goes with SamplingConfig.stop_strings: make it with data.stop_table")
     prompts, stop_table = jax.tree.map(jnp.asarray, (prompts, stop_table))
-    job = Job(model, params, prompts, rng, sampling, samples, eos_ids, pad_id, stop_table)
+    job = Job(model, params, prompts, rng, sampling, samples, eos_ids, pad_id, stop_table, slots)
     if slots.separate_layers:
         job = dataclasses.replace(job, layers=model.separate_layers(params))
+    if slots.shared_prefix:
+        job = dataclasses.replace(job, prefix=read_prefix(job))
     wide = min(slots.slots or job.rows, job.rows)
-    state = first_fill(job, read_prompts(job, 0, -(-wide // samples)), wide)
-    if wide < job.rows:
+    queue = wide < job.rows  # its rows follow each other around the whole ring
+    columns = length if queue else -(-length // slots.ring_stages)
+    state = first_fill(job, read_prompts(job, 0, -(-wide // samples)), wide, columns)
+    if queue:
         state = _serve_the_queue(job, state, wide, slots)
+    else:
+        state = _grow(job, state, wide // 2 if wide // 2 >= slots.smallest > 0 else 0)
     return _as_completions(job, _finish(job, state, wide, slots.smallest))
 
 
@@ -77,6 +97,16 @@ def _serve_the_queue(job: Job, state: Slots, wide: int, slots: SlotConfig) -> Sl
 
     served: Slots = jax.lax.fori_loop(0, -(-(count - begun) // size), serve, state)
     return served
+
+
+def _grow(job: Job, state: Slots, running: int) -> Slots:
+    """Until the cache has all its columns: decode until no more than ``running`` slots are at work or its columns are full,
+    then give it as many again."""
+    columns, step = job.width + job.sampling.max_new_tokens, state.cache.positions.shape[1] - job.width
+    while (now := state.cache.positions.shape[1]) < columns:
+        state = decode_until(job, state, running)
+        state = dataclasses.replace(state, cache=state.cache.widened(min(now + step, columns)))
+    return state
 
 
 def _finish(job: Job, state: Slots, wide: int, smallest: int) -> Slots:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import UnionType
+from typing import get_args
 
+from rlhf_jax.models import Storage
 from rlhf_jax.types import InputError
 
 
@@ -59,6 +62,12 @@ class SlotConfig:
     prefill: prompts read together to fill free slots (0 = as many as fill all). refill_at: free slots at which the next
     completions enter. smallest: when nothing waits any more, running completions move together into half as many slots,
     again and again while at least this many remain (0 = never; each halving compiles the decode step once more).
+    prefill_chunk: columns of the prompts read at a time (0 = all): for prompts too long for attention scores of all columns
+    to all. shared_prefix: the first so many tokens are the same in all prompts (a system prompt) and read once in a call.
+    ring_stages: when nothing waits for a slot, the cache begins with 1/ring_stages of the response columns and grows by as
+    many when they are full, so that short replies do not attend over columns for long ones (each stage compiles the decode
+    step once more). cache: keys and values kept in the model's "compute" dtype, as "bfloat16", or as "int8" with a scale
+    for each vector: half to a quarter of the memory, and log-probabilities that are off by what docs/performance.md says.
     separate_layers: decode with a copy of the weights, layer by layer, laid out for products with few rows: faster on a
     CPU and not on a TPU; compiles a decode step of all layers instead of one, and holds the weights twice.
     """
@@ -67,19 +76,37 @@ class SlotConfig:
     prefill: int = 0
     refill_at: int = 1
     smallest: int = 0
+    prefill_chunk: int = 0
+    shared_prefix: int = 0
+    ring_stages: int = 1
+    cache: Storage = "compute"
     separate_layers: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("slots", "prefill", "refill_at", "smallest"):
-            least = 1 if name == "refill_at" else 0
+        for name in ("slots", "prefill", "refill_at", "smallest", "prefill_chunk", "shared_prefix", "ring_stages"):
+            least = 1 if name in ("refill_at", "ring_stages") else 0
             value = getattr(self, name)
             if not _is_number(value, int) or value < least:
                 raise InputError(f"SlotConfig.{name} = {value!r}: give a whole number >= {least}")
+        if self.cache not in get_args(Storage):
+            raise InputError(f"SlotConfig.cache = {self.cache!r}: one of {', '.join(map(repr, get_args(Storage)))}")
         if not isinstance(self.separate_layers, bool):
             raise InputError(f"SlotConfig.separate_layers = {self.separate_layers!r}: give True or False")
         if self.slots and self.refill_at > self.slots:
             raise InputError(
                 f"SlotConfig.refill_at = {self.refill_at}: more than SlotConfig.slots = {self.slots} never fall free"
+            )
+
+
+def refuse_unshared(prompts: Sequence[Sequence[int]], slots: SlotConfig) -> None:
+    """Raises InputError when two prompts (token ids, no padding) differ in their first ``slots.shared_prefix`` tokens, or
+    one has no more than these."""
+    length = slots.shared_prefix
+    for number, prompt in enumerate(prompts if length else ()):
+        if len(prompt) <= length or list(prompt[:length]) != list(prompts[0][:length]):
+            why = f"has {len(prompt)} tokens" if len(prompt) <= length else "begins otherwise than prompt 0"
+            raise InputError(
+                f"SlotConfig.shared_prefix = {length}: prompt {number} {why}; set it to what all share, or 0"
             )
 
 

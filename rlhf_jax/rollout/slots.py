@@ -25,15 +25,16 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax import ops
-from rlhf_jax.models import KVCache, Model, SeparateLayer
-from rlhf_jax.rollout.settings import SamplingConfig
+from rlhf_jax.models import KVCache, Model, SeparateLayer, empty_cache
+from rlhf_jax.rollout.settings import SamplingConfig, SlotConfig
 from rlhf_jax.types import Params, PromptBatch, Rng
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What stays the same while sampling. prompts: [N, P]; stop_table: int [states, V] of `data.stop_table`, or None.
-    layers: `Model.separate_layers`, or None to decode with a loop over the stacked ones."""
+    slots: how. layers: `Model.separate_layers`, or None to decode with a loop over the stacked ones. prefix: what
+    all prompts begin with, read (`read_prefix`), or None."""
 
     model: Model
     params: Params
@@ -44,7 +45,9 @@ class Job:
     eos_ids: tuple[int, ...]
     pad_id: int
     stop_table: Array | None
+    slots: SlotConfig
     layers: list[SeparateLayer] | None = None
+    prefix: KVCache | None = None
 
     @property
     def width(self) -> int:
@@ -126,19 +129,41 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
     """Prefill of ``count`` prompts from ``first`` on (or as many before the end of the queue)."""
     first = jnp.minimum(first, job.prompts.tokens.shape[0] - count)
     prompts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), job.prompts)
-    positions = ops.positions_from_mask(prompts.mask)
-    hidden, cache = job.model.prefill(job.params, prompts.tokens, prompts.mask, positions, job.width)
+    tokens, mask, positions = prompts.tokens, prompts.mask, ops.positions_from_mask(prompts.mask)
+    if job.prefix is None and not job.slots.prefill_chunk:
+        hidden, cache = job.model.prefill(job.params, tokens, mask, positions, job.width, job.slots.cache)
+    else:
+        if job.prefix is None:
+            known, cache = 0, empty_cache(job.model.config, count, job.width, job.slots.cache)
+        else:
+            known = job.slots.shared_prefix
+            cache = job.prefix.take(jnp.zeros((count,), jnp.int32), job.width)
+        # Of left-padded prompts the last width - known columns hold all that is behind the prefix.
+        mask = (mask & (positions >= known))[:, known:]
+        hidden, cache = job.model.read_on(
+            job.params, tokens[:, known:], mask, positions[:, known:], cache, job.slots.prefill_chunk
+        )
     return Staged(first, prompts, hidden, cache if job.layers is None else cache.separated())
 
 
-def first_fill(job: Job, staged: Staged, slots: int) -> Slots:
-    """Rows 0 ... slots - 1 in slots of their own; ``staged`` holds their prompts, from prompt 0 on."""
+def read_prefix(job: Job) -> KVCache:
+    """A cache of one row with the first ``slots.shared_prefix`` tokens of the first prompt."""
+    length = job.slots.shared_prefix
+    tokens, mask = job.prompts.tokens[:1], job.prompts.mask[:1]
+    tokens = jax.lax.dynamic_slice_in_dim(tokens, job.width - mask.sum(), length, axis=1)
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    _, cache = job.model.prefill(job.params, tokens, positions >= 0, positions, length, job.slots.cache)
+    return cache
+
+
+def first_fill(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
+    """Rows 0 ... slots - 1 in slots of their own; ``staged`` holds their prompts, from prompt 0 on. columns: of the cache for
+    responses, T unless it is to grow."""
     rows = jnp.arange(slots, dtype=jnp.int32)
-    length = job.sampling.max_new_tokens
     return Slots(
         waiting=jnp.asarray(slots, jnp.int32),
         work=_new_work(job, staged, rows, jnp.zeros((), jnp.int32)),
-        cache=staged.cache.take(rows // job.samples, job.width + length),
+        cache=staged.cache.take(rows // job.samples, job.width + columns),
         ring=_no_text(job, slots),
         results=Results(
             text=_no_text(job, job.rows),
@@ -177,10 +202,12 @@ def admit(job: Job, state: Slots, staged: Staged, last: Array) -> Slots:
 
 
 def decode_until(job: Job, state: Slots, running: int) -> Slots:
-    """Decode steps until no more than ``running`` slots are at work."""
+    """Decode steps until no more than ``running`` slots are at work, or a cache that is to grow is full."""
+    columns = state.cache.positions.shape[1]
 
     def more(state: Slots) -> Array:
-        return state.work.running.sum() > running
+        busy = state.work.running.sum() > running
+        return busy if columns == job.width + job.sampling.max_new_tokens else busy & (state.cache.index < columns)
 
     decoded: Slots = jax.lax.while_loop(more, lambda state: step(job, state), state)
     return decoded

@@ -1,0 +1,131 @@
+"""How the cache is kept and filled: nothing but int8 and bfloat16 storage changes what is sampled, and these by how much."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import ops, rollout
+from rlhf_jax.models import empty_cache
+from rlhf_jax.models.cache import Quantised, restored, stored
+from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate, refuse_unshared
+from rlhf_jax.testing import prompt_batch, tiny_model
+from rlhf_jax.types import InputError
+
+MODEL, PARAMS = tiny_model()
+WINDOWED = tiny_model(num_layers=3, layer_pattern=("sliding", "full"), sliding_window=4)
+SYSTEM = [7, 21, 33]
+RNG = np.random.default_rng(2)
+LISTS = [SYSTEM + RNG.integers(14, 64, int(length)).tolist() for length in RNG.integers(1, 9, 10)]
+PROMPTS = prompt_batch(LISTS, width=12)
+STOPS = tuple(range(2, 14))
+SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=9)
+compiled = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
+@functools.partial(compiled, static_argnames=("model", "slots"))
+def run(model, params, slots=SlotConfig()):  # noqa: B008
+    return generate(model, params, PROMPTS, jax.random.key(4), sampling=SAMPLING, eos_ids=STOPS, pad_id=0, slots=slots)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run(MODEL, PARAMS)
+
+
+OPTIONS = {
+    "chunks of 5, the first of 2": SlotConfig(prefill_chunk=5),
+    "chunks in slots that are refilled": SlotConfig(slots=3, prefill=2, prefill_chunk=4),
+    "a prefix read once": SlotConfig(shared_prefix=3),
+    "a prefix, then chunks, in slots": SlotConfig(slots=4, prefill=2, shared_prefix=2, prefill_chunk=3),
+    "a ring that grows": SlotConfig(ring_stages=4),
+    "a ring that grows, then moves together": SlotConfig(ring_stages=2, smallest=2),
+    "separate layers with all of it": SlotConfig(ring_stages=3, shared_prefix=3, prefill_chunk=4, separate_layers=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nothing_changes_a_token(name, plain):
+    assert 0 < plain.ended.sum() < 10
+    done = run(MODEL, PARAMS, OPTIONS[name])
+    for field in ("tokens", "mask", "ended"):
+        np.testing.assert_array_equal(getattr(done, field), getattr(plain, field))
+    np.testing.assert_allclose(done.logprobs, plain.logprobs, atol=1e-5)
+
+
+def test_windows_hold_across_chunks_and_a_prefix():
+    model, params = WINDOWED
+    expected = run(model, params)
+    done = run(model, params, SlotConfig(shared_prefix=2, prefill_chunk=3))
+    np.testing.assert_array_equal(done.tokens, expected.tokens)
+    np.testing.assert_allclose(done.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_a_ring_that_grows_steps_as_often():
+    """What `slot_steps` counts does not depend on the columns that exist."""
+    np.testing.assert_array_equal(
+        run(MODEL, PARAMS, SlotConfig(ring_stages=4)).slot_steps, run(MODEL, PARAMS).slot_steps
+    )
+
+
+@pytest.mark.parametrize(("storage", "limit"), [("bfloat16", 5e-2), ("int8", 5e-2)])
+@pytest.mark.parametrize("slots", [SlotConfig(), SlotConfig(slots=3, prefill=2, separate_layers=True)])
+def test_narrow_storage_moves_log_probabilities_a_little(storage, limit, slots):
+    """Against the scorer, which has no cache: the difference is seen, so the storage is used, and small."""
+    done = run(MODEL, PARAMS, replace(slots, cache=storage))
+    batch = rollout.as_token_batch(done)
+    logits = MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    width = PROMPTS.tokens.shape[1]
+    scored = ops.token_logprobs(logits[:, width - 1 : -1], done.tokens, SAMPLING.temperature)
+    gap = np.abs(np.where(done.mask, scored - done.logprobs, 0.0))
+    assert 1e-5 < gap.max() < limit
+    assert gap.sum() / np.asarray(done.mask).sum() < limit / 5
+
+
+def test_int8_by_hand():
+    # Largest magnitude 2.54: a scale of 0.02. 1.27 -> 63.5, to even 64 -> 1.28; -0.013 -> -0.65 -> -1 -> -0.02.
+    kept = stored(jnp.array([[2.54, 1.27, -0.013, 0.0], [0.0, 0.0, 0.0, 0.0]]), "int8")
+    assert isinstance(kept, Quantised) and kept.numbers.dtype == jnp.int8
+    np.testing.assert_allclose(kept.scale[:, 0], [0.02, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(kept.numbers[1], 0)
+    np.testing.assert_allclose(restored(kept, jnp.float32)[0], [2.54, 1.28, -0.02, 0.0], atol=1e-6)
+
+
+def test_int8_is_off_by_at_most_half_a_scale():
+    x = jax.random.normal(jax.random.key(0), (50, 64))
+    kept = stored(x, "int8")
+    assert (jnp.abs(restored(kept, jnp.float32) - x) <= 0.5 * kept.scale * (1 + 1e-5)).all()
+
+
+def test_bytes_of_a_cache():
+    """K = 64 numbers of 4, 2 and 1 bytes, int8 with a float32 for each vector."""
+    config = MODEL.config.replace(head_dim=64)
+    sizes = [
+        sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values)))
+        for cache in (empty_cache(config, 2, 8, storage) for storage in ("compute", "bfloat16", "int8"))
+    ]
+    assert [size * 64 * 4 / sizes[0] for size in sizes] == [256, 128, 68]
+
+
+def test_prompts_that_do_not_share_the_prefix_are_named():
+    refuse_unshared(LISTS, SlotConfig(shared_prefix=3))
+    refuse_unshared([[1], [2]], SlotConfig())
+    with pytest.raises(InputError, match="shared_prefix = 3: prompt 1 begins otherwise"):
+        refuse_unshared([[1, 2, 3, 4], [1, 2, 4, 4]], SlotConfig(shared_prefix=3))
+    with pytest.raises(InputError, match="shared_prefix = 4: prompt 0 has 4 tokens"):
+        refuse_unshared([[1, 2, 3, 4]], SlotConfig(shared_prefix=4))
+    with pytest.raises(InputError, match="leaves nothing of prompts of 12 columns"):
+        run(MODEL, PARAMS, SlotConfig(shared_prefix=12))
+
+
+@pytest.mark.parametrize(("field", "value"), [("cache", "int4"), ("ring_stages", 0), ("prefill_chunk", -1)])
+def test_bad_fields_are_named(field, value):
+    with pytest.raises(InputError, match=f"SlotConfig.{field} = "):
+        SlotConfig(**{field: value})
