@@ -39,6 +39,7 @@ flags.DEFINE_string("html", None, "Write the tables there, as a page.")
 flags.DEFINE_string("markdown", None, "Write the tables there, for docs.")
 flags.DEFINE_integer("search", 0, "How many variations to compile.")
 flags.DEFINE_integer("repairs", 4, "How many changes to compile when a phase does not fit.")
+flags.DEFINE_string("keep", None, "A directory where compiled programs are kept and looked up.")
 flags.DEFINE_bool("show_sharding", False, "Print the rules and where every parameter lies; compile nothing.")
 
 
@@ -161,6 +162,10 @@ def run(
         raise RunStopped(f"{title}: {why}. Nearest change: {change}")
 
 
+def _keep() -> Path | None:
+    return None if flags.FLAGS.keep is None else Path(flags.FLAGS.keep)
+
+
 def _slice() -> plan.Slice | None:
     name = flags.FLAGS.topology
     if name is None:
@@ -180,7 +185,7 @@ def _compile(phases: list[plan.Phase], grid: jax.sharding.Mesh, chip: plan.Chip 
     reports = []
     for phase in phases:
         print(f"compiling {phase.name} ...", end="", file=sys.stderr, flush=True)
-        reports.append(plan.compile_phase(phase, grid, chip))
+        reports.append(plan.compile_phase(phase, grid, chip, _keep()))
         print(f" {reports[-1].compile_seconds:.0f} s", file=sys.stderr, flush=True)
     return reports
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
-import time
-from typing import Any
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +14,7 @@ from rlhf_jax.plan.chips import Chip
 from rlhf_jax.plan.cost import Cost, count
 from rlhf_jax.plan.hlo import parse_module
 from rlhf_jax.plan.phases import Phase
-from rlhf_jax.types import InputError
+from rlhf_jax.plan.program import Program, compile_program, digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +89,20 @@ class Report:
         return self.phase.tokens / self.chips / self.seconds.bound
 
 
-def compile_phase(phase: Phase, mesh: Mesh, chip: Chip | None) -> Report:
-    """Lower and compile ``phase`` for the devices of ``mesh`` and measure it. chip: None = local devices."""
+def compile_phase(phase: Phase, mesh: Mesh, chip: Chip | None, keep: Path | None = None) -> Report:
+    """Lower and compile ``phase`` for the devices of ``mesh`` and measure it. chip: None = local devices. keep: see
+    `compile_program`."""
     usable = None if chip is None else chip.hbm_usable
     lowered = phase.function.lower(*phase.arguments)
-    sha256 = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    began = time.monotonic()
-    try:
-        executable = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        seconds = time.monotonic() - began
-        problem, buffers = out_of_memory(str(error))
+    where = f"{mesh.devices.flat[0].device_kind} {mesh.shape} {[device.id for device in mesh.devices.flat]}"
+    program = compile_program(lowered, keep, where)
+    sha256, seconds = digest(lowered), program.seconds
+    if program.problem:
+        problem, buffers = out_of_memory(program.problem)
         known = buffers + _largest(phase)
         return Report(phase, mesh.size, sha256, seconds, None, None, None, usable, problem, known)
-    seconds = time.monotonic() - began
-    cost = count(parse_module(executable.as_text()), dict(mesh.shape), phase.decoding)
-    memory = _memory(phase, executable)
+    cost = count(parse_module(program.text), dict(mesh.shape), phase.decoding)
+    memory = _memory(phase, program)
     times = None if chip is None else roofline(cost, chip)
     return Report(phase, mesh.size, sha256, seconds, memory, cost, times, usable, "", _largest(phase, memory))
 
@@ -118,15 +112,12 @@ def roofline(cost: Cost, chip: Chip) -> Seconds:
     return Seconds(cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, cost.moved_bytes / chip.ici_bandwidth)
 
 
-def _memory(phase: Phase, executable: Any) -> Memory:
-    stats = executable.memory_analysis()
-    if stats is None:
-        raise InputError("plan: the compiler reports no memory for these devices")
+def _memory(phase: Phase, program: Program) -> Memory:
     resident = {kind: tree_bytes(tree) for kind, tree in phase.resident.items()}
     ids = {id(leaf) for leaf in jax.tree.leaves(dict(phase.resident))}
     batch = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(phase.arguments) if id(leaf) not in ids)
-    outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
-    return Memory(resident, batch, outputs, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
+    outputs = max(0, program.outputs - program.aliased)
+    return Memory(resident, batch, outputs, program.temporaries, program.code)
 
 
 def _largest(phase: Phase, memory: Memory | None = None, most: int = 6) -> list[tuple[str, int]]:
