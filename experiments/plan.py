@@ -29,6 +29,7 @@ from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
 from rlhf_jax.run import LoopConfig, bound_config, launch
 from rlhf_jax.run.cast import assemble, load_cast, plan_judge, plan_model
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
+from rlhf_jax.run.models import with_adapters
 from rlhf_jax.run.records import Records
 from rlhf_jax.types import InputError, RunStopped
 
@@ -73,8 +74,6 @@ def run(
     """As in train_ppo, train_sft and train_reward; what follows ``prompts`` has no effect on the programs and is accepted so
     that the file of a run can be planned as it is."""
     bound_config()
-    if lora is not None:
-        raise InputError("run.lora: adapters are not planned; without it the plan is of the run that trains everything")
     del run_dir, seed, records, loop, reward_texts, reward_key, monitor
     where = _slice()
     chip, devices = (None, jax.devices()) if where is None else (where.chip, where.devices())
@@ -98,7 +97,8 @@ def run(
         def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
             grid = make_mesh(candidate.mesh, devices)
             sources = [_with_remat(each, candidate.remat) for each in (source, scored)]
-            cast = load_cast(*sources, share_trunk, grid, jax.random.key(0), load=plan_model, load_judge=plan_judge)
+            shapes = {"load": plan_model, "load_judge": plan_judge}
+            cast = load_cast(*sources, share_trunk, grid, jax.random.key(0), lora=lora, **shapes)
             cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
             chosen = dataclasses.replace(settings, microbatches=candidate.microbatches)
             rng = jax.random.key(0, impl="threefry2x32")
@@ -123,11 +123,12 @@ def run(
         def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
             grid = make_mesh(candidate.mesh, devices)
             loaded = plan_model(_with_remat(source, candidate.remat), "lm" if stage == "sft" else "scalar", grid)
+            loaded = with_adapters(loaded, lora, grid, jax.random.key(0))
             loaded.refuse_longer(batch.length, "BatchConfig.length")
             sizes = {"rows": candidate.rows, "length": batch.length, "microbatches": candidate.microbatches}
             adam = learn.make_optimizer(optimizer, steps)
             return grid, plan.supervised_phases(
-                stage, loaded.model, loaded.params, adam, grid, **sizes, centring=centring
+                stage, loaded.model, loaded.params, adam, grid, **sizes, centring=centring, frozen=loaded.frozen
             )
 
     else:

@@ -1,8 +1,8 @@
 """Operations and bytes from the architecture alone: what the compiler's program is checked against.
 
 Operations are those of matrix products (2 per multiplication and addition), without recomputation: "model FLOPs" in the
-sense of Chowdhery et al. 2022 (PaLM, appendix B), except that attention counts the whole square, as a dense softmax
-computes it.
+sense of Chowdhery et al. 2022 (PaLM, appendix B), except that attention counts what its implementation computes: the whole
+square, or with splash the blocks that the mask leaves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import ModelConfig
+from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.models.attention import chosen
+from rlhf_jax.models.lora import TRAINED
+from rlhf_jax.models.splash import BLOCKS, LANES
+from rlhf_jax.plan.kernels import visited_pairs
+from rlhf_jax.types import Params
 
 
 def block_weights(config: ModelConfig) -> int:
@@ -38,16 +43,54 @@ def head_flops(config: ModelConfig, positions: int) -> int:
     return 2 * positions * config.hidden_size * (logits + (1 if config.has_scalar else 0))
 
 
-def forward_flops(config: ModelConfig, rows: int, length: int, heads_at: int) -> int:
+def self_attention_flops(config: ModelConfig, length: int, implementation: str) -> int:
+    """Of one row of ``length`` tokens, all layers, as ``implementation`` (of `models.attention`) computes it."""
+    if implementation != "splash":
+        return attention_flops(config, length, length)
+    filled = length + -length % LANES
+    block = next(size for size in BLOCKS if filled % size == 0)
+    pairs = sum(visited_pairs(filled, config.layer(i).window, block) for i in range(config.num_layers))
+    return 4 * pairs * config.num_heads * config.head_dim
+
+
+def forward_flops(config: ModelConfig, rows: int, length: int, heads_at: int, implementation: str = "xla") -> int:
     """One pass over ``rows`` sequences; heads_at: positions a row at which a head is read."""
     blocks = 2 * rows * length * block_weights(config)
-    return blocks + rows * attention_flops(config, length, length) + head_flops(config, rows * heads_at)
+    attention = rows * self_attention_flops(config, length, implementation)
+    return blocks + attention + head_flops(config, rows * heads_at)
 
 
-def generate_flops(config: ModelConfig, rows: int, prompt: int, new: int) -> int:
+def model_flops(model: Model, rows: int, length: int, heads_at: int) -> int:
+    """`forward_flops` of a model on its devices, adapters included."""
+    whole = forward_flops(model.config, rows, length, heads_at, chosen(model.config, model.constrain))
+    return whole + 2 * rows * length * adapter_weights(model)
+
+
+def training_flops(model: Model, rows: int, length: int, heads_at: int) -> int:
+    """Forward and backward: twice the forward pass again for gradients of activations and weights; frozen weights under
+    adapters need the first of the two only."""
+    forward = model_flops(model, rows, length, heads_at)
+    if model.lora is None:
+        return 3 * forward
+    return 2 * forward + 2 * rows * length * adapter_weights(model)
+
+
+def adapter_weights(model: Model) -> int:
+    """Weights of a model's adapters, 0 without."""
+    if model.lora is None:
+        return 0
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_adapters(model.abstract())))
+
+
+def _adapters(tree: Params) -> Params:
+    kept = {name: below for name, below in tree.items() if isinstance(below, dict) or name in TRAINED}
+    return {name: _adapters(below) if isinstance(below, dict) else below for name, below in kept.items()}
+
+
+def generate_flops(config: ModelConfig, rows: int, prompt: int, new: int, implementation: str = "xla") -> int:
     """Prefill and ``new`` decoding steps, each of which attends to the whole cache."""
     step = 2 * rows * block_weights(config) + rows * attention_flops(config, 1, prompt + new) + head_flops(config, rows)
-    return forward_flops(config, rows, prompt, 0) + new * step
+    return forward_flops(config, rows, prompt, 0, implementation) + new * step
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int) -> int:
@@ -65,8 +108,9 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes a chip of a tree of arrays or ShapeDtypeStructs with shardings (the whole of a leaf that has none)."""
-    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    """Bytes a chip of a tree of arrays or ShapeDtypeStructs with shardings (the whole of a leaf that has none). An array
+    that stands in several places counts once: under adapters the reference is the policy's base."""
+    return sum(leaf_bytes(leaf) for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
 
 
 def leaf_bytes(leaf: Any) -> int:

@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 
 from rlhf_jax.plan.hlo import Array, Computation, Instruction, Module, trips
+from rlhf_jax.plan.kernels import splash_cost
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
@@ -100,13 +101,17 @@ class _Walk:
         return False
 
     def kernel(self, body: Computation, one: Instruction, times: float) -> None:
-        """A Pallas kernel: XLA sees a black box, the kernel says what it costs."""
+        """A Pallas kernel: XLA sees a black box; `splash_cost` or the kernel itself says what it costs."""
         name = re.sub(r"[.\d]+$", "", one.name)
         self.cost.kernels[name] += int(times)
+        operands = [array for operand in one.operands for array in body[operand].arrays]
+        if (splash := splash_cost(name, operands, one.arrays)) is not None:
+            self.cost.flops += times * splash[0]
+            self.cost.hbm_bytes += times * splash[1]
+            return
         found = re.search(r'"cost_estimate":(\{[^}]*\})', one.attributes)
         if found is None:
             self.cost.silent[name] += int(times)
-            operands = [array for operand in one.operands for array in body[operand].arrays]
             self.cost.hbm_bytes += times * sum(array.hbm for array in (*operands, *one.arrays))
             return
         told = json.loads(found[1])

@@ -152,7 +152,9 @@ def parse_module(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     partitions = re.search(r"num_partitions=(\d+)", text[:20000])
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    # The attributes of a kernel may go on over several lines, at the margin: instructions are indented.
+    joined = re.sub(r"\n(?=\"|\}\}, )", "", re.sub(r"/\*.*?\*/", "", text))
+    for line in joined.splitlines():
         if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> ", line)):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry

@@ -12,7 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax import learn, programs
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, lora
+from rlhf_jax.models.attention import chosen
 from rlhf_jax.parallel import abstract_arrays, batch_sharding, born_abstract, remake_mesh, tree_shardings
 from rlhf_jax.plan import analytic
 from rlhf_jax.rollout import RolloutModels
@@ -66,6 +67,17 @@ def _shards(mesh: Mesh) -> int:
     return size
 
 
+def _gradients(params: Params) -> int:
+    """Bytes a chip: float32, laid out as the parameters."""
+    structs = jax.tree.map(lambda p: _float32(p.shape, p.sharding), params)
+    return analytic.tree_bytes(structs)
+
+
+def _float32(shape: tuple[int, ...], sharding: Any) -> Any:
+    struct: Any = jax.ShapeDtypeStruct
+    return struct(shape, jnp.float32, sharding=sharding)
+
+
 def supervised_phases(
     stage: str,
     model: Model,
@@ -77,8 +89,11 @@ def supervised_phases(
     length: int,
     microbatches: int,
     centring: float = 0.0,
+    frozen: Params | None = None,
 ) -> list[Phase]:
-    """Training step and evaluation of "sft" or "reward" (rows are pairs then). params: shapes with shardings."""
+    """Training step and evaluation of "sft" or "reward" (rows are pairs then). params, frozen (the base of adapters, {} for
+    none): shapes with shardings."""
+    frozen = frozen or {}
     shardings = programs.placed(params)
     state = born_abstract(lambda p: learn.initial_state(p, optimizer, jax.random.key(0)), shardings, mesh, params)
     batch: Any = token_batch(mesh, rows, length)
@@ -90,14 +105,17 @@ def supervised_phases(
         )
         batch = PairBatch(batch, batch, _rows(mesh, jnp.float32, rows))
     sequences = rows if stage == "sft" else 2 * rows
-    forward = analytic.forward_flops(model.config, sequences, length, length)
+    forward = analytic.model_flops(model, sequences, length, length)
+    trained = analytic.training_flops(model, sequences, length, length)
     held = max(1, sequences // _shards(mesh) // microbatches)
-    inside = {"activations": analytic.saved_bytes(model.config, held, length)}
+    inside = {"gradients": _gradients(state.params), "activations": analytic.saved_bytes(model.config, held, length)}
     resident = {"parameters": state.params, "optimizer": (state.opt_state, state.step, state.rng)}
+    if frozen:
+        resident["frozen base"] = frozen
     tokens = sequences * length
     return [
-        Phase(f"{stage} step", functions.train_step, (state, {}, batch), resident, tokens, 3 * forward, inside),
-        Phase(f"{stage} evaluate", functions.evaluate, (state.params, batch, {}), resident, tokens, forward, {}),
+        Phase(f"{stage} step", functions.train_step, (state, frozen, batch), resident, tokens, trained, inside),
+        Phase(f"{stage} evaluate", functions.evaluate, (state.params, batch, frozen), resident, tokens, forward, {}),
     ]
 
 
@@ -135,17 +153,12 @@ def ppo_phases(
     length, shards = prompt_length + new, _shards(mesh)
     tokens = rows * length
     config = models.policy.config
-    passes = {
-        "policy": analytic.forward_flops(config, rows, length, new),
-        "reference": analytic.forward_flops(models.reference.config, rows, length, new),
-    }
-    if models.value is not None:
-        passes["value"] = analytic.forward_flops(models.value.config, rows, length, new)
-    trained = passes["policy"] + passes.get("value", 0)
-    if models.reward is not None:
-        passes["reward"] = analytic.forward_flops(models.reward.config, rows, length, length)
+    scorers = [(models.policy, new), (models.reference, new), (models.value, new), (models.reward, length)]
+    scoring = sum(analytic.model_flops(one, rows, length, read) for one, read in scorers if one is not None)
+    learners = [one for one in (models.policy, models.value) if one is not None]
+    training = sum(analytic.training_flops(one, rows, length, new) for one in learners)
     held = max(1, rows // shards // ppo.minibatches // microbatches)
-    saved = [analytic.saved_bytes(m.config, held, length) for m in (models.policy, models.value) if m is not None]
+    saved = [analytic.saved_bytes(one.config, held, length) for one in learners]
     kept = None if None in saved else sum(filter(None, saved))
     sampled_on = mesh if rollout_mesh is None else rollout_mesh
     heads = sampled_on.shape["tensor"] if config.num_kv_heads % sampled_on.shape["tensor"] == 0 else 1
@@ -154,15 +167,19 @@ def ppo_phases(
     }
     if rollout_mesh is not None:
         copied = jax.eval_shape(
-            lambda tree: programs.rollout_copy(models.policy, tree, rollout_mesh)[1], params["policy"]
+            lambda *trees: programs.rollout_copy(models.policy, lora.whole(*trees)["policy"], rollout_mesh)[1],
+            params,
+            frozen,
         )
         owner = models.policy
         where = tree_shardings(owner.abstract(), owner.logical_axes(), rollout_mesh)
         inside["rollout copy"] = analytic.tree_bytes(abstract_arrays(copied, where))
-    generated = analytic.generate_flops(config, rows, prompt_length, new)
+    splash = chosen(config, models.policy.constrain)
+    generated = analytic.generate_flops(config, rows, prompt_length, new, splash)
+    generated += 2 * tokens * analytic.adapter_weights(models.policy)
     return [
         Phase("generate", functions.generate, (params, prompts, rng, frozen), resident, tokens, generated, inside, new),
-        Phase("score", functions.score, (params, frozen, completions), resident, tokens, sum(passes.values()), {}),
+        Phase("score", functions.score, (params, frozen, completions), resident, tokens, scoring, {}),
         Phase("prepare", functions.prepare, (scored, state.kl_coefficient), resident, tokens, 0, {}),
         Phase(
             "update",
@@ -170,7 +187,7 @@ def ppo_phases(
             (train, prepared, rng, frozen),
             resident,
             tokens * ppo.epochs,
-            3 * trained * ppo.epochs,
-            {"activations": kept},
+            training * ppo.epochs,
+            {"gradients": _gradients(params), "activations": kept},
         ),
     ]

@@ -118,11 +118,13 @@ def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:
 def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: Rng) -> Loaded:
     """``loaded`` with fresh adapters to train, everything else frozen; itself when ``settings`` is None.
 
-    The scalar head of a reward or value model is trained whole. Works on shapes too. Raises InputError for a new model.
+    The scalar head of a reward or value model is trained whole. Works on shapes too. Raises InputError for a new model
+    (shapes may be of one: a plan needs sizes alone).
     """
     if settings is None:
         return loaded
-    if loaded.input is None:
+    planned = isinstance(jax.tree.leaves(loaded.params)[0], jax.ShapeDtypeStruct)
+    if loaded.input is None and not planned:
         raise InputError("run.lora: a new model is no base for adapters; give ModelSource.path")
     model = dataclasses.replace(loaded.model, lora=settings)
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
@@ -132,7 +134,7 @@ def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: 
         adapters = lora.split(model.init(rng))[1]
         return {name: tree for name, tree in adapters.items() if name != lora.HEAD}
 
-    if isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
+    if planned:
         drawn = jax.eval_shape(fresh, rng)
         at = {name: lora.split(shardings)[1][name] for name in drawn}
         struct: Any = jax.ShapeDtypeStruct
