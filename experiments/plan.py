@@ -100,7 +100,8 @@ def run(
             shapes = {"load": plan_model, "load_judge": plan_judge}
             cast = load_cast(*sources, share_trunk, grid, jax.random.key(0), lora=lora, **shapes)
             cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
-            chosen = dataclasses.replace(settings, microbatches=candidate.microbatches)
+            decoding = dataclasses.replace(slots, slots=candidate.slots)
+            chosen = dataclasses.replace(settings, microbatches=candidate.microbatches, slots=decoding)
             rng = jax.random.key(0, impl="threefry2x32")
             state, functions = assemble(cast, chosen, template, grid, rng, born=born_abstract)
             return grid, plan.ppo_phases(
@@ -135,7 +136,7 @@ def run(
         raise InputError(
             "run: give policy, sampling, ppo, policy_optimizer and value_optimizer (PPO), or model and optimizer (SFT, reward)"
         )
-    start = plan.Candidate(mesh, batch.batch_size, batch.microbatches)
+    start = plan.Candidate(mesh, batch.batch_size, batch.microbatches, slots=slots.slots)
     grid, phases = build(start)
     config = plan_model(source, "lm", grid).model.config
     minibatches = ppo.minibatches if ppo else 1
@@ -146,7 +147,8 @@ def run(
     # 2. Compiled one by one.
     reports = _compile(phases, grid, chip)
     if flags.FLAGS.search:
-        others = plan.variations(start, grid.size, config.num_kv_heads, minibatches)
+        kinds = {"remat": config.remat, "sampling": ppo is not None}
+        others = plan.variations(start, grid.size, config.num_kv_heads, minibatches, **kinds)
         grid, reports = _search(build, [start, *others], chip, reports)
 
     # 3. What came out.

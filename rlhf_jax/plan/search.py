@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -18,12 +21,14 @@ from rlhf_jax.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What a search may change. rows: of a batch (PPO: prompts in flight). remat: None = as configured."""
+    """What a search may change. rows: of a batch (PPO: prompts in flight). slots: completions that are decoded at a time,
+    0 = all. remat: whether blocks are recomputed, None = as configured."""
 
     mesh: MeshConfig
     rows: int
     microbatches: int
     remat: bool | None = None
+    slots: int = 0
 
     def bindings(self, than: Candidate) -> str:
         """What to bind to get from ``than`` to here, as gin text."""
@@ -37,6 +42,8 @@ class Candidate:
             changed.append(f"BatchConfig.microbatches = {self.microbatches}")
         if self.remat != than.remat:
             changed.append(f"remat = {self.remat}")
+        if self.slots != than.slots:
+            changed.append(f"SlotConfig.slots = {self.slots}")
         return ", ".join(changed) or "as configured"
 
 
@@ -44,9 +51,9 @@ Build = Callable[[Candidate], tuple[Mesh, list[Phase]]]
 """A candidate as a mesh and its phases. Raises InputError for one that does not divide."""
 
 
-def nearest(start: Candidate, remat: bool, minibatches: int) -> Iterable[Candidate]:
-    """From small to large changes: recompute blocks, more microbatches, fewer rows. remat: whether blocks are recomputed
-    now. minibatches: into which rows divide before microbatches."""
+def nearest(start: Candidate, remat: bool, minibatches: int, sampling: bool = False) -> Iterable[Candidate]:
+    """From small to large changes: recompute blocks, more microbatches, fewer slots, fewer rows. remat: whether blocks are
+    recomputed now. minibatches: into which rows divide before microbatches. sampling: whether slots would help."""
     if not remat:
         start = dataclasses.replace(start, remat=True)
         yield start
@@ -55,24 +62,38 @@ def nearest(start: Candidate, remat: bool, minibatches: int) -> Iterable[Candida
     while microbatches * 2 <= fewest and fewest % (microbatches * 2) == 0:
         microbatches *= 2
         yield dataclasses.replace(start, microbatches=microbatches)
+    if sampling:
+        for slots in _fewer_slots(start):
+            yield dataclasses.replace(start, slots=slots)
     rows = start.rows
     while rows % 2 == 0 and (rows // 2) % (start.microbatches * minibatches) == 0:
         rows //= 2
         yield dataclasses.replace(start, rows=rows)
 
 
-def variations(start: Candidate, chips: int, heads: int, minibatches: int) -> list[Candidate]:
-    """Mesh shapes (tensor a power of two that divides the key/value heads, the rest fsdp) x microbatches x rows."""
+def _fewer_slots(start: Candidate) -> list[int]:
+    """A half and a quarter of those in use."""
+    now = start.slots or start.rows
+    return [now // part for part in (2, 4) if now % part == 0]
+
+
+def variations(
+    start: Candidate, chips: int, heads: int, minibatches: int, *, remat: bool, sampling: bool = False
+) -> list[Candidate]:
+    """Mesh shapes (tensor a power of two that divides the key/value heads, the rest fsdp) x microbatches x rows x with and
+    without recomputation x slots when there is ``sampling``. remat: whether blocks are recomputed as configured."""
     tensors = [2**i for i in range(6) if heads % 2**i == 0 and chips % 2**i == 0]
-    splits = [start.microbatches * 2**i for i in range(-2, 4) if start.microbatches * 2**i >= 1]
+    splits = sorted({int(start.microbatches * 2.0**i) for i in range(-2, 4) if start.microbatches * 2.0**i >= 1})
+    slots = [start.slots, *(_fewer_slots(start) if sampling else [])]
     found = []
-    for tensor in tensors:
+    for tensor, microbatches, rows, deep, slot in itertools.product(
+        tensors, splits, (start.rows, start.rows * 2), (start.remat, not remat), slots
+    ):
         mesh = dataclasses.replace(start.mesh, data=1, fsdp=chips // tensor, tensor=tensor)
-        for microbatches in sorted({int(split) for split in splits}):
-            for rows in (start.rows, start.rows * 2):
-                divides = rows % (chips // tensor) == 0 and rows % (int(microbatches) * minibatches) == 0
-                if divides and rows // minibatches // microbatches >= chips // tensor:
-                    found.append(Candidate(mesh, rows, microbatches, start.remat))
+        shards = chips // tensor
+        divides = rows % shards == 0 and rows % (microbatches * minibatches) == 0 and (slot or rows) % shards == 0
+        if divides and rows // minibatches // microbatches >= shards:
+            found.append(Candidate(mesh, rows, microbatches, deep, slot))
     return found
 
 
@@ -96,7 +117,7 @@ def repair(
         chips = wrong[0].chips * resident / chip.hbm_usable
         return f"what stays in HBM alone is more than a chip has: take a slice of at least {2 ** math.ceil(math.log2(chips))} chips"
     tried = 0
-    for candidate in nearest(start, remat, minibatches):
+    for candidate in nearest(start, remat, minibatches, sampling="generate" in names):
         if tried == most:
             break
         mesh, phases = build(candidate)
@@ -109,16 +130,26 @@ def repair(
 
 
 def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: int) -> list[Candidate]:
-    """Those that may fit by `analytic_bytes`, larger steps and fewer microbatches first: both read the weights less often."""
-    possible = []
-    for candidate in candidates:
+    """The first ``most`` that may fit by `analytic_bytes`. Fewer microbatches a row first (weights are read less often);
+    of every kind (mesh, recomputation, slots) one before a second of any."""
+    ranked = sorted(candidates, key=lambda one: (one.microbatches / one.rows, one.mesh.tensor, bool(one.remat)))
+    turn: Counter[Any] = Counter()
+    queue = []
+    for place, candidate in enumerate(ranked):
+        kind = (candidate.mesh, candidate.remat, candidate.slots)
+        queue.append((turn[kind], place, candidate))
+        turn[kind] += 1
+    possible: list[Candidate] = []
+    for _, _, candidate in sorted(queue, key=lambda entry: entry[:2]):
+        if len(possible) == most:
+            break
         try:
             _, phases = build(candidate)
         except InputError:  # a mesh that the model does not divide over
             continue
         if analytic_bytes(phases) <= chip.hbm_usable:
             possible.append(candidate)
-    return sorted(possible, key=lambda one: (one.microbatches / one.rows, one.mesh.tensor))[:most]
+    return possible
 
 
 def seconds_a_token(reports: list[Report]) -> float:

@@ -17,6 +17,8 @@ RUNS = {
     "reward": ("train_reward", ["jit_train_step", "jit_evaluate"]),
     "ppo": ("train_ppo", ["jit_generate", "jit_score", "jit_prepare", "jit_update"]),
 }
+ADAPTERS = ["run.lora = @LoraConfig()", "run.rollout_mesh = @rollout/MeshConfig()", "rollout/MeshConfig.fsdp = 1"]
+ADAPTERS += ["rollout/MeshConfig.data = 8"]
 
 
 def lowered(arguments: list[str], dump: Path) -> dict[str, str]:
@@ -40,9 +42,16 @@ def without_places(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("reward", marks=pytest.mark.slow), "ppo"]
+    ("stage", "bindings"),
+    [
+        pytest.param("sft", [], marks=pytest.mark.slow),
+        pytest.param("sft", ["run.lora = @LoraConfig()"], marks=pytest.mark.slow),
+        pytest.param("reward", [], marks=pytest.mark.slow),
+        ("ppo", []),
+        pytest.param("ppo", ADAPTERS, marks=pytest.mark.slow),
+    ],
 )
-def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage: str) -> None:
+def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage: str, bindings: list[str]) -> None:
     experiment, programs = RUNS[stage]
     macros = {
         "sft": {"BASE": chain / "base"},
@@ -51,7 +60,7 @@ def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage:
     }[stage]
     macros["RUN_DIR"] = tmp_path / "run"
     more = ["--gin_bindings=run.steps = 1", "--gin_bindings=run.mesh = @MeshConfig()"]
-    more += ["--gin_bindings=MeshConfig.data = 2"]
+    more += ["--gin_bindings=MeshConfig.data = 2", *(f"--gin_bindings={line}" for line in bindings)]
     ran = lowered([*command(experiment, f"configs/smoke/{stage}.gin", **macros), *more], tmp_path / "ran")
     flags = ["--topology=local", f"--json={tmp_path / 'plan.json'}"] + ([] if stage == "ppo" else [f"--stage={stage}"])
     planned = lowered([*command("plan", f"configs/smoke/{stage}.gin", **macros), *more, *flags], tmp_path / "planned")
