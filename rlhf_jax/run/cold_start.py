@@ -1,13 +1,16 @@
 """How long a start takes, and a cache that makes the second one short.
 
-A TPU compiles a large program for minutes. With --compilation_cache=DIR (a local directory or gs://...) every program is
-kept there, and a later start of the same run on the same devices compiles nothing.
+A TPU compiles a large program for minutes. Programs that took a second or more are kept in `default_directory`, or where
+JAX_COMPILATION_CACHE_DIR says; with --compilation_cache=DIR (a local directory or gs://...) every program is kept there, so
+that a later start of the same run on the same devices compiles nothing; with --compilation_cache=off none is.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +18,14 @@ from jax import monitoring
 
 _ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 _FOUND = "/jax/compilation_cache/cache_hits"
+OFF = "off"
+MOST_BYTES = 4 * 2**30
+"""Of the default directory; beyond it what was used longest ago goes."""
+
+
+def default_directory() -> Path:
+    """$XDG_CACHE_HOME/rlhf_jax/compiled, usually ~/.cache/rlhf_jax/compiled."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax" / "compiled"
 
 
 class ColdStart:
@@ -43,12 +54,27 @@ _watched: list[ColdStart] = []
 
 
 def watch(cache: str | None) -> None:
-    """Begin to count; once a process. cache: where compiled programs are kept (None: as JAX is configured)."""
-    if cache is not None:
+    """Begin to count; once a process. cache: where compiled programs are kept, `OFF`, or None: as JAX is configured, else in
+    `default_directory` (no cache when that cannot be written)."""
+    if cache == OFF:
+        jax.config.update("jax_compilation_cache_dir", None)
+    elif cache is not None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        _use_default()
     _watched.append(ColdStart())
+
+
+def _use_default() -> None:
+    try:
+        default_directory().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(default_directory(), os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(default_directory()))
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
 
 
 def tell_first_step() -> None:

@@ -38,7 +38,10 @@ flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to ad
 flags.DEFINE_multi_string("gin_bindings", [], "One binding, for instance 'run.seed = 1'; wins over every file.")
 flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 flags.DEFINE_string(
-    "compilation_cache", None, "Keep compiled programs there, a directory or gs://..., for later starts."
+    "compilation_cache",
+    None,
+    "Keep all compiled programs there, a directory or gs://..., for later starts; 'off' keeps none. Default: "
+    "$JAX_COMPILATION_CACHE_DIR, or ~/.cache/rlhf_jax/compiled for those that took a second or more.",
 )
 flags.DEFINE_string(
     "distributed", None, "Join other processes: auto, or HOST:PORT,PROCESSES,INDEX (run/distributed.py)."

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from experiment_processes import command, finish, start
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -25,3 +30,47 @@ def test_the_second_start_takes_every_program_from_the_cache(tmp_path: Path) -> 
     assert first and second
     assert int(first[1]) > 5 and int(first[2]) < int(first[1])
     assert int(second[1]) == 0 and int(second[2]) >= int(first[1])
+
+
+KEPT = """
+import jax, jax.numpy as jnp, os, sys
+from rlhf_jax.run import cold_start
+cold_start.watch(sys.argv[1] or None)
+print(jax.config.jax_compilation_cache_dir)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((50, 50))).block_until_ready()
+cold_start.tell_first_step()
+"""
+
+
+def start_with(flag: str, home: Path, **more: str) -> tuple[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)} | more
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT, flag], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def test_programs_are_kept_by_default_and_found_again(tmp_path: Path) -> None:
+    home = tmp_path / "cache"
+    directory, first = start_with("", home)
+    assert directory == str(home / "rlhf_jax" / "compiled")
+    assert re.search(r"\([1-9]\d* programs compiled, 0 from the cache\)", first)
+    _, second = start_with("", home)
+    assert re.search(r"\(0 programs compiled, [1-9]\d* from the cache\)", second)
+
+
+def test_the_environment_comes_before_the_default_and_off_before_both(tmp_path: Path) -> None:
+    mine = str(tmp_path / "mine")
+    assert start_with("", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=mine)[0] == mine
+    directory, told = start_with("off", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=mine)
+    assert directory == "None" and "(no compilation cache)" in told
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_place_to_keep_them_programs_are_compiled(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    directory, told = start_with("", tmp_path / "cache")
+    assert directory == "None" and "(no compilation cache)" in told
