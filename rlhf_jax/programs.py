@@ -217,7 +217,7 @@ def rollout_copy(model: Model, params: Params, mesh: Mesh) -> tuple[Model, Param
 
     def copy(path: Any, leaf: jax.Array, sharding: Any) -> jax.Array:
         names = [key.key for key in path]
-        if names[-1] in ("kernel", "embedding") and "scalar_head" not in names:
+        if names[-1] in ("kernel", "embedding") and "scalar_head" not in names and leaf.dtype != jnp.int8:
             leaf = leaf.astype(model.config.dtype)
         moved: jax.Array = jax.lax.with_sharding_constraint(leaf, sharding)
         return moved

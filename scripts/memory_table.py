@@ -74,9 +74,10 @@ def table() -> int:
         ("LoRA, rank 16", "float32", 128),
         ("LoRA, rank 16", "bfloat16", length),
         ("LoRA, rank 16", "bfloat16", 128),
+        ("LoRA, rank 16", "int8", 128),
     ):
-        config = MODEL.replace(logits_chunk=columns, param_dtype=dtype)
-        model = Model(config, lora=None if trained == "everything" else adapters)
+        config = MODEL.replace(logits_chunk=columns, param_dtype="bfloat16" if dtype == "int8" else dtype)
+        model = Model(config, lora=None if trained == "everything" else adapters, int8=dtype == "int8")
         temporary, arguments = compile_step(model, rows, length, device)
         name = f"{columns} (all)" if columns == length else str(columns)
         numbers = f"{temporary / 2**30:.2f} | {arguments / 2**30:.2f}"

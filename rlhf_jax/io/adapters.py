@@ -14,7 +14,7 @@ from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import locate
 from rlhf_jax.io.run_directory import CARD, normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tokenizers import load_tokenizer
-from rlhf_jax.models import LoraConfig, Model, lora
+from rlhf_jax.models import LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.saved import find_step
 from rlhf_jax.types import InputError, Params
@@ -60,8 +60,11 @@ def read_adapters(run_dir: Path, subtree: str, model: Model, shardings: Params) 
     return read_parameters(run_dir, subtree, trained, like)
 
 
-def merged(base: Params, trained: Params, settings: LoraConfig, shardings: Params) -> Params:
-    """Base and adapters as one model, on its shards (those of the parameters that there are)."""
+def merged(base: Params, trained: Params, settings: LoraConfig, config: ModelConfig, shardings: Params) -> Params:
+    """Base and adapters as one model, on its shards (those of the parameters that there are). Adapters that were trained over
+    an int8 base are merged into the numbers that they were trained over, not into those that it was made from."""
+    if settings.int8:
+        base = int8.rounded_tree(base, Model(config, int8=True).abstract())
 
     def merge(base: Params, trained: Params) -> Params:
         return lora.merge(lora.combine(base, trained), settings)

@@ -47,6 +47,8 @@ def export_pretrained(
     not padding, ours the last token: padding must therefore not be the end-of-sequence token.
     Raises InputError: ``path`` exists, parameters of another model, a head or tokenizer that cannot be exported.
     """
+    if model.lora is not None or model.int8:
+        raise InputError("model: has adapters or int8 matrices; export the run (scripts/export.py), which merges them")
     fields = config_to_hf(model.config) | _special_ids(model.config, tokenizer)
     _check_params(model, params)
     with new_directory(path) as directory:

@@ -193,7 +193,7 @@ def _open_adapted_run(run_dir: Path, saved: ModelConfig, subtree: str, source: A
     def read(wanted: ModelConfig, shardings: Params) -> Params:
         frozen, _ = lora.split(base.read(wanted, shardings))
         trained = read_adapters(run_dir, subtree, Model(saved, lora=source.lora), shardings)
-        params = merged(frozen, trained, source.lora, shardings)
+        params = merged(frozen, trained, source.lora, wanted, shardings)
         return normalised_scalar_head(run_dir, params) if wanted.head == "scalar" and saved.has_scalar else params
 
     return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
@@ -210,7 +210,7 @@ def _open_peft(directory: Path) -> _Opened:
     def read(wanted: ModelConfig, shardings: Params) -> Params:
         frozen, head = lora.split(base.read(wanted, shardings))
         there = head | {name: tree for name, tree in trained.items() if name in shardings}
-        return merged(frozen, there, settings, shardings)
+        return merged(frozen, there, settings, wanted, shardings)
 
     has_tokenizer = (directory / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(directory) if has_tokenizer else base.tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
 from rlhf_jax.models.weights import Kernel, precision_of, weights_first
+from rlhf_jax.types import InputError
 
 _RESIDUAL = ("act_batch", "act_length", "act_embed")
 
@@ -45,7 +46,15 @@ class Decoder(nnx.Module):
     remainder (`ModelConfig.layer_groups`), each place of the block with a stack of its own.
     """
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig | None = None, *, dropout: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        lora: LoraConfig | None = None,
+        *,
+        dropout: bool = False,
+        int8: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.embed = Embedding(config, config.vocab_size, "vocab", rngs=rngs)
         if config.positions == "learned":
             self.position_embed = Embedding(config, config.max_length, "positions", rngs=rngs)
@@ -55,6 +64,8 @@ class Decoder(nnx.Module):
         if lora is not None:
             named = {name for stack in stacks.values() for name in add_adapters(stack, config, lora, rngs, dropout)}
             refuse_no_target(lora, named)
+        if int8:
+            _quantize(config, stacks.values())
         by_first = {path.removeprefix("layers/"): stack for path, stack in stacks.items()}
         self.layers: Block | nnx.Dict[Block] = by_first["layers"] if "layers" in by_first else nnx.Dict(by_first)
         self.final_norm = hidden_norm(config)
@@ -266,6 +277,18 @@ def _stacked(config: ModelConfig, kind: LayerKind, count: int, rngs: nnx.Rngs) -
 
     made: Block = blocks(rngs)
     return made
+
+
+def _quantize(config: ModelConfig, stacks: Iterable[Block]) -> None:
+    """Every matrix of the layers as int8. Raises InputError for experts, whose products are grouped."""
+    if config.num_experts:
+        raise InputError(
+            "LoraConfig.base_dtype = 'int8': the matrices of experts are not quantised; leave it out for this model"
+        )
+    for stack in stacks:
+        for _, part in nnx.iter_modules(stack):
+            if isinstance(part, Kernel):
+                part.quantize()
 
 
 def _interleaved(places: list[Any]) -> Any:

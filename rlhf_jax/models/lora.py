@@ -33,7 +33,8 @@ HEAD = "scalar_head"
 class LoraConfig:
     """rank: columns of A. alpha: the scaling is alpha / rank, with rslora alpha / sqrt(rank) (Kalajdzievski 2023). dropout:
     of the inputs of A, in training. targets: a regular expression that the whole name of a matrix inside its layer must
-    match, such as ``attention/query`` or ``mlp/down``. Defaults: every matrix of attention and feed-forward.
+    match, such as ``attention/query`` or ``mlp/down``. Defaults: every matrix of attention and feed-forward. base_dtype:
+    "int8" keeps the frozen matrices of the layers in int8 (`models.int8`); None: as they were loaded.
     """
 
     rank: int = 16
@@ -41,6 +42,7 @@ class LoraConfig:
     rslora: bool = False
     dropout: float = 0.0
     targets: str = "attention/.*|mlp/.*"
+    base_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -51,10 +53,17 @@ class LoraConfig:
             raise InputError(f"LoraConfig.dropout = {self.dropout!r}: give a number in [0, 1)")
         if not isinstance(self.rslora, bool):
             raise InputError(f"LoraConfig.rslora = {self.rslora!r}: give True or False")
+        if self.base_dtype not in (None, "int8"):
+            raise InputError(f"LoraConfig.base_dtype = {self.base_dtype!r}: give 'int8', or None for the base's own")
         try:
             re.compile(self.targets)
         except (re.error, TypeError) as error:
             raise InputError(f"LoraConfig.targets = {self.targets!r}: not a regular expression ({error})") from error
+
+    @property
+    def int8(self) -> bool:
+        """Whether the frozen matrices are int8."""
+        return self.base_dtype == "int8"
 
     @property
     def scaling(self) -> float:

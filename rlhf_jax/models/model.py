@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlhf_jax.models import lora
+from rlhf_jax.models import int8, lora
 from rlhf_jax.models.cache import KVCache, Storage, empty_cache, stored
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.decoder import Decoder, SeparateLayer
@@ -24,8 +24,10 @@ nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logica
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig, lora: LoraConfig | None = None, dropout: bool = False) -> tuple[Any, Any]:
-    module = nnx.eval_shape(lambda: Decoder(config, lora, dropout=dropout, rngs=nnx.Rngs(0)))
+def _abstract(
+    config: ModelConfig, lora: LoraConfig | None = None, dropout: bool = False, int8: bool = False
+) -> tuple[Any, Any]:
+    module = nnx.eval_shape(lambda: Decoder(config, lora, dropout=dropout, int8=int8, rngs=nnx.Rngs(0)))
     return nnx.split(module, nnx.Param)
 
 
@@ -34,12 +36,13 @@ class Model:
     """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static argument.
 
     config: the architecture. constrain: how activations are laid out over a mesh (`parallel.ActivationConstraint`).
-    lora: adapters beside the matrices (`models.lora`).
+    lora: adapters beside the matrices (`models.lora`). int8: the matrices of the layers are int8 (`models.int8`).
     """
 
     config: ModelConfig
     constrain: Constrain = unconstrained
     lora: LoraConfig | None = None
+    int8: bool = False
 
     def with_head(self, head: Head) -> Model:
         """The same trunk under another head."""
@@ -47,11 +50,11 @@ class Model:
 
     def abstract(self) -> Params:
         """The parameters as ShapeDtypeStructs."""
-        return nnx.to_pure_dict(_abstract(self.config, self.lora)[1])
+        return nnx.to_pure_dict(_abstract(self.config, self.lora, int8=self.int8)[1])
 
     def logical_axes(self) -> Params:
         """The logical axis names of each parameter: a tree like the parameters with a tuple of names per leaf."""
-        specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config, self.lora)[1]))
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config, self.lora, int8=self.int8)[1]))
         axes: Params = jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
         return axes
 
@@ -59,14 +62,14 @@ class Model:
         """Freshly drawn parameters (`models.weights` and `models.parts` give the distributions)."""
         module = Decoder(self.config, self.lora, rngs=nnx.Rngs(params=rng))
         params: Params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-        return params
+        return int8.quantized_tree(params, self.abstract()) if self.int8 else params
 
     def _module(self, params: Params) -> Decoder:
         """The network over ``params``: a tree with adapters, with dropout keys, or the base alone."""
         given = next(lora.adapted_kernels(params), None)
         adapters = None if given is None else self.lora
         dropout = given is not None and lora.DROPOUT_KEY in given[1]
-        module: Decoder = nnx.merge(_abstract(self.config, adapters, dropout)[0], params)
+        module: Decoder = nnx.merge(_abstract(self.config, adapters, dropout, self.int8)[0], params)
         return module
 
     def hidden(

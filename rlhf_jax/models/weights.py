@@ -67,7 +67,16 @@ class Kernel(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
         self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
-        self._inputs, self._axes, self._adapted, self._turned = inputs, axes, False, False
+        self._inputs, self._axes, self._adapted, self._turned, self._int8 = inputs, axes, False, False, False
+
+    def quantize(self) -> None:
+        """Hold a stack of matrices [L, ...] as int8 with a scale per output (`models.int8`); the numbers are put in later."""
+        outs = self.kernel.shape[1 + self._inputs :]
+        self.kernel_scale = nnx.Param(
+            jnp.ones((self.kernel.shape[0], *outs), jnp.float32), sharding_names=("layers", *self._axes[self._inputs :])
+        )
+        self.kernel = nnx.Param(jnp.zeros(self.kernel.shape, jnp.int8), sharding_names=("layers", *self._axes))
+        self._int8 = True
 
     def adapt(self, config: ModelConfig, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs) -> None:
         """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also room for a key per layer."""
@@ -95,6 +104,8 @@ class Kernel(nnx.Module):
             out = weights_first(equation, rows, kernel, inputs=self._inputs, precision=self._precision)
         else:
             out = jnp.einsum(equation, rows, kernel, precision=self._precision)
+        if self._int8:
+            out = (out.astype(jnp.float32) * self.kernel_scale[...]).astype(self._dtype)
         if self._adapted:
             out = out + self._low_rank(equation, rows)
         if self._bias:

@@ -17,7 +17,15 @@ from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharde
 from rlhf_jax.programs import PPOFunctions, PPOSettings, ppo_beginning, ppo_functions, ppo_optimizer
 from rlhf_jax.rollout import RolloutModels
 from rlhf_jax.run.configurables import ModelSource
-from rlhf_jax.run.models import Loaded, adapted, load_model, load_reward, refuse_tokenizer, with_adapters
+from rlhf_jax.run.models import (
+    Loaded,
+    adapted,
+    load_model,
+    load_reward,
+    refuse_tokenizer,
+    with_adapters,
+    with_base_dtype,
+)
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError, Params, Rng
 
@@ -58,7 +66,8 @@ def load_cast(
 ) -> Cast:
     """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk).
 
-    lora: adapters are trained on policy and value model; no copies then, their bases are the reference and the reward model.
+    lora: adapters are trained on policy and value model; no copies then, their bases are the reference and the reward model,
+    both in lora.base_dtype.
     load, load_judge: `plan_model` and `plan_judge` give the cast as shapes.
     """
     if lora is not None and lora.dropout:
@@ -68,6 +77,8 @@ def load_cast(
     actor = with_adapters(load(policy, "lm+scalar" if share_trunk else "lm", mesh, rng), lora, mesh, rng)
     reference = actor.base("lm") if lora is not None else load(policy, "lm", mesh, rng)
     judge = None if reward is None else load_judge(reward, mesh)
+    if judge is not None and lora is not None:
+        judge = with_base_dtype(judge, lora, mesh)  # the base of the value model too: one copy
     critic = None
     if not share_trunk:
         start = judge if lora is not None and judge is not None else load(reward or policy, "scalar", mesh, rng)

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import Template
 from rlhf_jax.io import adapter_card, load_pretrained, locate
-from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, lora
-from rlhf_jax.parallel import ActivationConstraint, born_sharded, tree_shardings
+from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, int8, lora
+from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, tree_shardings
 from rlhf_jax.run.configurables import ModelSource
 from rlhf_jax.run.provenance import Input, write_atomically
 from rlhf_jax.types import InputError, Params, Rng
@@ -126,6 +126,7 @@ def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: 
     planned = isinstance(jax.tree.leaves(loaded.params)[0], jax.ShapeDtypeStruct)
     if loaded.input is None and not planned:
         raise InputError("run.lora: a new model is no base for adapters; give ModelSource.path")
+    loaded = with_base_dtype(loaded, settings, mesh)
     model = dataclasses.replace(loaded.model, lora=settings)
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
     base, trained = lora.split(loaded.params)
@@ -142,6 +143,19 @@ def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: 
     else:
         adapters = born_sharded(fresh, shardings, mesh, rng)
     return dataclasses.replace(loaded, model=model, params=adapters | trained, frozen={"base": base})
+
+
+def with_base_dtype(loaded: Loaded, settings: LoraConfig, mesh: Mesh) -> Loaded:
+    """``loaded``, which nothing trains, with its matrices as ``settings.base_dtype`` says; itself when they are so already.
+    Works on shapes too."""
+    if not settings.int8 or loaded.model.int8:
+        return loaded
+    model = dataclasses.replace(loaded.model, int8=True)
+    like = model.abstract()
+    shardings = tree_shardings(like, model.logical_axes(), mesh)
+    if isinstance(jax.tree.leaves(loaded.params)[0], jax.ShapeDtypeStruct):
+        return dataclasses.replace(loaded, model=model, params=abstract_arrays(like, shardings))
+    return dataclasses.replace(loaded, model=model, params=int8.quantized_tree(loaded.params, like, shardings))
 
 
 def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:

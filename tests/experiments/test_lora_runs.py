@@ -12,7 +12,7 @@ from experiment_processes import ROOT, finish, read_lines, start
 from test_exact_resume import same_as, saved_state, terminate
 
 from rlhf_jax.io import load_pretrained
-from rlhf_jax.models import LoraConfig, Model, lora
+from rlhf_jax.models import LoraConfig, Model, int8, lora
 from rlhf_jax.types import InputError
 
 
@@ -56,13 +56,32 @@ def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tm
         load_pretrained(tmp_path / "unbroken")
 
 
-def test_ppo_of_adapters_begins_at_its_base(chain: Path, begin, tmp_path: Path) -> None:
-    finish(begin("train_ppo", "ppo_lora", "ppo", POLICY=chain / "sft", REWARD=chain / "reward"))
+@pytest.mark.parametrize("base_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path, begin, tmp_path: Path) -> None:
+    places = {"POLICY": chain / "sft", "REWARD": chain / "reward", "LoraConfig.base_dtype": base_dtype}
+    finish(begin("train_ppo", "ppo_lora", "ppo", **places))
     lines = read_lines(tmp_path / "ppo" / "metrics.jsonl")
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-5) and lines[-1]["kl"] > 1e-3
     assert all(line["identity/identity_gap"] < 1e-5 for line in lines)
     trained = [path for path in saved_state(tmp_path / "ppo") if "params" in path]
     assert trained and all("lora_" in path or "scalar_head" in path for path in trained)
+
+
+def test_adapters_over_int8_are_merged_into_the_numbers_they_were_trained_over(
+    chain: Path, begin, tmp_path: Path
+) -> None:
+    bindings = {"LoraConfig.base_dtype": "int8", "run.steps": 3}
+    finish(begin("train_sft", "sft_lora", "int8", BASE=chain / "base", **bindings))
+    assert not any("kernel" in path for path in saved_state(tmp_path / "int8"))
+    base, base_params, _ = load_pretrained(chain / "base")
+    model, params, _ = load_pretrained(tmp_path / "int8")
+    rounded = int8.rounded_tree(base_params, Model(base.config, int8=True).abstract())
+    expected = lora.merge(lora.combine(rounded, adapters_of(tmp_path / "int8", model)), LoraConfig(rank=8, alpha=16))
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    exact = lora.merge(lora.combine(base_params, adapters_of(tmp_path / "int8", model)), LoraConfig(rank=8, alpha=16))
+    query = (tree["layers"]["attention"]["query"]["kernel"] for tree in (params, exact))
+    assert np.abs(np.subtract(*query)).max() > 1e-4
 
 
 def test_dropout_is_refused_for_ppo(chain: Path, begin) -> None:

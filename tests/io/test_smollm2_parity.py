@@ -9,6 +9,7 @@ last_logits [V], argmax [S], logsumexp [S], chat_prompt_ids, greedy_ids (prompt 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ import pytest
 from rlhf_jax import rollout
 from rlhf_jax.io import export_pretrained, load_pretrained
 from rlhf_jax.io.load import Pretrained
+from rlhf_jax.models import Model, int8
 from rlhf_jax.types import PromptBatch
 
 pytestmark = pytest.mark.parity
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 TEXT = "SmolLM2 was born in 2024.  It has 135 million   parameters; def f(x):\n    return x+10\n"
 
@@ -39,7 +42,7 @@ def ours() -> Pretrained:
     return load_pretrained(directory("SMOLLM2_DIR"))
 
 
-def greedy(loaded: Pretrained, prompt: list[int], length: int = 24) -> list[int]:
+def greedy(loaded: Pretrained, prompt: list[int], length: int = 32) -> list[int]:
     """The continuation that the rollout samples at temperature 0, with its key/value cache."""
     model, params, tokenizer = loaded
     prompts = PromptBatch(
@@ -83,7 +86,7 @@ def test_logits_and_greedy_text_equal_those_of_torch(ours: Pretrained, tmp_path:
         print(f"{path}: max |logit difference| {difference:.2e} over {logits.shape}")
         assert difference <= 1e-4
         prompt = chat(ours)
-        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0][len(prompt) :].tolist()
+        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0][len(prompt) :].tolist()
         assert answer == greedy(ours, prompt)
         print(f"{path}: {their_tokenizer.decode(answer)!r}")
 
@@ -103,3 +106,32 @@ def test_the_stored_reference(ours: Pretrained) -> None:
     continuation = greedy(Pretrained(model, params, tokenizer), prompt)
     assert prompt + continuation == reference["greedy_ids"].tolist()
     print(repr(tokenizer.decode(continuation)))
+
+
+def test_what_int8_costs(ours: Pretrained) -> None:
+    """Log-probabilities of the Apache licence and of a design document: matrices in int8 and in bfloat16 against float32."""
+    model, params, tokenizer = ours
+    quantized = dataclasses.replace(model, int8=True)
+    halved = dataclasses.replace(model, config=model.config.replace(compute_dtype="bfloat16"))
+    others = {
+        "int8": (quantized, int8.quantized_tree(params, quantized.abstract())),
+        "bfloat16 activations": (halved, params),
+    }
+    for name in ("LICENSE", "docs/design.md"):
+        ids = jnp.asarray([tokenizer.encode((ROOT / name).read_text())[:1024]])
+
+        def logprobs(model: Model, params: Any, ids: Any = ids) -> Any:
+            return jax.jit(lambda p: jax.nn.log_softmax(model.apply(p, ids)[0, :-1]))(params)
+
+        exact = logprobs(model, params)
+        of_tokens = exact[jnp.arange(len(exact)), ids[0, 1:]]
+        for other, given in others.items():
+            found = logprobs(*given)
+            error = np.abs(found[jnp.arange(len(exact)), ids[0, 1:]] - of_tokens)
+            kl = float((jnp.exp(exact) * (exact - found)).sum(axis=-1).mean())
+            change = float(of_tokens.mean() - found[jnp.arange(len(exact)), ids[0, 1:]].mean())
+            print(
+                f"\nINT8 {name}, {len(exact)} tokens, nll {-float(of_tokens.mean()):.3f}, {other}: |difference| mean "
+                f"{error.mean():.4f} max {error.max():.3f}, nll {change:+.4f}, KL {kl:.5f}"
+            )
+            assert 1e-4 < error.mean() < 0.1

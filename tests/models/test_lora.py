@@ -13,6 +13,7 @@ from flax import nnx
 from rlhf_jax import learn
 from rlhf_jax.models import LoraConfig, Model, lora
 from rlhf_jax.models.model import _abstract
+from rlhf_jax.parallel import ActivationConstraint, MeshConfig, batch_sharding, make_mesh, tree_shardings
 from rlhf_jax.rollout import SamplingConfig, generate, sequence_logprobs
 from rlhf_jax.testing import prompt_batch, random_params, tiny_config, token_batch
 from rlhf_jax.types import InputError
@@ -202,3 +203,32 @@ def test_weight_decay_takes_adapters_too():
     updates, _ = adam.update(zero, adam.init(adapters), adapters)
     for change, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(adapters), strict=True):
         np.testing.assert_allclose(change, -0.05 * leaf, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_over_eight_devices_are_those_of_one(sizes):
+    """Base and adapters over data, fsdp and tensor; A and B each within 1e-5 of its norm."""
+    config = tiny_config(num_kv_heads=2, num_layers=2)
+    batch = token_batch([[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16], [17, 18]] * 2)
+    whole = jax.tree.map(jnp.asarray, random_params(Model(config, lora=CONFIG), 0))
+
+    def gradient(mesh):
+        model = Model(config, ActivationConstraint(mesh), lora=CONFIG)
+        shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+        base, adapters = lora.split(jax.device_put(whole, shardings))
+        loss = lora.on_adapters(sft_loss(model), CONFIG)
+        rows = jax.device_put(batch, batch_sharding(mesh))
+        found = jax.jit(lambda a, b, rows: learn.gradients(loss, a, {"base": b}, rows, jax.random.key(0), 1)[0])
+        return jax.device_get(found(adapters, base, rows))
+
+    one, eight = gradient(make_mesh(MeshConfig(), jax.devices()[:1])), gradient(make_mesh(MeshConfig(**sizes)))
+    for ours, theirs in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+        assert np.linalg.norm(theirs) > 1e-3
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
