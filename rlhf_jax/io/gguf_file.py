@@ -1,11 +1,13 @@
 """GGUF files (llama.cpp): configuration, tensors and tokenizer under Hugging Face's names.
 
 Quantised tensors are de-quantised a window of rows at a time with the ``gguf`` package. Source of keys and names:
-ggml/docs/gguf.md; of the row order of query and key: llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute.
+ggml/docs/gguf.md; of the row order of query and key, and of norms: llama.cpp, convert_hf_to_gguf.py
+(LlamaModel.permute, GemmaModel.modify_tensors); of the scale of queries: src/llama-model.cpp (gemma2, gemma3).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,37 +24,91 @@ _TENSORS = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER_TENSORS = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+_PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_MATRICES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FUSED = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 _FIELDS = {
-    "llama.block_count": "num_hidden_layers",
-    "llama.context_length": "max_position_embeddings",
-    "llama.embedding_length": "hidden_size",
-    "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.key_length": "head_dim",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "llama.rope.freq_base": "rope_theta",
-    "llama.vocab_size": "vocab_size",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
 }
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+    """What general.architecture stands for.
+
+    language_model, model_type: of config.json. layers: names of a block's tensors, without ".weight" and ".bias". fields: keys
+    that only this architecture has. interleaved: rows of query and key lie in the order of ggml's rotation.
+    norms_plus_one: norm scales are stored as they are multiplied, Hugging Face's lack 1. layers_of_27b: the model with so
+    many layers scales its queries by hidden_size / heads, the others by head_dim (llama.cpp keeps no key for it).
+    """
+
+    language_model: str
+    model_type: str
+    layers: Mapping[str, str]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    interleaved: bool = False
+    norms_plus_one: bool = False
+    layers_of_27b: int | None = None
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("LlamaForCausalLM", "llama", _PRE_NORMS | _MATRICES, interleaved=True),
+    "qwen2": _Architecture("Qwen2ForCausalLM", "qwen2", _PRE_NORMS | _MATRICES),
+    "qwen3": _Architecture("Qwen3ForCausalLM", "qwen3", _PRE_NORMS | _MATRICES | _HEAD_NORMS),
+    "gemma": _Architecture("GemmaForCausalLM", "gemma", _PRE_NORMS | _MATRICES, norms_plus_one=True),
+    "gemma2": _Architecture(
+        "Gemma2ForCausalLM", "gemma2", _FOUR_NORMS | _MATRICES, _WINDOW | _CAPS, norms_plus_one=True, layers_of_27b=46
+    ),
+    "gemma3": _Architecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _FOUR_NORMS | _MATRICES | _HEAD_NORMS,
+        _WINDOW | {"final_logit_softcapping": "final_logit_softcapping"},
+        norms_plus_one=True,
+        layers_of_27b=62,
+    ),
+    "phi3": _Architecture("Phi3ForCausalLM", "phi3", _PRE_NORMS | _FUSED, _WINDOW),
+}
+"""general.architecture -> what it is. Mistral's files say "llama"."""
 _READABLE = frozenset(
     {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
-    """(config.json fields, tensors, all metadata) of a GGUF file of the llama architecture.
+    """(config.json fields, tensors, all metadata) of a GGUF file of one of `_ARCHITECTURES`.
 
     The file is mapped, not read. Raises InputError: not a whole GGUF file, another architecture, a key that changes the
     computation and is not understood.
@@ -65,42 +121,76 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
     except (ValueError, IndexError, KeyError) as error:
         raise InputError(f"{path}: not a whole GGUF file ({error}); download it again") from error
     raw = {tensor.name: tensor for tensor in reader.tensors}
-    fields = _config_fields(metadata, "output.weight" not in raw, str(path))
-    return fields, _tensors(path, raw, fields), metadata
+    kind = _architecture(metadata, str(path))
+    fields = _config_fields(metadata, kind, "output.weight" not in raw, str(path))
+    return fields, _tensors(path, raw, fields, kind), metadata
 
 
-def _config_fields(metadata: Mapping[str, Any], tied: bool, where: str) -> dict[str, Any]:
+def _architecture(metadata: Mapping[str, Any], where: str) -> _Architecture:
+    name = metadata.get("general.architecture")
+    if name not in _ARCHITECTURES:
+        raise InputError(
+            f"{where}: general.architecture = {name!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    return _ARCHITECTURES[name]
+
+
+def _config_fields(metadata: Mapping[str, Any], kind: _Architecture, tied: bool, where: str) -> dict[str, Any]:
     """What config.json would say. Numbers stored as float32 get their shortest decimal form (1e-5, not 9.9999997e-06)."""
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(f"{where}: general.architecture = {architecture!r} is not supported; supported: llama")
-    if missing := [f"llama.{name}" for name in _REQUIRED if f"llama.{name}" not in metadata]:
+    prefix = f"{metadata['general.architecture']}."
+    keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if missing := [prefix + name for name in _REQUIRED if name not in keys]:
         raise InputError(f"{where}: {listed(missing)} is missing; download the file again")
-    found = {theirs: metadata[key] for key, theirs in _FIELDS.items() if key in metadata}
-    fields = {name: float(str(np.float32(v))) if isinstance(v, float) else v for name, v in found.items()}
+    known = {**_FIELDS, **kind.fields}
+    fields: dict[str, Any] = {theirs: _number(keys[key]) for key, theirs in known.items() if key in keys}
     fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", [])))
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     understood = {
-        "llama.rope.dimension_count": fields["head_dim"],
-        "llama.attention.value_length": fields["head_dim"],
-        "llama.rope.scaling.type": "none",
-        "llama.expert_count": 0,
-        "llama.expert_used_count": 0,
+        "rope.dimension_count": fields["head_dim"],
+        "attention.value_length": fields["head_dim"],
+        "expert_count": 0,
+        "expert_used_count": 0,
     }
-    wrong = [f"{key} = {metadata[key]!r}" for key, value in understood.items() if metadata.get(key, value) != value]
+    if kind.model_type == "phi3":
+        rotated = keys.pop("rope.dimension_count", fields["head_dim"])
+        fields["partial_rotary_factor"] = rotated / fields["head_dim"]
+        fields["sliding_window"] = fields.get("sliding_window") or None  # 0: none
+    if kind.layers_of_27b is not None:
+        whole = fields["num_hidden_layers"] == kind.layers_of_27b
+        fields["query_pre_attn_scalar"] = (
+            fields["hidden_size"] // fields["num_attention_heads"] if whole else fields["head_dim"]
+        )
+    fields |= _rope_scaling(keys)
+    wrong = [f"{prefix}{key} = {keys[key]!r}" for key, value in understood.items() if keys.get(key, value) != value]
     wrong += [
-        f"{key} = {value!r}"
-        for key, value in metadata.items()
-        if key.startswith("llama.") and key not in _FIELDS.keys() | understood.keys()
+        f"{prefix}{key} = {value!r}" for key, value in keys.items() if key not in known.keys() | understood.keys()
     ]
     if wrong:
         raise InputError(f"{where}: {listed(wrong)}: this computation is not implemented")
-    return fields | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": tied}
+    return fields | {"architectures": [kind.language_model], "model_type": kind.model_type, "tie_word_embeddings": tied}
 
 
-def _tensors(path: Path, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> Tensors:
+def _number(value: Any) -> Any:
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rope_scaling(keys: dict[str, Any]) -> dict[str, Any]:
+    """rope_scaling of "linear" and "yarn", its keys taken out of ``keys``; other keys stay there (and are refused)."""
+    kind = keys.get("rope.scaling.type", "none")
+    if kind == "none":
+        keys.pop("rope.scaling.type", None)
+        return {}
+    names = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}.get(kind, ())
+    if not names or any(f"rope.scaling.{name}" not in keys for name in names):
+        return {}
+    factor, *original = (_number(keys.pop(f"rope.scaling.{name}")) for name in names)
+    told = {"rope_type": keys.pop("rope.scaling.type"), "factor": factor}
+    return {"rope_scaling": told | ({"original_max_position_embeddings": original[0]} if original else {})}
+
+
+def _tensors(path: Path, raw: Mapping[str, Any], fields: Mapping[str, Any], kind: _Architecture) -> Tensors:
     """Tensors under Hugging Face's names; names that are not known stay as they are (and are refused later)."""
-    by_name = {_their_name(name): tensor for name, tensor in raw.items()}
+    by_name = {_their_name(name, kind): tensor for name, tensor in raw.items()}
     stored = {
         name: Stored(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, path.name)
         for name, tensor in by_name.items()
@@ -114,17 +204,19 @@ def _tensors(path: Path, raw: Mapping[str, Any], fields: Mapping[str, Any]) -> T
         tensor, (first, *rest) = by_name[name], window
         rows: Any = first
         for part, count in heads.items():
-            if f".{part}." in name:
+            if kind.interleaved and f".{part}." in name:
                 rows = _interleaved_rows(stored[name].shape[0], count)[first]
-        return gguf.dequantize(tensor.data[rows], tensor.tensor_type)[(slice(None), *rest)]
+        read: np.ndarray = gguf.dequantize(tensor.data[rows], tensor.tensor_type)[(slice(None), *rest)]
+        return read - np.float32(1) if kind.norms_plus_one and name.endswith("norm.weight") else read
 
     return Tensors(str(path), stored, read, _READABLE)
 
 
-def _their_name(name: str) -> str:
+def _their_name(name: str, kind: _Architecture) -> str:
     block, _, rest = name.removeprefix("blk.").partition(".")
-    if name.startswith("blk.") and block.isdigit() and rest in _LAYER_TENSORS:
-        return f"model.layers.{int(block)}.{_LAYER_TENSORS[rest]}"
+    part, _, leaf = rest.rpartition(".")
+    if name.startswith("blk.") and block.isdigit() and part in kind.layers and leaf in ("weight", "bias"):
+        return f"model.layers.{int(block)}.{kind.layers[part]}.{leaf}"
     return _TENSORS.get(name, name)
 
 

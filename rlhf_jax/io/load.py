@@ -46,7 +46,8 @@ def load_pretrained(
     max_length: int | None = None,
     rng: Rng | None = None,
 ) -> Pretrained:
-    """A model from a run directory, a Hugging Face directory, a .gguf file or a hub id, its weights on their shards.
+    """A model from a run directory, a Hugging Face directory, a .gguf file (with the tokenizer.json beside it, when there is one)
+    or a hub id, its weights on their shards.
 
     mesh: None = everything on the first device. rules: how weights lie on the mesh. head: None = the checkpoint's own;
     "scalar" on a language model keeps the trunk and draws a fresh scalar head from ``rng``, "lm+scalar" likewise.
@@ -140,7 +141,12 @@ def _open(location: Location) -> _Opened:
         return _open_run(location.path)
     if location.kind == "gguf":
         fields, tensors, metadata = open_gguf(location.path)
-        return _open_foreign(fields, str(location.path), tensors, tokenizer_from_gguf(metadata, str(location.path)))
+        beside = location.path.parent
+        own = (
+            beside / "tokenizer.json"
+        ).is_file()  # of kinds that the metadata cannot say, or that we do not make of them
+        tokenizer = load_tokenizer(beside) if own else tokenizer_from_gguf(metadata, str(location.path))
+        return _open_foreign(fields, str(location.path), tensors, tokenizer)
     if is_adapter(location.path):
         return _open_peft(location.path)
     file = location.path / "config.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax.io.json_files import read_json, write_json
@@ -70,6 +70,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
@@ -80,12 +81,12 @@ def _pre_tokenizer(kind: str, where: str) -> pre_tokenizers.PreTokenizer:
         return bytes_of_words
     if kind == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of_words])
-    if kind in _LLAMA3_NAMES:
-        split = pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated")
+    if kind in (*_LLAMA3_NAMES, "qwen2"):
+        split = pre_tokenizers.Split(Regex(_QWEN2 if kind == "qwen2" else _LLAMA3), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise InputError(
-        f"{where}: tokenizer.ggml.pre = {kind!r} is not known (gpt-2, smollm, llama-bpe are); "
-        "use the checkpoint's Hugging Face directory"
+        f"{where}: tokenizer.ggml.pre = {kind!r} is not known (gpt-2, smollm, llama-bpe, qwen2 are); "
+        "put the checkpoint's tokenizer.json beside the file, or use its Hugging Face directory"
     )
 
 
@@ -98,7 +99,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
     if kind != "gpt2":
         raise InputError(
             f"{where}: tokenizer.ggml.model = {kind!r}: only byte-level BPE ('gpt2') is read; "
-            "use the checkpoint's Hugging Face directory"
+            "put the checkpoint's tokenizer.json beside the file, or use its Hugging Face directory"
         )
     for key in ("tokens", "merges", "pre", "eos_token_id"):
         if f"tokenizer.ggml.{key}" not in fields:
@@ -115,6 +116,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
         raise InputError(f"{where}: tokenizer.ggml.merges: {' '.join(str(error).split())}") from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(fields["tokenizer.ggml.pre"], where)
+    if fields["tokenizer.ggml.pre"] == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()  # Qwen2's tokenizer.json; no key says so
     tokenizer.decoder = decoders.ByteLevel()
     _add_special_tokens(tokenizer, tokens, fields.get("tokenizer.ggml.token_type", []))
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -123,7 +126,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
         raise InputError(f"{where}: the id of {', '.join(outside)} is not below the {len(tokens)} tokens")
     if fields.get("tokenizer.ggml.add_bos_token", is_llama3):
         _add_bos(tokenizer, tokens, ids["bos_token"], where)
-    longest = fields.get("llama.context_length")
+    longest = fields.get(f"{fields.get('general.architecture')}.context_length")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **({} if longest is None else {"model_max_length": longest}),

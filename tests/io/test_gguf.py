@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from llama_files import llama_fields, llama_tensors, write_checkpoint
+from make_gguf import TEMPLATE, write_tokenizer
 
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.tokenizers import tokenizer_from_gguf
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
+from rlhf_jax.testing import train_bpe_tokenizer
 from rlhf_jax.types import InputError
 
 FIELDS = llama_fields(intermediate_size=64, head_dim=8, rms_norm_eps=1e-5, rope_theta=100000.0)
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 KINDS = {"ffn_down": Kind.Q4_1, "ffn_up": Kind.Q8_0, "attn_q": Kind.Q8_0, "attn_k": Kind.Q4_1, "ffn_gate": Kind.F16}
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -65,17 +65,7 @@ def write_gguf(path: Path, fields: dict[str, Any], *, keys: dict[str, Any] | Non
     writer.add_rope_freq_base(fields["rope_theta"])
     writer.add_rope_dimension_count(fields["head_dim"])
     writer.add_vocab_size(fields["vocab_size"])
-    vocabulary = byte_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*tokens, "ab"])
-    writer.add_token_types([3] * 3 + [1] * 257)
-    writer.add_token_merges(["a b"])
-    writer.add_pad_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(TEMPLATE)
+    write_tokenizer(writer)
     for key, value in (keys or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)
@@ -146,7 +136,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(InputError, match="general.architecture = 'mamba' is not supported; supported: llama"):
+    with pytest.raises(
+        InputError, match="general.architecture = 'mamba' is not supported; supported: llama, qwen2, qwen3, gemma"
+    ):
         load_pretrained(tmp_path / "other.gguf")
 
 
@@ -203,6 +195,19 @@ def test_pre_tokenizers_differ_where_they_should() -> None:
     assert pieces("gpt-2", "x  5 1234") == ["x", "Ġ", "Ġ5", "Ġ1234"]
     assert pieces("llama-bpe", "x  5 1234") == ["x", "Ġ", "Ġ", "5", "Ġ", "123", "4"]
     assert pieces("llama-bpe", "it'S ok\n\n") == ["it", "'S", "Ġok", "ĊĊ"]
+    assert pieces("qwen2", "it'S x  5 1234") == ["it", "'S", "Ġx", "Ġ", "Ġ", "5", "Ġ", "1", "2", "3", "4"]
+    composed, apart = (tokenizer_from_gguf(metadata(pre="qwen2"), "x.gguf").encode(text) for text in ("é", "e\u0301"))
+    assert composed == apart  # NFC
+    assert len(tokenizer_from_gguf(metadata(), "x.gguf").encode("e\u0301")) == 3
+
+
+def test_a_tokenizer_beside_the_file_is_taken(tmp_path: Path) -> None:
+    """For kinds that the metadata do not make a tokenizer of."""
+    write_gguf(tmp_path / "model.gguf", FIELDS)
+    trained = train_bpe_tokenizer(["costs 2026 dollars, not 1999"] * 9, 260)
+    trained.save_pretrained(tmp_path)
+    tokenizer = load_pretrained(tmp_path / "model.gguf").tokenizer
+    assert tokenizer.get_vocab() == trained.get_vocab() and tokenizer.chat_template == trained.chat_template
 
 
 def test_a_file_may_ask_for_a_first_token() -> None:
