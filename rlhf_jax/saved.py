@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,10 +161,12 @@ def read_state(place: Path, target: Any) -> Any:
 
 
 def read_arrays(place: Path) -> dict[str, np.ndarray]:
-    """Every array of a step on the host, by its path; a random key as its bits. To compare runs with."""
-    with warnings.catch_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        warnings.filterwarnings("ignore", message="Sharding info not provided")  # onto the host: none is wanted
-        tree = reader.restore(place / "state")
+    """Every array of a step on the host, by its path; a random key as its bits. To compare runs with; the devices that
+    saved it need not be there."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved: Any = reader.metadata(place / "state").item_metadata
+        onto_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree)
+        tree = reader.restore(place / "state", args=ocp.args.PyTreeRestore(restore_args=onto_host))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(_bits(x))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

@@ -3,8 +3,9 @@
     python scripts/launch.py --processes=2 -- experiments/train_sft.py --gin_file=configs/smoke/base.gin
 
 The first process's output is shown, the others' goes to LOGS/process_I.log. When one process ends with an error the others
-are stopped, within --grace seconds, and one line says which it was; exit code: its own. The same command goes on from the
-last checkpoint. --devices: pretended devices of each process (CPU).
+are stopped, within --grace seconds, and one line says which it was; exit code: its own. A signal to any process, or to this
+one, makes all save and leave at the same step (143 or 130). The same command goes on from the last checkpoint. --devices:
+pretended devices of each process (CPU).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rlhf_jax.command import parse_flags, usage
 from rlhf_jax.types import InputError
 
 FLAGS = ("processes", "devices", "grace", "logs")
+LEFT_AFTER_A_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 flags.DEFINE_integer("processes", 2, "How many processes.", lower_bound=1)
 flags.DEFINE_integer("devices", 0, "Pretended CPU devices of each process; 0: leave the platform alone.", lower_bound=0)
 flags.DEFINE_float("grace", 30.0, "Seconds that the others get to stop before they are killed.", lower_bound=0.0)
@@ -56,20 +58,37 @@ def _xla_flags() -> str:
 
 
 def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
-    """Wait for all; the exit code of the first that failed, after the others were stopped. 0 when none did."""
+    """Wait for all; the exit code of the first that failed, after the others were stopped. 0 when none did.
+
+    One that left after a signal is no failure while the others are leaving too: a signal more would make them drop the
+    checkpoint that they are saving.
+    """
+    left = 0.0  # when the first did
     while True:
         codes = [process.poll() for process in processes]
-        failed = [(index, code) for index, code in enumerate(codes) if code]
-        if failed:
-            index, code = failed[0]
-            print(
-                f"launch: process {index} ended with {describe(code)}; stopping the others", file=sys.stderr, flush=True
-            )
+        if not any(codes):
+            if None not in codes:
+                return 0
+        elif all(code in (None, 0, *LEFT_AFTER_A_SIGNAL) for code in codes):
+            left = left or time.monotonic()
+            index, code = next((index, code) for index, code in enumerate(codes) if code)
+            if None not in codes:
+                say(f"stopped by a signal, all with {describe(code)}")
+                return code
+            if time.monotonic() - left > grace:
+                say(f"process {index} ended with {describe(code)} and the others did not; stopping them")
+                stop(processes, grace)
+                return code
+        else:
+            index, code = next((i, c) for i, c in enumerate(codes) if c and c not in LEFT_AFTER_A_SIGNAL)
+            say(f"process {index} ended with {describe(code)}; stopping the others")
             stop(processes, grace)
             return code if code > 0 else 128 - code
-        if all(code == 0 for code in codes):
-            return 0
         time.sleep(0.1)
+
+
+def say(what: str) -> None:
+    print(f"launch: {what}", file=sys.stderr, flush=True)
 
 
 def describe(code: int) -> str:
@@ -115,7 +134,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda got, _: [p.send_signal(got) for p in processes if p.poll() is None])
     code = supervise(processes, flags.FLAGS.grace)
     if code:
-        print(f"launch: the other processes' output: {logs}", file=sys.stderr)
+        say(f"the other processes' output: {logs}")
     return code
 
 

@@ -11,6 +11,7 @@ machine, scripts/tpu_vm.sh on a slice) says what happened.
 from __future__ import annotations
 
 import jax
+from jax.experimental import multihost_utils
 
 from rlhf_jax.types import InputError
 
@@ -29,6 +30,12 @@ def connect(how: str) -> None:
     if not 0 <= index < count:
         raise InputError(f"--distributed={how}: INDEX must be 0 ... {count - 1}")
     _initialize(coordinator_address=parts[0], num_processes=count, process_id=index)
+
+
+def agreed(step: int) -> int:
+    """The first process's number, on every process: it alone gives checkpoints their names and sets damaged ones aside, so
+    only it knows which there are."""
+    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))
 
 
 def _initialize(**where: str | int) -> None:

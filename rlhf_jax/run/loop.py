@@ -30,6 +30,7 @@ import jax
 from rlhf_jax.run import bad_steps
 from rlhf_jax.run.checkpoint import Checkpoints
 from rlhf_jax.run.cold_start import tell_first_step
+from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.faults import PHASES, Faults
 from rlhf_jax.run.loop_config import LoopConfig, due
 from rlhf_jax.run.progress import Display
@@ -213,8 +214,8 @@ class Run:
         if len(self.bad) > self.loop.bad_steps:
             raise RunStopped(f"step {step}: {wrong}; {len(self.bad)} bad steps, LoopConfig.bad_steps allows fewer")
         self.checkpoints.drain()  # a save under way is the one to go back to
-        back = latest_step(self.directory) if policy == "rollback" else None
-        if policy == "rollback" and back is None:
+        back = agreed(latest_step(self.directory) or 0) if policy == "rollback" else 0
+        if policy == "rollback" and not back:
             raise RunStopped(f"step {step}: {wrong}; no checkpoint yet to roll back to (LoopConfig.save_every)")
         told = f"going on from step {back} with the next batches" if back else "its batch is passed over"
         print(f"warning: step {step}: {wrong}; {told}", file=sys.stderr)
@@ -224,7 +225,7 @@ class Run:
         """The newest checkpoint's state, onto the shardings of ``state``; the next step is the one after it. What the
         program keeps on the host, the data's position above all, stays: the batches since then are passed over."""
         self.checkpoints.drain()
-        step = latest_step(self.directory) or 0
+        step = agreed(latest_step(self.directory) or 0)
         state, _ = self.checkpoints.restore(state, step)
         self.tracker.rewind(step)
         self._step, self._saved, self._going_back = step, step, False

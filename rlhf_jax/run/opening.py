@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rlhf_jax.run.checkpoint import Checkpoints, Retention, newest_verified
 from rlhf_jax.run.config import BoundConfig
+from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.faults import Faults
 from rlhf_jax.run.loop import Run
 from rlhf_jax.run.loop_config import LoopConfig
@@ -63,7 +63,7 @@ def open_run(
                 now = {"stage": stage, "seed": seed, "inputs": described}
                 holds = f"is at step {reached}" if reached else f"holds {output}"
                 refuse_changes(directory, now, bound.operative, holds)
-            resumed = _agreed(newest_verified(directory) if first else 0)
+            resumed = agreed(newest_verified(directory) if first else 0)
             if first:
                 write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
                 write_atomically(directory / "config.gin", bound.config)
@@ -93,8 +93,3 @@ def open_run(
         if first and fresh:
             forget(directory)
         raise
-
-
-def _agreed(step: int) -> int:
-    """The first process's number, on every process: it alone looked at the checkpoints, and set damaged ones aside."""
-    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))

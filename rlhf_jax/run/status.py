@@ -7,20 +7,26 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 
 class Status:
-    """RUN_DIR/status.json: what the run is doing now, overwritten in place. For whoever watches from outside."""
+    """RUN_DIR/status.json: what the run is doing now, overwritten in place. For whoever watches from outside. Of several
+    processes the first writes it."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = os.open(directory / "status.json", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        first, how = jax.process_index() == 0, os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        self._file = os.open(directory / "status.json", how, 0o644) if first else None
         self._now: dict[str, Any] = {"pid": os.getpid(), "step": 0, "phase": "start", "saving": ""}
         self.update()
 
     def update(self, **changed: Any) -> None:
         """step; phase; saving: the part of a save that runs in the background, '' for none."""
         self._now |= changed
-        os.pwrite(self._file, json.dumps(self._now).ljust(95).encode() + b"\n", 0)
+        if self._file is not None:
+            os.pwrite(self._file, json.dumps(self._now).ljust(95).encode() + b"\n", 0)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +51,48 @@ def test_one_that_fails_stops_the_others(tmp_path: Path) -> None:
     assert done.returncode == 3 and time.monotonic() - began < 60
     assert "launch: process 1 ended with exit code 3; stopping the others" in done.stderr
     assert str(tmp_path / "logs") in done.stderr and "is done" not in done.stdout
+
+
+SLOW_TO_LEAVE = """
+import signal, sys, time
+index = sys.argv[-1].split(",")[2]
+def leave(*_):
+    time.sleep(2.0 if index == "0" else 0.0)  # a checkpoint is being saved
+    print("process", index, "saved", flush=True)
+    sys.exit({code})
+signal.signal(signal.SIGTERM, leave)
+print("ready", flush=True)
+time.sleep(600.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("to_all", "said"),
+    [(True, "stopped by a signal, all with exit code 143"), (False, "process 1 ended with exit code 143 and the others")],
+)
+def test_one_that_left_after_a_signal_does_not_cut_the_others_short(tmp_path: Path, to_all: bool, said: str) -> None:
+    """Process 0 needs two seconds to save, within the grace of five: a second signal would come in the middle of that.
+    When only process 1 leaves, for it alone got the signal, the others are stopped once the grace is over."""
+    script = tmp_path / "program.py"
+    script.write_text(SLOW_TO_LEAVE.format(code=143))
+    command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--grace=5", f"--logs={tmp_path}", "--", str(script)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not ((tmp_path / "process_1.log").is_file() and (tmp_path / "process_1.log").read_text() == "ready\n"):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    if to_all:
+        parent.terminate()
+    else:
+        os.kill(child_of(parent.pid, ",2,1"), signal.SIGTERM)
+    out, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 143 and f"launch: {said}" in errors and out == "process 0 saved\n"
+
+
+def child_of(parent: int, words: str) -> int:
+    """The child process with ``words`` in its command line."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return next(int(pid) for pid in children if words.encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @pytest.mark.parametrize("flags", [("--processes=0",), ("--proceses=2",)])
