@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from rlhf_jax.run.faults import Faults
 from rlhf_jax.run.loop import Run
 from rlhf_jax.run.loop_config import LoopConfig
 from rlhf_jax.run.provenance import Input, describe, versions, write_atomically, write_provenance
-from rlhf_jax.run.resume import forget, lock, make_directory, refuse_changes, refuse_foreign, refuse_steps
+from rlhf_jax.run.resume import (
+    forget,
+    lock,
+    make_directory,
+    refuse_changes,
+    refuse_foreign,
+    refuse_steps,
+    refuse_unshared,
+)
 from rlhf_jax.run.signals import Signals
 from rlhf_jax.run.status import Status
 from rlhf_jax.run.tracking import Tracker
@@ -63,6 +72,7 @@ def open_run(
                 now = {"stage": stage, "seed": seed, "inputs": described}
                 holds = f"is at step {reached}" if reached else f"holds {output}"
                 refuse_changes(directory, now, bound.operative, holds)
+            refuse_unshared(directory, agreed(os.getpid()))
             resumed = agreed(newest_verified(directory) if first else 0)
             if first:
                 write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)

@@ -47,6 +47,17 @@ def lock(directory: Path) -> IO[str]:
     return file
 
 
+def refuse_unshared(directory: Path, owner: int) -> None:
+    """Raises InputError when ``directory`` is not the one that process ``owner`` has locked: the processes of a run write
+    parts of one checkpoint, which directories of their own would never hold whole."""
+    file = directory / ".lock"
+    if not file.is_file() or not file.read_text().startswith(f"process {owner} on "):
+        raise InputError(
+            f"{directory}: not the directory that the first process has opened under this name: put run_dir on a file "
+            "system that all hosts share"
+        )
+
+
 def refuse_foreign(directory: Path, stage: str) -> None:
     """Raises InputError when ``directory`` holds files and is no run of this stage: nothing is written into a mistyped
     path, and no run's record is overwritten by another program's."""

@@ -30,7 +30,11 @@ DEVICES = 4
 STEPS = {"sft": 4, "reward": 3, "ppo": 3}
 PROGRAMS = {
     "sft": ("train_sft", "configs/smoke/base.gin", {"LoopConfig.evaluate_every": "2"}),
-    "reward": ("train_reward", "configs/smoke/reward.gin", {"LoopConfig.evaluate_every": "3", "BatchConfig.batch_size": "8"}),
+    "reward": (
+        "train_reward",
+        "configs/smoke/reward.gin",
+        {"LoopConfig.evaluate_every": "3", "BatchConfig.batch_size": "8"},
+    ),
     "ppo": ("train_ppo", "tests/multihost/ppo_gold.gin", {}),
 }
 
@@ -138,9 +142,7 @@ def signal_one(parent: subprocess.Popen[str]) -> None:
     os.kill(child(parent, 1), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
-    ("stage", "phase", "interrupt"), [("sft", "train", signal_all), ("ppo", "reward", signal_one)]
-)
+@pytest.mark.parametrize(("stage", "phase", "interrupt"), [("sft", "train", signal_all), ("ppo", "reward", signal_one)])
 def test_a_signal_stops_all_at_the_same_step(
     one: Path, tmp_path: Path, stage: str, phase: str, interrupt: Callable[[subprocess.Popen[str]], None]
 ) -> None:

@@ -68,14 +68,24 @@ time.sleep(600.0)
 
 @pytest.mark.parametrize(
     ("to_all", "said"),
-    [(True, "stopped by a signal, all with exit code 143"), (False, "process 1 ended with exit code 143 and the others")],
+    [
+        (True, "stopped by a signal, all with exit code 143"),
+        (False, "process 1 ended with exit code 143 and the others"),
+    ],
 )
 def test_one_that_left_after_a_signal_does_not_cut_the_others_short(tmp_path: Path, to_all: bool, said: str) -> None:
     """Process 0 needs two seconds to save, within the grace of five: a second signal would come in the middle of that.
     When only process 1 leaves, for it alone got the signal, the others are stopped once the grace is over."""
     script = tmp_path / "program.py"
     script.write_text(SLOW_TO_LEAVE.format(code=143))
-    command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--grace=5", f"--logs={tmp_path}", "--", str(script)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "launch.py"),
+        "--grace=5",
+        f"--logs={tmp_path}",
+        "--",
+        str(script),
+    ]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not ((tmp_path / "process_1.log").is_file() and (tmp_path / "process_1.log").read_text() == "ready\n"):
         assert parent.poll() is None
