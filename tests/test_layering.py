@@ -44,6 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"types", "models", "learn", "rollout", "parallel", "io", "programs"},
     "io": {"types", "saved", "models", "parallel", "data"},
     "run": {"types", "saved", "command"},
+    "doctor": {"types", "saved", "data", "models", "learn", "rollout", "run"},
     "testing": ALL,  # shipped for the tests of users; nothing of ours may lean on it
 }
 """What each room may import of ours, itself apart."""

@@ -56,7 +56,7 @@ def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -
     assert {"vocabulary", "BOS", "pad and EOS", "batches", "gradient accumulation", "memory", "time", "disk"} <= seen
     assert "checkpoint" in seen
     if config == "ppo":
-        assert {"sampler and scorer", "reference", "reward model", "tokenizers", "reward spread"} <= seen
+        assert {"sampler and scorer", "reference", "reward model", "tokenizers", "reward spread", "template"} <= seen
     else:
         assert {"label masks", "lengths", "end of reply", "first steps"} <= seen
 

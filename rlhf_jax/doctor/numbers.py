@@ -1,0 +1,82 @@
+"""Checks that compute: gradients, scores, time, memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import learn, rollout
+from rlhf_jax.doctor.findings import Finding, judge
+from rlhf_jax.models import Model
+from rlhf_jax.types import LossFn, Params, TokenBatch
+
+GRADIENT_GAP = 1e-3
+"""Largest relative difference of a gradient between microbatches and none, float32 sums in another order."""
+PROBE_GAP = 1e-3
+"""Largest difference of a reward model's stored probe score after reload, reward units."""
+
+
+def gradient_check(loss: LossFn, params: Any, example: Any, microbatches: int, rng: jax.Array) -> Finding:
+    """Accumulated over microbatches the gradient must be the one of the whole batch."""
+    parts = microbatches if microbatches > 1 else 2
+    rows = jax.tree.leaves(example)[0].shape[0]
+    if rows % parts:
+        return Finding("note", "gradient accumulation", f"{rows} rows do not divide into {parts}; not compared")
+    whole, other = (
+        jax.jit(lambda p, b, n=n: learn.gradients(loss, p, {}, b, rng, n)[0])(params, example) for n in (1, parts)
+    )
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole))
+    gap = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True))
+    words = f"{parts} microbatches against one: {gap / largest:.1e} of the largest gradient"
+    return judge("gradient accumulation", gap <= GRADIENT_GAP * largest, words, "the loss is not a sum over rows")
+
+
+def timed_steps(step: Callable[[], Any], steps: int) -> Finding:
+    """Two steps, the first of which compiles."""
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        jax.block_until_ready(step())
+        seconds.append(time.monotonic() - began)
+    hours = steps * seconds[1] / 3600
+    words = (
+        f"{seconds[1]:.2f} s a step after {seconds[0] - seconds[1]:.1f} s of compiling; {steps} steps: {hours:.2f} h"
+    )
+    return Finding("ok", "time", words)
+
+
+def memory_check(state: Any, extra: Any) -> Finding:
+    """Bytes that stay on the fullest device, before any activation."""
+    held: dict[Any, int] = {}
+    for leaf in jax.tree.leaves((state, extra)):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    worst = max(held.values())
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    words = f"{worst / 1e9:.3f} GB of parameters and optimiser on the fullest of {len(held)} devices"
+    if limit is None:
+        return Finding("ok", "memory", f"{words}; activations come on top (experiments/plan.py says how much)")
+    return judge(
+        "memory", worst < 0.9 * limit, f"{words}, of {limit / 1e9:.1f} GB", "more devices, or a smaller param_dtype"
+    )
+
+
+def probe_check(run_dir: Path, model: Model, params: Params) -> Finding:
+    """A reward model must score its stored probe as it did when it was trained."""
+    file = run_dir / "reward_normalisation.json"
+    numbers = json.loads(file.read_text()) if file.is_file() else {}
+    if "probe" not in numbers:
+        return Finding("note", "reward model", f"{run_dir} keeps no probe (trained by an older version): not compared")
+    probe = numbers["probe"]
+    tokens = jnp.asarray(probe["tokens"], jnp.int32)[None]
+    one = TokenBatch(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+    score = float(rollout.sequence_scores(model, params, one)[0])
+    words = f"stored probe {probe['score']:.6f}, now {score:.6f}"
+    remedy = "the model loaded is not the one trained: its files were changed"
+    return judge("reward model", abs(score - probe["score"]) <= PROBE_GAP, words, remedy)

@@ -1,0 +1,105 @@
+"""Checks of tokens, before any number is computed: masks, lengths, ends, templates, how often the data is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data import Encoded, Template, stop_ids
+from rlhf_jax.doctor.findings import Finding, judge
+
+Tokenizer = Any
+"""A transformers tokenizer: ids of special tokens, encode, len."""
+
+
+def text_checks(
+    documents: Sequence[Encoded], left_out: int, tokenizer: Tokenizer, template: Template, limit: int, pairs: bool
+) -> Iterator[Finding]:
+    """documents: what is learned from; left_out: how many were too long. limit: columns of a row. pairs: documents are the
+    sides of comparisons."""
+    targets = np.array([sum(document.loss_mask) for document in documents])
+    lengths = np.array([len(document.tokens) for document in documents])
+    share = targets.sum() / lengths.sum()
+    words = f"{len(documents)} documents, {targets.sum()} of {lengths.sum()} tokens are targets ({share:.0%})"
+    yield judge(
+        "label masks", bool((targets > 0).all()), words, f"{(targets == 0).sum()} have no target; look at the template"
+    )
+    total = len(documents) + left_out
+    words = f"{left_out} of {total} left out; longest kept {lengths.max()} of {limit} columns"
+    if left_out <= total / 2:
+        yield Finding("ok" if left_out <= total / 10 else "note", "lengths", words)
+    else:
+        yield judge("lengths", False, words, "most of the data is not learned from: raise BatchConfig.length")
+    yield from token_checks([document.tokens for document in documents], tokenizer)
+    ends = [document.tokens[-1] for document in documents if document.loss_mask[-1]]
+    stops = np.mean([token in stop_ids(tokenizer, template) for token in ends]) if ends else 0.0
+    words = f"{stops:.0%} of the documents end in a stop token that is a target"
+    if pairs:  # a reply that was cut off has none, and the reward model must learn that
+        yield Finding("ok" if stops else "note", "end of reply", words)
+    else:
+        yield judge(
+            "end of reply",
+            bool(stops > 0.5),
+            words,
+            "a model that never learns to stop runs to the limit: see Template",
+        )
+
+
+def template_check(trained: Template | None, used: Template) -> Finding:
+    """Prompts must be written down as in the policy's own training. trained: as its run kept it, None when none did."""
+    if trained is None:
+        return Finding(
+            "note", "template", "the policy's run keeps none: see that prompts are written as it learned them"
+        )
+    names = [
+        field.name for field in dataclasses.fields(used) if getattr(used, field.name) != getattr(trained, field.name)
+    ]
+    differs = ", ".join(f"{name} was {getattr(trained, name)!r}, is {getattr(used, name)!r}" for name in names)
+    words = differs or "prompts are written as in the policy's training"
+    return judge("template", not names, words, "write them as the policy learned them, or train it on these")
+
+
+def token_checks(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Iterator[Finding]:
+    """BOS, padding, unknown tokens."""
+    bos, pad, eos = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    if bos is not None and bos != eos:
+        counts = np.array([list(tokens).count(bos) for tokens in sequences])
+        inside = bos in tokenizer.encode("x", add_special_tokens=False)
+        words = f"{counts.min()} to {counts.max()} a sequence"
+        yield judge(
+            "BOS",
+            counts.max() <= 1 or inside,
+            words,
+            "written twice: set Template.bos = 'never', or take it out of the text",
+        )
+    words = f"padding is token {pad}, the end is {eos}"
+    same = "; the same token: masks come from lengths here, so the end stays a target" if pad == eos else ""
+    yield Finding("note" if same else "ok", "pad and EOS", words + same)
+    if (unknown := tokenizer.unk_token_id) is not None:
+        flat = np.concatenate([np.asarray(tokens) for tokens in sequences])
+        share = float((flat == unknown).mean())
+        yield judge(
+            "unknown tokens",
+            share < 0.01,
+            f"{share:.2%}",
+            "the tokenizer does not know this text: take the model's own",
+        )
+
+
+def vocabulary_check(tokens: int, rows: int) -> Finding:
+    """Every id of the tokenizer (of so many ``tokens``) is a row of the embedding."""
+    return judge(
+        "vocabulary", tokens <= rows, f"{tokens} tokens, {rows} rows", "set ModelConfig.vocab_size to at least that"
+    )
+
+
+def arithmetic_check(examples: int, batch_size: int, steps: int) -> Finding:
+    """How often the data is seen."""
+    epochs = steps * batch_size / examples
+    words = f"{examples} examples, {batch_size} a step, {steps} steps: {epochs:.2f} epochs"
+    return judge(
+        "batches", examples >= batch_size, words, "one batch holds an example twice: lower BatchConfig.batch_size"
+    )
