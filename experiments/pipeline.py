@@ -35,6 +35,8 @@ from rlhf_jax.run import (
     scan,
     settable,
 )
+from rlhf_jax.run.check_bindings import Command
+from rlhf_jax.run.check_bindings import check as check_bindings
 from rlhf_jax.run.provenance import FILE, changed_inputs, write_atomically
 from rlhf_jax.types import InputError, RunStopped
 
@@ -113,7 +115,8 @@ def command(stage: Stage, directory: Path, seed: int) -> list[str]:
 
 
 def check(stages: Sequence[Stage], seed: int) -> None:
-    """Raises InputError for what can be seen before the first stage starts: files, syntax, macros, order."""
+    """Raises InputError for what can be seen before the first stage starts: files, macros, order, and of every
+    stage the names and types of what it binds."""
     before: list[str] = []
     for stage in stages:
         if stage.name in before:
@@ -129,8 +132,13 @@ def check(stages: Sequence[Stage], seed: int) -> None:
                     f"{stage.name}/Stage.macros: {name} = {path!r} is not below a stage before it "
                     f"({', '.join(before) or 'there is none'})"
                 )
-        scan([stage.gin_file], bindings(stage, Path(), seed))
         before.append(stage.name)
+    check_bindings(
+        [
+            Command(stage.experiment, (stage.gin_file,), tuple(bindings(stage, Path(), seed)), f"stage {stage.name}")
+            for stage in stages
+        ]
+    )
 
 
 def _refuse_foreign(directory: Path, names: Sequence[str]) -> None:

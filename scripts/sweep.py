@@ -40,6 +40,7 @@ from rich.table import Table
 from rlhf_jax.command import run_command
 from rlhf_jax.evaluate.statistics import Interval, across_seeds
 from rlhf_jax.run import STOPPED, fingerprint_asked, lock, make_directory, run_child, scan, settable
+from rlhf_jax.run.check_bindings import Command, check
 from rlhf_jax.run.provenance import changed_inputs, write_atomically
 from rlhf_jax.run.sweep import PlannedRun, expand, final_metrics, plan
 from rlhf_jax.types import InputError
@@ -251,6 +252,8 @@ def command() -> int:
     """What the flags ask for. Raises InputError."""
     runs, out = planned(), Path(FLAGS.out).expanduser().absolute()
     record = read_record(out)
+    given = tuple(FLAGS.gin_file)
+    check([Command(FLAGS.experiment, given, tuple(bindings_of(run, out)), run.name) for run in runs])
     if FLAGS.dry_run:
         for run in runs:
             print(f"{run.name}: {state_of(run, out, record)}\n    {shlex.join(command_of(run, out))}")

@@ -30,7 +30,7 @@ from gin import config_parser
 from rlhf_jax.command import asks_for_help, parse_flags, usage
 from rlhf_jax.run.cold_start import watch
 from rlhf_jax.run.distributed import connect
-from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, same_selector
+from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, flatten, same_selector
 from rlhf_jax.run.gin_types import settled, wrong_type
 from rlhf_jax.types import InputError, RunStopped
 
@@ -275,6 +275,53 @@ def bound_config() -> BoundConfig:
     if dead:
         raise InputError(f"{'; '.join(dead)}: bound but nothing reads it; remove it or reference its object, '@...()'")
     return BoundConfig(config, operative)
+
+
+def unread(scanned: Sequence[Binding]) -> list[Binding]:
+    """The bindings that no run would read: `bound_config`'s dead ones, found without building anything.
+
+    Only eager references are used, so what is read is what can be reached from ``run`` through references and macros.
+    """
+
+    def full(selector: str) -> str:
+        found = gin.config._REGISTRY.get_match(selector)
+        return str(found.selector) if found else selector
+
+    bindings, macros = settled(scanned, full)
+    read: set[int] = set()
+    read_macros: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    waiting = [("", full("run"))]
+
+    def follow(value: Any) -> None:
+        for leaf in flatten(value):
+            if not isinstance(leaf, Name):
+                continue
+            scope, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
+            if leaf.text[0] == "@":
+                waiting.append((scope, full(name)))
+            elif leaf.text[1:] in macros and leaf.text[1:] not in read_macros:
+                read_macros.add(leaf.text[1:])
+                follow(macros[leaf.text[1:]])
+
+    while waiting:
+        reached = waiting.pop()
+        if reached in seen:
+            continue
+        seen.add(reached)
+        scope, selector = reached
+        for index, b in enumerate(bindings):
+            if full(b.selector) == selector and (not b.scope or f"{scope}/".startswith(b.scope + "/")):
+                read.add(index)
+                follow(b.value)
+    dead = [b for index, b in enumerate(bindings) if index not in read]
+    own = {"/".join(filter(None, (b.scope, b.selector))): b for b in scanned if not b.argument and not b.included}
+    return dead + [b for name, b in own.items() if name not in read_macros]
+
+
+def forget_bindings() -> None:
+    """Take back what `parse` bound, so that another configuration can be parsed in this process."""
+    gin.clear_config()
 
 
 # ---- comparing

@@ -64,17 +64,17 @@ def explain_parse(
     if match := re.match(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
         return f"{place}unknown parameter {match[2]!r} of {match[1]}{_closest(match[2], parameters(match[1]))}"
     if match := re.match(r"No bindings specified for '([^']+?)(?:/gin\.macro)?' in config string", text):
-        user = next((b for b in scanned if Name(f"%{match[1]}") in _flatten(b.value)), None)
+        user = next((b for b in scanned if Name(f"%{match[1]}") in flatten(b.value)), None)
         where = f"{user.place}: " if user else ""
         return f"{where}unknown macro %{match[1]}: define it ({match[1]} = ...) before the run"
     return place + one_line(text[: located.start()] if located else text)
 
 
-def _flatten(value: Any) -> list[Any]:
+def flatten(value: Any) -> list[Any]:
     """Leaves of nested lists, tuples and dicts."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
-    return [leaf for item in value for leaf in _flatten(item)] if isinstance(value, list | tuple) else [value]
+    return [leaf for item in value for leaf in flatten(item)] if isinstance(value, list | tuple) else [value]
 
 
 def explain_run(error: BaseException, scanned: Sequence[Binding], building: bool) -> str:

@@ -65,6 +65,7 @@ def sweep(
     (tmp_path / "x.gin").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "check", lambda commands: None)  # the stub is no gin program
 
     def call(*arguments: str) -> tuple[int, str, str]:
         usual = {"experiment": "stub", "gin_file": "x.gin", "out": "out"}
@@ -247,3 +248,13 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
     (setting,) = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]
     assert setting["metrics"]["heldout/loss"]["mean"] == pytest.approx(sum(losses) / 2)
+
+
+def test_a_typo_in_the_grid_is_found_before_the_first_run(tmp_path: Path) -> None:
+    flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", f"--out={tmp_path / 'out'}"]
+    typo = "--grid=OptimizerConfig.learning_rat=1e-3,1e-4"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "sweep.py"), *flags, typo], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "did you mean 'learning_rate'?" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
