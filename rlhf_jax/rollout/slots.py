@@ -160,10 +160,14 @@ def first_fill(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
     """Rows 0 ... slots - 1 in slots of their own; ``staged`` holds their prompts, from prompt 0 on. columns: of the cache for
     responses, T unless it is to grow."""
     rows = jnp.arange(slots, dtype=jnp.int32)
+    if job.samples == 1:  # every row has its prompt already; on a mesh a gather would send the cache to all devices
+        cache = staged.cache.widened(job.width + columns)
+    else:
+        cache = staged.cache.take(rows // job.samples, job.width + columns)
     return Slots(
         waiting=jnp.asarray(slots, jnp.int32),
         work=_new_work(job, staged, rows, jnp.zeros((), jnp.int32)),
-        cache=staged.cache.take(rows // job.samples, job.width + columns),
+        cache=cache,
         ring=_no_text(job, slots),
         results=Results(
             text=_no_text(job, job.rows),

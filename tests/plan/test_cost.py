@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import rollout
 from rlhf_jax.models import Model
+from rlhf_jax.parallel import ActivationConstraint
 from rlhf_jax.plan import count, parse_module
-from rlhf_jax.plan.analytic import generate_flops
+from rlhf_jax.plan.analytic import cache_bytes, generate_flops
 from rlhf_jax.plan.cost import convolution_flops, group_of, replica_groups
 from rlhf_jax.plan.hlo import Trips, arrays_of, trips
 from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
@@ -252,3 +253,18 @@ def test_kernels_give_their_own_cost() -> None:
 def test_what_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
         parse_module("hello")
+
+
+def test_sampling_leaves_the_cache_where_it_is() -> None:
+    """Eight devices with a row each and the whole model: nothing is sent but a number a step and the rows of results."""
+    mesh = mesh_of(8, 1, 1)
+    model = Model(tiny_config(), ActivationConstraint(mesh))
+    settings = {"sampling": rollout.SamplingConfig(max_new_tokens=7), "eos_ids": (2,), "pad_id": 0}
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    sample = jax.jit(functools.partial(rollout.generate, model, **settings), out_shardings=rows)
+    params = jax.device_put(random_params(model, 0), everywhere)
+    prompts = jax.device_put(random_prompts(0, 8, 5, 64), rows)
+    text = sample.lower(params, prompts, jax.random.key(0)).compile().as_text()
+    moved = count(parse_module(text), dict(mesh.shape), decoding=7).moved
+    one_row = cache_bytes(model.config, 1, 5)
+    assert sum(moved.values()) < one_row
