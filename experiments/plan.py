@@ -145,17 +145,20 @@ def run(
         return
 
     # 2. Compiled one by one.
-    reports = _compile(phases, grid, chip)
+    if flags.FLAGS.search and chip is None:
+        raise InputError("--search: needs a slice; local devices have no roofline")
+    reports, found_at = _compile(phases, grid, chip), start
     if flags.FLAGS.search:
         kinds = {"remat": config.remat, "sampling": ppo is not None}
         others = plan.variations(start, grid.size, config.num_kv_heads, minibatches, **kinds)
-        grid, reports = _search(build, [start, *others], chip, reports)
+        found_at, grid, reports = _search(build, [start, *others], chip, reports)
 
     # 3. What came out.
     found = plan.tables(reports, where)
     print(plan.as_text(found))
     title = f"{flags.FLAGS.gin_file[-1] if flags.FLAGS.gin_file else 'plan'} on {flags.FLAGS.topology}"
-    _write(flags.FLAGS.json, plan.as_json(reports, where, {"mesh": dict(grid.shape)}))
+    planned = dataclasses.asdict(found_at) | {"mesh": dict(grid.shape)}
+    _write(flags.FLAGS.json, plan.as_json(reports, where, planned))
     _write(flags.FLAGS.html, plan.as_html(found, title))
     _write(flags.FLAGS.markdown, plan.as_markdown(found))
     wrong = [report for report in reports if not report.fits]
@@ -194,19 +197,18 @@ def _compile(phases: list[plan.Phase], grid: jax.sharding.Mesh, chip: plan.Chip 
 
 
 def _search(build: Any, candidates: list[plan.Candidate], chip: plan.Chip | None, first: list[plan.Report]) -> Any:
-    """(mesh, reports) of the best candidate that fits (the first when none does), each told on stderr."""
-    if chip is None:
-        raise InputError("--search: needs a slice; local devices have no roofline")
+    """(candidate, mesh, reports) of the best that fits (the first when none does), each told on stderr."""
+    assert chip is not None
     start, *others = candidates
-    best = (build(start)[0], first)
+    best = (start, build(start)[0], first)
     for candidate in plan.promising(build, others, chip, flags.FLAGS.search):
         print(f"trying {candidate.bindings(start)}", file=sys.stderr)
         grid, phases = build(candidate)
         reports = _compile(phases, grid, chip)
         print(f"  {plan.verdict(reports)}", file=sys.stderr)
-        if plan.better(reports, best[1]):
-            best = (grid, reports)
-            print(f"  best so far: {candidate.bindings(start)}", file=sys.stderr)
+        if plan.better(reports, best[2]):
+            best = (candidate, grid, reports)
+    print(f"best: {best[0].bindings(start)}", file=sys.stderr)
     return best
 
 
