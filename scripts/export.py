@@ -3,7 +3,8 @@
     python scripts/export.py --run_dir=runs/support_desk/ppo --out=exports/ppo
     python scripts/export.py --run_dir=runs/mine/sft_lora --out=exports/adapter --adapter_only
 
-Writes config.json, generation_config.json, safetensors, the tokenizer and its chat template. A reward run becomes
+Writes config.json, generation_config.json (stop and padding ids; of a Hugging Face directory also its sampling defaults and
+further stop ids), safetensors, the tokenizer and its chat template. A reward run becomes
 LlamaForSequenceClassification with one label, its reward normalisation folded into the head. The run's provenance.json
 goes along, so that the lineage of what is trained from the export goes back to the run, and template.json says how its
 conversations were written down. A run of adapters is exported with
@@ -27,7 +28,15 @@ from absl import flags
 
 from rlhf_jax.command import run_command
 from rlhf_jax.data import Template
-from rlhf_jax.io import export_adapter, export_pretrained, load_adapter, load_pretrained, locate, read_template
+from rlhf_jax.io import (
+    export_adapter,
+    export_pretrained,
+    load_adapter,
+    load_pretrained,
+    locate,
+    read_generation,
+    read_template,
+)
 from rlhf_jax.types import InputError
 
 
@@ -47,7 +56,9 @@ def export() -> int:
             raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
         tokenizer.pad_token = given.pad_token
     template = read_template(locate(given.run_dir).path)
-    export_pretrained(out, model, params, tokenizer)
+    source = locate(given.run_dir)
+    generation = read_generation(source.path) if source.kind == "huggingface" else None
+    export_pretrained(out, model, params, tokenizer, generation=generation)
     write_origin(out, template)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
     if model.config.head == "scalar" and float(params["scalar_head"]["bias"][0]):

@@ -1,7 +1,7 @@
 """Weights in and out: run directories, Hugging Face directories, GGUF files and hub ids, with tokenizer and configuration."""
 
 from rlhf_jax.io.adapters import Adapter, adapter_card, load_adapter
-from rlhf_jax.io.export import export_pretrained
+from rlhf_jax.io.export import export_pretrained, read_generation
 from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.peft_files import export_adapter, read_adapter
@@ -21,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "read_adapter",
+    "read_generation",
     "read_model_card",
     "read_template",
 ]

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.io.json_files import write_json
+from rlhf_jax.io.json_files import read_json, write_json
 from rlhf_jax.io.layout import parse
 from rlhf_jax.io.placing import names_of, stacked
 from rlhf_jax.io.tensors import INDEX, SINGLE, listed
@@ -25,6 +25,7 @@ from rlhf_jax.models.families import Weight, config_to_hf, dimensions, weights_o
 from rlhf_jax.types import InputError, Params
 
 MAX_FILE_BYTES = 4 * 2**30
+_GENERATION = "generation_config.json"
 
 
 def export_pretrained(
@@ -33,12 +34,14 @@ def export_pretrained(
     params: Params,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    generation: Mapping[str, Any] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write config.json, generation_config.json, safetensors files and the tokenizer with its chat template to ``path``.
 
     Everything is written next to ``path`` and renamed at the end: a directory that exists is complete. Numbers are the
-    parameters bit for bit, in their dtype; `load_pretrained` gives them back. max_file_bytes: weights beyond it are
+    parameters bit for bit, in their dtype; `load_pretrained` gives them back. generation: how the model's source wants to be
+    sampled (`read_generation`); further stop ids stay, the tokenizer's own come first. max_file_bytes: weights beyond it are
     split over several files with an index; also the host memory that an export takes, above one stacked parameter.
 
     The format is that of ``model.config.family``; head "scalar" becomes its sequence classifier with one label.
@@ -54,10 +57,29 @@ def export_pretrained(
     with new_directory(path) as directory:
         _write_weights(directory, model.config, params, max_file_bytes)
         write_json(directory / "config.json", fields)
-        ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if model.config.has_lm:
-            write_json(directory / "generation_config.json", {name: i for name, i in ids.items() if i is not None})
+            write_json(directory / _GENERATION, _generation(fields, generation or {}))
         save_tokenizer(tokenizer, directory)
+
+
+def read_generation(directory: Path) -> dict[str, Any] | None:
+    """generation_config.json of a Hugging Face directory, None without one. Raises InputError for a damaged file."""
+    file = directory / _GENERATION
+    return read_json(file) if file.is_file() else None
+
+
+def _generation(fields: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's sampling defaults with the special tokens of ``fields``; other stop ids of the source are kept behind
+    the tokenizer's end of sequence."""
+    ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if fields[name] is not None}
+    more = source.get("eos_token_id")
+    stops = [ids["eos_token_id"], *(more if isinstance(more, list) else [more])]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    outside = [stop for stop in stops if type(stop) is not int or not 0 <= stop < fields["vocab_size"]]
+    if outside:
+        raise InputError(f"{_GENERATION}: eos_token_id: {outside} are no ids below vocab_size = {fields['vocab_size']}")
+    kept = {name: value for name, value in source.items() if name != "transformers_version"}
+    return kept | ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from llama_files import CASES, golden_tokens, llama_fields, llama_tensors, write_checkpoint
 from safetensors.numpy import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rlhf_jax.io import export_pretrained, load_pretrained
+from rlhf_jax.io import export_pretrained, load_pretrained, read_generation
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config, train_bpe_tokenizer
@@ -106,6 +106,24 @@ def test_transformers_reads_configuration_and_tokenizer(tmp_path: Path) -> None:
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["chat_template"] == TEMPLATE
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def test_sampling_defaults_and_further_stop_ids_of_the_source_stay(tmp_path: Path) -> None:
+    model, params = a_model()
+    source = {"eos_token_id": [5, 2], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "pad_token_id": 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(source | {"transformers_version": "4.40.0"}))
+    assert read_generation(tmp_path / "elsewhere") is None
+    given = read_generation(tmp_path)
+    export_pretrained(tmp_path / "out", model, params, byte_tokenizer(), generation=given)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {  # the tokenizer's own ids win
+        "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9, "do_sample": True,
+    }  # fmt: skip
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (config.eos_token_id, config.temperature, config.top_p) == ([2, 5], 0.6, 0.9)
+    with pytest.raises(InputError, match=r"eos_token_id: \[272\] are no ids below vocab_size = 272"):
+        export_pretrained(tmp_path / "bad", model, params, byte_tokenizer(), generation={"eos_token_id": [272]})
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_scorers_bias_is_kept_under_a_name_of_its_own(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from rlhf_jax import ops, rollout
 from rlhf_jax.io import export_pretrained, load_pretrained
 from rlhf_jax.io.load import Pretrained
 from rlhf_jax.models.families import ARCHITECTURES, FAMILIES, config_from_hf, config_to_hf
+from rlhf_jax.models.families.convert import _COMMON_FIXED, _NO_EFFECT
 from rlhf_jax.testing import byte_tokenizer
 from rlhf_jax.types import InputError, PromptBatch
 
@@ -355,6 +356,18 @@ def test_every_field_of_every_family_is_changed_somewhere() -> None:
         shared |= {name for name in ("hidden_act", "rope_theta", "rope_scaling", "rope_parameters") if name in own}
         assert own - SILENT - (shared if case != "llama" else set()) <= set(changes), case
         assert set(changes) <= own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_of_transformers_own_class_is_read_or_declared_without_effect(family: str) -> None:
+    """Nothing that a configuration class of transformers has, or writes by itself, is an unknown field; nothing is both."""
+    record = FAMILIES[family]
+    theirs = transformers.AutoConfig.for_model(record.model_type)
+    names = {field.name for field in dataclasses.fields(theirs)} | set(theirs.to_dict())
+    read = set(record.fields) | set(record.fixed) | {name for rule in record.rules for name in rule.names}
+    assert {"vocab_size", "transformers_version"} < names
+    assert names - read - record.ignored - _NO_EFFECT - set(_COMMON_FIXED) == set()
+    assert not read & _NO_EFFECT and not read & record.ignored
 
 
 @pytest.mark.parametrize(("case", "field"), [(case, field) for case, fields in CHANGES.items() for field in fields])
