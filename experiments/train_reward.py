@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from rlhf_jax import data, learn, ops, programs
-from rlhf_jax.evaluate.preference import pairwise_accuracy
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
+from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
@@ -77,13 +77,8 @@ def run(
     settings = {"microbatches": batch.microbatches, "centring": centring}
     train_step, score_pairs = programs.reward_functions(network, adam, state, devices, **settings)
 
-    def heldout_scores(params) -> np.ndarray:
-        """float32 [2, N]: chosen, rejected."""
-        parts = data.evaluation_pair_batches(heldout.items, **shape)
-        scored = [
-            np.stack(jax.device_get(score_pairs(params, to_global(part, devices), loaded.frozen))) for part in parts
-        ]
-        return np.concatenate(scored, axis=1)[:, : len(heldout.items)]
+    def evaluated(params) -> np.ndarray:
+        return heldout_scores(score_pairs, params, loaded.frozen, heldout.items, devices, **shape)
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
@@ -102,14 +97,12 @@ def run(
                 state = here.rolled_back(state)
                 continue
             if here.evaluation_due(step):
-                scores = chosen, rejected = heldout_scores(state.params)
-                accuracy = pairwise_accuracy(chosen, rejected)
-                nll = float(np.mean(np.logaddexp(0.0, rejected.astype(np.float64) - chosen)))
-                names = {"accuracy": accuracy.mean, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
-                here.record(step, {f"heldout/{name}": value for name, value in names.items()} | {"heldout/loss": nll})
+                scores = evaluated(state.params)
+                chosen, rejected = scores.astype(np.float64)
+                here.record(step, heldout_metrics(scores, np.logaddexp(0.0, rejected - chosen)))
             here.save(step, state, {"data": batches.get_state()})
         # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
-        rewards = np.stack(scores) if scores is not None else heldout_scores(state.params)
+        rewards = evaluated(state.params) if scores is None else scores
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
         probe = {"tokens": heldout.items[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
         numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items), "probe": probe}

@@ -33,8 +33,8 @@ from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
 
 class SupervisedFunctions(NamedTuple):
     """train_step(state, frozen, batch) -> (state, metrics), the state donated. evaluate(params, batch, frozen): SFT gives
-    the `Mean` loss of a batch, the reward model its scores (chosen, rejected), float32 [B] each. params: what is trained;
-    frozen: nothing, or {"base": ...} with adapters (`models.lora`)."""
+    the `Mean` loss of a batch, the reward model its scores, DPO its implicit rewards (chosen, rejected), float32 [B] each.
+    params: what is trained; frozen: {"base": ...} with adapters (`models.lora`), of DPO also {"reference": ...}."""
 
     train_step: Callable[..., Any]
     evaluate: Callable[..., Any]
@@ -80,6 +80,35 @@ def reward_functions(
     def evaluate(params: Params, pairs: Any, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         return learn.pair_scores(score, lora.whole(params, frozen), pairs)
 
+    train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
+    return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
+
+
+def dpo_functions(
+    model: Model,
+    reference: Model,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    microbatches: int,
+    dpo: learn.DPOConfig,
+) -> SupervisedFunctions:
+    """Of direct preference optimisation. reference: with adapters the base itself (`run.models.Loaded.base`)."""
+    routed = model.config.router_coefficient > 0
+    logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
+
+    def reference_logprobs(frozen: Params, tokens: TokenBatch) -> jax.Array:
+        return rollout.sequence_logprobs(reference, frozen["reference"], tokens)[0]
+
+    def evaluate(params: Params, pairs: Any, frozen: Params) -> tuple[jax.Array, jax.Array]:
+        def reward(whole: Params, tokens: TokenBatch) -> jax.Array:
+            found, _ = rollout.sequence_logprobs(model, whole, tokens)
+            return learn.implicit_rewards(found, reference_logprobs(frozen, tokens), tokens, dpo)
+
+        return learn.pair_scores(reward, lora.whole(params, frozen), pairs)
+
+    loss = learn.make_dpo_loss(lambda params, tokens: logprobs(model, params, tokens), reference_logprobs, dpo)
     train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
 

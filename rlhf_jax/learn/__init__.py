@@ -14,16 +14,20 @@ from rlhf_jax.learn.policy_gradient import (
     update,
     warn_if_kl_is_negative,
 )
+from rlhf_jax.learn.preference import DPOConfig, implicit_rewards, make_dpo_loss
 from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores
 from rlhf_jax.learn.sft import make_sft_loss
 from rlhf_jax.learn.step import gradients, initial_state, make_train_step
 
 __all__ = [
+    "DPOConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PPOState",
     "gradients",
+    "implicit_rewards",
     "initial_state",
+    "make_dpo_loss",
     "make_optimizer",
     "make_ppo_loss",
     "make_reward_loss",

@@ -38,12 +38,15 @@ from rlhf_jax.ops.masking import (
     whiten,
     zero_outside,
 )
+from rlhf_jax.ops.preference import PREFERENCE_KINDS, PreferenceKind, preference_loss
 from rlhf_jax.ops.sampling import penalise_repetition, sample_tokens, token_keys, truncate_logits
 
 __all__ = [
+    "PREFERENCE_KINDS",
     "Convention",
     "KLKind",
     "MissingEos",
+    "PreferenceKind",
     "Unembed",
     "adaptive_kl_coefficient",
     "best_of_k_loss",
@@ -69,6 +72,7 @@ __all__ = [
     "plackett_luce_loss",
     "policy_loss",
     "positions_from_mask",
+    "preference_loss",
     "rating_loss",
     "sample_tokens",
     "shape_rewards",

@@ -18,7 +18,7 @@ from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
-from rlhf_jax.learn import OptimizerConfig, PPOConfig
+from rlhf_jax.learn import DPOConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, LoraConfig, ModelConfig, RopeScaling
 from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
@@ -32,6 +32,7 @@ from rlhf_jax.types import InputError, require_whole
 
 for _configurable in (
     AnnotatorConfig,
+    DPOConfig,
     DeskConfig,
     Fault,
     Fields,

@@ -1,0 +1,105 @@
+"""Direct preference optimisation: the policy itself learned from pairs, without a reward model (Rafailov et al. 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rlhf_jax import ops
+from rlhf_jax.learn.reward import pair_mask
+from rlhf_jax.learn.sft import LogprobsFn
+from rlhf_jax.types import InputError, LossFn, Mean, PairBatch, Params, Rng, Term, TokenBatch
+
+ReferenceFn = Callable[[Params, TokenBatch], Array]
+"""(frozen, batch) -> the reference's log-probability of the token at each column, float32 [B, S]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """DPO's own numbers; defaults as in TRL and Tunix.
+
+    beta: how strongly the policy is held to its reference. loss: "sigmoid", "robust", "hinge" or "ipo", see
+    `ops.preference_loss`. label_smoothing: the share of labels taken to be flipped, in [0, 0.5) ("sigmoid" and "robust").
+    average: log-probabilities per token instead of summed over the reply (the form of IPO that TRL ships; the original
+    losses sum). sft_coefficient: weight of the chosen replies' cross-entropy beside it (RPO, Pang et al. 2024), 0 = off.
+    """
+
+    beta: float = 0.1
+    loss: ops.PreferenceKind = "sigmoid"
+    label_smoothing: float = 0.0
+    average: bool = False
+    sft_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in ops.PREFERENCE_KINDS:
+            allowed = ", ".join(map(repr, ops.PREFERENCE_KINDS))
+            raise InputError(f"DPOConfig.loss = {self.loss!r}: one of {allowed}")
+        if not isinstance(self.average, bool):
+            raise InputError(f"DPOConfig.average = {self.average!r}: True or False")
+        if not 0 < self.beta < float("inf"):
+            raise InputError(f"DPOConfig.beta = {self.beta!r}: give a number above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(f"DPOConfig.label_smoothing = {self.label_smoothing!r}: give a share in [0, 0.5)")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise InputError(f"DPOConfig.label_smoothing: has no effect on loss = {self.loss!r}; remove it")
+        if not 0 <= self.sft_coefficient < float("inf"):
+            raise InputError(f"DPOConfig.sft_coefficient = {self.sft_coefficient!r}: give a number >= 0")
+
+
+def implicit_rewards(logprobs: Array, reference: Array, batch: TokenBatch, config: DPOConfig) -> Array:
+    """``beta (log pi - log reference)`` of the reply of each row, float32 [B]: the reward that the policy would be optimal
+    for, up to a constant of the prompt (Rafailov et al. 2023, eq. 5). logprobs, reference: [B, S]."""
+    return config.beta * _reply(ops.zero_outside(logprobs - reference, batch.loss_mask), batch.loss_mask, config)
+
+
+def _reply(values: Array, mask: Array, config: DPOConfig) -> Array:
+    """Over the columns of the reply, [B, S] -> [B]."""
+    return ops.masked_mean(values, mask, axis=1) if config.average else ops.masked_sum(values, mask, axis=1)
+
+
+def make_dpo_loss(logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig) -> LossFn:
+    """Mean over pairs of `ops.preference_loss`, plus ``sft_coefficient`` times the chosen replies' mean negative
+    log-likelihood per token. Both sides go through one forward pass.
+
+    Metrics: accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected of the implicit rewards, and
+    logprob_chosen, logprob_rejected: nats a reply, those of the chosen one fall too when beta is small.
+    """
+
+    def loss(params: Params, frozen: Params, batch: PairBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
+        del rng
+        both: TokenBatch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+        logprobs, _, *router = logprobs_fn(params, both)
+        reference = jax.lax.stop_gradient(reference_fn(frozen, both))
+        rewards = implicit_rewards(logprobs, reference, both, config)
+        half, counts = rewards.shape[0] // 2, pair_mask(batch)
+        chosen, rejected = rewards[:half], rewards[half:]
+        each = ops.preference_loss(
+            (chosen - rejected) / config.beta,
+            beta=config.beta,
+            kind=config.loss,
+            label_smoothing=config.label_smoothing,
+        )
+        preference = Mean.of(each, counts)
+        terms = {"preference": Term(preference.total, preference.weight)}
+        if config.sft_coefficient:
+            nll = Mean.of(-logprobs[:half], batch.chosen.loss_mask)
+            terms["nll"] = Term(nll.total, nll.weight, config.sft_coefficient)
+        if router:
+            tokens = (both.segment_ids > 0).sum().astype(jnp.float32)
+            terms["router"] = Term(router[0] * tokens, tokens)
+        totals = ops.masked_sum(logprobs, both.loss_mask, axis=1)
+        metrics = {
+            "accuracy": Mean.of(chosen > rejected, counts),
+            "reward_gap": Mean.of(chosen - rejected, counts),
+            "reward_chosen": Mean.of(chosen, counts),
+            "reward_rejected": Mean.of(rejected, counts),
+            "logprob_chosen": Mean.of(totals[:half], counts),
+            "logprob_rejected": Mean.of(totals[half:], counts),
+        }
+        return terms, metrics
+
+    return loss
