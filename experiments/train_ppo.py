@@ -26,6 +26,7 @@ from rlhf_jax.run.cast import assemble, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
+from rlhf_jax.run.rewards import text_rewards
 from rlhf_jax.types import InputError
 
 
@@ -146,13 +147,6 @@ def run(
                 state = here.rolled_back(state)
                 continue
             here.save(step, state, {"data": batches.get_state()})
-
-
-def text_rewards(values: dict[str, list[float]], key: str) -> np.ndarray:
-    """float32 [B]. Raises InputError when the scorer has no such key."""
-    if key not in values:
-        raise InputError(f"run.reward_key = {key!r}: reward_texts gives {', '.join(sorted(values))}")
-    return np.asarray(values[key], np.float32)
 
 
 if __name__ == "__main__":

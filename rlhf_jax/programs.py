@@ -187,28 +187,9 @@ def ppo_functions(
     ends: dict[str, Any],
 ) -> PPOFunctions:
     """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout."""
-    rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    sampling, ppo = settings.sampling, settings.ppo
-    rollout_mesh = None if settings.rollout_mesh is None else remake_mesh(settings.rollout_mesh, mesh)
+    ppo, rows, everywhere = settings.ppo, batch_sharding(mesh), replicated(mesh)
     loss = lora.on_adapters(ppo_loss(models, settings), None)  # without dropout: the first ratio must be 1
     train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
-
-    def generate(params: Params, prompts: Any, rng: Rng, frozen: Params | None = None) -> Any:
-        sampler, policy = models.policy, lora.whole(params, frozen)["policy"]
-        if rollout_mesh is not None:
-            sampler, policy = rollout_copy(sampler, policy, rollout_mesh)
-        return rollout.generate(sampler, policy, prompts, rng, sampling=sampling, slots=settings.slots, **ends)
-
-    def score(params: Params, frozen: Params, completions: Any) -> Any:
-        both = lora.whole(params, frozen)
-        four = rollout.RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
-        return rollout.score(
-            models,
-            four,
-            completions,
-            temperature=sampling.temperature,
-            sampler_logprobs=ppo.old_logprobs == "sampler",
-        )
 
     def prepare(scored: Any, coefficient: jax.Array) -> Any:
         return learn.prepare(scored, ppo, coefficient)
@@ -217,11 +198,43 @@ def ppo_functions(
         return learn.update(train_step, train, prepared, rng, ppo, frozen)
 
     return PPOFunctions(
-        jax.jit(generate, out_shardings=rows),
-        jax.jit(score, out_shardings=rows),
+        jax.jit(_generate(models, settings, mesh, ends), out_shardings=rows),
+        jax.jit(_score(models, settings, ppo), out_shardings=rows),
         jax.jit(prepare, out_shardings=(rows, everywhere)),
         jax.jit(update, donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
     )
+
+
+def _generate(
+    models: rollout.RolloutModels, settings: PPOSettings | GRPOSettings, mesh: Mesh, ends: dict[str, Any]
+) -> Callable[..., Any]:
+    rollout_mesh = None if settings.rollout_mesh is None else remake_mesh(settings.rollout_mesh, mesh)
+
+    def generate(params: Params, prompts: Any, rng: Rng, frozen: Params | None = None) -> Any:
+        sampler, policy = models.policy, lora.whole(params, frozen)["policy"]
+        if rollout_mesh is not None:
+            sampler, policy = rollout_copy(sampler, policy, rollout_mesh)
+        options = {"sampling": settings.sampling, "slots": settings.slots, **ends}
+        return rollout.generate(sampler, policy, prompts, rng, **options)
+
+    return generate
+
+
+def _score(
+    models: rollout.RolloutModels, settings: PPOSettings | GRPOSettings, config: learn.PPOConfig | learn.GRPOConfig
+) -> Callable[..., Any]:
+    def score(params: Params, frozen: Params, completions: Any) -> Any:
+        both = lora.whole(params, frozen)
+        four = rollout.RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
+        return rollout.score(
+            models,
+            four,
+            completions,
+            temperature=settings.sampling.temperature,
+            sampler_logprobs=config.old_logprobs == "sampler",
+        )
+
+    return score
 
 
 def ppo_loss(models: rollout.RolloutModels, settings: PPOSettings) -> LossFn:
@@ -233,6 +246,60 @@ def ppo_loss(models: rollout.RolloutModels, settings: PPOSettings) -> LossFn:
         )
 
     return learn.make_ppo_loss(policy_fn, settings.ppo)
+
+
+# ---- GRPO
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOSettings:
+    """Everything that decides GRPO's programs besides its models. samples: responses a prompt. The rest: `PPOSettings`."""
+
+    steps: int
+    samples: int
+    sampling: rollout.SamplingConfig
+    grpo: learn.GRPOConfig
+    optimizer: learn.OptimizerConfig
+    microbatches: int = 1
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE
+    rollout_mesh: MeshConfig | None = None
+
+
+def grpo_optimizer(settings: GRPOSettings) -> optax.GradientTransformation:
+    """Of the policy."""
+    return learn.make_optimizer(settings.optimizer, settings.steps, settings.grpo.epochs * settings.grpo.minibatches)
+
+
+def grpo_functions(
+    models: rollout.RolloutModels,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    settings: GRPOSettings,
+    ends: dict[str, Any],
+) -> PPOFunctions:
+    """Of GRPO, as PPO's but ``prepare(rollout) -> (GroupBatch, metrics)``; params are {"policy"}."""
+    grpo, rows, everywhere = settings.grpo, batch_sharding(mesh), replicated(mesh)
+
+    def logprobs(params: Params, completions: Any) -> Any:
+        policy, temperature = params["policy"], settings.sampling.temperature
+        return rollout.policy_logprobs(models.policy, policy, completions, temperature=temperature)
+
+    loss = lora.on_adapters(learn.make_grpo_loss(logprobs, grpo), None)  # without dropout: the first ratio must be 1
+    train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
+
+    def prepare(scored: Any) -> Any:
+        return learn.prepare_groups(scored, grpo, settings.samples)
+
+    def update(train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None) -> Any:
+        return learn.update_groups(train_step, train, prepared, rng, grpo, frozen)
+
+    return PPOFunctions(
+        jax.jit(_generate(models, settings, mesh, ends), out_shardings=rows),
+        jax.jit(_score(models, settings, grpo), out_shardings=rows),
+        jax.jit(prepare, out_shardings=(rows, everywhere)),
+        jax.jit(update, donate_argnums=0, out_shardings=(placed(state), everywhere)),
+    )
 
 
 def rollout_copy(model: Model, params: Params, mesh: Mesh) -> tuple[Model, Params]:

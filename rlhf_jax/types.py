@@ -145,16 +145,16 @@ class Rollout:
     """Completions with everything PPO needs to know of them. Log-probabilities are 0 where ``completions.mask`` is False.
 
     logprobs: float32 [B, T], policy's, recomputed by the scorer (these are the "old" ones of the ratio).
-    ref_logprobs: float32 [B, T], the frozen reference's, same temperature.
+    ref_logprobs: float32 [B, T], the frozen reference's, same temperature; None without a reference.
     values: float32 [B, T], value BEFORE emitting token t (read at sequence column P - 1 + t); after the end the value
-    behind the last token is repeated.
+    behind the last token is repeated; None without a value model.
     scores: float32 [B], the sequence's reward before penalties and KL.
     """
 
     completions: Completions
     logprobs: Float[Array, "B T"]
-    ref_logprobs: Float[Array, "B T"]
-    values: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    values: Float[Array, "B T"] | None
     scores: Float[Array, "B"]  # noqa: F821
 
 

@@ -1,5 +1,6 @@
 """Losses and the training step. Handed functions, never imports a model."""
 
+from rlhf_jax.learn.group import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
 from rlhf_jax.learn.optim import OptimizerConfig, make_optimizer, make_schedule, scale_by_adam_tf
 from rlhf_jax.learn.policy_gradient import (
     PPOConfig,
@@ -21,6 +22,8 @@ from rlhf_jax.learn.step import gradients, initial_state, make_train_step
 
 __all__ = [
     "DPOConfig",
+    "GRPOConfig",
+    "GroupBatch",
     "OptimizerConfig",
     "PPOConfig",
     "PPOState",
@@ -28,6 +31,7 @@ __all__ = [
     "implicit_rewards",
     "initial_state",
     "make_dpo_loss",
+    "make_grpo_loss",
     "make_optimizer",
     "make_ppo_loss",
     "make_reward_loss",
@@ -40,9 +44,11 @@ __all__ = [
     "pair_scores",
     "ppo_optimizer_labels",
     "prepare",
+    "prepare_groups",
     "scale_by_adam_tf",
     "stop_if_not_identity",
     "stop_if_sampler_differs",
     "update",
+    "update_groups",
     "warn_if_kl_is_negative",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,12 @@ class PPOConfig:
         if self.kl_target == 0:
             raise InputError("PPOConfig.kl_target = 0: give nats above 0, or None for a fixed kl_coefficient")
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Of the terms of the loss; an entropy that does not count is no term."""
+        entropy = {"entropy": -self.entropy_coefficient} if self.entropy_coefficient else {}
+        return {"policy": 1.0, "value": self.value_coefficient, **entropy}
+
     def _require(self, name: str, low: float, high: float | None) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -139,6 +145,8 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
     advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
+    if rollout.ref_logprobs is None or rollout.values is None:
+        raise InputError("prepare: PPO needs a reference and values; score the rollout with both models")
     done, mask = rollout.completions, rollout.completions.mask
     values_at = ops.value_mask(mask, config.terminal)
     kl = ops.zero_outside(ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind), mask)
@@ -156,30 +164,15 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     advantages, returns = ops.gae(rewards, values, values_at, discount=config.discount, lam=config.lam)
     residual = ops.masked_var(returns - values, values_at)
     spread = ops.masked_var(returns, values_at)
-    k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
-    one = jnp.ones(())
-    mean_kl = Mean.of(k1.sum(axis=1))
-    usable = jnp.isfinite(jnp.stack([x.sum() for x in (rollout.scores, kl, advantages, returns)])).all()
-    if config.max_kl is not None:
-        usable &= mean_kl.value() <= config.max_kl
-    metrics = {
-        "rollout_refused": Mean(1.0 - usable, one),
-        "score": Mean.of(rollout.scores),
-        "score_std": Mean(rollout.scores.std(), one),
+    metrics, usable = response_metrics(rollout, config)
+    usable &= jnp.isfinite(jnp.stack([x.sum() for x in (kl, advantages, returns)])).all()
+    metrics |= {
+        "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
         "score_shaped": Mean.of(rewards.sum(axis=1)),
-        "kl": mean_kl,
-        "kl_standard_error": _standard_error(k1.sum(axis=1)),
-        "kl_per_token": Mean.of(k1, mask),
-        "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
-        "response_length": Mean.of(mask.sum(axis=1)),
-        "ended": Mean.of(done.ended),
         "value": Mean.of(values, values_at),
         "return": Mean.of(returns, values_at),
-        "explained_variance": Mean(1.0 - residual / jnp.maximum(spread, 1e-8), one),
+        "explained_variance": Mean(1.0 - residual / jnp.maximum(spread, 1e-8), jnp.ones(())),
     }
-    if config.old_logprobs == "scorer":
-        gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
-        metrics |= {"sampler_gap": Mean.of(gap, mask), "sampler_gap_max": Mean(gap.max(), one)}
     if config.whiten_advantages == "rollout":
         advantages = ops.whiten(advantages, mask, ddof=config.whiten_ddof)
     batch = PolicyBatch(
@@ -191,6 +184,44 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         value_mask=values_at,
     )
     return batch, metrics
+
+
+class RolloutLimits(Protocol):
+    """What `response_metrics` reads of PPOConfig and GRPOConfig."""
+
+    @property
+    def max_kl(self) -> float | None: ...
+    @property
+    def old_logprobs(self) -> str: ...
+
+
+def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str, Mean], Array]:
+    """(what to report of any rollout, bool []: are scores and KL finite and the KL within max_kl). KL metrics only with a
+    reference, the gap between sampler and scorer only when both gave log-probabilities."""
+    done, mask, one = rollout.completions, rollout.completions.mask, jnp.ones(())
+    usable = jnp.isfinite(rollout.scores.sum())
+    metrics = {
+        "score": Mean.of(rollout.scores),
+        "score_std": Mean(rollout.scores.std(), one),
+        "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
+        "response_length": Mean.of(mask.sum(axis=1)),
+        "ended": Mean.of(done.ended),
+    }
+    if rollout.ref_logprobs is not None:
+        k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
+        kl = Mean.of(k1.sum(axis=1))
+        usable &= jnp.isfinite(kl.total)
+        if config.max_kl is not None:
+            usable &= kl.value() <= config.max_kl
+        metrics |= {
+            "kl": kl,
+            "kl_standard_error": _standard_error(k1.sum(axis=1)),
+            "kl_per_token": Mean.of(k1, mask),
+        }
+    if config.old_logprobs == "scorer":
+        gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
+        metrics |= {"sampler_gap": Mean.of(gap, mask), "sampler_gap_max": Mean(gap.max(), one)}
+    return metrics, usable
 
 
 def _standard_error(rows: Array) -> Mean:
@@ -226,7 +257,7 @@ def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
         )
         pg, vf, spread = Mean.of(policy, mask), Mean.of(value, values_at), Mean.of(entropy, mask)
         means = {"policy": pg, "value": vf, "entropy": spread}
-        terms = {name: Term(means[name].total, means[name].weight, c) for name, c in _coefficients(config).items()}
+        terms = {name: Term(means[name].total, means[name].weight, c) for name, c in config.coefficients.items()}
         log_ratio = logprobs - old
         metrics = {
             "ratio": Mean.of(ratio, mask),
@@ -244,23 +275,29 @@ def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
     return loss
 
 
-def _coefficients(config: PPOConfig) -> dict[str, float]:
-    """Of the terms of the loss; an entropy that does not count is no term."""
-    entropy = {"entropy": -config.entropy_coefficient} if config.entropy_coefficient else {}
-    return {"policy": 1.0, "value": config.value_coefficient, **entropy}
+class EpochsConfig(Protocol):
+    """What `run_epochs` reads of PPOConfig and GRPOConfig. coefficients: of the terms of the loss."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def minibatches(self) -> int: ...
+    @property
+    def coefficients(self) -> dict[str, float]: ...
 
 
-def _pooled_loss(metrics: dict[str, Mean], config: PPOConfig) -> Mean:
+def _pooled_loss(metrics: dict[str, Mean], config: EpochsConfig) -> Mean:
     """The loss from its terms' means. A term that nothing counts for adds 0, as in the step."""
-    parts = [(coefficient, metrics[f"loss/{name}"]) for name, coefficient in _coefficients(config).items()]
+    parts = [(coefficient, metrics[f"loss/{name}"]) for name, coefficient in config.coefficients.items()]
     values = [coefficient * mean.total / jnp.where(mean.weight > 0, mean.weight, 1.0) for coefficient, mean in parts]
     return Mean(jnp.stack(values).sum(), jnp.ones(()))
 
 
-def minibatch_indices(rng: Rng, rows: int, config: PPOConfig) -> Array:
+def minibatch_indices(rng: Rng, rows: int, config: EpochsConfig) -> Array:
     """int32 [epochs * minibatches, rows / minibatches]: a fresh permutation of the rows for every epoch, cut up."""
     if rows % config.minibatches:
-        raise InputError(f"a rollout of {rows} rows does not divide into PPOConfig.minibatches = {config.minibatches}")
+        name = f"{type(config).__name__}.minibatches"
+        raise InputError(f"a rollout of {rows} rows does not divide into {name} = {config.minibatches}")
     orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(rng, config.epochs))
     return orders.reshape(config.epochs * config.minibatches, -1).astype(jnp.int32)
 
@@ -273,21 +310,38 @@ def update(
     config: PPOConfig,
     frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}.
+    """`run_epochs` of PPO, advantages whitened per minibatch when so configured."""
+
+    def whitened(chosen: PolicyBatch) -> PolicyBatch:
+        white = ops.whiten(chosen.advantages, chosen.completions.mask, ddof=config.whiten_ddof)
+        return dataclasses.replace(chosen, advantages=white)
+
+    adjust = whitened if config.whiten_advantages == "minibatch" else None
+    return run_epochs(train_step, state, batch, batch.advantages.shape[0], rng, config, frozen, adjust)
+
+
+def run_epochs(
+    train_step: TrainStep,
+    state: TrainState,
+    batch: Any,
+    rows: int,
+    rng: Rng,
+    config: EpochsConfig,
+    frozen: Params | None = None,
+    adjust: Callable[[Any], Any] | None = None,
+) -> tuple[TrainState, dict[str, Mean]]:
+    """Epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}. adjust: of a minibatch.
 
     Metrics are summed over all of them (token means over the whole update), ``loss`` is the sum of the terms so pooled;
     ``identity/*`` are those of the first
     minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding. ``identity/identity_gap`` is
     the largest |log ratio| of that minibatch (with microbatches: the sum of each one's largest, never less).
     """
-    indices = minibatch_indices(rng, batch.advantages.shape[0], config)
+    indices = minibatch_indices(rng, rows, config)
 
-    def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Mean]]:
-        chosen: PolicyBatch = jax.tree.map(lambda x: x[rows], batch)
-        if config.whiten_advantages == "minibatch":
-            white = ops.whiten(chosen.advantages, chosen.completions.mask, ddof=config.whiten_ddof)
-            chosen = dataclasses.replace(chosen, advantages=white)
-        return train_step(state, frozen or {}, chosen)
+    def one(state: TrainState, places: Array) -> tuple[TrainState, dict[str, Mean]]:
+        chosen = jax.tree.map(lambda x: x[places], batch)
+        return train_step(state, frozen or {}, chosen if adjust is None else adjust(chosen))
 
     state, metrics = jax.lax.scan(one, state, indices)
     merged: dict[str, Mean] = jax.tree.map(lambda x: x.sum(axis=0), metrics)
@@ -317,20 +371,29 @@ def ppo_optimizer_labels(params: Params) -> Any:
     return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
 
 
-def stop_if_sampler_differs(step: int, gap: float | None, config: PPOConfig) -> None:
+class GapLimits(Protocol):
+    """What the two guards read of PPOConfig and GRPOConfig."""
+
+    @property
+    def max_sampler_gap(self) -> float: ...
+    @property
+    def max_identity_gap(self) -> float: ...
+
+
+def stop_if_sampler_differs(step: int, gap: float | None, config: GapLimits) -> None:
     """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. Raises RunStopped beyond the limit."""
     if gap is not None and not gap <= config.max_sampler_gap:  # NaN too
         raise RunStopped(
             f"step {step}: sampler and scorer differ by {gap:.2e} nats a token, limit "
-            f"PPOConfig.max_sampler_gap = {config.max_sampler_gap}: the ratio would be wrong"
+            f"{type(config).__name__}.max_sampler_gap = {config.max_sampler_gap}: the ratio would be wrong"
         )
 
 
-def stop_if_not_identity(step: int, gap: float | None, config: PPOConfig) -> None:
+def stop_if_not_identity(step: int, gap: float | None, config: GapLimits) -> None:
     """gap: largest |log ratio| before the first update of an iteration. Raises RunStopped beyond the limit."""
     if gap is not None and not gap <= config.max_identity_gap:  # NaN too
         raise RunStopped(
-            f"step {step}: before the first update |log ratio| is {gap:.2e}, limit PPOConfig.max_identity_gap "
+            f"step {step}: before the first update |log ratio| is {gap:.2e}, limit {type(config).__name__}.max_identity_gap "
             f"= {config.max_identity_gap}: update and scorer see different models or masks"
         )
 

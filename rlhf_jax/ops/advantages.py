@@ -125,3 +125,32 @@ def penalise_missing_eos(
     if mode == "subtract":
         return jnp.where(ended, scores, scores - penalty)
     raise InputError(f"missing-EOS mode={mode!r}: use 'replace' or 'subtract'")
+
+
+def group_advantages(
+    scores: jax.Array,
+    samples: int,
+    *,
+    kind: Literal["standardised", "centred", "leave_one_out"] = "standardised",
+    epsilon: float = 1e-4,
+) -> jax.Array:
+    """Advantage of every response against the other ``samples`` of its prompt, float32 [B].
+
+    scores: [B], rows i * samples ... (i + 1) * samples - 1 are one group. "standardised": ``(R - mean) / (std + epsilon)``,
+    std with samples - 1 in the denominator (Shao et al. 2024; all shipped implementations). "centred": ``R - mean`` (Liu et
+    al. 2025). "leave_one_out": ``R - mean of the others`` (Ahmadian et al. 2024). Raises InputError for groups of one: they
+    have no baseline.
+
+    Examples: [1, 0, 0, 1]: +-.865875; [1, 0, 0, 0]: 1.4997 and -.4999, centred .75 and -.25, leave_one_out 1 and -1/3.
+    """
+    if samples < 2:
+        raise InputError(f"samples = {samples}: a response needs others of its prompt to compare with; take at least 2")
+    grouped = scores.astype(jnp.float32).reshape(-1, samples)
+    centred = grouped - grouped.mean(axis=1, keepdims=True)
+    if kind == "leave_one_out":
+        centred = centred * (samples / (samples - 1))
+    elif kind == "standardised":
+        centred = centred / (grouped.std(axis=1, ddof=1, keepdims=True) + epsilon)
+    # All scores alike: their mean may be off by a rounding error, which the division would make an advantage of 1e-3.
+    even = (grouped == grouped[:, :1]).all(axis=1, keepdims=True)
+    return jnp.where(even, 0.0, centred).reshape(-1)

@@ -90,11 +90,11 @@ def sequence_scores(model: Model, params: Params, batch: TokenBatch) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutModels:
-    """The four models of PPO. ``value`` None: the policy's trunk carries the value head. ``reward`` None: the score comes
-    from elsewhere and `score` leaves it 0."""
+    """The four models of PPO. ``value`` None: the policy's trunk carries the value head, or with head "lm" there are no
+    values (GRPO). ``reference`` None: no KL. ``reward`` None: the score comes from elsewhere and `score` leaves it 0."""
 
     policy: Model
-    reference: Model
+    reference: Model | None
     value: Model | None
     reward: Model | None
 
@@ -104,9 +104,17 @@ class RolloutParams:
     """Their parameters; None where the model is None."""
 
     policy: Params
-    reference: Params
+    reference: Params | None
     value: Params | None
     reward: Params | None
+
+
+def policy_logprobs(
+    model: Model, params: Params, completions: Completions, *, temperature: float
+) -> tuple[Array, Array]:
+    """(logprobs, entropy) of the response tokens, float32 [B, T] each."""
+    hidden = response_hidden(model, params, completions)
+    return response_logprobs(model, params, hidden, completions, temperature=temperature)
 
 
 def policy_and_values(
@@ -141,7 +149,8 @@ def score(
     temperature: float,
     sampler_logprobs: bool = False,
 ) -> Rollout:
-    """Everything PPO needs to know of completions, at the sampling temperature. Pure; jit with models and temperature static.
+    """Everything PPO or GRPO needs to know of completions, at the sampling temperature. Pure; jit with models and
+    temperature static.
 
     sampler_logprobs: take the policy's log-probabilities from the sampler instead of a pass of their own; under jit that
     pass then does not exist, unless the policy's trunk carries the values. Raises InputError when exactly one of
@@ -149,11 +158,20 @@ def score(
     """
     if (models.reward is None) != (params.reward is None):
         raise InputError("score: give both RolloutModels.reward and RolloutParams.reward, or None for both")
-    logprobs, _, values = policy_and_values(models, params.policy, params.value, completions, temperature=temperature)
+    if (models.reference is None) != (params.reference is None):
+        raise InputError("score: give both RolloutModels.reference and RolloutParams.reference, or None for both")
+    values = None
+    if models.value is None and models.policy.config.head == "lm":
+        logprobs, _ = policy_logprobs(models.policy, params.policy, completions, temperature=temperature)
+    else:
+        logprobs, _, values = policy_and_values(
+            models, params.policy, params.value, completions, temperature=temperature
+        )
     if sampler_logprobs:
         logprobs = completions.logprobs
-    hidden = response_hidden(models.reference, params.reference, completions)
-    reference, _ = response_logprobs(models.reference, params.reference, hidden, completions, temperature=temperature)
+    reference = None
+    if models.reference is not None and params.reference is not None:
+        reference, _ = policy_logprobs(models.reference, params.reference, completions, temperature=temperature)
     scores = jnp.zeros(completions.ended.shape, jnp.float32)
     if models.reward is not None and params.reward is not None:
         scores = sequence_scores(models.reward, params.reward, as_token_batch(completions))

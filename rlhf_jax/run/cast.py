@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,19 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data import Template, sampler_ends
 from rlhf_jax.io import describe_pretrained
-from rlhf_jax.learn import PPOState
+from rlhf_jax.learn import PPOState, initial_state
 from rlhf_jax.models import Head, LoraConfig, Model
 from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, tree_shardings
-from rlhf_jax.programs import PPOFunctions, PPOSettings, ppo_beginning, ppo_functions, ppo_optimizer
+from rlhf_jax.programs import (
+    GRPOSettings,
+    PPOFunctions,
+    PPOSettings,
+    grpo_functions,
+    grpo_optimizer,
+    ppo_beginning,
+    ppo_functions,
+    ppo_optimizer,
+)
 from rlhf_jax.rollout import RolloutModels
 from rlhf_jax.run.configurables import ModelSource
 from rlhf_jax.run.models import (
@@ -27,7 +37,7 @@ from rlhf_jax.run.models import (
     with_base_dtype,
 )
 from rlhf_jax.run.provenance import Input
-from rlhf_jax.types import InputError, Params, Rng
+from rlhf_jax.types import InputError, Params, Rng, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +71,17 @@ def load_cast(
     rng: Rng,
     *,
     lora: LoraConfig | None = None,
+    critic: bool = True,
+    reference: bool = True,
     load: Callable[..., Loaded] = load_model,
     load_judge: Callable[..., Loaded] = load_reward,
 ) -> Cast:
     """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk).
 
-    lora: adapters are trained on policy and value model; no copies then, their bases are the reference and the reward model,
-    both in lora.base_dtype.
+    if judge is not None and lora is not None:
+        judge = with_base_dtype(judge, lora, mesh)  # the base of the value model too: one copy
+    valuer = None
+    if critic and not share_trunk:
     load, load_judge: `plan_model` and `plan_judge` give the cast as shapes.
     """
     if lora is not None and lora.dropout:
@@ -75,24 +89,27 @@ def load_cast(
             "LoraConfig.dropout: rollouts are scored without it, so that PPO's first ratio would not be 1; set 0"
         )
     actor = with_adapters(load(policy, "lm+scalar" if share_trunk else "lm", mesh, rng), lora, mesh, rng)
-    reference = actor.base("lm") if lora is not None else load(policy, "lm", mesh, rng)
+    anchor = None
+    if reference:
+        anchor = actor.base("lm") if lora is not None else load(policy, "lm", mesh, rng)
     judge = None if reward is None else load_judge(reward, mesh)
     if judge is not None and lora is not None:
         judge = with_base_dtype(judge, lora, mesh)  # the base of the value model too: one copy
-    critic = None
-    if not share_trunk:
+    valuer = None
+    if critic and not share_trunk:
         start = judge if lora is not None and judge is not None else load(reward or policy, "scalar", mesh, rng)
-        critic = with_adapters(start, lora, mesh, jax.random.fold_in(rng, 1))
-    for other in filter(None, (judge, critic)):
+        valuer = with_adapters(start, lora, mesh, jax.random.fold_in(rng, 1))
+    for other in filter(None, (judge, valuer)):
         if other.tokenizer.get_vocab() != actor.tokenizer.get_vocab():
             raise InputError(f"{other.input}: its tokenizer is not the policy's; train both from one base model")
-    trainable = {"policy": actor.params} | ({} if critic is None else {"value": critic.params})
-    models = RolloutModels(
-        actor.model, reference.model, None if critic is None else critic.model, None if judge is None else judge.model
-    )
-    frozen = {"reference": reference.params, "reward": None if judge is None else judge.params}
+    trainable = {"policy": actor.params} | ({} if valuer is None else {"value": valuer.params})
+    models = RolloutModels(actor.model, *(None if each is None else each.model for each in (anchor, valuer, judge)))
+    frozen: dict[str, Any] = {
+        "reference": None if anchor is None else anchor.params,
+        "reward": None if judge is None else judge.params,
+    }
     if lora is not None:
-        owners = {"policy": actor} | ({} if critic is None else {"value": critic})
+        owners = {"policy": actor} | ({} if valuer is None else {"value": valuer})
         frozen["base"] = {name: owner.frozen["base"] for name, owner in owners.items()}
     return Cast(actor, judge, models, trainable, frozen)
 
@@ -108,17 +125,42 @@ def assemble(
 ) -> tuple[PPOState, PPOFunctions]:
     """PPO's state at step 0 and the four functions of an iteration. template: of the prompts, it says what ends a reply.
     rng: the run's key. born: `parallel.born_abstract` for a plan."""
-    models, sampling = cast.models, settings.sampling
-    owners = {"policy": models.policy, "value": models.value}
-    shardings = {
+    optimizer = ppo_optimizer(settings)
+    state = born(ppo_beginning(optimizer, settings, rng), _shardings(cast, mesh), mesh, cast.trainable)
+    ends = _ends(cast, template, settings)
+    return state, ppo_functions(cast.models, optimizer, state, mesh, settings, ends)
+
+
+def assemble_grpo(
+    cast: Cast,
+    settings: GRPOSettings,
+    template: Template,
+    mesh: Mesh,
+    rng: Rng,
+    *,
+    born: Callable[..., TrainState] = born_sharded,
+) -> tuple[TrainState, PPOFunctions]:
+    """As `assemble`, of GRPO."""
+    optimizer = grpo_optimizer(settings)
+    begin = functools.partial(initial_state, optimizer=optimizer, rng=rng)
+    state = born(begin, _shardings(cast, mesh), mesh, cast.trainable)
+    ends = _ends(cast, template, settings)
+    return state, grpo_functions(cast.models, optimizer, state, mesh, settings, ends)
+
+
+def _shardings(cast: Cast, mesh: Mesh) -> Params:
+    """Of what is trained."""
+    owners = {"policy": cast.models.policy, "value": cast.models.value}
+    return {
         name: tree_shardings(owner.abstract(), owner.logical_axes(), mesh)
         for name, owner in owners.items()
         if name in cast.trainable and owner is not None
     }
-    optimizer = ppo_optimizer(settings)
-    state = born(ppo_beginning(optimizer, settings, rng), shardings, mesh, cast.trainable)
-    ends = sampler_ends(cast.policy.tokenizer, template, sampling.stop_strings, models.policy.config.vocab_size)
-    return state, ppo_functions(models, optimizer, state, mesh, settings, ends)
+
+
+def _ends(cast: Cast, template: Template, settings: PPOSettings | GRPOSettings) -> dict[str, Any]:
+    vocabulary = cast.models.policy.config.vocab_size
+    return sampler_ends(cast.policy.tokenizer, template, settings.sampling.stop_strings, vocabulary)
 
 
 def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = None) -> Loaded:

@@ -18,7 +18,7 @@ from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
-from rlhf_jax.learn import DPOConfig, OptimizerConfig, PPOConfig
+from rlhf_jax.learn import DPOConfig, GRPOConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, LoraConfig, ModelConfig, RopeScaling
 from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
@@ -36,6 +36,7 @@ for _configurable in (
     DeskConfig,
     Fault,
     Fields,
+    GRPOConfig,
     LoraConfig,
     LoopConfig,
     MeshConfig,

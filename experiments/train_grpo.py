@@ -1,0 +1,136 @@
+"""GRPO and its relatives (DAPO, Dr. GRPO, GSPO, RLOO) against a reward model, or against a programmatic reward.
+
+    python experiments/train_grpo.py --gin_file=configs/support_desk/grpo.gin
+
+One iteration: sample several responses a prompt, score, compare within each prompt, update.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+import jax
+import numpy as np
+
+from rlhf_jax import data, learn, rollout
+from rlhf_jax.models import LoraConfig
+from rlhf_jax.parallel import MeshConfig, make_mesh, to_global, to_host
+from rlhf_jax.programs import GRPOSettings
+from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
+from rlhf_jax.run.cast import assemble_grpo, load_cast
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.models import write_model_card
+from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
+from rlhf_jax.run.rewards import text_rewards
+from rlhf_jax.types import InputError, require_whole
+
+
+@gin.configurable
+def run(
+    run_dir: str,
+    steps: int,
+    seed: int,
+    policy: ModelSource,
+    prompts: Records,
+    batch: BatchConfig,
+    samples: int,
+    sampling: rollout.SamplingConfig,
+    grpo: learn.GRPOConfig,
+    optimizer: learn.OptimizerConfig,
+    loop: LoopConfig,
+    mesh: MeshConfig = MeshConfig(),
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
+    rollout_mesh: MeshConfig | None = None,
+    reward: ModelSource | None = None,
+    reward_texts: ScoreTexts | None = None,
+    reward_key: str = "gold",
+    monitor: ScoreTexts | None = None,
+    lora: LoraConfig | None = None,
+) -> None:
+    """steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
+    model) and reward_texts (its ``reward_key`` is the score). The rest as in train_ppo."""
+    bound = bound_config()
+    if (reward is None) == (reward_texts is None):
+        raise InputError("run.reward, run.reward_texts: give exactly one")
+    require_whole("run.samples", samples, 2)
+    if batch.batch_size % samples:
+        raise InputError(f"BatchConfig.batch_size = {batch.batch_size}: not a multiple of run.samples = {samples}")
+    refuse_unused(batch, "packed")
+    refuse_unused(loop, "evaluate_every")
+    devices = make_mesh(mesh)
+    init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+
+    # 1. Models and prompts.
+    anchored = grpo.kl_coefficient > 0
+    cast = load_cast(policy, reward, False, devices, init_rng, lora=lora, critic=False, reference=anchored)
+    cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
+    tokenizer = cast.policy.tokenizer
+    encoded, none = encode_prompts(prompts, tokenizer, batch.length)
+    shape = {"batch_size": batch.batch_size // samples, "length": batch.length, "pad_id": tokenizer.pad_token_id}
+    batches = data.prompt_batches(encoded.items, samples=samples, seed=seed, **shape)
+
+    # 2. State, and the four jitted functions.
+    settings = GRPOSettings(
+        steps=steps,
+        samples=samples,
+        sampling=sampling,
+        grpo=grpo,
+        optimizer=optimizer,
+        microbatches=batch.microbatches,
+        slots=slots,
+        rollout_mesh=rollout_mesh,
+    )
+    state, functions = assemble_grpo(cast, settings, prompts.template, devices, train_rng)
+    generate, score, prepare, update = functions
+
+    # 3. The loop.
+    inputs = [*cast.inputs, *prompts.as_inputs()]
+    with open_run(run_dir, stage="grpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
+        tell_left_out(prompts, encoded, none)
+        card = {"subtree": "params/policy", "base": cast.policy.input}
+        write_model_card(here.directory, cast.models.policy, tokenizer, prompts.template, **card)
+        state, host = here.restore(state, {"data": batches.get_state()})
+        batches.set_state(host["data"])
+        for step in here.steps(here.resumed_step, steps):
+            sample_rng, order_rng = jax.random.split(jax.random.fold_in(train_rng, step))
+
+            # 3.1 Sample.
+            here.enter("rollout")
+            completions = jax.block_until_ready(
+                generate(state.params, to_global(next(batches), devices), sample_rng, cast.frozen)
+            )
+            replies = to_host(completions)
+
+            # 3.2 Score: log-probabilities, reward.
+            here.enter("score")
+            scored = jax.block_until_ready(score(state.params, cast.frozen, completions))
+            here.enter("reward")
+            texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
+            if reward_texts is not None:
+                scored = scored.replace(scores=to_global(text_rewards(reward_texts(*texts), reward_key), devices))
+            watched = {} if monitor is None else {f"monitor/{key}": np.mean(v) for key, v in monitor(*texts).items()}
+
+            # 3.3 Advantages within each prompt's responses; is the sampler the scorer?
+            here.enter("prepare")
+            prepared, metrics = prepare(scored)
+            learn.stop_if_sampler_differs(step, fetch(metrics).get("sampler_gap"), grpo)
+
+            # 3.4 Update; did it begin with the policy that was scored?
+            here.enter("update")
+            state, updated = update(state, prepared, order_rng, cast.frozen)
+            learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], grpo)
+
+            tokens = int(replies.mask.sum())
+            timing = {"slot_use": tokens / int(replies.slot_steps.sum())}
+            if not here.log(step, metrics | updated | watched, tokens=tokens, timing=timing, batch=prepared):
+                state = here.rolled_back(state)
+                continue
+            here.save(step, state, {"data": batches.get_state()})
+
+
+if __name__ == "__main__":
+    launch(run)

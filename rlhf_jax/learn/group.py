@@ -1,0 +1,242 @@
+"""GRPO and its relatives: the other samples of a prompt are the baseline, there is no value model (Shao et al. 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from rlhf_jax import ops
+from rlhf_jax.learn.policy_gradient import response_metrics, run_epochs
+from rlhf_jax.types import (
+    Completions,
+    InputError,
+    LossFn,
+    Mean,
+    Params,
+    Rng,
+    Rollout,
+    Term,
+    TrainState,
+    TrainStep,
+    require_whole,
+)
+
+LogprobsOfResponsesFn = Callable[[Params, Completions], tuple[Array, Array]]
+"""(trainable params, completions) -> (logprobs, entropy), float32 [B, T]."""
+
+Advantages = Literal["standardised", "centred", "leave_one_out"]
+Reduction = Literal["tokens", "sequences", "columns"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """GRPO's own numbers; defaults as in TRL (the loss of DAPO, no KL). The papers' settings:
+
+    GRPO (Shao et al. 2024): reduction "sequences", kl_coefficient .04. DAPO (Yu et al. 2025): clip_high .28, "tokens",
+    drop_even_groups. Dr. GRPO (Liu et al. 2025): advantages "centred", "columns". GSPO (Zheng et al. 2025): ratio
+    "sequence", "sequences", clip_low 3e-4, clip_high 4e-4. RLOO (Ahmadian et al. 2024): advantages "leave_one_out",
+    kl_in "reward", kl_coefficient .05.
+
+    epochs, minibatches: passes over a rollout and updates per pass. clip_low, clip_high, dual_clip: of the ratio. ratio: of
+    each "token" or one for the "sequence", exp of the mean log ratio. advantages: see `ops.group_advantages`;
+    scale_epsilon: beside the deviation. reduction: mean over all "tokens", mean over "sequences" of their token means, or
+    sum over all ``max_new_tokens`` "columns" of every response divided by their number. kl_coefficient, kl_kind: against the
+    reference, in the "loss" of every token or summed over the response in the "reward" (kl_in); 0: no reference is loaded,
+    no KL measured. mask_truncated: responses cut at the limit are not learned from. drop_even_groups: neither are groups
+    whose scores are all the same; without it they count with advantage 0. missing_eos_penalty, missing_eos, score_clip,
+    max_sampler_gap, max_identity_gap, max_kl, old_logprobs: as in PPOConfig.
+    """
+
+    epochs: int = 1
+    minibatches: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    ratio: Literal["token", "sequence"] = "token"
+    advantages: Advantages = "standardised"
+    scale_epsilon: float = 1e-4
+    reduction: Reduction = "tokens"
+    kl_coefficient: float = 0.0
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    mask_truncated: bool = False
+    drop_even_groups: bool = False
+    missing_eos_penalty: float | None = None
+    missing_eos: Literal["replace", "subtract"] = "replace"
+    score_clip: float | None = None
+    max_sampler_gap: float = 1e-3
+    max_identity_gap: float = 1e-3
+    max_kl: float | None = None
+    old_logprobs: Literal["scorer", "sampler"] = "scorer"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "ratio": ("token", "sequence"),
+            "advantages": get_args(Advantages),
+            "reduction": get_args(Reduction),
+            "kl_kind": ("k1", "k2", "k3"),
+            "kl_in": ("loss", "reward"),
+            "mask_truncated": (True, False),
+            "drop_even_groups": (True, False),
+            "missing_eos": ("replace", "subtract"),
+            "old_logprobs": ("scorer", "sampler"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"GRPOConfig.{name} = {getattr(self, name)!r}: one of {', '.join(map(repr, allowed))}")
+        for name in ("epochs", "minibatches"):
+            require_whole(f"GRPOConfig.{name}", getattr(self, name), 1)
+        least = {"clip_low": 0.0, "clip_high": 0.0, "scale_epsilon": 0.0, "kl_coefficient": 0.0}
+        least |= {"max_sampler_gap": 0.0, "max_identity_gap": 0.0}
+        least |= {
+            name: 0.0 for name in ("missing_eos_penalty", "score_clip", "max_kl") if getattr(self, name) is not None
+        }
+        least |= {} if self.dual_clip is None else {"dual_clip": 1.0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
+                raise InputError(f"GRPOConfig.{name} = {value!r}: give a number >= {low}")
+        if self.ratio == "sequence" and self.reduction != "sequences":
+            raise InputError(
+                "GRPOConfig.ratio = 'sequence': its loss is one number a response; set reduction = 'sequences'"
+            )
+        if self.max_kl is not None and not self.kl_coefficient:
+            raise InputError(
+                "GRPOConfig.max_kl: without kl_coefficient there is no reference to measure the KL against"
+            )
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Of the terms of the loss."""
+        kl = {"kl": self.kl_coefficient} if self.kl_coefficient and self.kl_in == "loss" else {}
+        return {"policy": 1.0, **kl}
+
+
+@struct.dataclass
+class GroupBatch:
+    """What the update reads; constants.
+
+    old_logprobs, ref_logprobs: float32 [B, T] (ref_logprobs None without a reference). advantages: float32 [B], one for
+    all tokens of a response. counts: bool [B], False for responses that are not learned from.
+    """
+
+    completions: Completions
+    old_logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    advantages: Float[Array, "B"]  # noqa: F821
+    counts: Bool[Array, "B"]  # noqa: F821
+
+
+def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[GroupBatch, dict[str, Mean]]:
+    """Advantages within each prompt's group, and what to report of a rollout whose rows i * samples ... (i + 1) * samples - 1
+    answer one prompt.
+
+    Metrics: those of PPO that need no value model; score_within, the mean deviation within a group (ddof 1); even_groups,
+    the share of groups that teach nothing because all their scores are the same; learned_from, the share of responses.
+    A rollout with a score, KL or advantage that is not finite, or a KL beyond max_kl, is refused as in `prepare`.
+    """
+    done, mask = rollout.completions, rollout.completions.mask
+    scores = rollout.scores.astype(jnp.float32)
+    if config.score_clip is not None:
+        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        scores = ops.penalise_missing_eos(
+            scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
+        )
+    if rollout.ref_logprobs is not None and config.kl_in == "reward":
+        kl = ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
+        scores = scores - config.kl_coefficient * ops.masked_sum(kl, mask, axis=1)
+    advantages = ops.group_advantages(scores, samples, kind=config.advantages, epsilon=config.scale_epsilon)
+    grouped = scores.reshape(-1, samples)
+    even = (grouped == grouped[:, :1]).all(axis=1)
+    counts = jnp.ones(scores.shape, jnp.bool_)
+    if config.mask_truncated:
+        counts &= done.ended
+    if config.drop_even_groups:
+        counts &= ~jnp.repeat(even, samples)
+    metrics, usable = response_metrics(rollout, config)
+    usable &= jnp.isfinite(advantages.sum())
+    metrics |= {
+        "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
+        "score_shaped": Mean.of(scores),
+        "score_within": Mean.of(grouped.std(axis=1, ddof=1)),
+        "even_groups": Mean.of(even),
+        "learned_from": Mean.of(counts),
+    }
+    advantages = jnp.where(usable, advantages, jnp.nan)
+    return GroupBatch(done, rollout.logprobs, rollout.ref_logprobs, advantages, counts), metrics
+
+
+def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> LossFn:
+    """Clipped surrogate with one advantage a response, plus kl_coefficient times the KL estimate, reduced as configured.
+
+    Metrics: as PPO's without the value's. With ratio "sequence" ratio and clip_fraction are those of the responses.
+    """
+
+    def loss(params: Params, frozen: Params, batch: GroupBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
+        del frozen, rng
+        mask = batch.completions.mask & batch.counts[:, None]
+        logprobs, entropy = logprobs_fn(params, batch.completions)
+        # What lies outside the mask is put to 0 before the maths: its gradient is then exactly 0 too.
+        logprobs, old = ops.zero_outside(logprobs, mask), ops.zero_outside(batch.old_logprobs, mask)
+        log_ratio, advantages = logprobs - old, batch.advantages[:, None]
+        if config.ratio == "sequence":
+            log_ratio = jnp.broadcast_to(ops.masked_mean(log_ratio, mask, axis=1)[:, None], mask.shape)
+        policy, clipped, ratio = ops.policy_loss(
+            log_ratio,
+            jnp.zeros_like(log_ratio),
+            jnp.broadcast_to(advantages, mask.shape),
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+        )
+        parts = {"policy": policy}
+        if "kl" in config.coefficients:
+            assert batch.ref_logprobs is not None
+            parts["kl"] = ops.kl_estimate(logprobs, ops.zero_outside(batch.ref_logprobs, mask), config.kl_kind)
+        terms = {
+            name: reduced(each, mask, batch.counts, config.reduction, config.coefficients[name])
+            for name, each in parts.items()
+        }
+        metrics = {
+            "ratio": Mean.of(ratio, mask),
+            "identity_gap": Mean(jnp.abs(logprobs - old).max(), jnp.ones(())),
+            "clip_fraction": Mean.of(clipped, mask),
+            "entropy": Mean.of(entropy, mask),
+            **{f"approx_kl_{k}": Mean.of(ops.kl_estimate(old, logprobs, k), mask) for k in ("k1", "k2", "k3")},
+        }
+        return terms, metrics
+
+    return loss
+
+
+def reduced(values: Array, mask: Array, counts: Array, reduction: Reduction, coefficient: float) -> Term:
+    """values: [B, T] per token, mask: those that count, counts: bool [B], the rows that do.
+
+    Losses [1, 1] and [2, 2, 2, 2] in rows of 8 columns: tokens 10 / 6 = 1.666667, sequences (1 + 2) / 2 = 1.5, columns
+    10 / 16 = .625.
+    """
+    rows = counts.sum().astype(jnp.float32)
+    if reduction == "tokens":
+        mean = Mean.of(values, mask)
+        return Term(mean.total, mean.weight, coefficient)
+    if reduction == "sequences":
+        return Term(ops.masked_mean(values, mask, axis=1).sum(), rows, coefficient)
+    return Term(ops.masked_sum(values, mask), rows * mask.shape[1], coefficient)
+
+
+def update_groups(
+    train_step: TrainStep,
+    state: TrainState,
+    batch: GroupBatch,
+    rng: Rng,
+    config: GRPOConfig,
+    frozen: Params | None = None,
+) -> tuple[TrainState, dict[str, Mean]]:
+    """As `update` of PPO."""
+    return run_epochs(train_step, state, batch, batch.advantages.shape[0], rng, config, frozen)

@@ -1,0 +1,25 @@
+"""GRPO on the smoke chain: identity before every update, groups that learn, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiment_processes import finish, read_lines
+from test_exact_resume import same_as, terminate
+
+from rlhf_jax.io import load_pretrained
+
+
+def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
+    finish(begin("train_grpo", "grpo", "unbroken", POLICY=chain / "sft"))
+    lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    for line in lines:
+        assert abs(line["identity/ratio"] - 1.0) < 1e-5 and line["identity/clip_fraction"] == 0.0
+        assert line["sampler_gap"] < 1e-5 and 0.0 <= line["even_groups"] < 1.0 and line["score_within"] > 0.0
+    assert abs(lines[0]["kl"]) < 1e-4 < abs(lines[-1]["kl"])  # from the reference, and away from it
+    assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
+
+    terminate(begin, tmp_path / "broken", 2, "train_grpo", "grpo", POLICY=chain / "sft")
+    finish(begin("train_grpo", "grpo", "broken", POLICY=chain / "sft"))
+    same_as(tmp_path / "unbroken", tmp_path / "broken", "policy", "opt_state", "rng", "step")

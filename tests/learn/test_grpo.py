@@ -1,0 +1,163 @@
+"""GRPO and its relatives on numbers given by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.learn import GRPOConfig, gradients, make_grpo_loss, prepare_groups
+from rlhf_jax.ops import group_advantages
+from rlhf_jax.types import Completions, InputError, PromptBatch, Rollout
+
+KEY = jax.random.key(0)
+MASK = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kind", "epsilon", "expected"),
+    [
+        ([1, 0, 0, 1], "standardised", 1e-4, [0.865875, -0.865875, -0.865875, 0.865875]),  # .5 / (.577350 + 1e-4)
+        ([1, 0, 0, 1], "standardised", 1e-6, [0.866024, -0.866024, -0.866024, 0.866024]),
+        ([1, 0, 0, 0], "standardised", 1e-4, [1.4997, -0.4999, -0.4999, -0.4999]),  # .75 / .5001
+        ([1, 0, 0, 0], "centred", 1e-4, [0.75, -0.25, -0.25, -0.25]),
+        ([1, 0, 0, 0], "leave_one_out", 1e-4, [1.0, -1 / 3, -1 / 3, -1 / 3]),
+        ([0.1, 0.1, 0.1], "standardised", 0.0, [0.0, 0.0, 0.0]),  # all alike: nothing to learn, not 0 / 0
+    ],
+)
+def test_group_advantages(scores, kind, epsilon, expected):
+    found = group_advantages(jnp.float32(scores), len(scores), kind=kind, epsilon=epsilon)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_groups_do_not_see_each_other_and_one_is_none():
+    two = group_advantages(jnp.float32([1, 0, 7, 3]), 2, kind="centred")
+    assert two.tolist() == [0.5, -0.5, 2.0, -2.0]
+    with pytest.raises(InputError, match="samples = 1: a response needs others"):
+        group_advantages(jnp.float32([1, 0]), 1)
+
+
+def completions(mask=MASK, ended=None) -> Completions:
+    rows, columns = mask.shape
+    prompts = PromptBatch(np.ones((rows, 1), np.int32), np.ones((rows, 1), bool), *[np.zeros(rows, np.int32)] * 2)
+    ended = np.ones(rows, bool) if ended is None else np.array(ended)
+    return Completions(prompts, np.zeros((rows, columns), np.int32), mask, np.zeros(mask.shape, np.float32), ended)
+
+
+def rollout(scores, logprobs=None, reference=None, mask=MASK, ended=None) -> Rollout:
+    zeros = np.zeros(mask.shape, np.float32)
+    logprobs = zeros if logprobs is None else np.float32(logprobs)
+    done = completions(mask, ended).replace(logprobs=logprobs)
+    reference = None if reference is None else np.float32(reference)
+    return Rollout(done, logprobs, reference, None, np.float32(scores))
+
+
+def measured(config, logprobs, scores=(1.0, 0.0), microbatches=1, **about):
+    """Metrics of the loss at ``logprobs`` of a rollout of one prompt whose old log-probabilities are 0."""
+    batch, _ = prepare_groups(rollout(scores, **about), config, 2)
+
+    def logprobs_fn(params, done):
+        picked = jnp.asarray(logprobs)[done.tokens[:, 0]]  # by row, whatever the microbatch holds
+        return params["scale"] * picked, jnp.zeros(picked.shape)
+
+    rows = np.arange(len(scores), dtype=np.int32)[:, None]
+    batch = batch.replace(completions=batch.completions.replace(tokens=np.broadcast_to(rows, MASK.shape).copy()))
+    return gradients(make_grpo_loss(logprobs_fn, config), {"scale": jnp.ones(())}, {}, batch, KEY, microbatches)[1]
+
+
+RAISED = [[np.log(1.1)] * 2 + [np.nan] * 2, [np.log(1.05)] * 4]  # ratios 1.1 and 1.05; what follows the end is not read
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [
+        # Advantages .5 and -.5: losses per token -.55 (2 of them) and .525 (4 of them).
+        ("tokens", (-1.1 + 2.1) / 6),
+        ("sequences", (-0.55 + 0.525) / 2),
+        ("columns", (-1.1 + 2.1) / 8),
+    ],
+)
+def test_reductions_by_hand(reduction, expected, microbatches):
+    found = measured(GRPOConfig(advantages="centred", reduction=reduction), RAISED, microbatches=microbatches)
+    assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6)
+    assert float(found["ratio"].value()) == pytest.approx((2.2 + 4.2) / 6, abs=1e-6)
+
+
+def test_clipping_is_one_sided():
+    """Ratio 1.5, clips .2 and .28: advantage .5 is held at 1.28, advantage -.5 is not."""
+    logprobs = np.full((2, 4), np.log(1.5))
+    found = measured(GRPOConfig(advantages="centred", clip_high=0.28), logprobs)
+    assert float(found["loss"].value()) == pytest.approx((-0.5 * 1.28 * 2 + 0.5 * 1.5 * 4) / 6, abs=1e-6)
+    assert float(found["clip_fraction"].value()) == pytest.approx(2 / 6)
+
+
+def test_gspo_ratio_is_the_geometric_mean():
+    """Log ratios .1, -.05, .2: s = exp(.25 / 3) = 1.086904; their product 1.284025 is wrong. The other row is at 1."""
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+    logprobs = [[0.1, -0.05, 0.2, np.nan], [0.0, np.nan, np.nan, np.nan]]
+    config = GRPOConfig(advantages="centred", ratio="sequence", reduction="sequences")
+    found = measured(config, logprobs, mask=mask)
+    assert float(found["loss"].value()) == pytest.approx((-0.5 * 1.086904 + 0.5) / 2, abs=1e-6)
+
+
+def test_kl_in_the_loss_by_hand():
+    """k3 of policy 0 against reference .2 at every token: e^.2 - .2 - 1 = .021403, coefficient .04."""
+    config = GRPOConfig(advantages="centred", kl_coefficient=0.04)
+    reference = np.full((2, 4), 0.2)
+    found = measured(config, np.zeros((2, 4)), reference=reference)
+    assert float(found["loss/kl"].value()) == pytest.approx(0.021403, abs=1e-6)
+    assert float(found["loss"].value()) == pytest.approx((-0.5 * 2 + 0.5 * 4) / 6 + 0.04 * 0.021403, abs=1e-6)
+
+
+def test_kl_in_the_reward_by_hand():
+    """RLOO: scores 1 and 0 minus .1 x summed k1, .3 x 2 = .6 and .3 x 4 = 1.2: .94 and -.12, advantages +-1.06."""
+    config = GRPOConfig(advantages="leave_one_out", kl_in="reward", kl_kind="k1", kl_coefficient=0.1)
+    batch, metrics = prepare_groups(rollout([1, 0], reference=np.full((2, 4), -0.3)), config, 2)
+    assert batch.advantages.tolist() == pytest.approx([1.06, -1.06], abs=1e-6)
+    assert float(metrics["kl"].value()) == pytest.approx((0.6 + 1.2) / 2, abs=1e-6)
+    assert "loss/kl" not in measured(config, np.zeros((2, 4)), reference=np.full((2, 4), -0.3))
+
+
+def test_what_is_not_learned_from_counts_nowhere():
+    """Row 0 was cut: only row 1's four tokens count, in every reduction; TRL counted the cut ones too (its issue 6439)."""
+    for reduction, expected in (("tokens", 0.525), ("sequences", 0.525), ("columns", 0.525)):
+        config = GRPOConfig(advantages="centred", mask_truncated=True, reduction=reduction)
+        found = measured(config, RAISED, ended=[False, True])
+        assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
+
+
+def test_even_groups_are_told_and_dropped_on_request():
+    mask = np.ones((4, 2), bool)
+    for drop in (False, True):
+        config = GRPOConfig(drop_even_groups=drop)
+        batch, metrics = prepare_groups(rollout([1, 1, 0, 1], mask=mask), config, 2)
+        assert float(metrics["even_groups"].value()) == 0.5
+        assert batch.counts.tolist() == [not drop, not drop, True, True]
+        assert batch.advantages[:2].tolist() == [0.0, 0.0] and batch.advantages[3] > 0.7
+
+
+@pytest.mark.parametrize("bad", ["score", "kl", "too far"])
+def test_a_rollout_that_is_not_usable_is_refused(bad):
+    scores = [np.nan, 0.0] if bad == "score" else [1.0, 0.0]
+    reference = np.full((2, 4), {"kl": np.inf, "too far": -1.0, "score": 0.0}[bad])
+    config = GRPOConfig(kl_coefficient=0.1, max_kl=2.5)  # "too far": (2 + 4) / 2 = 3 nats
+    batch, metrics = prepare_groups(rollout(scores, reference=reference), config, 2)
+    assert float(metrics["rollout_refused"].value()) == 1.0 and np.isnan(batch.advantages).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"advantages": "mean"}, "GRPOConfig.advantages = 'mean': one of 'standardised'"),
+        ({"ratio": "sequence"}, "set reduction = 'sequences'"),
+        ({"max_kl": 1.0}, "GRPOConfig.max_kl: without kl_coefficient"),
+        ({"minibatches": 0}, "GRPOConfig.minibatches = 0: give a whole number >= 1"),
+        ({"kl_coefficient": float("nan")}, "GRPOConfig.kl_coefficient = nan: give a number >= 0.0"),
+        ({"dual_clip": 0.5}, "GRPOConfig.dual_clip = 0.5: give a number >= 1.0"),
+    ],
+)
+def test_what_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        GRPOConfig(**fields)
