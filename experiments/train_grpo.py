@@ -58,7 +58,7 @@ def run(
         raise InputError("run.reward, run.reward_texts: give exactly one")
     require_whole("run.samples", samples, 2)
     if batch.batch_size % samples:
-        raise InputError(f"BatchConfig.batch_size = {batch.batch_size}: not a multiple of run.samples = {samples}")
+        raise InputError(f"BatchConfig.batch_size = {batch.batch_size}: give a multiple of run.samples = {samples}")
     refuse_unused(batch, "packed")
     refuse_unused(loop, "evaluate_every")
     devices = make_mesh(mesh)

@@ -97,7 +97,7 @@ def write_origin(out: Path, template: Template | None) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("run_dir", None, "Run directory of train_sft, train_reward or train_ppo.", required=True)
+    flags.DEFINE_string("run_dir", None, "Run directory of a training program.", required=True)
     flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
     flags.DEFINE_enum("head", None, ["lm", "scalar"], "Which head, for a model that has both.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; default: as saved.")

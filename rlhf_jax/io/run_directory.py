@@ -23,7 +23,7 @@ def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
     """(configuration, path of the parameters in the saved state) of a run directory. Raises InputError when it is none."""
     card = Path(path) / CARD
     if not card.is_file():
-        raise InputError(f"{card}: no such file; give a run directory of train_sft, train_reward or train_ppo")
+        raise InputError(f"{card}: no such file; give a run directory of a training program")
     fields = read_json(card)
     if not isinstance(fields.get("config"), dict) or not isinstance(fields.get("subtree"), str):
         raise InputError(f"{card}: damaged (needs config and subtree); train again or restore the file")

@@ -103,7 +103,7 @@ class GRPOConfig:
                 raise InputError(f"GRPOConfig.{name} = {value!r}: give a number >= {low}")
         if self.ratio == "sequence" and self.reduction != "sequences":
             raise InputError(
-                "GRPOConfig.ratio = 'sequence': its loss is one number a response; set reduction = 'sequences'"
+                "GRPOConfig.ratio = 'sequence': its loss is one number a response and needs reduction = 'sequences'"
             )
         if self.max_kl is not None and not self.kl_coefficient:
             raise InputError(

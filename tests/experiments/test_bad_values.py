@@ -16,6 +16,8 @@ EXPERIMENTS = {
     "sft": "train_sft",
     "reward": "train_reward",
     "ppo": "train_ppo",
+    "dpo": "train_dpo",
+    "grpo": "train_grpo",
     "completions": "generate",
     "evaluate": "evaluate",
 }
@@ -115,6 +117,20 @@ ppo PPOConfig.score_clip = -3.0
 ppo PPOConfig.max_sampler_gap = -1e-3
 ppo PPOConfig.max_identity_gap = 'small'
 ppo PPOConfig.max_kl = -1.0
+dpo DPOConfig.beta = 0.0
+dpo DPOConfig.loss = 'kto'
+dpo DPOConfig.label_smoothing = 0.5
+dpo DPOConfig.sft_coefficient = -1.0
+dpo DPOConfig.average = 1
+grpo run.samples = 1
+grpo run.samples = 3
+grpo GRPOConfig.minibatches = 0
+grpo GRPOConfig.advantages = 'gae'
+grpo GRPOConfig.reduction = 'mean'
+grpo GRPOConfig.ratio = 'sequence'
+grpo GRPOConfig.clip_high = -0.2
+grpo GRPOConfig.kl_coefficient = -0.1
+grpo GRPOConfig.kl_in = 'advantage'
 ppo SamplingConfig.temperature = -1.0
 ppo SamplingConfig.top_k = -1
 ppo SamplingConfig.top_p = 0.0

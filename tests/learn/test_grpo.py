@@ -151,7 +151,7 @@ def test_a_rollout_that_is_not_usable_is_refused(bad):
     ("fields", "message"),
     [
         ({"advantages": "mean"}, "GRPOConfig.advantages = 'mean': one of 'standardised'"),
-        ({"ratio": "sequence"}, "set reduction = 'sequences'"),
+        ({"ratio": "sequence"}, "needs reduction = 'sequences'"),
         ({"max_kl": 1.0}, "GRPOConfig.max_kl: without kl_coefficient"),
         ({"minibatches": 0}, "GRPOConfig.minibatches = 0: give a whole number >= 1"),
         ({"kl_coefficient": float("nan")}, "GRPOConfig.kl_coefficient = nan: give a number >= 0.0"),
