@@ -11,7 +11,8 @@ from rlhf_jax.io import load_pretrained
 
 
 def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
-    finish(begin("train_grpo", "grpo", "unbroken", POLICY=chain / "sft"))
+    places = {"POLICY": chain / "sft", "REWARD": chain / "reward"}
+    finish(begin("train_grpo", "grpo", "unbroken", **places))
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 7))
     for line in lines:
@@ -20,6 +21,6 @@ def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> No
     assert abs(lines[0]["kl"]) < 1e-4 < abs(lines[-1]["kl"])  # from the reference, and away from it
     assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
 
-    terminate(begin, tmp_path / "broken", 2, "train_grpo", "grpo", POLICY=chain / "sft")
-    finish(begin("train_grpo", "grpo", "broken", POLICY=chain / "sft"))
+    terminate(begin, tmp_path / "broken", 2, "train_grpo", "grpo", **places)
+    finish(begin("train_grpo", "grpo", "broken", **places))
     same_as(tmp_path / "unbroken", tmp_path / "broken", "policy", "opt_state", "rng", "step")
