@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -67,7 +66,7 @@ def to_host(tree: _T) -> _T:
 
 def on_all(tree: _T, mesh: Mesh) -> _T:
     """Numbers of the host, the same in every process, as arrays on all devices of ``mesh``."""
-    placed: _T = jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+    placed: _T = jax.device_put(jax.device_get(tree), replicated(mesh))
     return placed
 
 

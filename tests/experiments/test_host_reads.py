@@ -1,0 +1,47 @@
+"""What a PPO iteration reads from the devices: each read waits for them, so there are few, and all of them say so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from experiment_processes import ROOT, command, environment
+
+COUNTED = Path(__file__).parent / "counted"
+
+
+def reads(arguments: list[str], told: Path) -> list[list[str]]:
+    settings = environment() | {"PYTHONPATH": f"{COUNTED}:{ROOT}", "READS": str(told)}
+    done = subprocess.run(arguments, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in told.read_text().splitlines()]
+
+
+def test_every_kind_of_read_is_seen(tmp_path: Path) -> None:
+    seen = reads([sys.executable, str(COUNTED / "planted.py")], tmp_path / "reads")
+    assert [(kind, function) for kind, _, function in seen] == [
+        ("implicit", "as_a_number"),
+        ("implicit", "as_an_array"),
+        ("implicit", "as_a_condition"),
+        ("explicit", "said"),
+    ]
+
+
+@pytest.mark.slow
+def test_an_iteration_of_ppo_reads_seven_times_and_says_so(chain: Path, tmp_path: Path) -> None:
+    """The replies; the metrics of prepare, of the update, and both for the guard and for the log; the KL coefficient, and
+    its next value on the way back to the devices. Beside them only saving and the start read anything."""
+    steps = 4
+    places = {"RUN_DIR": tmp_path / "ppo", "POLICY": chain / "sft", "REWARD": chain / "reward"}
+    run = command("train_ppo", "configs/smoke/ppo.gin", **places)
+    seen = Counter(tuple(read) for read in reads([*run, f"--gin_bindings=run.steps = {steps}"], tmp_path / "reads"))
+    outside = {("rlhf_jax/run/checkpoint.py", "save"), ("rlhf_jax/parallel/placement.py", "born_sharded")}
+    assert {read: count for read, count in seen.items() if read[1:] not in outside} == {
+        ("explicit", "rlhf_jax/parallel/placement.py", "to_host"): 2 * steps,
+        ("explicit", "rlhf_jax/parallel/placement.py", "on_all"): steps,
+        ("explicit", "rlhf_jax/run/tracking.py", "fetch"): 4 * steps,
+    }
