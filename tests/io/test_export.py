@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rlhf_jax.io import export_pretrained, load_pretrained, read_generation
-from rlhf_jax.models import Model
+from rlhf_jax.models import LoraConfig, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config, train_bpe_tokenizer
 from rlhf_jax.types import InputError, Params
@@ -106,6 +106,13 @@ def test_transformers_reads_configuration_and_tokenizer(tmp_path: Path) -> None:
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["chat_template"] == TEMPLATE
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("changes", [{"lora": LoraConfig(rank=2)}, {"int8": True}])
+def test_adapters_and_int8_matrices_are_not_left_out_silently(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = Model(tiny_config(vocab_size=272, num_heads=4, head_dim=8), **changes)
+    with pytest.raises(InputError, match="has adapters or int8 matrices"):
+        export_pretrained(tmp_path / "out", model, random_params(model, 0), byte_tokenizer())
 
 
 def test_sampling_defaults_and_further_stop_ids_of_the_source_stay(tmp_path: Path) -> None:

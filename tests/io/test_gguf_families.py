@@ -129,6 +129,15 @@ def test_mistrals_files_say_llama(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
+def test_a_window_of_zero_and_no_experts_are_nothing(tmp_path: Path) -> None:
+    """How llama.cpp's converter says that there are none."""
+    fields = {name: value for name, value in FIELDS["phi3"].items() if name != "sliding_window"}
+    more = {"phi3.attention.sliding_window": 0, "phi3.expert_count": 0, "phi3.expert_used_count": 0}
+    write(tmp_path / "model.gguf", "phi3", fields, [Kind.F32], more)
+    config = load_pretrained(tmp_path / "model.gguf").model.config
+    assert config.sliding_window is None and config.layer_pattern == () and config.num_experts == 0
+
+
 @pytest.mark.parametrize(("architecture", "layers"), [("gemma2", 46), ("gemma3", 62)])
 def test_the_largest_gemmas_scale_queries_by_their_share_of_the_width(
     architecture: str, layers: int, tmp_path: Path
