@@ -28,6 +28,7 @@ from rlhf_jax.types import PromptBatch
 pytestmark = pytest.mark.parity
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+POEM = [{"role": "user", "content": "Write a poem about the sea."}]
 TEXT = "SmolLM2 was born in 2024.  It has 135 million   parameters; def f(x):\n    return x+10\n"
 
 
@@ -62,8 +63,8 @@ def greedy(loaded: Pretrained, prompt: list[int], length: int = 32) -> list[int]
     return [int(token) for token in done.tokens[0][done.mask[0]]]
 
 
-def chat(loaded: Pretrained) -> list[int]:
-    text = loaded.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+def chat(loaded: Pretrained, question: list[dict[str, str]] = QUESTION) -> list[int]:
+    text = loaded.tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     ids: list[int] = loaded.tokenizer.encode(text, add_special_tokens=False)
     return ids
 
@@ -85,10 +86,13 @@ def test_logits_and_greedy_text_equal_those_of_torch(ours: Pretrained, tmp_path:
             difference = np.abs(logits - theirs(torch.tensor([ids])).logits.numpy()).max()
         print(f"{path}: max |logit difference| {difference:.2e} over {logits.shape}")
         assert difference <= 1e-4
-        prompt = chat(ours)
-        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0][len(prompt) :].tolist()
-        assert answer == greedy(ours, prompt)
-        print(f"{path}: {their_tokenizer.decode(answer)!r}")
+        for question, least in ((QUESTION, 5), (POEM, 32)):
+            prompt = chat(ours, question)
+            answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0][
+                len(prompt) :
+            ].tolist()
+            assert answer == greedy(ours, prompt) and len(answer) >= least
+            print(f"{path}: {their_tokenizer.decode(answer)!r}")
 
 
 def test_the_stored_reference(ours: Pretrained) -> None:
