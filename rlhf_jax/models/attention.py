@@ -7,7 +7,8 @@ implementations that it chooses from.
 | splash | tpu | bfloat16 | yes | yes | yes |
 | cudnn | gpu | bfloat16, float16 | yes, by a dense mask | yes | no |
 
-All are causal. "auto" takes splash on a TPU and cudnn on a GPU where they can do what the layer needs, else xla. Asked for
+All are causal. On a mesh that splits columns (MeshConfig.sequence) xla becomes a ring of devices (`models.ring`); the
+others cannot. "auto" takes splash on a TPU and cudnn on a GPU where they can do what the layer needs, else xla. Asked for
 by name, an implementation that cannot is an error. Decoding a token (`attend` over a cache) is always xla: its one query
 leaves nothing to tile.
 
@@ -26,8 +27,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layout import Constrain
+from rlhf_jax.models.ring import ring_attention
 from rlhf_jax.models.splash import splash_attention
-from rlhf_jax.models.weights import precision_of
+from rlhf_jax.models.weights import precision_of, soft_cap
 from rlhf_jax.types import InputError
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -41,10 +43,11 @@ class Ability:
     platforms: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     soft_cap: bool = True
+    split_columns: bool = False
 
 
 ABILITIES = {
-    "xla": Ability(),
+    "xla": Ability(split_columns=True),
     "splash": Ability(("tpu",), ("bfloat16",)),
     "cudnn": Ability(("gpu", "cuda"), ("bfloat16", "float16"), soft_cap=False),
 }
@@ -74,6 +77,27 @@ def self_attention(
         return lambda query, key, value: fused_attention(
             query, key, value, segment_ids, window=window, scale=scale, implementation="cudnn"
         )
+    if (parts := constrain.parts("act_length")) > 1:
+        refuse_length(segment_ids.shape[1], parts)
+
+        def ring(query: Array, key: Array, value: Array) -> Array:
+            axes = ("act_batch", "act_kv_heads", "act_length", "act_head_dim")
+            mesh, spec = constrain.mesh, constrain.spec(axes, key.shape)
+            assert mesh is not None
+            return ring_attention(
+                query,
+                key,
+                value,
+                segment_ids,
+                window=window,
+                scale=scale,
+                cap=cap,
+                precision=precision,
+                mesh=mesh,
+                key_spec=spec,
+            )
+
+        return ring
     mask = segment_mask(segment_ids, window)
     return lambda query, key, value: attend(query, key, value, mask, precision, scale=scale, cap=cap)
 
@@ -81,17 +105,27 @@ def self_attention(
 def chosen(config: ModelConfig, constrain: Constrain) -> str:
     """The implementation that a model uses on its devices. Raises InputError when the one it names cannot do it."""
     platform = jax.default_backend() if constrain.mesh is None else constrain.mesh.devices.flat[0].platform
+    split = constrain.parts("act_length") > 1
     if config.attention != "auto":
-        if missing := _lacks(ABILITIES[config.attention], config, platform):
+        if missing := _lacks(ABILITIES[config.attention], config, platform, split):
             raise InputError(
                 f"ModelConfig.attention = {config.attention!r} cannot do {missing}; use 'auto' or 'xla' "
                 "(rlhf_jax/models/attention.py has the table)"
             )
         return config.attention
-    return next(name for name in ("splash", "cudnn", "xla") if not _lacks(ABILITIES[name], config, platform))
+    return next(name for name in ("splash", "cudnn", "xla") if not _lacks(ABILITIES[name], config, platform, split))
 
 
-def _lacks(ability: Ability, config: ModelConfig, platform: str) -> str:
+def refuse_length(columns: int, parts: int) -> None:
+    """Raises InputError when rows do not divide over the devices that split their columns."""
+    if columns % parts:
+        raise InputError(
+            f"MeshConfig.sequence = {parts}: rows of {columns} columns do not divide; make BatchConfig.length (and "
+            f"SamplingConfig.max_new_tokens) a multiple of {parts}"
+        )
+
+
+def _lacks(ability: Ability, config: ModelConfig, platform: str, split: bool) -> str:
     """What the configuration or the platform needs and the implementation has not, '' when nothing."""
     if ability.platforms is not None and platform not in ability.platforms:
         return f"platform {platform!r} (only {', '.join(ability.platforms)})"
@@ -99,6 +133,8 @@ def _lacks(ability: Ability, config: ModelConfig, platform: str) -> str:
         return f"compute_dtype {config.compute_dtype!r} (only {', '.join(ability.dtypes)})"
     if config.attention_soft_cap is not None and not ability.soft_cap:
         return "attention_soft_cap"
+    if split and not ability.split_columns:
+        return "a mesh that splits columns (MeshConfig.sequence)"
     return ""
 
 
@@ -113,11 +149,6 @@ def segment_mask(segment_ids: Int32[Array, "B S"], window: int | None = None) ->
     if window is not None:
         causal &= ~jnp.tril(jnp.ones((length, length), dtype=bool), -window)
     return same & causal & (segment_ids > 0)[:, None, :]
-
-
-def soft_cap(x: Array, cap: float | None) -> Array:
-    """cap * tanh(x / cap), within (-cap, cap) (Bello et al. 2016); ``x`` itself without a cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(

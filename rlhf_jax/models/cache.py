@@ -63,7 +63,7 @@ class KVCache:
     index: Int32[Array, ""]
     storage: Storage = struct.field(pytree_node=False, default="compute")
 
-    LOGICAL_AXES = ("layers", "act_batch", "act_kv_heads", "act_length", "act_head_dim")
+    LOGICAL_AXES = ("layers", "act_batch", "act_kv_heads", "act_cache", "act_head_dim")
 
     @property
     def valid(self) -> Bool[Array, "B C"]:

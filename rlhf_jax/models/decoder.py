@@ -74,7 +74,14 @@ class Decoder(nnx.Module):
             self.lm_head = Kernel(config, (config.hidden_size, config.vocab_size), axes, rngs=rngs)
         if config.has_scalar:
             self.scalar_head = ScalarHead(config, rngs=rngs)
-        self._config = config
+        self._config, self._columns_apart = config, False
+
+    def keep_columns(self) -> None:
+        """For a mesh that splits columns: `Kernel.keep_columns` of every matrix, and of the logits."""
+        self._columns_apart = True
+        for _, part in nnx.iter_modules(self):
+            if isinstance(part, Kernel):
+                part.keep_columns()
 
     def _embed(
         self, tokens: Int32[Array, "B S"], positions: Int32[Array, "B S"], constrain: Constrain
@@ -118,7 +125,7 @@ class Decoder(nnx.Module):
             def block(x: Array, weights: Any) -> tuple[Array, Any]:
                 layer = nnx.merge(definition, weights)
                 query, key, value = layer.read(x, positions)
-                x, routing = layer(x, query, key, value, attends[kind.window])
+                x, routing = layer(x, query, key, value, attends[kind.window], constrain)
                 return constrain(x, _RESIDUAL), (((key, value) if keep_keys_and_values else None), routing)
 
             return jax.checkpoint(block, prevent_cse=False) if self._config.remat else block
@@ -176,7 +183,7 @@ class Decoder(nnx.Module):
                     keys = jax.tree.map(written, keys, stored(key, cache.storage))
                     values = jax.tree.map(written, values, stored(value, cache.storage))
                     over_cache = self._over_cache(known, positions, kind.window)
-                    x, _ = block(x, query, seen(keys), seen(values), over_cache)
+                    x, _ = block(x, query, seen(keys), seen(values), over_cache, constrain)
                 return (x, keys, values), None
 
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
@@ -236,7 +243,8 @@ class Decoder(nnx.Module):
             keys[index] = jax.tree.map(written, keys[index], stored(key, cache.storage))
             values[index] = jax.tree.map(written, values[index], stored(value, cache.storage))
             seen_keys, seen_values = (restored(stack, self._config.dtype) for stack in (keys[index], values[index]))
-            x, _ = block(x, query, seen_keys, seen_values, self._over_cache(known, positions, layer.kind.window))
+            over_cache = self._over_cache(known, positions, layer.kind.window)
+            x, _ = block(x, query, seen_keys, seen_values, over_cache, constrain)
         kept = dataclasses.replace(
             cache, keys=tuple(keys), values=tuple(values), positions=known, index=cache.index + 1
         )
@@ -254,6 +262,8 @@ class Decoder(nnx.Module):
             out = weights_first("nd,dv->nv", rows, table, inputs=1, precision=precision, result=jnp.float32)
         else:
             equation = "nd,vd->nv" if tied else "nd,dv->nv"
+            if self._columns_apart:
+                rows, equation = hidden, equation.replace("n", "bs")
             out = jnp.einsum(equation, rows, table, precision=precision, preferred_element_type=jnp.float32)
         return constrain(
             soft_cap(out, self._config.logit_soft_cap).reshape(*hidden.shape[:2], -1),

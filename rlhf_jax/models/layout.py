@@ -20,6 +20,9 @@ class Constrain(Protocol):
     def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """How an activation of this shape lies on the mesh; axes that do not divide are whole."""
 
+    def parts(self, axis: str) -> int:
+        """Over how many devices a dimension with this logical axis is split."""
+
 
 class Unconstrained:
     """Leaves every sharding to the compiler."""
@@ -33,6 +36,10 @@ class Unconstrained:
     def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
         del axes, shape
         return PartitionSpec()
+
+    def parts(self, axis: str) -> int:
+        del axis
+        return 1
 
 
 unconstrained = Unconstrained()

@@ -25,9 +25,15 @@ nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logica
 
 @functools.lru_cache(maxsize=64)
 def _abstract(
-    config: ModelConfig, lora: LoraConfig | None = None, dropout: bool = False, int8: bool = False
+    config: ModelConfig,
+    lora: LoraConfig | None = None,
+    dropout: bool = False,
+    int8: bool = False,
+    columns_apart: bool = False,
 ) -> tuple[Any, Any]:
     module = nnx.eval_shape(lambda: Decoder(config, lora, dropout=dropout, int8=int8, rngs=nnx.Rngs(0)))
+    if columns_apart:
+        module.keep_columns()
     return nnx.split(module, nnx.Param)
 
 
@@ -69,7 +75,8 @@ class Model:
         given = next(lora.adapted_kernels(params), None)
         adapters = None if given is None else self.lora
         dropout = given is not None and lora.DROPOUT_KEY in given[1]
-        module: Decoder = nnx.merge(_abstract(self.config, adapters, dropout, self.int8)[0], params)
+        columns_apart = self.constrain.parts("act_length") > 1
+        module: Decoder = nnx.merge(_abstract(self.config, adapters, dropout, self.int8, columns_apart)[0], params)
         return module
 
     def hidden(

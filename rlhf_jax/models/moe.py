@@ -5,14 +5,18 @@ Letters in shapes: N tokens, D hidden size, E experts, T experts per token, F wi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.weights import drawn, precision_of
 
 
@@ -40,31 +44,96 @@ class Experts(nnx.Module):
         self.down = nnx.Param(drawn(config, (e, f, d), f, rngs), sharding_names=outer)
         self._config, self._activation = config, activation
 
-    def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], Routing]:
+    def __call__(self, x: Float[Array, "B S D"], constrain: Constrain) -> tuple[Float[Array, "B S D"], Routing]:
         config = self._config
-        rows = x.reshape(-1, x.shape[-1])  # [N, D]
-        logits = jnp.einsum(
-            "nd,de->ne", rows.astype(jnp.float32), self.router[...].astype(jnp.float32), precision="highest"
-        )
+        router = self.router[...].astype(jnp.float32)
+        logits = jnp.einsum("bsd,de->bse", x.astype(jnp.float32), router, precision="highest")
         probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, picked = jax.lax.top_k(probabilities, config.experts_per_token)  # [N, T]
+        weights, picked = jax.lax.top_k(probabilities, config.experts_per_token)  # [B, S, T]
         if config.normalize_expert_weights:
             weights = weights / weights.sum(axis=-1, keepdims=True)
-        order = jnp.argsort(picked.reshape(-1), stable=True)  # slots (token, choice) by expert
-        sizes = jnp.bincount(picked.reshape(-1), length=config.num_experts).astype(jnp.int32)
-        grouped = jnp.take(rows, order // config.experts_per_token, axis=0)
-        inner = self._activation(self._multiply(grouped, self.gate, sizes)) * self._multiply(grouped, self.up, sizes)
-        out = self._multiply(inner, self.down, sizes)
-        back = jnp.argsort(order)  # slot -> its row in ``out``
-        slots = jnp.take(out, back, axis=0).reshape(-1, config.experts_per_token, out.shape[-1])
-        mixed = jnp.einsum("ntd,nt->nd", slots.astype(jnp.float32), weights, precision="highest")
-        routing = Routing(picked.reshape(*x.shape[:2], -1), probabilities.reshape(*x.shape[:2], -1))
-        return mixed.astype(x.dtype).reshape(x.shape), routing
+        kernels = [kernel[...].astype(config.dtype) for kernel in (self.gate, self.up, self.down)]
+        mixture = functools.partial(mixed, activation=self._activation, precision=precision_of(config))
+        if constrain.mesh is None or constrain.mesh.size == 1:
+            out = mixture(x, picked, weights, *kernels)
+        else:
+            out = _over_mesh(mixture, x, picked, weights, *kernels, constrain=constrain, mesh=constrain.mesh)
+        return out.astype(x.dtype), Routing(picked, probabilities)
 
-    def _multiply(self, rows: Array, kernels: nnx.Param[Array], sizes: Array) -> Array:
-        """Each group of rows with its expert's matrix."""
-        matrices = kernels[...].astype(self._config.dtype)
-        return jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(self._config))
+
+def mixed(
+    x: Float[Array, "B S D"],
+    picked: Int32[Array, "B S T"],
+    weights: Float[Array, "B S T"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    activation: Callable[[Array], Array],
+    precision: jax.lax.Precision | None,
+    first: Array | int = 0,
+) -> Float[Array, "B S D"]:
+    """What the experts ``first`` ... first + E - 1 add to each token, float32: sum over its picks among them of weight *
+    down(act(gate x) * up x). Picks of other experts add nothing."""
+    rows, choices, experts = x.reshape(-1, x.shape[-1]), picked.shape[-1], gate.shape[0]
+    here = picked.reshape(-1) - first
+    ours = (here >= 0) & (here < experts)
+    here = jnp.where(ours, here, experts)  # those of others come last, behind every group
+    order = jnp.argsort(here, stable=True)  # slots (token, choice) by expert
+    sizes = jnp.bincount(here, length=experts + 1)[:experts].astype(jnp.int32)
+    grouped = jnp.take(rows, order // choices, axis=0)
+
+    def multiply(rows: Array, kernels: Array) -> Array:
+        return jax.lax.ragged_dot(rows, kernels, sizes, precision=precision)
+
+    out = multiply(activation(multiply(grouped, gate)) * multiply(grouped, up), down)
+    back = jnp.argsort(order)  # slot -> its row in ``out``
+    slots = jnp.where(ours[:, None], jnp.take(out, back, axis=0), 0).reshape(-1, choices, out.shape[-1])
+    summed = jnp.einsum(
+        "ntd,nt->nd", slots.astype(jnp.float32), weights.reshape(-1, choices), precision="highest"
+    )
+    return summed.reshape(x.shape)
+
+
+def _over_mesh(
+    mixture: Callable[..., Array],
+    x: Array,
+    picked: Array,
+    weights: Array,
+    *kernels: Array,
+    constrain: Constrain,
+    mesh: Mesh,
+) -> Array:
+    """`mixed` as a shard_map island: each device has all columns of its own experts, and sees every token that may need them.
+
+    The tokens of the devices along the expert axis are gathered, each device adds what its experts give, and the sums are
+    scattered back: no capacity, whatever the routers pick. Kernels that fsdp splits arrive whole, as they do everywhere.
+    """
+    batch, columns, _ = constrain.spec(("act_batch", "act_length", "act_embed"), x.shape)
+    inner = constrain.spec(("experts", "act_embed", "expert_mlp"), kernels[0].shape)
+    holders, splits = _names(inner[0]), _names(inner[2])
+    shared = tuple(axis for axis in holders if axis in _names(batch))
+    rows, outer = PartitionSpec(batch, columns, None), PartitionSpec(inner[0], inner[2], None)
+
+    def local(x: Array, picked: Array, weights: Array, *kernels: Array) -> Array:
+        for axis in shared:
+            x, picked, weights = (jax.lax.all_gather(each, axis, tiled=True) for each in (x, picked, weights))
+        first = jax.lax.axis_index(holders) * kernels[0].shape[0] if holders else 0
+        out = mixture(x, picked, weights, *kernels, first=first)
+        if sums := tuple(axis for axis in (*holders, *splits) if axis not in shared):
+            out = jax.lax.psum(out, sums)
+        for axis in reversed(shared):
+            out = jax.lax.psum_scatter(out, axis, tiled=True)
+        return out
+
+    island = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, inner, inner, outer), out_specs=rows)
+    summed: Array = island(x, picked, weights, *kernels)
+    return summed
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def load_balancing_loss(routing: Routing, counts: Array) -> Float[Array, ""]:

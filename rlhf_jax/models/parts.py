@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from rlhf_jax.models.attention import Attend
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
+from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.moe import Experts, Routing
 from rlhf_jax.models.rope import rotary
 from rlhf_jax.models.weights import Kernel
@@ -135,7 +136,7 @@ class Block(nnx.Module):
         return self.attention.project(self.attention_norm(x) if self._before else x, positions)
 
     def __call__(
-        self, x: Array, query: Array, key: Array, value: Array, attend: Attend
+        self, x: Array, query: Array, key: Array, value: Array, attend: Attend, constrain: Constrain
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """The residual stream behind the block, and where its experts sent the tokens (None without experts)."""
         mixed = self.attention(query, key, value, attend)
@@ -143,8 +144,8 @@ class Block(nnx.Module):
             mixed = self.attention_post_norm(mixed)
         middle = x + mixed
         source = x if self._parallel else middle
-        out = self.mlp(self.mlp_norm(source) if self._before else source)
-        out, routing = out if isinstance(out, tuple) else (out, None)
+        read = self.mlp_norm(source) if self._before else source
+        out, routing = self.mlp(read, constrain) if isinstance(self.mlp, Experts) else (self.mlp(read), None)
         if self._after:
             out = self.mlp_post_norm(out)
         return middle + out, routing

@@ -1,4 +1,4 @@
-"""Weight matrices."""
+"""Weight matrices, and the arithmetic that all layers share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from rlhf_jax.models.config import ModelConfig
 def precision_of(config: ModelConfig) -> jax.lax.Precision | None:
     """float32 models multiply in float32 on every platform (a TPU would otherwise use one bfloat16 pass)."""
     return jax.lax.Precision.HIGHEST if config.compute_dtype == "float32" else None
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap), within (-cap, cap) (Bello et al. 2016); ``x`` itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def drawn(config: ModelConfig, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs) -> Array:
@@ -50,7 +55,8 @@ class Kernel(nnx.Module):
 
     inputs: how many leading axes are contracted. Rows and not [B, S]: the gradient of the weights then contracts over one
     dimension. Over two, XLA on a CPU writes a transposed copy of the activations first, which doubles the backward pass
-    of a small model.
+    of a small model. On a mesh that splits columns the two stay apart (`keep_columns`): rows of a merged array could not
+    lie where the columns do, and every product would gather them.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Kernel(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
         self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
         self._inputs, self._axes, self._adapted, self._turned, self._int8 = inputs, axes, False, False, False
+        self._columns_apart = False
 
     def quantize(self) -> None:
         """Hold a stack of matrices [L, ...] as int8 with a scale per output (`models.int8`); the numbers are put in later."""
@@ -97,9 +104,15 @@ class Kernel(nnx.Module):
         self.kernel = nnx.Param(kernel.transpose(*range(self._inputs, kernel.ndim), *range(self._inputs)))
         self._turned = True
 
+    def keep_columns(self) -> None:
+        """Multiply [B, S, ...] as it is."""
+        self._columns_apart = True
+
     def __call__(self, equation: str, x: Array) -> Array:
         """x: [B, S, ...]; the equation sees [n, ...]."""
         rows, kernel = x.reshape(-1, *x.shape[2:]), self.kernel[...].astype(self._dtype)
+        if self._columns_apart and not self._turned:
+            rows, equation = x, equation.replace("n", "bs")
         if self._turned:
             out = weights_first(equation, rows, kernel, inputs=self._inputs, precision=self._precision)
         else:
@@ -110,7 +123,7 @@ class Kernel(nnx.Module):
             out = out + self._low_rank(equation, rows)
         if self._bias:
             out = out + self.bias[...].astype(self._dtype)
-        return out.reshape(*x.shape[:2], *out.shape[1:])
+        return out if rows is x else out.reshape(*x.shape[:2], *out.shape[1:])
 
     def _low_rank(self, equation: str, rows: Array) -> Array:
         """scaling * dropout(rows) A B; "nd,dhk->nhk" is "nd,dr->nr" and "nr,rhk->nhk"."""
@@ -121,5 +134,6 @@ class Kernel(nnx.Module):
             kept = jax.random.bernoulli(key, 1.0 - self._dropout, rows.shape)
             rows = jnp.where(kept, rows / (1.0 - self._dropout), 0).astype(rows.dtype)
         a, b = self.lora_a[...].astype(self._dtype), self.lora_b[...].astype(self._dtype)
-        few = jnp.einsum(f"{seen},{weight[: self._inputs]}r->nr", rows, a, precision=self._precision)
-        return self._scaling * jnp.einsum(f"nr,r{weight[self._inputs :]}->{out}", few, b, precision=self._precision)
+        row = "bs" if seen.startswith("bs") else "n"
+        few = jnp.einsum(f"{seen},{weight[: self._inputs]}r->{row}r", rows, a, precision=self._precision)
+        return self._scaling * jnp.einsum(f"{row}r,r{weight[self._inputs :]}->{out}", few, b, precision=self._precision)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlhf_jax.types import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+"""From the least to the most that devices along an axis have to say to each other: neighbours in the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +22,29 @@ class MeshConfig:
     """Devices along each axis; exactly one may be -1 (all that are left).
 
     data: copies of the parameters, batch split over them. fsdp: parameters and batch split. tensor: heads, feed-forward
-    columns and vocabulary split.
+    columns and vocabulary split. sequence: the columns of long rows split (ring attention), parameters copied. expert:
+    batch split, and the experts of a mixture; other parameters copied.
+    dcn_data, dcn_fsdp: of several TPU slices, how many lie along data and fsdp (a divisor of the axis): between slices
+    there is the data centre's network, between chips of a slice their own links. Without slices: of several processes.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]
         for axis, size in zip(AXES, sizes, strict=True):
             if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1:
                 raise InputError(f"MeshConfig.{axis} = {size!r}: give a positive number of devices, or -1 for the rest")
+        for name in ("dcn_data", "dcn_fsdp"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise InputError(f"MeshConfig.{name} = {size!r}: give a positive number of slices")
         if sizes.count(-1) > 1:
             raise InputError(f"MeshConfig: {sizes} has more than one -1; name all axes but one")
 
@@ -43,11 +58,53 @@ def remake_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over ``devices`` (all when None) with axes `AXES`, left to the compiler (Auto).
 
-    Raises InputError when the devices do not divide into the shape.
+    Raises InputError when the devices do not divide into the shape, or their slices into its dcn sizes.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(config, len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes, kinds = _sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
+    if len(_granules(devices, "slice_index")) == 1 and config.dcn_data == config.dcn_fsdp == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    return Mesh(hybrid_devices(config, devices), AXES, axis_types=kinds)
+
+
+def hybrid_devices(config: MeshConfig, devices: list[Any]) -> np.ndarray:
+    """Devices of several slices (of several processes where there are no slices) as an array over `AXES`: a step along
+    data or fsdp leaves the slice as rarely as dcn_data and dcn_fsdp allow, a step along another axis never does.
+
+    Two slices of four chips, data 4, dcn_data 2, tensor 2: data 0 and 1 are the first slice, 2 and 3 the second.
+    """
+    sizes = dict(zip(AXES, _sizes(config, len(devices)), strict=True))
+    outer = {axis: {"data": config.dcn_data, "fsdp": config.dcn_fsdp}.get(axis, 1) for axis in AXES}
+    attribute = "slice_index" if len(_granules(devices, "slice_index")) > 1 else "process_index"
+    word = {"slice_index": "slices", "process_index": "processes"}[attribute]
+    granules = _granules(devices, attribute)
+    if config.dcn_data * config.dcn_fsdp != len(granules):
+        raise InputError(
+            f"MeshConfig.dcn_data = {config.dcn_data}, dcn_fsdp = {config.dcn_fsdp}: the devices are {len(granules)} "
+            f"{word}; their product must be that"
+        )
+    if len(set(granules.values())) > 1:
+        raise InputError(f"MeshConfig: {word} of {sorted(granules.values())} devices; they must be equal")
+    for axis in ("data", "fsdp"):
+        if sizes[axis] % outer[axis]:
+            raise InputError(f"MeshConfig.{axis} = {sizes[axis]} does not divide by dcn_{axis} = {outer[axis]}")
+    made: np.ndarray = mesh_utils.create_hybrid_device_mesh(
+        [sizes[axis] // outer[axis] for axis in AXES],
+        list(outer.values()),
+        devices,
+        process_is_granule=attribute == "process_index",
+        allow_split_physical_axes=devices[0].platform == "tpu",
+    )
+    return made
+
+
+def _granules(devices: list[Any], attribute: str) -> dict[int, int]:
+    """How many devices each slice (or process) has; one of them all where devices do not say."""
+    counts: dict[int, int] = {}
+    for device in devices:
+        key = getattr(device, attribute, 0)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:

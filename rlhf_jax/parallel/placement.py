@@ -9,7 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rlhf_jax.parallel.rules import batch_sharding, replicated
+from rlhf_jax.parallel.rules import ActivationConstraint, batch_sharding, replicated
 from rlhf_jax.types import InputError, Params
 
 _T = TypeVar("_T")
@@ -76,7 +76,7 @@ def to_global(batch: _T, mesh: Mesh) -> _T:
     Raises InputError when the rows do not divide over the mesh's batch axes.
     """
     sharding = batch_sharding(mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = ActivationConstraint(mesh).parts("act_batch")
 
     def place(x: Any) -> Any:
         if x.shape[0] % shards:

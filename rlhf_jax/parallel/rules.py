@@ -29,14 +29,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "scalar": (),
     "lora_rank": (),
-    # weights of a mixture of experts: whole experts over fsdp, their columns over tensor
-    "experts": ("fsdp",),
-    "expert_embed": (),
+    # weights of a mixture of experts
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),
     "expert_mlp": ("tensor",),
     "expert_logits": (),
     # activations
-    "act_batch": ("data", "fsdp"),
-    "act_length": (),
+    "act_batch": ("data", "fsdp", "expert"),
+    "act_length": ("sequence",),
+    "act_cache": (),  # columns of a key/value cache: decoding writes one at a time
     "act_embed": (),
     "act_vocab": ("tensor",),
     "act_kv_heads": ("tensor",),
@@ -105,10 +106,18 @@ class ActivationConstraint:
         entries = zip(shape, partition_spec(axes), strict=True)
         return PartitionSpec(*(None if size % _shards(self.mesh, entry) else entry for size, entry in entries))
 
+    def parts(self, axis: str) -> int:
+        """Over how many devices a dimension with this logical axis is split."""
+        return _shards(self.mesh, partition_spec((axis,))[0])
+
     def __call__(self, x: Array, axes: tuple[str, ...]) -> Array:
-        spec = partition_spec(axes)
-        for size, entry in zip(x.shape, spec, strict=True):
-            if size % _shards(self.mesh, entry):
-                return x  # e.g. a row count below the number of devices: left to the compiler
-        constrained: Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        entries = []
+        for size, entry in zip(x.shape, partition_spec(axes), strict=True):
+            if size == 1:
+                entries.append(None)
+            elif size % _shards(self.mesh, entry):  # a row count below the number of devices: left to the compiler
+                entries.append(PartitionSpec.UNCONSTRAINED)
+            else:
+                entries.append(entry)
+        constrained: Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*entries)))
         return constrained

@@ -29,12 +29,12 @@ def pretend_devices(count: int) -> None:
         raise InputError(f"pretend_devices({count}): JAX has started already; call it before anything else") from error
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices. Raises InputError when there are fewer."""
-    count = data * fsdp * tensor
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, expert: int = 1) -> Mesh:
+    """A mesh over the first data * fsdp * tensor * sequence * expert devices. Raises InputError when there are fewer."""
+    count = data * fsdp * tensor * sequence * expert
     if count > len(jax.devices()):
         raise InputError(f"mesh_of: needs {count} devices, there are {len(jax.devices())}; see pretend_devices")
-    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[:count])
+    return make_mesh(MeshConfig(data, fsdp, tensor, sequence, expert), jax.devices()[:count])
 
 
 def bytes_per_device(tree: Any) -> dict[int, int]:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import KVCache, Model
 from rlhf_jax.parallel import (
+    AXES,
     RULES,
     ActivationConstraint,
     batch_sharding,
@@ -25,8 +26,10 @@ from rlhf_jax.types import InputError
 def test_specs_by_hand():
     assert partition_spec(("layers", "embed", "heads", "head_dim")) == P(None, ("fsdp",), ("tensor",), None)
     assert partition_spec(("vocab", "embed_table")) == P(("fsdp", "tensor"), None)
-    assert partition_spec(("act_batch",)) == P(("data", "fsdp"))
-    assert partition_spec(KVCache.LOGICAL_AXES) == P(None, ("data", "fsdp"), ("tensor",), None, None)
+    assert partition_spec(("act_batch",)) == P(("data", "fsdp", "expert"))
+    assert partition_spec(("experts", "expert_embed", "expert_mlp")) == P(("expert",), ("fsdp",), ("tensor",))
+    assert partition_spec(("act_batch", "act_length")) == P(("data", "fsdp", "expert"), ("sequence",))
+    assert partition_spec(KVCache.LOGICAL_AXES) == P(None, ("data", "fsdp", "expert"), ("tensor",), None, None)
     assert partition_spec(()) == P()
     own = {**RULES, "embed": ("tensor",)}
     assert partition_spec(("embed",), own) == P(("tensor",)) and partition_spec(("embed",)) == P(("fsdp",))
@@ -38,7 +41,7 @@ def test_an_unknown_axis_is_refused_by_name():
 
 
 def test_the_table_splits_every_matrix_and_names_only_mesh_axes():
-    assert {axis for axes in RULES.values() for axis in axes} == {"data", "fsdp", "tensor"}
+    assert {axis for axes in RULES.values() for axis in axes} == set(AXES)
     model, _ = tiny_model("lm+scalar", tie_embeddings=False)
     leaves = jax.tree_util.tree_flatten_with_path(model.logical_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))[0]
     for path, names in leaves:
@@ -65,7 +68,7 @@ def test_parameters_get_the_rules_sharding(name):
         for key in path:
             found = found[key]
         assert found == NamedSharding(mesh, spec), path
-    assert batch_sharding(mesh).spec == P(("data", "fsdp")) and replicated(mesh).spec == P()
+    assert batch_sharding(mesh).spec == P(("data", "fsdp", "expert")) and replicated(mesh).spec == P()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_activations_are_laid_out_or_left_alone():
     assert hash(constrain) == hash(ActivationConstraint(mesh_of(2, 2, 2)))
     x = np.arange(8 * 3 * 4, dtype=np.float32).reshape(8, 3, 4)
     laid = jax.jit(lambda x: constrain(x * 1, ("act_batch", "act_length", "act_vocab")))(x)
-    assert laid.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3)
+    assert laid.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp", "expert"), "sequence", "tensor")), 3)
     np.testing.assert_array_equal(laid, x)
     # three rows do not divide over four devices: same values, the compiler's own layout
     np.testing.assert_array_equal(
