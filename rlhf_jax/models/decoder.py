@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlhf_jax.models.attention import Attend, attend, self_attention, soft_cap
+from rlhf_jax.models.attention import Attend, attend, self_attention
 from rlhf_jax.models.cache import KVCache, restored, stored
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
@@ -25,7 +25,7 @@ from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
-from rlhf_jax.models.weights import Kernel, precision_of, weights_first
+from rlhf_jax.models.weights import Kernel, precision_of, soft_cap, weights_first
 from rlhf_jax.types import InputError
 
 _RESIDUAL = ("act_batch", "act_length", "act_embed")

@@ -89,9 +89,7 @@ def mixed(
     out = multiply(activation(multiply(grouped, gate)) * multiply(grouped, up), down)
     back = jnp.argsort(order)  # slot -> its row in ``out``
     slots = jnp.where(ours[:, None], jnp.take(out, back, axis=0), 0).reshape(-1, choices, out.shape[-1])
-    summed = jnp.einsum(
-        "ntd,nt->nd", slots.astype(jnp.float32), weights.reshape(-1, choices), precision="highest"
-    )
+    summed = jnp.einsum("ntd,nt->nd", slots.astype(jnp.float32), weights.reshape(-1, choices), precision="highest")
     return summed.reshape(x.shape)
 
 

@@ -111,7 +111,7 @@ class ActivationConstraint:
         return _shards(self.mesh, partition_spec((axis,))[0])
 
     def __call__(self, x: Array, axes: tuple[str, ...]) -> Array:
-        entries = []
+        entries: list[Any] = []
         for size, entry in zip(x.shape, partition_spec(axes), strict=True):
             if size == 1:
                 entries.append(None)

@@ -84,8 +84,8 @@ def token_batch(rows: int = 8) -> TokenBatch:
     "sizes",
     [
         {"expert": 4, "tensor": 2},
-        {"expert": 2, "fsdp": 2, "sequence": 2},
-        {"fsdp": 4, "tensor": 2},
+        pytest.param({"expert": 2, "fsdp": 2, "sequence": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "fsdp": 2, "expert": 2}, marks=pytest.mark.slow),
         pytest.param({"data": 4, "sequence": 2}, marks=pytest.mark.slow),
     ],

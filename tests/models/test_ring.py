@@ -62,7 +62,11 @@ def by_a_loop(query, key, value, window: int | None, cap: float | None) -> np.nd
     return out
 
 
-@pytest.mark.parametrize("sizes", [{"sequence": 8}, {"sequence": 2, "data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"sequence": 8}, pytest.param({"sequence": 2, "data": 2, "tensor": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (3, None), (7, 2.0)])
 def test_a_ring_is_the_attention_of_a_loop(sizes: dict[str, int], window: int | None, cap: float | None) -> None:
     """Windows that end the ring early: 3 columns reach one block of 2 back, 7 three of them."""
@@ -73,7 +77,7 @@ def test_a_ring_is_the_attention_of_a_loop(sizes: dict[str, int], window: int | 
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_gradients_are_those_of_one_device(window: int | None) -> None:
     real = jnp.asarray(SEGMENTS > 0)[:, :, None, None, None]
     weights = np.random.default_rng(1).standard_normal((ROWS, LENGTH, GROUPS, PER_GROUP, SIZE)).astype(np.float32)
@@ -89,7 +93,10 @@ def test_gradients_are_those_of_one_device(window: int | None) -> None:
 def test_bfloat16_keeps_float32_sums() -> None:
     """As far from float32 as `attend` is."""
     real, exact = SEGMENTS > 0, np.asarray(alone(None, None)(*inputs()))
-    rounded = [np.asarray(call(*inputs("bfloat16")), np.float32) for call in (ring({"sequence": 8}, None, None), alone(None, None))]
+    rounded = [
+        np.asarray(call(*inputs("bfloat16")), np.float32)
+        for call in (ring({"sequence": 8}, None, None), alone(None, None))
+    ]
     off = [np.abs(one - exact)[real].max() for one in rounded]
     assert off[0] < 1.5 * off[1] < 0.05
 
@@ -122,7 +129,9 @@ def test_rows_that_do_not_divide_are_refused() -> None:
         jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((2, 10), jnp.int32))
 
 
-@pytest.mark.parametrize("changes", [{}, {"layer_pattern": ("sliding", "full"), "sliding_window": 4}], ids=["full", "sliding"])
+@pytest.mark.parametrize(
+    "changes", [{"layer_pattern": ("sliding", "full"), "sliding_window": 4}], ids=["sliding and full"]
+)
 def test_logits_of_a_model_with_packed_rows(changes: dict) -> None:
     mesh = mesh_of(sequence=4, tensor=2)
     config = tiny_config(**changes)

@@ -124,7 +124,7 @@ def test_processes_are_the_slices_of_what_has_none() -> None:
         (MeshConfig(), chips(8, 2), "dcn_data = 1, dcn_fsdp = 1: the devices are 2 slices; their product must be that"),
         (MeshConfig(dcn_data=2, data=2), chips(8, 4), "the devices are 4 slices"),
         (MeshConfig(data=1, dcn_data=2), chips(8, 2), r"MeshConfig\.data = 1 does not divide by dcn_data = 2"),
-        (MeshConfig(data=2, dcn_data=2), chips(6, 2)[:5] + [Chip(9, 0, 0)], r"slices of \[2, 4\] devices"),
+        (MeshConfig(data=2, dcn_data=2), [*chips(6, 2)[:5], Chip(9, 0, 0)], r"slices of \[2, 4\] devices"),
     ],
 )
 def test_slices_that_do_not_fit(config: MeshConfig, devices: list[Chip], message: str) -> None:
