@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -57,6 +57,18 @@ class Layout:
         letters = self._letters()
         stored = read(tuple(theirs)).reshape(lengths)[tuple(cuts)]
         return stored.transpose([letters.index(letter) for letter in self.ours])
+
+    def blocks(self, window: Window, numbers: int) -> Iterator[tuple[Window, Window]]:
+        """``window`` cut along the stored tensor's rows into parts of at most ``numbers`` numbers, or of one row: (where the
+        part lies inside the window, the part)."""
+        axis = self.ours.index(self._letters()[0])
+        lengths = [part.stop - part.start for part in window]
+        row = math.prod(lengths[:axis] + lengths[axis + 1 :])
+        step = max(1, numbers // max(1, row))
+        for begin in range(0, lengths[axis], step):
+            end, first = min(begin + step, lengths[axis]), window[axis].start
+            target = (*[slice(None)] * axis, slice(begin, end), *[slice(None)] * (len(window) - axis - 1))
+            yield target, (*window[:axis], slice(first + begin, first + end), *window[axis + 1 :])
 
     def write(self, sizes: Sizes, stored: np.ndarray, parameter: np.ndarray) -> None:
         """Put a whole parameter (of one layer) into its place in the stored tensor."""

@@ -1,6 +1,6 @@
 """From named tensors to parameters on their shards, tensor by tensor.
 
-Host memory above the model: one shard of one stacked parameter, and what one read of one tensor needs.
+Host memory above the model: one shard of one stacked parameter, and READ_NUMBERS numbers of one tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from rlhf_jax.io.tensors import Tensors, listed, wrong_kinds
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.families import DERIVED_TENSORS, FAMILIES, Weight, dimensions, weights_of
 from rlhf_jax.types import InputError, Params
+
+READ_NUMBERS = 2**23
+"""Most numbers of a tensor that one read takes (32 MiB of float32); a row is read whole, however long."""
 
 
 def check_tensors(tensors: Tensors, config: ModelConfig) -> None:
@@ -124,7 +127,8 @@ def _fill(
     names = np.array(names_of(weight, config), object).reshape(axes)[window[: len(axes)]]
     for place, name in np.ndenumerate(names):
         if name in tensors.stored or not weight.zero_when_absent:
-            shard[place] = layout.to_ours(sizes, window[len(axes) :], functools.partial(tensors.read, name))
+            for target, source in layout.blocks(window[len(axes) :], READ_NUMBERS):
+                shard[place][target] = layout.to_ours(sizes, source, functools.partial(tensors.read, name))
 
 
 def _their_name(table: Iterable[Weight], ours: str) -> str:

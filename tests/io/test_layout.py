@@ -64,6 +64,19 @@ JOINED = {  # (text of each part), numpy's way to the part
 }
 
 
+def test_blocks_are_rows_of_the_stored_tensor_and_make_up_the_window() -> None:
+    """``(h k) d -> d h k``: the stored rows are h first. A window of 2 x 3 heads x 4 in reads of at most 16 numbers: two
+    heads (16), then one (8); a row longer than the limit is read by itself."""
+    layout, window = parse("(h k) d -> d h k"), (slice(1, 3), slice(2, 5), slice(0, 4))
+    every = slice(None)
+    assert list(layout.blocks(window, 16)) == [
+        ((every, slice(0, 2), every), (slice(1, 3), slice(2, 4), slice(0, 4))),
+        ((every, slice(2, 3), every), (slice(1, 3), slice(4, 5), slice(0, 4))),
+    ]
+    assert [target[1] for target, _ in layout.blocks(window, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(layout.blocks(window, 1000)) == [((every, slice(0, 3), every), window)]
+
+
 @pytest.mark.parametrize("name", JOINED)
 def test_parameters_that_share_a_tensor(name: str) -> None:
     """Each is read from its place, any window of it like the same part of the whole, and all together write the tensor."""

@@ -14,7 +14,7 @@ checkpoint, port, index = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 
-from rlhf_jax.io import load, load_pretrained  # noqa: E402  (JAX must know of the other process first)
+from rlhf_jax.io import load, load_pretrained, placing  # noqa: E402  (JAX must know of the other process first)
 from rlhf_jax.parallel import MeshConfig, make_mesh  # noqa: E402
 
 read: dict[str, int] = {}
@@ -34,6 +34,7 @@ def counting(directory: Path):
 
 
 load.open_safetensors = counting
+placing.READ_NUMBERS = 1024  # small beside the largest shard, as 2**23 is beside a real model's
 mesh = make_mesh(MeshConfig(fsdp=8))
 tracemalloc.start()
 params = load_pretrained(checkpoint, mesh=mesh).params

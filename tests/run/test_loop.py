@@ -98,7 +98,7 @@ def test_interrupted_by_signals_is_the_unbroken_run(start, tmp_path: Path) -> No
     assert out == "after the loop\n"
 
     broken = tmp_path / "broken"
-    first = start("broken", 120, *every, sleep=0.1)
+    first = start("broken", 120, *every, sleep=0.4)  # long enough for the second to start up beside it
     wait_for_lines(broken / "metrics.jsonl", 7, first)
     second = start("broken", 120, *every, sleep=0.1)  # while the first one works on it
     _, err = finish(second, 2)
