@@ -16,6 +16,9 @@ if "jax" in sys.modules:
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+# Threads of XLA's pool: a collective holds one until every device has come, and a program may have several under way at once;
+# with a pool of two (the cores of a laptop) eight devices wait for each other for ever.
+os.environ["NPROC"] = "32"
 # Compiled programs outlive the process: a second run of the suite compiles almost nothing.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

@@ -22,6 +22,7 @@ def pretend_devices(count: int) -> None:
     Raises InputError when JAX has started already: the number of devices is then fixed.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["NPROC"] = str(4 * count)  # threads of XLA's pool: a collective holds one until every device has come
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
