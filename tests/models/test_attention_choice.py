@@ -92,7 +92,8 @@ def test_what_cudnn_is_asked_for_equals_xla(window):
 def on(platform):
     """Something laid out over a mesh of that platform."""
     device = SimpleNamespace(platform=platform)
-    return SimpleNamespace(mesh=SimpleNamespace(devices=np.asarray([device], dtype=object)))
+    mesh = SimpleNamespace(devices=np.asarray([device], dtype=object))
+    return SimpleNamespace(mesh=mesh, parts=lambda axis: 1)
 
 
 @pytest.mark.parametrize(
