@@ -28,7 +28,7 @@ def test_what_every_stage_writes(chain: Path, stage: str) -> None:
     assert "run.seed = %SEED" in config and f"RUN_DIR = '{run_dir}'" in "".join(config.split("\\\n    "))
     assert len(operative) > len(config)  # with the defaults
     (launch,) = made["launches"]
-    assert launch["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert launch["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
     assert launch["git"].keys() == {"commit", "dirty"} and launch["versions"]["jax"]
 
 
