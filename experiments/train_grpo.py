@@ -117,7 +117,9 @@ def run(
             # 3.3 Advantages within each prompt's responses; is the sampler the scorer?
             here.enter("prepare")
             prepared, metrics = prepare(scored)
-            learn.stop_if_sampler_differs(step, fetch(metrics).get("sampler_gap"), grpo)
+            measured = fetch(metrics)
+            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), grpo)
+            learn.warn_if_kl_is_negative(step, measured.get("kl"), measured.get("kl_standard_error"))
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")

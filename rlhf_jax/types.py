@@ -7,7 +7,8 @@ Masks are boolean and True means *counts*. Losses, log-probabilities, rewards, v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,19 @@ def require_whole(name: str, value: object, least: int) -> None:
     """Raises InputError unless ``value`` is a whole number >= ``least``. name: the key that the user set."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} = {value!r}: give a whole number >= {least}")
+
+
+def require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises InputError unless ``value`` is one of ``allowed``. name: the key that the user set."""
+    if value not in allowed:
+        raise InputError(f"{name} = {value!r}: one of {', '.join(map(repr, allowed))}")
+
+
+def require_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raises InputError unless ``value`` is a number in [low, high], NaN is none. name: the key that the user set."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise InputError(f"{name} = {value!r}: give a number {bounds}")
 
 
 class RunStopped(RuntimeError):

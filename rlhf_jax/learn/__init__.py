@@ -1,19 +1,17 @@
 """Losses and the training step. Handed functions, never imports a model."""
 
+from rlhf_jax.learn.epochs import minibatch_indices
 from rlhf_jax.learn.group import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
+from rlhf_jax.learn.guards import stop_if_not_identity, stop_if_sampler_differs, warn_if_kl_is_negative
 from rlhf_jax.learn.optim import OptimizerConfig, make_optimizer, make_schedule, scale_by_adam_tf
 from rlhf_jax.learn.policy_gradient import (
     PPOConfig,
     PPOState,
     make_ppo_loss,
-    minibatch_indices,
     next_kl_coefficient,
     ppo_optimizer_labels,
     prepare,
-    stop_if_not_identity,
-    stop_if_sampler_differs,
     update,
-    warn_if_kl_is_negative,
 )
 from rlhf_jax.learn.preference import DPOConfig, implicit_rewards, make_dpo_loss
 from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores

@@ -11,7 +11,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import ops
-from rlhf_jax.learn.policy_gradient import response_metrics, run_epochs
+from rlhf_jax.learn.epochs import run_epochs
+from rlhf_jax.learn.policy_gradient import response_metrics
 from rlhf_jax.types import (
     Completions,
     InputError,
@@ -23,6 +24,8 @@ from rlhf_jax.types import (
     Term,
     TrainState,
     TrainStep,
+    require_number,
+    require_one_of,
     require_whole,
 )
 
@@ -87,20 +90,15 @@ class GRPOConfig:
             "old_logprobs": ("scorer", "sampler"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"GRPOConfig.{name} = {getattr(self, name)!r}: one of {', '.join(map(repr, allowed))}")
+            require_one_of(f"GRPOConfig.{name}", getattr(self, name), allowed)
         for name in ("epochs", "minibatches"):
             require_whole(f"GRPOConfig.{name}", getattr(self, name), 1)
-        least = {"clip_low": 0.0, "clip_high": 0.0, "scale_epsilon": 0.0, "kl_coefficient": 0.0}
-        least |= {"max_sampler_gap": 0.0, "max_identity_gap": 0.0}
-        least |= {
-            name: 0.0 for name in ("missing_eos_penalty", "score_clip", "max_kl") if getattr(self, name) is not None
-        }
-        least |= {} if self.dual_clip is None else {"dual_clip": 1.0}
+        least = dict.fromkeys(("clip_low", "clip_high", "scale_epsilon", "kl_coefficient"), 0.0)
+        least |= dict.fromkeys(("max_sampler_gap", "max_identity_gap"), 0.0)
+        optional = {"missing_eos_penalty": 0.0, "score_clip": 0.0, "max_kl": 0.0, "dual_clip": 1.0}
+        least |= {name: low for name, low in optional.items() if getattr(self, name) is not None}
         for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
-                raise InputError(f"GRPOConfig.{name} = {value!r}: give a number >= {low}")
+            require_number(f"GRPOConfig.{name}", getattr(self, name), low)
         if self.ratio == "sequence" and self.reduction != "sequences":
             raise InputError(
                 "GRPOConfig.ratio = 'sequence': its loss is one number a response and needs reduction = 'sequences'"

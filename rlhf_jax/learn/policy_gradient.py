@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -13,6 +12,7 @@ from flax import struct
 from jaxtyping import Array
 
 from rlhf_jax import ops
+from rlhf_jax.learn.epochs import run_epochs
 from rlhf_jax.types import (
     Completions,
     InputError,
@@ -22,16 +22,16 @@ from rlhf_jax.types import (
     PolicyBatch,
     Rng,
     Rollout,
-    RunStopped,
     Term,
     TrainState,
     TrainStep,
+    require_number,
+    require_one_of,
+    require_whole,
 )
 
 PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
 """(trainable params, completions) -> (logprobs, entropy, values), float32 [B, T]."""
-ROUNDING_OF_KL = 1e-3
-"""Nats a response that float32 log-probabilities of hundreds of tokens may be off by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,28 +88,20 @@ class PPOConfig:
             "old_logprobs": ("scorer", "sampler"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"PPOConfig.{name} = {getattr(self, name)!r}: one of {', '.join(map(repr, allowed))}")
+            require_one_of(f"PPOConfig.{name}", getattr(self, name), allowed)
         for name in ("epochs", "minibatches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"PPOConfig.{name} = {value!r}: give a whole number >= 1")
-        for name in (
-            "clip_low",
-            "clip_high",
-            "value_coefficient",
-            "entropy_coefficient",
-            "kl_coefficient",
-            "max_sampler_gap",
-            "max_identity_gap",
-        ):
-            self._require(name, 0.0, None)
+            require_whole(f"PPOConfig.{name}", getattr(self, name), 1)
+        least = dict.fromkeys(
+            ("clip_low", "clip_high", "value_coefficient", "entropy_coefficient", "kl_coefficient"), 0.0
+        )
+        least |= {"max_sampler_gap": 0.0, "max_identity_gap": 0.0, "kl_horizon": 1.0}
+        optional = dict.fromkeys(("value_clip", "kl_target", "missing_eos_penalty", "score_clip", "max_kl"), 0.0)
+        optional["dual_clip"] = 1.0
+        least |= {name: low for name, low in optional.items() if getattr(self, name) is not None}
+        for name, low in least.items():
+            require_number(f"PPOConfig.{name}", getattr(self, name), low)
         for name in ("discount", "lam"):
-            self._require(name, 0.0, 1.0)
-        self._require("kl_horizon", 1.0, None)
-        for name in ("value_clip", "kl_target", "missing_eos_penalty", "score_clip", "dual_clip", "max_kl"):
-            if getattr(self, name) is not None:
-                self._require(name, 1.0 if name == "dual_clip" else 0.0, None)
+            require_number(f"PPOConfig.{name}", getattr(self, name), 0.0, 1.0)
         if self.kl_target == 0:
             raise InputError("PPOConfig.kl_target = 0: give nats above 0, or None for a fixed kl_coefficient")
 
@@ -118,13 +110,6 @@ class PPOConfig:
         """Of the terms of the loss; an entropy that does not count is no term."""
         entropy = {"entropy": -self.entropy_coefficient} if self.entropy_coefficient else {}
         return {"policy": 1.0, "value": self.value_coefficient, **entropy}
-
-    def _require(self, name: str, low: float, high: float | None) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not value >= low or (high is not None and not value <= high):
-            bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
-            raise InputError(f"PPOConfig.{name} = {value!r}: give a number {bounds}")
 
 
 @struct.dataclass
@@ -275,33 +260,6 @@ def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
     return loss
 
 
-class EpochsConfig(Protocol):
-    """What `run_epochs` reads of PPOConfig and GRPOConfig. coefficients: of the terms of the loss."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def minibatches(self) -> int: ...
-    @property
-    def coefficients(self) -> dict[str, float]: ...
-
-
-def _pooled_loss(metrics: dict[str, Mean], config: EpochsConfig) -> Mean:
-    """The loss from its terms' means. A term that nothing counts for adds 0, as in the step."""
-    parts = [(coefficient, metrics[f"loss/{name}"]) for name, coefficient in config.coefficients.items()]
-    values = [coefficient * mean.total / jnp.where(mean.weight > 0, mean.weight, 1.0) for coefficient, mean in parts]
-    return Mean(jnp.stack(values).sum(), jnp.ones(()))
-
-
-def minibatch_indices(rng: Rng, rows: int, config: EpochsConfig) -> Array:
-    """int32 [epochs * minibatches, rows / minibatches]: a fresh permutation of the rows for every epoch, cut up."""
-    if rows % config.minibatches:
-        name = f"{type(config).__name__}.minibatches"
-        raise InputError(f"a rollout of {rows} rows does not divide into {name} = {config.minibatches}")
-    orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(rng, config.epochs))
-    return orders.reshape(config.epochs * config.minibatches, -1).astype(jnp.int32)
-
-
 def update(
     train_step: TrainStep,
     state: TrainState,
@@ -320,41 +278,6 @@ def update(
     return run_epochs(train_step, state, batch, batch.advantages.shape[0], rng, config, frozen, adjust)
 
 
-def run_epochs(
-    train_step: TrainStep,
-    state: TrainState,
-    batch: Any,
-    rows: int,
-    rng: Rng,
-    config: EpochsConfig,
-    frozen: Params | None = None,
-    adjust: Callable[[Any], Any] | None = None,
-) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}. adjust: of a minibatch.
-
-    Metrics are summed over all of them (token means over the whole update), ``loss`` is the sum of the terms so pooled;
-    ``identity/*`` are those of the first
-    minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding. ``identity/identity_gap`` is
-    the largest |log ratio| of that minibatch (with microbatches: the sum of each one's largest, never less).
-    """
-    indices = minibatch_indices(rng, rows, config)
-
-    def one(state: TrainState, places: Array) -> tuple[TrainState, dict[str, Mean]]:
-        chosen = jax.tree.map(lambda x: x[places], batch)
-        return train_step(state, frozen or {}, chosen if adjust is None else adjust(chosen))
-
-    state, metrics = jax.lax.scan(one, state, indices)
-    merged: dict[str, Mean] = jax.tree.map(lambda x: x.sum(axis=0), metrics)
-    merged["loss"] = _pooled_loss(merged, config)
-    first: dict[str, Mean] = jax.tree.map(lambda x: x[0], metrics)
-    for name in ("identity_gap", "approx_kl_k2", "clip_fraction", "ratio"):
-        merged[f"identity/{name}"] = first[name]
-    # A maximum does not merge by addition: the mean of the microbatches' maxima would hide one bad row from the guard.
-    merged["identity/identity_gap"] = Mean(first["identity_gap"].total, jnp.ones(()))
-    del merged["identity_gap"]
-    return state, merged
-
-
 def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episodes: int) -> Array:
     """The adaptive controller after an update (fixed when kl_target is None). kl: mean over rows of the summed KL; one
     that is not finite changes nothing."""
@@ -369,51 +292,3 @@ def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episod
 def ppo_optimizer_labels(params: Params) -> Any:
     """Which optimiser ("policy" or "value") owns each leaf of {"policy": ..., "value": ...}."""
     return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
-
-
-class GapLimits(Protocol):
-    """What the two guards read of PPOConfig and GRPOConfig."""
-
-    @property
-    def max_sampler_gap(self) -> float: ...
-    @property
-    def max_identity_gap(self) -> float: ...
-
-
-def stop_if_sampler_differs(step: int, gap: float | None, config: GapLimits) -> None:
-    """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. Raises RunStopped beyond the limit."""
-    if gap is not None and not gap <= config.max_sampler_gap:  # NaN too
-        raise RunStopped(
-            f"step {step}: sampler and scorer differ by {gap:.2e} nats a token, limit "
-            f"{type(config).__name__}.max_sampler_gap = {config.max_sampler_gap}: the ratio would be wrong"
-        )
-
-
-def stop_if_not_identity(step: int, gap: float | None, config: GapLimits) -> None:
-    """gap: largest |log ratio| before the first update of an iteration. Raises RunStopped beyond the limit."""
-    if gap is not None and not gap <= config.max_identity_gap:  # NaN too
-        raise RunStopped(
-            f"step {step}: before the first update |log ratio| is {gap:.2e}, limit {type(config).__name__}.max_identity_gap "
-            f"= {config.max_identity_gap}: update and scorer see different models or masks"
-        )
-
-
-def warn_if_kl_is_negative(step: int, kl: float | None, standard_error: float | None) -> bool:
-    """Whether the estimate of the KL to the reference is negative beyond noise; then a line on stderr.
-
-    kl: mean over a rollout of log-probability policy minus reference on the samples, nats a response; its expectation is
-    the KL, which is >= 0, only when the samples are the scored policy's own. Below -3 standard errors (and rounding) they
-    are not: top_k, top_p, min_p, a repetition penalty or min_new_tokens draw from another distribution, and so does a
-    sampler that differs from the scorer (huggingface/trl issues 239, 262, 352). The penalty then pays for going there.
-    """
-    if kl is None or standard_error is None or not kl < -3.0 * standard_error - ROUNDING_OF_KL:
-        return False
-    if jax.process_index() == 0:
-        print(
-            f"warning: step {step}: the KL to the reference is estimated as {kl:.3g} nats a response, "
-            f"{-kl / max(standard_error, 1e-9):.1f} standard errors below 0: the samples are not the policy's own; "
-            "leave top_k, top_p, min_p, repetition_penalty and min_new_tokens of SamplingConfig off, or lower "
-            "PPOConfig.kl_coefficient",
-            file=sys.stderr,
-        )
-    return True
