@@ -67,7 +67,7 @@ def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage:
     assert set(programs) <= ran.keys()
     assert {name: planned.get(name) for name in programs} == {name: ran[name] for name in programs}
     told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["settings"]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert told["settings"]["mesh"] == {"data": 2, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 1}
     assert len({phase["program_sha256"] for phase in told["phases"]}) == len(programs)
 
 
