@@ -30,6 +30,7 @@ def test_dpo_learns_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> N
     same_as(tmp_path / "unbroken", tmp_path / "broken", "params", "opt_state", "rng", "step")
 
 
+@pytest.mark.slow
 def test_dpo_of_adapters_begins_at_its_base(chain: Path, begin, tmp_path: Path) -> None:
     finish(begin("train_dpo", "dpo_lora", "run", **places(chain)))
     lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]

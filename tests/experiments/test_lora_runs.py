@@ -22,6 +22,7 @@ def adapters_of(run_dir: Path, model: Model) -> dict:
     return jax.tree_util.tree_map_with_path(lambda at, _: state["['params']" + jax.tree_util.keystr(at)], tree)
 
 
+@pytest.mark.slow
 def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tmp_path: Path) -> None:
     places = {"BASE": chain / "base"}
     finish(begin("train_sft", "sft_lora", "unbroken", **places))
@@ -67,6 +68,7 @@ def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path,
     assert trained and all("lora_" in path or "scalar_head" in path for path in trained)
 
 
+@pytest.mark.slow
 def test_adapters_over_int8_are_merged_into_the_numbers_they_were_trained_over(
     chain: Path, begin, tmp_path: Path
 ) -> None:
