@@ -3,8 +3,8 @@
     python scripts/benchmark.py --suite=cpu
     python scripts/benchmark.py --rows=sft,generate --torch_python=PATH/bin/python --repeats=5
 
-Each row (`benchmark_rows.ROWS`) runs in a process of its own for every side, the sides in turn, so that all see the same
-machine; a ratio is the median of the ratios of neighbouring runs. Prints a table: throughput in useful tokens (pairs,
+Each row (`benchmark_rows.ROWS`) runs in a process of its own for every side, one after the other; a ratio is that of their
+medians. Prints a table: throughput in useful tokens (pairs,
 iterations) a second (median and spread of the repetitions), share of the measured peak of a matrix product, CPU seconds
 and peak memory of the process. Weights are random: no number here depends on them. torch's side needs torch and
 transformers in its own interpreter, TRL's also trl; docs/performance.md says how they were installed.
@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,37 +60,33 @@ class Side:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def once(self) -> dict[str, Any]:
-        """One repetition: seconds, cpu_seconds, amount (of the row's unit), flops, peak_bytes."""
+    def runs(self, repeats: int) -> list[dict[str, Any]]:
+        """Of every repetition: seconds, cpu_seconds, amount (of the row's unit), flops, peak_bytes. Ends the process."""
         assert self._process.stdin is not None
-        print("go", file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
+        found = []
+        for _ in range(repeats):
+            print("go", file=self._process.stdin, flush=True)
+            found.append(self._answer())
         self._process.stdin.close()
         self._process.wait()
+        return found
 
 
-def measure(row: Row, shape: str, pythons: dict[str, str], repeats: int, tuned: bool) -> list[list[str]]:
-    """The table's lines of a row: ours, then those of the peers that there is an interpreter for."""
-    sides = [Side(sys.executable, "benchmark_jax.py", row.name, shape, {"GLIBC_TUNABLES": MALLOC} if tuned else {})]
-    sides += [Side(pythons[peer], PEERS[peer], row.name, shape, {}) for peer in row.peers if peer in pythons]
-    runs: list[list[dict[str, Any]]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, found in zip(sides, runs, strict=True):
-            found.append(side.once())
-    for side in sides:
-        side.close()
-    peak, ours = sides[0].facts["peak_flops"], runs[0]
-    return [line(row, side.facts["version"], found, ours, peak) for side, found in zip(sides, runs, strict=True)]
+def measure(row: Row, shape: str, pythons: dict[str, str], repeats: int, tuned: bool) -> Iterator[list[str]]:
+    """The table's lines of a row: ours, then those of the peers that there is an interpreter for. One process at a time:
+    memory that lies idle for some seconds is slow when it is used again, and two sides may not fit."""
+    ours = Side(sys.executable, "benchmark_jax.py", row.name, shape, {"GLIBC_TUNABLES": MALLOC} if tuned else {})
+    facts, beside = ours.facts, ours.runs(repeats)
+    yield line(row, facts["version"], beside, None, facts["peak_flops"])
+    for peer in row.peers:
+        if peer in pythons:
+            side = Side(pythons[peer], PEERS[peer], row.name, shape, {})
+            yield line(row, side.facts["version"], side.runs(repeats), beside, facts["peak_flops"])
 
 
-def line(row: Row, name: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]], peak: float) -> list[str]:
-    """Of one side, under `HEAD`."""
-    speed, beside = ([run["amount"] / run["seconds"] for run in found] for found in (runs, ours))
-    ratio = statistics.median(a / b for a, b in zip(beside, speed, strict=True))
+def line(row: Row, name: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]] | None, peak: float) -> list[str]:
+    """Of one side, under `HEAD`. ours: None when it is ours."""
+    speed = speeds(runs)
     return [
         row.name,
         name,
@@ -98,8 +95,13 @@ def line(row: Row, name: str, runs: list[dict[str, Any]], ours: list[dict[str, A
         f"{statistics.median(run['flops'] / run['seconds'] for run in runs) / peak:.2f}",
         f"{statistics.median(run['cpu_seconds'] for run in runs):.1f}",
         f"{max(run['peak_bytes'] for run in runs) / 1e9:.1f} GB",
-        "" if runs is ours else f"{ratio:.2f}x",
+        "" if ours is None else f"{statistics.median(speeds(ours)) / statistics.median(speed):.2f}x",
     ]
+
+
+def speeds(runs: list[dict[str, Any]]) -> list[float]:
+    """The row's unit a second, of every repetition."""
+    return [run["amount"] / run["seconds"] for run in runs]
 
 
 def benchmark() -> int:
@@ -111,7 +113,7 @@ def benchmark() -> int:
             raise InputError(f"--rows: {name!r} is none of {', '.join(NAMES)}")
     if given.repeats < 1:
         raise InputError(f"--repeats = {given.repeats}: give a number >= 1")
-    pythons = {"torch": given.torch_python, "trl": given.trl_python}
+    pythons = {"torch": given.torch_python, "trl": given.trl_python, "trl_ppo": given.trl_ppo_python}
     pythons = {peer: python for peer, python in pythons.items() if python is not None}
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}; {versions}")
@@ -131,6 +133,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 3, "Timed repetitions of each side.")
     flags.DEFINE_string("torch_python", None, "A Python with torch and transformers to run beside ours.")
     flags.DEFINE_string("trl_python", None, "A Python with trl as well.")
+    flags.DEFINE_string("trl_ppo_python", None, "A Python with a trl that still has PPO (0.19.1).")
     flags.DEFINE_bool("malloc", True, "Run ours with the malloc settings printed above the table.")
-    names = ("suite", "rows", "shape", "repeats", "torch_python", "trl_python", "malloc")
+    names = ("suite", "rows", "shape", "repeats", "torch_python", "trl_python", "trl_ppo_python", "malloc")
     sys.exit(run_command(benchmark, sys.argv, __doc__ or "", names))

@@ -73,7 +73,9 @@ def drawn(model: Model) -> tuple[Params, Any]:
     return born_sharded(model.init, shardings, MESH, jax.random.key(0)), shardings
 
 
-def supervised(model: Model, functions: Any, batch: Any, amount: float, flops: float) -> Once:
+def supervised(
+    model: Model, functions: Any, batch: Any, amount: float, flops: float, frozen: Params | None = None
+) -> Once:
     """A training step. functions: (optimizer, state) -> `programs.SupervisedFunctions`."""
     optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-5), 1000)
     params, shardings = drawn(model)
@@ -84,7 +86,7 @@ def supervised(model: Model, functions: Any, batch: Any, amount: float, flops: f
     step, placed = functions(optimizer, held["state"]).train_step, to_global(batch, MESH)
 
     def once() -> tuple[float, float]:
-        held["state"], metrics = step(held["state"], {}, placed)
+        held["state"], metrics = step(held["state"], frozen or {}, placed)
         jax.block_until_ready((held["state"], metrics))
         return amount, flops
 
@@ -131,6 +133,22 @@ def pairs(lengths: Sequence[int], width: int) -> Once:
         return programs.reward_functions(model, optimizer, state, MESH, microbatches=1, centring=0.0)
 
     return supervised(model, functions, batch, 8, flops)
+
+
+def dpo() -> Once:
+    """8 pairs x 256, of which 64 are the prompt; the reference reads them too."""
+    policy = Model(CONFIG)
+    sides = (padded([256] * 8, 256, seed) for seed in (0, 1))
+    replies = [dataclasses.replace(side, loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides]
+    batch = PairBatch(*replies, np.zeros(8, np.float32))  # type: ignore[arg-type]
+    with_head = 192 * 2.0 * SIZES.vocab * SIZES.hidden
+    flops = 4 * 16 * (SIZES.causal_flops(256, head=False) + with_head)
+
+    def functions(optimizer: Any, state: Any) -> Any:
+        settings = {"microbatches": 1, "dpo": learn.DPOConfig()}
+        return programs.dpo_functions(policy, policy, optimizer, state, MESH, **settings)
+
+    return supervised(policy, functions, batch, 8, flops, {"reference": drawn(policy)[0]})
 
 
 def generate() -> Once:
@@ -208,6 +226,53 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
         forward = 16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32)
         trunk = forward - new * (SIZES.forward_flops(0) - SIZES.forward_flops(0, head=False))
         return 1, 2 * forward + 2 * trunk + 4 * 3 * (forward + trunk)  # sampler, reference; value, reward; the update
+
+    return once
+
+
+def grpo() -> Once:
+    """All replies of 64 tokens."""
+    return group_iteration((), 0)
+
+
+def grpo_ragged() -> Once:
+    """Replies of 8 ... 64."""
+    return group_iteration(stops(SIZES, 20), 8)
+
+
+def group_iteration(ends: tuple[int, ...], least: int) -> Once:
+    """Of GRPO: sample, score, prepare, update; 4 prompts x 4. The reward is the length, computed on the host."""
+    policy = Model(CONFIG)
+    models = rollout.RolloutModels(policy, None, None, None)
+    config = learn.GRPOConfig(old_logprobs="sampler")
+    sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
+    rate = learn.OptimizerConfig(learning_rate=1e-6)
+    settings = programs.GRPOSettings(1000, 4, sampling, config, rate, slots=SLOTS)
+    optimizer = programs.grpo_optimizer(settings)
+    params, shardings = drawn(policy)
+
+    def begin(params: Params) -> Any:
+        return learn.initial_state(params, optimizer, jax.random.key(2))
+
+    held = {"state": born_sharded(begin, {"policy": shardings}, MESH, {"policy": params})}
+    del params
+    four = programs.grpo_functions(models, optimizer, held["state"], MESH, settings, {"eos_ids": ends, "pad_id": 0})
+    frozen = {"reference": None, "reward": None}
+    texts = np.random.default_rng(0).integers(3, SIZES.vocab, (4, 64)).tolist()
+    each = {"prompt_ids": [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, "sample_ids": [0, 1, 2, 3] * 4}
+    prompts = to_global(prompt_batch([text for text in texts for _ in range(4)], **each), MESH)
+
+    def once() -> tuple[float, float]:
+        state = held["state"]
+        done = four.generate(state.params, prompts, jax.random.key(int(state.step)))
+        lengths = np.asarray(done.mask).sum(axis=1)
+        scored = four.score(state.params, frozen, done).replace(scores=to_global(lengths.astype(np.float32), MESH))
+        prepared, _ = four.prepare(scored)
+        held["state"], metrics = four.update(state, prepared, jax.random.key(1))
+        jax.block_until_ready((held["state"], metrics))
+        new = int(lengths.sum())
+        update = 3 * (16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32))
+        return 1, SIZES.sampling_flops(4, 64, 0) + new * SIZES.forward_flops(64 + new / 32) + update
 
     return once
 

@@ -39,12 +39,23 @@ ROWS = (
     ),
     Row("rm", "pairs", "reward model step, 8 pairs x 256", ("torch", "trl")),
     Row("rm_ragged", "pairs", "reward model step, 8 pairs of the lengths of GSM8K, padded", ("torch", "trl")),
-    Row("ppo", "iterations", "PPO iteration, 16 x (64 + 64), four 135M models, 4 epochs of one step"),
-    Row("ppo_ragged", "iterations", "the same, replies of 8..64 (each token ends one with probability 1/20)"),
+    Row("dpo", "pairs", "DPO step with its reference, 8 pairs x 256 (64 of them the prompt)", ("trl",)),
+    Row("ppo", "iterations", "PPO iteration, 16 x (64 + 64), four 135M models, 4 epochs of one step", ("trl_ppo",)),
+    Row(
+        "ppo_ragged",
+        "iterations",
+        "the same, replies of 8..64 (each token ends one with probability 1/20); TRL samples all 64 and cuts",
+        ("trl_ppo",),
+    ),
+    Row("grpo", "iterations", "GRPO iteration, 4 prompts x 4 replies (64 + 64), no reference, one step", ("trl",)),
+    Row(
+        "grpo_ragged", "iterations", "the same, replies of 8..64 (each token ends one with probability 1/20)", ("trl",)
+    ),
 )
 """The table in order. A new row: a line here, and a function of its name in benchmark_jax.py and in each peer's script."""
 
-PEERS = {"torch": "benchmark_torch.py", "trl": "benchmark_trl.py"}
+PEERS = {"torch": "benchmark_torch.py", "trl": "benchmark_trl.py", "trl_ppo": "benchmark_trl.py"}
+"""Peer -> its script. trl_ppo: TRL up to 0.2x, the last that had a PPO trainer."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import time
 import numpy as np
 import torch
 import trl
-from benchmark_rows import GSM8K, ROWS, SHAPES, report
+from benchmark_rows import GSM8K, ROWS, SHAPES, report, stops
 from benchmark_torch import CONFIG
 from datasets import Dataset
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 SIZES = SHAPES[sys.argv[2]]
-STEPS = 1000
+STEPS = 50
 SETTINGS = {
     "max_steps": STEPS,
     "use_cpu": True,
@@ -44,6 +44,7 @@ SETTINGS = {
 def tokenizer():
     """Words t0, t1 ...: the data come as token ids, the trainers only want one to ask for the padding."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SIZES.vocab)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
 
 
@@ -53,23 +54,25 @@ def documents(lengths, seed):
     return [rng.integers(3, SIZES.vocab, length).tolist() for length in lengths]
 
 
+def words(texts):
+    """Token ids as the tokenizer's words."""
+    return [" ".join(f"t{token}" for token in text) for text in texts]
+
+
 class Paced(TrainerCallback):
     """A step for every line on stdin; the first one warms up."""
 
     def __init__(self, amount, flops):
-        self._amount, self._flops, self._steps = amount, flops, 0
-
-    def on_step_begin(self, args, state, control, **rest):
-        if self._steps and not sys.stdin.readline():
-            sys.exit(0)
-        self._began, self._cpu = time.perf_counter(), time.process_time()
+        self._amount, self._flops, self._began = amount, flops, None
 
     def on_step_end(self, args, state, control, **rest):
-        if self._steps:
-            report(time.perf_counter() - self._began, time.process_time() - self._cpu, self._amount, self._flops)
-        else:
+        if self._began is None:
             print(json.dumps({"version": f"TRL {trl.__version__}"}), flush=True)
-        self._steps += 1
+        else:
+            report(time.perf_counter() - self._began, time.process_time() - self._cpu, self._amount, self._flops)
+        if not sys.stdin.readline():
+            sys.exit(0)
+        self._began, self._cpu = time.perf_counter(), time.process_time()
 
 
 def sft(out):
@@ -112,8 +115,93 @@ def pairs(out, lengths):
     )
 
 
+def dpo(out):
+    """8 pairs x 256, of which 64 are the prompt."""
+    both, prompts = words(documents([191] * 16, 0)), words(documents([64] * 8, 1))  # the end is appended
+    columns = {
+        "prompt": prompts,
+        "chosen": [f" {text}" for text in both[:8]],
+        "rejected": [f" {text}" for text in both[8:]],
+    }
+    rows = Dataset.from_dict({name: texts * STEPS for name, texts in columns.items()})
+    with_head = 192 * 2.0 * SIZES.vocab * SIZES.hidden
+    return trl.DPOTrainer(
+        model=LlamaForCausalLM(LlamaConfig(**CONFIG)),
+        ref_model=LlamaForCausalLM(LlamaConfig(**CONFIG)),
+        args=trl.DPOConfig(output_dir=out, per_device_train_batch_size=8, **SETTINGS),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        callbacks=[Paced(8, 4 * 16 * (SIZES.causal_flops(256, head=False) + with_head))],
+    )
+
+
+def grpo(out):
+    return groups(out, {})
+
+
+def grpo_ragged(out):
+    return groups(out, {"min_new_tokens": 8})
+
+
+def groups(out, options):
+    """4 prompts x 4 replies; the reward is their length. options: of generate; with any, the ids of `stops` end a reply."""
+    prompts = words(documents([64] * 4, 0))
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    if options:
+        model.generation_config.eos_token_id = list(stops(SIZES, 20))
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_length"}
+    new = 16 * (26 if options else 64)
+    work = SIZES.sampling_flops(4, 64, 0) + new * SIZES.forward_flops(64 + new / 32)
+    return trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completion_ids, **rest: [float(len(ids)) for ids in completion_ids],
+        args=trl.GRPOConfig(
+            output_dir=out,
+            per_device_train_batch_size=16,
+            num_generations=4,
+            max_completion_length=64,
+            generation_kwargs=options or None,
+            **settings,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts * STEPS}),
+        processing_class=tokenizer(),
+        callbacks=[
+            Paced(1, work + 3 * (16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32)))
+        ],
+    )
+
+
+def ppo(out):
+    """16 x (64 + 64): policy, reference, value and reward model."""
+    rows = Dataset.from_dict({"input_ids": documents([64] * 16, 0) * STEPS})
+    policy, reference = (LlamaForCausalLM(LlamaConfig(**CONFIG)) for _ in range(2))
+    value, reward = (LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1)) for _ in range(2))
+    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "num_mini_batches": 1}
+    settings |= {"local_rollout_forward_batch_size": 16, "num_ppo_epochs": 4, "num_sample_generations": 0}
+    settings |= {"response_length": 64, "temperature": 1.0, "total_episodes": 16 * STEPS}
+    settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
+    forward = 16 * (SIZES.causal_flops(64, head=False) + 64 * SIZES.forward_flops(96))
+    trunk = forward - 16 * 64 * (SIZES.forward_flops(0) - SIZES.forward_flops(0, head=False))
+    return trl.PPOTrainer(
+        args=trl.PPOConfig(output_dir=out, gradient_checkpointing=False, disable_tqdm=True, **settings),
+        processing_class=tokenizer(),
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(16)),
+        callbacks=[Paced(1, 2 * forward + 2 * trunk + 12 * (forward + trunk))],
+    )
+
+
+def ppo_ragged(out):
+    """TRL's PPO samples all 64 tokens, cuts replies afterwards and reads the padding: the same work."""
+    return ppo(out)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    known = {row.name: globals()[row.name] for row in ROWS if "trl" in row.peers}
+    known = {row.name: globals()[row.name] for row in ROWS if {"trl", "trl_ppo"} & set(row.peers)}
     with tempfile.TemporaryDirectory() as directory:
         known[sys.argv[1]](directory).train()
