@@ -36,6 +36,7 @@ CONFIG = ModelConfig(
     ffn_size=SIZES.ffn,
     max_length=2048,
     tie_embeddings=True,
+    remat="cheap",
 )
 MESH = make_mesh(MeshConfig())
 SLOTS = rollout.SlotConfig(separate_layers=True)

@@ -42,7 +42,6 @@ _POSITIVE = ("rope_theta", "norm_epsilon", "rope_fraction")
 _POSITIVE_OR_NONE = ("rope_theta_sliding", "attention_scale", "attention_soft_cap", "logit_soft_cap")
 _FLAGS = (
     "tie_embeddings",
-    "remat",
     "scale_embeddings",
     "parallel_residual",
     "qkv_bias",
@@ -61,8 +60,9 @@ class ModelConfig:
     Sizes: vocab_size, hidden_size, num_layers, num_heads (a multiple of num_kv_heads), num_kv_heads, head_dim, ffn_size;
     max_length: longest sequence in tokens. head: what stands on the trunk, "lm" (logits), "scalar" (reward or value)
     or "lm+scalar" (policy and value sharing a trunk). param_dtype: dtype in which parameters are kept; compute_dtype:
-    of activations and matmuls. Logits and scalars are float32 whatever these are. remat: recompute each block in the
-    backward pass instead of keeping its activations. logits_chunk: columns of a batch whose logits exist at a time when
+    of activations and matmuls. Logits and scalars are float32 whatever these are. remat: what
+    the backward pass computes again of a block: nothing (False), all from its input (True), or "cheap": all but the
+    products with weights, which are kept (docs/memory.md). logits_chunk: columns of a batch whose logits exist at a time when
     tokens are scored; changes memory, not numbers (docs/memory.md). attention: its
     implementation (`models.attention` has the table). family: the checkpoint format it is exported in.
 
@@ -97,7 +97,7 @@ class ModelConfig:
     head: Head = "lm"
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: bool | Literal["cheap"] = False
     logits_chunk: int = 128
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     family: str = "llama"
@@ -158,6 +158,8 @@ class ModelConfig:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):  # gin reads 'False' as a string, which is true
                 raise InputError(f"ModelConfig.{name} = {getattr(self, name)!r}: give True or False")
+        if not (isinstance(self.remat, bool) or self.remat == "cheap"):
+            raise InputError(f"ModelConfig.remat = {self.remat!r}: give True, False or 'cheap'")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"ModelConfig.{name} = {getattr(self, name)!r}: one of {', '.join(choices)}")

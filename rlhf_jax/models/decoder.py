@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlhf_jax.models import splash
 from rlhf_jax.models.attention import Attend, attend, self_attention
 from rlhf_jax.models.cache import KVCache, restored, stored
 from rlhf_jax.models.config import ModelConfig
@@ -128,7 +129,7 @@ class Decoder(nnx.Module):
                 x, routing = layer(x, query, key, value, attends[kind.window], constrain)
                 return constrain(x, _RESIDUAL), (((key, value) if keep_keys_and_values else None), routing)
 
-            return jax.checkpoint(block, prevent_cse=False) if self._config.remat else block
+            return _recomputed(block, self._config)
 
         for kinds, definitions, weights, _ in self._groups():
             runs = [run(definition, kind) for definition, kind in zip(definitions, kinds, strict=True)]
@@ -275,6 +276,18 @@ def _one_of(stack: Array, index: Array) -> Array:
     """stack[index]."""
     one: Array = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
     return one
+
+
+def _recomputed(block: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    """``block`` with what `ModelConfig.remat` wants of its backward pass."""
+    if not config.remat:
+        return block
+    # A product with weights has no batch axes; those of attention have. Splash attention keeps its own two results.
+    products = jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(splash.RESIDUALS),
+    )
+    return jax.checkpoint(block, prevent_cse=False, policy=products if config.remat == "cheap" else None)
 
 
 def _stacked(config: ModelConfig, kind: LayerKind, count: int, rngs: nnx.Rngs) -> Block:

@@ -18,6 +18,8 @@ LANES = 128
 """The kernel works on blocks of a multiple of this many columns."""
 BLOCKS = (512, 256, 128)
 """Block lengths, the largest that divides the columns is taken."""
+RESIDUALS = "splash_residuals"
+"""What `jax.checkpoint` policies call the result of the kernel and its logsumexp, which its backward pass reads."""
 
 
 def splash_attention(
@@ -90,6 +92,7 @@ def _on_one_device(
             block_kv_dq=block,
         ),
         attn_logits_soft_cap=cap,
+        residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
 

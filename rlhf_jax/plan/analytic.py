@@ -100,11 +100,17 @@ def cache_bytes(config: ModelConfig, rows: int, columns: int) -> int:
 
 
 def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
-    """Activations that wait for the backward pass when every block is recomputed: the input of each block. None without
-    recomputation: what is kept is then the compiler's choice."""
-    if not config.remat:
+    """Activations that wait for the backward pass: the input of each block and, with remat "cheap", its products with
+    weights but the last one, which is only added. None where that is the compiler's choice: without recomputation, and
+    "cheap" with experts, whose products are grouped."""
+    if not config.remat or (config.remat == "cheap" and config.num_experts):
         return None
-    return (config.num_layers + 1) * rows * length * config.hidden_size * config.dtype.itemsize
+    width = config.hidden_size
+    if config.remat == "cheap":
+        heads = config.num_heads + 2 * config.num_kv_heads
+        width += heads * config.head_dim + config.hidden_size + (1 + config.gated_mlp) * config.ffn_size
+    columns = config.num_layers * width + config.hidden_size
+    return columns * rows * length * config.dtype.itemsize
 
 
 def tree_bytes(tree: Any) -> int:

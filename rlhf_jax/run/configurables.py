@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gin
 from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class ModelSource:
     tokenizer: Any = None
     param_dtype: str | None = None
     compute_dtype: str | None = None
-    remat: bool | None = None
+    remat: bool | Literal["cheap"] | None = None
     logits_chunk: int | None = None
     attention: str | None = None
     max_length: int | None = None

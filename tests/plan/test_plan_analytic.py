@@ -39,6 +39,8 @@ def test_bytes() -> None:
     assert cache_bytes(tiny_config(), 3, 15) == 2 * 2 * 3 * 2 * 15 * 8 * 4
     assert saved_bytes(tiny_config(remat=True), 3, 15) == 3 * 3 * 15 * 16 * 4
     assert saved_bytes(tiny_config(), 3, 15) is None
+    # "cheap" keeps of each layer beside its input: q 4 x 8, k and v 2 x 2 x 8, the output 16, gate and up 2 x 32.
+    assert saved_bytes(tiny_config(remat="cheap"), 3, 15) == (2 * (16 + 32 + 32 + 16 + 64) + 16) * 3 * 15 * 4
 
 
 @pytest.mark.parametrize(("spec", "size"), [(("fsdp", None), 64), ((None, "tensor"), 128), ((None, None), 256)])
