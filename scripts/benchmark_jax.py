@@ -208,7 +208,7 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
     rate = learn.OptimizerConfig(learning_rate=1e-6)
     config = learn.PPOConfig(epochs=4, minibatches=1, old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
-    settings = programs.PPOSettings(1000, sampling, config, rate, rate, slots=SLOTS)
+    settings = programs.PPOSettings(1000, sampling, config, rate, rate, microbatches=2, slots=SLOTS)
     optimizer = programs.ppo_optimizer(settings)
     begin = programs.ppo_beginning(optimizer, settings, jax.random.key(2))
     held = {"state": born_sharded(begin, {name: each for name, (_, each) in both.items()}, MESH, params)}
