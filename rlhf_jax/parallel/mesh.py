@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from rlhf_jax.parallel.meeting import meet
 from rlhf_jax.types import InputError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
@@ -52,7 +53,9 @@ class MeshConfig:
 def remake_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
     """The devices of ``mesh`` in the same order under another shape: arrays go from one to the other on the devices."""
     sizes = _sizes(config, mesh.size)
-    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    made = Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    meet(made)
+    return made
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -63,8 +66,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     sizes, kinds = _sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
     if len(_granules(devices, "slice_index")) == 1 and config.dcn_data == config.dcn_fsdp == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    return Mesh(hybrid_devices(config, devices), AXES, axis_types=kinds)
+        made = jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    else:
+        made = Mesh(hybrid_devices(config, devices), AXES, axis_types=kinds)
+    meet(made)
+    return made
 
 
 def hybrid_devices(config: MeshConfig, devices: list[Any]) -> np.ndarray:
