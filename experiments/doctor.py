@@ -37,7 +37,7 @@ from rlhf_jax.doctor import (
     token_checks,
     vocabulary_check,
 )
-from rlhf_jax.io import read_template
+from rlhf_jax.io import locate, read_template
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch
@@ -184,11 +184,11 @@ def ppo_checks(
     same = "policy, reference" + (", reward and value model" if cast.judge else " and value model")
     yield Finding("ok", "tokenizers", f"{same} have one vocabulary")
     if cast.judge is not None and cast.judge.input is not None:
-        yield probe_check(Path(cast.judge.input).expanduser(), cast.judge.model, cast.judge.params)
+        yield probe_check(locate(cast.judge.input).path, cast.judge.model, cast.judge.params)
     tokenizer, template = cast.policy.tokenizer, prompts.template
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
-    trained = None if cast.policy.input is None else read_template(Path(cast.policy.input).expanduser())
+    trained = None if cast.policy.input is None else read_template(locate(cast.policy.input).path)
     yield template_check(trained, template)
     encoded, _ = encode_prompts(prompts, tokenizer, batch.length)
     yield from token_checks(encoded.items, tokenizer)

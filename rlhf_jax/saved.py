@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rlhf_jax.types import InputError
 
 Layout = dict[str, list[Any]]
 """{'params/embed/embedding': [[V, D], 'float32']}: every leaf of a state by its path."""
-MANIFEST = "manifest.json"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 
 
 class DamagedCheckpoint(InputError):
@@ -38,13 +38,21 @@ class DamagedCheckpoint(InputError):
 
 def checkpoint_dir(run_dir: str | Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return Path(run_dir).absolute() / "checkpoints"
+    return Path(run_dir).absolute() / CHECKPOINTS
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
     """The steps of a run, ascending; [] when there is none. Reads directory names only: `verify` looks inside."""
     directory = checkpoint_dir(run_dir)
     return sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
+
+
+def steps_among(names: Collection[str]) -> list[int]:
+    """The whole steps of a run, ascending, from the names of its files: those with a manifest, which is copied last."""
+    parts = [name.split("/") for name in names]
+    return sorted(
+        int(p[1]) for p in parts if len(p) == 3 and (p[0], p[2]) == (CHECKPOINTS, MANIFEST) and p[1].isdigit()
+    )
 
 
 def latest_step(run_dir: str | Path) -> int | None:

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "rlhf_jax"
 ALL = {
     "types",
     "saved",
+    "remote",
     "ops",
     "data",
     "models",
@@ -31,8 +32,9 @@ ROOMS: dict[str, set[str]] = {
     "types": set(),
     "saved": {"types"},
     "command": {"types"},
+    "remote": {"types"},
     "ops": {"types"},
-    "data": {"types"},
+    "data": {"types", "remote"},
     "models": {"types", "ops"},
     "parallel": {"types"},
     "rollout": {"types", "ops", "models"},
@@ -42,8 +44,8 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"types", "ops", "data"},
     "programs": {"types", "models", "learn", "rollout", "parallel"},
     "plan": {"types", "models", "learn", "rollout", "parallel", "io", "programs"},
-    "io": {"types", "saved", "models", "parallel", "data"},
-    "run": {"types", "saved", "command"},
+    "io": {"types", "saved", "remote", "models", "parallel", "data"},
+    "run": {"types", "saved", "command", "remote"},
     "doctor": {"types", "saved", "data", "models", "learn", "rollout", "run"},
     "testing": ALL,  # shipped for the tests of users; nothing of ours may lean on it
 }
@@ -53,6 +55,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "types": {"numpy", "transformers", "datasets", "grain", "optax", "orbax"},
     "ops": {"flax", "transformers", "datasets", "grain", "orbax", "safetensors"},
     "data": {"jax", "flax", "optax", "orbax"},
+    "remote": {"jax", "flax", "optax", "orbax"},
     "models": {"transformers", "datasets", "grain", "optax", "orbax"},
     "parallel": {"flax", "transformers", "datasets", "grain", "optax", "orbax"},
     "rollout": {"transformers", "datasets", "grain", "optax", "orbax"},
@@ -60,13 +63,13 @@ FORBIDDEN: dict[str, set[str]] = {
 }
 """Libraries a room must do without (``flax.struct`` is none: it only makes a dataclass a pytree).
 
-``data`` prepares numpy arrays: no jax, so no jit.
+``data`` prepares numpy arrays: no jax, so no jit; nor does ``remote``, which it reads through.
 """
 
 EXCEPTIONS = {
     "run/configurables.py": ALL | {"run", "testing"},
     "run/heldout.py": {"data", "evaluate", "parallel"},
-    "run/records.py": {"types", "data"},
+    "run/records.py": {"types", "remote", "data"},
     "run/models.py": {"types", "data", "io", "models", "parallel"},
     "run/cast.py": {"types", "data", "io", "learn", "models", "parallel", "programs", "rollout"},
 }

@@ -1,4 +1,4 @@
-"""Where rows come from: local files (jsonl, json, csv, tsv, parquet, txt; gzip too) or a Hugging Face hub data set."""
+"""Where rows come from: files (jsonl, csv, parquet, ...; gzip too), local or behind a URL, or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rlhf_jax.remote import fetched, is_remote
 from rlhf_jax.types import InputError
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
@@ -26,14 +27,15 @@ def read_rows(
 ) -> Iterator[Row]:
     """Yields ``(number, row)``: number is the line where the row begins (json, parquet: the row's number), from 1.
 
-    location: a file, or the name of a hub data set ("openai/gsm8k", with a configuration "openai/gsm8k:main").
+    location: a file, its URL (copied to this machine first), or the name of a hub data set ("openai/gsm8k", with a configuration
+    "openai/gsm8k:main").
     split: the hub split ("train", "train[:100]"); files have none.
     format: one of FORMATS; None infers it from the ending, before which ".gz" may stand after it ("a.jsonl.gz").
     encoding: of text files, any that extends ASCII; a UTF-8 byte order mark is skipped.
     jsonl and txt skip blank lines; txt yields {"text": line}; csv and tsv need a header; tsv knows no quotes.
     Raises InputError with file and line: missing file, truncated gzip, bad JSON, wrong encoding, row unlike the header.
     """
-    path = Path(location).expanduser()
+    path = fetched(str(location)) if is_remote(location) else Path(location).expanduser()
     if path.is_file():
         if split is not None:
             raise InputError(
@@ -43,8 +45,6 @@ def read_rows(
     text = str(location)
     if path.exists():
         raise InputError(f"{text}: is a directory; name one file in it")
-    if "://" in text:
-        raise InputError(f"{text}: remote files are not read in place; copy it to the local disk first")
     if format is not None or _ending(path) in FORMATS or not _HUB_NAME.fullmatch(text) or path.is_absolute():
         raise InputError(f"{text}: no such file; check the path")
     if split is None:

@@ -1,10 +1,13 @@
-"""What a path given by a user is: a run directory, a Hugging Face directory, a GGUF file, or a model on the hub."""
+"""What a path given by a user is: a run directory, a Hugging Face directory, a GGUF file, one of these behind a URL, or a model on
+the hub."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +21,8 @@ from huggingface_hub.errors import (
 )
 
 from rlhf_jax.io.run_directory import CARD
+from rlhf_jax.remote import fetched, is_remote
+from rlhf_jax.saved import steps_among
 from rlhf_jax.types import InputError
 
 Kind = Literal["run", "huggingface", "gguf"]
@@ -35,11 +40,12 @@ class Location:
 
 
 def locate(given: str | Path) -> Location:
-    """Find out what ``given`` is; a hub id (``name/model`` or ``name/model@revision``) is downloaded or taken from the cache.
+    """Find out what ``given`` is; a hub id (``name/model`` or ``name/model@revision``) is downloaded or taken from the cache,
+    what is behind a URL too: of a run its newest whole checkpoint, of a file it alone.
 
     What exists locally is local. Raises InputError when there is no such thing anywhere.
     """
-    path = Path(given).expanduser()
+    path = fetched(str(given), _of_a_model) if is_remote(given) else Path(given).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"{path}: a single file must be a .gguf; give the directory that holds the checkpoint")
@@ -51,6 +57,15 @@ def locate(given: str | Path) -> Location:
         raise InputError(f"{given}: no such file or directory (and no hub id, which looks like name/model)")
     snapshot = _download(match["repo"], match["revision"])
     return Location("huggingface", snapshot, snapshot.name)
+
+
+def _of_a_model(names: Collection[str]) -> set[str]:
+    """Of the files of a directory those that are read."""
+    if CARD not in names:
+        return {name for name in names if any(fnmatch.fnmatch(name, wanted) for wanted in _WANTED) and "/" not in name}
+    newest = max(steps_among(names), default=None)
+    parts = ("tokenizer/", f"checkpoints/{newest}/")
+    return {n for n in names if n.startswith(parts) or ("/" not in n and n.endswith((".json", ".gin")))}
 
 
 def _kind_of_directory(path: Path) -> Kind:

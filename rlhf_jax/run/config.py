@@ -47,6 +47,12 @@ flags.DEFINE_string(
     "distributed", None, "Join other processes: auto, or HOST:PORT,PROCESSES,INDEX (run/distributed.py)."
 )
 
+flags.DEFINE_string(
+    "sync",
+    None,
+    "Keep a copy of the run directory at this URL (gs://...), and fetch what is there first (run/mirror.py).",
+)
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAY_CHANGE = (
     "run.run_dir",
@@ -369,9 +375,9 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 
 
 def _usage(run_fn: Callable[..., object]) -> str:
-    """The experiment's own words and the three flags."""
+    """The experiment's own words and the flags of all."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache"))
+    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync"))
 
 
 def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:

@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.remote import is_remote
 from rlhf_jax.run.checkpoint import Checkpoints, Retention, newest_verified
 from rlhf_jax.run.config import BoundConfig
 from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.faults import Faults
 from rlhf_jax.run.loop import Run
 from rlhf_jax.run.loop_config import LoopConfig
+from rlhf_jax.run.mirror import fetched_mirror
 from rlhf_jax.run.provenance import Input, describe, versions, write_atomically, write_provenance
 from rlhf_jax.run.resume import (
     forget,
@@ -49,15 +51,19 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
 
-    run_dir: a local directory, created when missing. stage: 'sft', 'ppo', ... mesh: only recorded. output: the file that a
+    run_dir: a local directory, created when missing; with --sync fetched first (`run.mirror`).
+    stage: 'sft', 'ppo', ... mesh: only recorded. output: the file that a
     run without checkpoints leaves when it is done. Raises InputError,
     before anything is written, when the directory belongs to something else, is in use, or was begun with another
     configuration.
     A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
     first step of a new run removes its directory again.
     """
+    if is_remote(run_dir):
+        raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
     directory = Path(run_dir).expanduser().absolute()
     refuse_foreign(directory, stage)
+    mirror = fetched_mirror(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]
     first, fresh = jax.process_index() == 0, not directory.exists()
@@ -66,6 +72,8 @@ def open_run(
         with contextlib.ExitStack() as stack:
             if first:
                 stack.callback(lock(directory).close)
+                if mirror is not None:
+                    stack.enter_context(mirror)
             signals = stack.enter_context(Signals())
             reached = latest_step(directory) or 0
             if reached or (output is not None and (directory / output).is_file()):
@@ -88,6 +96,8 @@ def open_run(
             def at(point: str, step: int, place: Path) -> None:
                 status.update(saving="" if point == "retain" else f"{point} {step}")
                 faults.at(point, step, place)
+                if mirror is not None and point == "retain":
+                    mirror.start()
 
             facts = {
                 "config": hashlib.sha256(bound.operative.encode()).hexdigest(),

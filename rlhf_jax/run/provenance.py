@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.remote import fetched, is_remote
 from rlhf_jax.saved import hash_file, latest_step
 from rlhf_jax.types import InputError
 
@@ -49,8 +50,8 @@ PACKAGES = (
 class Input:
     """Something a run reads. name: its role ('reward_model'). path: file, directory or run directory.
 
-    fingerprint: what identifies the content; None: computed from ``path``, which must then be local. What is not local
-    (a bucket, a hub id) needs one from whoever loaded it, for instance the revision.
+    fingerprint: what identifies the content; None: computed from ``path``, a local one or a URL. What is neither (a hub id)
+    needs one from whoever loaded it, for instance the revision.
     """
 
     name: str
@@ -83,7 +84,7 @@ def fingerprint_input(path: Path, step: int | None) -> str:
 
 
 def describe(given: Input) -> dict[str, Any]:
-    """The entry of an input: ``name``, absolute ``path``, ``fingerprint``.
+    """The entry of an input: ``name``, absolute ``path`` or URL, ``fingerprint`` (of what was fetched from a URL).
 
     For a run directory the fingerprint is that of its newest ``step`` (with the normalisation of a reward run): its logs
     go on changing (a later resume), the weights another run read do not. A file that lies in a run directory was
@@ -91,8 +92,9 @@ def describe(given: Input) -> dict[str, Any]:
     """
     if given.fingerprint is not None:
         return {"name": given.name, "path": given.path, "fingerprint": given.fingerprint}
-    path = Path(given.path).expanduser().absolute()
-    entry: dict[str, Any] = {"name": given.name, "path": str(path)}
+    remote = is_remote(given.path)
+    path = fetched(given.path) if remote else Path(given.path).expanduser().absolute()
+    entry: dict[str, Any] = {"name": given.name, "path": given.path if remote else str(path)}
     run = path if path.is_dir() else path.parent
     if (run / FILE).is_file():
         step = latest_step(run) if run == path else None
@@ -234,7 +236,7 @@ def lineage(run_dir: str | Path, *, verify: bool = False) -> dict[str, Any]:
 
 def _ancestor(entry: dict[str, Any], verify: bool) -> dict[str, Any]:
     path = Path(entry["path"])
-    node: dict[str, Any] = {**entry, "state": "recorded" if path.exists() else "missing"}
+    node: dict[str, Any] = {**entry, "state": "recorded" if path.exists() or is_remote(entry["path"]) else "missing"}
     if verify and path.exists():
         content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
         same = content.exists() and fingerprint_input(path, entry.get("step")) == entry["fingerprint"]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax import data
 from rlhf_jax.data import Prompt, Template
 from rlhf_jax.data.encode import LossOn
+from rlhf_jax.remote import is_remote
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError
 
@@ -43,7 +44,7 @@ class Records:
     def as_inputs(self) -> list[Input]:
         """For `open_run`: the files, or the hash of generated records."""
         if self.files:
-            content = None if all(Path(file).exists() for file in self.files) else self._content()
+            content = None if all(is_remote(file) or Path(file).exists() for file in self.files) else self._content()
             return [Input(f"data {index}", file, content) for index, file in enumerate(self.files)]
         return [Input("data", "generated", self._content())]
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf_jax.remote import is_remote
 from rlhf_jax.run.config import Change, bound_values, changes
 from rlhf_jax.run.provenance import read_provenance
 from rlhf_jax.types import InputError
@@ -151,4 +152,6 @@ def _is_move(change: Change, old_cwd: str, moves: set[tuple[str, str]]) -> bool:
     """Whether a key changed only because an input (its content already compared) lies elsewhere now."""
     if not isinstance(change.old, str) or not isinstance(change.new, str):
         return False
-    return (str(Path(old_cwd, change.old)), str(Path(change.new).absolute())) in moves
+    old, new = change.old, change.new
+    before = old if is_remote(old) else str(Path(old_cwd, old))
+    return (before, new if is_remote(new) else str(Path(new).absolute())) in moves

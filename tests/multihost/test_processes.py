@@ -27,7 +27,7 @@ from rlhf_jax.saved import find_step, read_arrays, read_manifest, saved_steps
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multihost
 DEVICES = 4
-STEPS = {"sft": 4, "reward": 3, "ppo": 3}
+STEPS = {"sft": 4, "reward": 3, "ppo": 3, "dpo": 2, "grpo": 2}
 PROGRAMS = {
     "sft": ("train_sft", "configs/smoke/base.gin", {"LoopConfig.evaluate_every": "2"}),
     "reward": (
@@ -36,6 +36,8 @@ PROGRAMS = {
         {"LoopConfig.evaluate_every": "3", "BatchConfig.batch_size": "8"},
     ),
     "ppo": ("train_ppo", "tests/multihost/ppo_gold.gin", {}),
+    "dpo": ("train_dpo", "configs/smoke/dpo.gin", {"LoopConfig.evaluate_every": "2"}),
+    "grpo": ("train_grpo", "configs/smoke/grpo.gin", {}),
 }
 
 
@@ -46,7 +48,9 @@ def launch(processes: int, stage: str, root: Path, base: Path, **bindings: str) 
     given |= {"LoopConfig.tensorboard": "False", **{name.replace("__", "."): value for name, value in bindings.items()}}
     if stage != "sft":
         given["POLICY"] = repr(str(base / "sft"))
-    if stage == "reward":
+    if stage == "grpo":
+        given["REWARD"] = repr(str(base / "reward"))
+    if stage in ("reward", "dpo"):
         given["COMPARISONS"] = repr(str(write_comparisons(base / "comparisons.jsonl")))
     command = [sys.executable, "scripts/launch.py", f"--processes={processes}", f"--devices={DEVICES // processes}"]
     command += [f"--logs={root / 'logs'}", "--grace=20", "--", f"experiments/{experiment}.py", f"--gin_file={config}"]
@@ -79,7 +83,7 @@ def write_comparisons(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage as one process with four devices: SFT from scratch, a reward model of it, PPO of it with a reward that
-    the host computes."""
+    the host computes, DPO of it, GRPO of it with that reward model."""
     root = tmp_path_factory.mktemp("one")
     for stage in STEPS:
         finish(launch(1, stage, root, root))
@@ -102,11 +106,17 @@ def same(stage: str, root: Path, one: Path) -> None:
 
 def test_four_processes_are_one(one: Path, tmp_path: Path) -> None:
     """The stages one after another: what four processes saved, four processes read."""
-    for stage in STEPS:
+    for stage in ("sft", "reward", "ppo"):
         finish(launch(4, stage, tmp_path, tmp_path))
         same(stage, tmp_path, one)
         devices = json.loads((tmp_path / stage / "provenance.json").read_text())["launches"][0]["devices"]
         assert (devices["processes"], devices["count"]) == (4, DEVICES)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "grpo"])
+def test_two_processes_are_one(one: Path, tmp_path: Path, stage: str) -> None:
+    finish(launch(2, stage, tmp_path, one))
+    same(stage, tmp_path, one)
 
 
 def slow(phase: str) -> dict[str, str]:

@@ -1,0 +1,170 @@
+"""A copy of the run directory at a URL (--sync=gs://bucket/runs/x), for machines that do not live as long as their run.
+
+Opening the run fetches what an earlier machine left there; after every checkpoint, and at the end, what is new goes there in the
+background. Logs and cards go before a checkpoint, its manifest last: a step that has a manifest there is whole, and the metrics
+that lead to it are there too. One machine writes: the first process of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from absl import flags
+
+from rlhf_jax.remote import download, listing, one_line, open_store
+from rlhf_jax.run.checkpoint import SAVING
+from rlhf_jax.run.distributed import agreed
+from rlhf_jax.run.provenance import FILE, read_provenance
+from rlhf_jax.run.resume import lock, make_directory
+from rlhf_jax.saved import CHECKPOINTS, MANIFEST, checkpoint_dir, latest_step, saved_steps, steps_among
+from rlhf_jax.types import InputError, RunStopped
+
+
+def fetched_mirror(directory: Path, stage: str) -> Mirror | None:
+    """The mirror of a run, after the first process has fetched what is there. None without --sync."""
+    url = flags.FLAGS.sync if flags.FLAGS.is_parsed() else None
+    if url is None:
+        return None
+    mirror = Mirror(directory, url)
+    if jax.process_index() == 0:
+        mirror.fetch(stage)
+    agreed(0)  # the others look at the directory next
+    return mirror
+
+
+class Mirror:
+    """directory: of the run, on this machine. url: where its copy is kept, nothing or a run."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        self.directory, self.url = directory, url
+        self._fs, self._root = open_store(url)
+        self._thread = ThreadPoolExecutor(1, "mirror")
+        self._pending: Future[None] | None = None
+        self._copied: dict[str, tuple[int, int]] = {}  # size and time of what is there
+
+    def fetch(self, stage: str) -> None:
+        """What lies at the URL, when this machine has no step as new. A step without a manifest is not taken.
+
+        Raises InputError when something else is there: no run, one of another stage, or not the run that is here.
+        """
+        with one_line(self.url, "fetch the run"):
+            there = listing(self._fs, self._root)
+            if not there:
+                return
+            if FILE not in there:
+                raise InputError(f"{self.url}: holds files and no run ({min(there)}); give --sync another URL")
+            theirs, ours = json.loads(self._fs.cat_file(f"{self._root}/{FILE}")), read_provenance(self.directory)
+            if theirs["stage"] != stage:
+                raise InputError(f"{self.url}: a run of stage {theirs['stage']!r}, this is {stage!r}")
+            steps, newest = steps_among(there), latest_step(self.directory) or 0
+            if newest and ours is not None and ours["launches"][0] != theirs["launches"][0]:
+                raise InputError(f"{self.url}: another run than {self.directory}; give --sync or run_dir another place")
+            if newest >= max(steps, default=0) and ours is not None:
+                return
+            make_directory(self.directory)
+            with lock(self.directory):
+                self._fetch(there, steps)
+            print(f"{self.directory}: fetched from {self.url} (steps {steps})", file=sys.stderr)
+
+    def _fetch(self, there: dict[str, Any], steps: list[int]) -> None:
+        for name in there:
+            if not name.startswith(f"{CHECKPOINTS}/"):
+                self._download(name, there, self.directory / name)
+        for step in steps:
+            place, saving = (checkpoint_dir(self.directory) / f"{step}{suffix}" for suffix in ("", SAVING))
+            if place.exists():
+                continue
+            shutil.rmtree(saving, ignore_errors=True)
+            at = f"{CHECKPOINTS}/{step}/"
+            for name in there:
+                if name.startswith(at):
+                    self._download(name, there, saving / name.removeprefix(at))
+            saving.rename(place)
+
+    def _download(self, name: str, there: dict[str, Any], to: Path) -> None:
+        if ".." in Path(name).parts:
+            raise InputError(f"{self.url}: {name!r} lies elsewhere")
+        temporary = to.with_name(to.name + ".tmp")
+        download(self._fs, f"{self._root}/{name}", there[name], temporary)
+        temporary.replace(to)
+
+    def start(self) -> None:
+        """Copy what is new, in the background; nothing when that is under way still: the next checkpoint comes with it."""
+        if self._pending is None or self._pending.done():
+            self._warn()
+            self._pending = self._thread.submit(self._push)
+
+    def _warn(self) -> None:
+        """Of a copy that failed; the next one starts where it left off."""
+        if self._pending is not None and (error := self._pending.exception()):
+            print(f"warning: {error}", file=sys.stderr)
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Copy what is left and wait for it; what could not be used (InputError) is not copied. Raises RunStopped when that
+        fails: then what is at the URL is not the run."""
+        self._thread.shutdown()
+        if isinstance(value, InputError):
+            return
+        try:
+            self._push()
+        except InputError as error:
+            message = f"{error}; the run is whole in {self.directory}: the same command copies it"
+            if value is None:
+                raise RunStopped(message) from error
+            print(f"warning: {message}", file=sys.stderr)
+
+    def _push(self) -> None:
+        with one_line(self.url, "copy the run there"):
+            here = saved_steps(self.directory)  # before the logs are read: they hold the way to these steps
+            for path in sorted(self.directory.rglob("*")):
+                name = path.relative_to(self.directory).as_posix()
+                if not (name.startswith(f"{CHECKPOINTS}/") or path.name == ".lock" or path.suffix == ".tmp"):
+                    self._upload(name)
+            there = listing(self._fs, self._root)
+            for step in here:
+                self._push_step(step, there)
+            self._forget_steps(set(here), there)
+
+    def _push_step(self, step: int, there: dict[str, Any]) -> None:
+        place, at = checkpoint_dir(self.directory) / str(step), f"{CHECKPOINTS}/{step}"
+        manifest = f"{at}/{MANIFEST}"
+        try:
+            if manifest in there:
+                if self._fs.cat_file(f"{self._root}/{manifest}") == (place / MANIFEST).read_bytes():
+                    return
+                self._fs.rm_file(f"{self._root}/{manifest}")
+            for path in sorted(place.rglob("*")):
+                if path.name != MANIFEST:
+                    self._upload(f"{at}/{path.relative_to(place).as_posix()}")
+            self._upload(manifest)
+        except FileNotFoundError:  # retention has removed the step meanwhile: without a manifest it counts for nothing
+            if place.exists():
+                raise
+
+    def _forget_steps(self, here: set[int], there: dict[str, Any]) -> None:
+        """Remove the steps that retention removed here, the manifest first."""
+        gone = [n for n in there if n.startswith(f"{CHECKPOINTS}/") and n.split("/")[1] not in map(str, here)]
+        for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    def _upload(self, name: str) -> None:
+        path = self.directory / name
+        if not path.is_file():
+            return
+        now = path.stat()
+        if self._copied.get(name) != (now.st_size, now.st_mtime_ns):
+            self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(path), f"{self._root}/{name}")
+            self._copied[name] = (now.st_size, now.st_mtime_ns)
