@@ -27,9 +27,14 @@ from rlhf_jax.saved import CHECKPOINTS, MANIFEST, checkpoint_dir, latest_step, s
 from rlhf_jax.types import InputError, RunStopped
 
 
+def asked_url() -> str | None:
+    """What --sync says."""
+    return flags.FLAGS.sync if flags.FLAGS.is_parsed() else None
+
+
 def fetched_mirror(directory: Path, stage: str) -> Mirror | None:
     """The mirror of a run, after the first process has fetched what is there. None without --sync."""
-    url = flags.FLAGS.sync if flags.FLAGS.is_parsed() else None
+    url = asked_url()
     if url is None:
         return None
     mirror = Mirror(directory, url)
@@ -155,9 +160,10 @@ class Mirror:
 
     def _forget_steps(self, here: set[int], there: dict[str, Any]) -> None:
         """Remove the steps that retention removed here, the manifest first."""
-        gone = [n for n in there if n.startswith(f"{CHECKPOINTS}/") and n.split("/")[1] not in map(str, here)]
-        for name in sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")):
-            self._fs.rm_file(f"{self._root}/{name}")
+        for step in {name.split("/")[1] for name in there if name.startswith(f"{CHECKPOINTS}/")} - set(map(str, here)):
+            if f"{CHECKPOINTS}/{step}/{MANIFEST}" in there:
+                self._fs.rm_file(f"{self._root}/{CHECKPOINTS}/{step}/{MANIFEST}")
+            self._fs.rm(f"{self._root}/{CHECKPOINTS}/{step}", recursive=True)
 
     def _upload(self, name: str) -> None:
         path = self.directory / name

@@ -115,21 +115,46 @@ def ppo(mesh):
     return loss, {"policy": placed(policy, 0, mesh), "value": placed(value, 1, mesh)}, policy_batch()
 
 
+def dpo(mesh):
+    """The policy is not its reference here: at the first step every implicit reward would be 0."""
+    model = model_of(mesh, "lm")
+
+    def reference(frozen, tokens):
+        return rollout.sequence_logprobs(model, frozen["reference"], tokens)[0]
+
+    logprobs = functools.partial(rollout.sequence_logprobs, model)
+    loss = learn.make_dpo_loss(logprobs, reference, learn.DPOConfig(sft_coefficient=0.1))
+    pairs = PairBatch(random_tokens(0), random_tokens(1), np.zeros(ROWS, np.float32))
+    return loss, placed(model, 0, mesh), pairs, {"reference": placed(model, 1, mesh)}
+
+
+def grpo(mesh):
+    model, one = model_of(mesh, "lm"), policy_batch()
+
+    def logprobs(params, done):
+        return rollout.policy_logprobs(model, params, done, temperature=0.7)
+
+    counts, reference = np.arange(ROWS) % 5 > 0, np.where(one.value_mask, one.old_logprobs - 0.1, 0)
+    batch = learn.GroupBatch(one.completions, one.old_logprobs, reference, one.advantages[:, 0], counts)
+    return learn.make_grpo_loss(logprobs, learn.GRPOConfig(kl_coefficient=0.1)), placed(model, 0, mesh), batch
+
+
 def sft_of_experts(mesh):
     model = model_of(mesh, "lm", **EXPERTS)
     loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs_and_router_loss, model))
     return loss, placed(model, 0, mesh), random_tokens(0)
 
 
-ALGORITHMS = {"sft": sft, "reward": reward, "ppo": ppo, "experts": sft_of_experts}
+ALGORITHMS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "grpo": grpo, "experts": sft_of_experts}
+"""mesh -> (loss, trained parameters, batch), with more parameters behind them where some are frozen."""
 
 
 @functools.lru_cache
 def gradients(algorithm: str, sizes: Sizes, microbatches: int):
     mesh = mesh_of(*sizes)
-    loss, params, batch = ALGORITHMS[algorithm](mesh)
-    call = jax.jit(lambda params, batch: learn.gradients(loss, params, {}, batch, jax.random.key(0), microbatches))
-    return jax.device_get(call(params, to_global(batch, mesh)))
+    loss, params, batch, *frozen = ALGORITHMS[algorithm](mesh)
+    call = jax.jit(lambda *given: learn.gradients(loss, *given, jax.random.key(0), microbatches))
+    return jax.device_get(call(params, frozen[0] if frozen else {}, to_global(batch, mesh)))
 
 
 def agree(algorithm: str, sizes: Sizes, microbatches: int) -> None:
@@ -160,6 +185,17 @@ def test_reward_gradients(sizes: Sizes) -> None:
 @pytest.mark.parametrize("sizes", meshes(((2, 2, 2, 1, 1),)))
 def test_ppo_gradients(sizes: Sizes) -> None:
     agree("ppo", sizes, microbatches=2)
+
+
+@pytest.mark.parametrize("sizes", meshes(((2, 2, 2, 1, 1),)))
+def test_dpo_gradients(sizes: Sizes) -> None:
+    agree("dpo", sizes, microbatches=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", meshes(()))
+def test_grpo_gradients(sizes: Sizes) -> None:
+    agree("grpo", sizes, microbatches=2)
 
 
 @pytest.mark.slow

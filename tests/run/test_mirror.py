@@ -1,0 +1,177 @@
+"""--sync: the run directory at a URL. A machine is lost, another one goes on; a half copied step is never taken for whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.remote import listing
+from rlhf_jax.run import BoundConfig, LoopConfig, mirror, open_run
+from rlhf_jax.saved import saved_steps, steps_among, verify
+from rlhf_jax.types import InputError, RunStopped
+
+ROOT = Path(__file__).resolve().parents[2]
+URL = "memory://bucket/runs/x"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch):
+    """Where --sync=URL leads."""
+    monkeypatch.setattr(mirror, "asked_url", lambda: URL)
+    memory = fsspec.filesystem("memory")
+    yield memory
+    memory.store.clear()
+
+
+def train(run_dir: Path, steps: int, *, stage: str = "toy", seed: int = 0, **loop: Any) -> list[int]:
+    """Doubles w and adds 1 in each step; returns the steps done."""
+    settings = LoopConfig(**{"save_every": 1, "keep": 2, "tensorboard": False, "progress": False, **loop})
+    config, done = BoundConfig(f"run.steps = {steps}\n", f"run.steps = {steps}\n"), []
+    state = {"params": {"w": jnp.full(3, float(seed))}}
+    with open_run(run_dir, stage=stage, bound=config, seed=seed, loop=settings) as run:
+        state, _ = run.restore(state, {})
+        for step in run.steps(run.resumed_step, steps):
+            state = {"params": {"w": 2 * state["params"]["w"] + 1}}
+            run.log(step, {"w": float(state["params"]["w"][0])})
+            run.save(step, state, {})
+            done.append(step)
+    return done
+
+
+def there(store: Any) -> set[str]:
+    return set(listing(store, "/bucket/runs/x"))
+
+
+def here(directory: Path) -> set[str]:
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {".lock"}
+
+
+def test_another_machine_goes_on_where_one_was_lost(store: Any, tmp_path: Path) -> None:
+    assert train(tmp_path / "one", 3) == [1, 2, 3]
+    assert there(store) == here(tmp_path / "one") and steps_among(there(store)) == [2, 3]  # retention goes there too
+    shutil.rmtree(tmp_path / "one")
+    assert train(tmp_path / "other", 5) == [4, 5]
+    for step in saved_steps(tmp_path / "other"):
+        verify(tmp_path / "other" / "checkpoints" / str(step))
+    assert there(store) == here(tmp_path / "other") and steps_among(there(store)) == [4, 5]
+    lines = [json.loads(line) for line in store.cat_file("/bucket/runs/x/metrics.jsonl").decode().splitlines()]
+    assert [(line["step"], line["w"]) for line in lines] == [(1, 1), (2, 3), (3, 7), (4, 15), (5, 31)]
+    assert [p["resumed_step"] for p in json.loads(store.cat_file("/bucket/runs/x/provenance.json"))["launches"]] == [
+        0,
+        3,
+    ]
+
+
+def test_a_machine_that_has_it_all_fetches_nothing(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", 2)
+    monkeypatch.setattr(mirror, "download", None)
+    assert train(tmp_path / "run", 3) == [3]
+
+
+def test_a_step_without_its_manifest_is_not_taken(store: Any, tmp_path: Path) -> None:
+    train(tmp_path / "one", 3)
+    store.rm("/bucket/runs/x/checkpoints/3/manifest.json")
+    assert train(tmp_path / "other", 3) == [3]
+    assert steps_among(there(store)) == [2, 3]
+
+
+def test_logs_go_before_a_step_and_its_manifest_last(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, put = [], type(store).put_file
+    monkeypatch.setattr(
+        type(store), "put_file", lambda self, a, b: (order.append(b.split("x/", 1)[1]), put(self, a, b))
+    )
+    train(tmp_path / "run", 1)
+    step = [name for name in order if name.startswith("checkpoints/1/")]
+    assert len(step) > 2 and step[-1] == "checkpoints/1/manifest.json"
+    assert max(order.index("metrics.jsonl"), order.index("provenance.json")) < order.index(step[0])
+
+
+def test_what_cannot_be_copied_is_told_and_copied_by_the_same_command(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put = type(store).put_file
+
+    def broken(self: Any, path: str, to: str) -> None:
+        if "/state/" in to:
+            raise ConnectionError("no route")
+        put(self, path, to)
+
+    monkeypatch.setattr(type(store), "put_file", broken)
+    with pytest.raises(RunStopped, match=f"{URL}: cannot copy the run there .*no route.* the same command copies it"):
+        train(tmp_path / "run", 2)
+    assert saved_steps(tmp_path / "run") == [1, 2] and steps_among(there(store)) == []
+    monkeypatch.setattr(type(store), "put_file", put)
+    assert train(tmp_path / "run", 2) == []
+    assert steps_among(there(store)) == [1, 2] and there(store) == here(tmp_path / "run")
+
+
+def test_what_is_something_else_is_left_alone(store: Any, tmp_path: Path) -> None:
+    store.pipe("/bucket/runs/x/thesis.pdf", b"%PDF")
+    with pytest.raises(InputError, match="holds files and no run"):
+        train(tmp_path / "a", 1)
+    store.store.clear()
+    train(tmp_path / "a", 1)
+    before = {name: store.cat_file(f"/bucket/runs/x/{name}") for name in there(store)}
+    with pytest.raises(InputError, match="a run of stage 'toy', this is 'sft'"):
+        train(tmp_path / "b", 1, stage="sft")
+    with pytest.raises(InputError, match="seed changed from 0 to 1"):
+        train(tmp_path / "c", 1, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirror, "asked_url", lambda: None)
+        train(tmp_path / "d", 2)
+    provenance = json.loads((tmp_path / "d" / "provenance.json").read_text())
+    provenance["launches"][0]["time"] = "2000-01-01T00:00:00Z"
+    (tmp_path / "d" / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(InputError, match="another run than"):
+        train(tmp_path / "d", 3)
+    assert {name: store.cat_file(f"/bucket/runs/x/{name}") for name in there(store)} == before
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_could_not_be_used_is_not_copied(store: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="best_metric"):
+        train(tmp_path / "run", 1, keep_best=1, best_metric="nothing", evaluate_every=1, log_every=1)
+    assert there(store) == set()
+
+
+def test_a_run_directory_is_local(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a run lives in a local directory; --sync=URL keeps a copy"):
+        train("gs://bucket/x", 1)  # type: ignore[arg-type]
+
+
+def test_the_flag(tmp_path: Path) -> None:
+    """Of every experiment; a machine is lost in the middle of its run."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import gin, os, signal, test_mirror\nfrom rlhf_jax.run import bound_config, launch\n"
+        "@gin.configurable\ndef run(run_dir, steps, kill=False):\n"
+        "    bound_config()\n    test_mirror.train(run_dir, steps)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if kill else None\n"
+        "launch(run)\n"
+    )
+    url, settings = f"file://{tmp_path}/bucket/run", {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+
+    def start(directory: str, *more: str) -> subprocess.CompletedProcess[str]:
+        bindings = [f"--gin_bindings={text}" for text in (f"run.run_dir = '{tmp_path / directory}'", *more)]
+        command = [sys.executable, str(program), f"--sync={url}", *bindings]
+        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+
+    assert start("one", "run.steps = 2", "run.kill = True").returncode == -9
+    shutil.rmtree(tmp_path / "one")
+    done = start("two", "run.steps = 3")
+    assert done.returncode == 0, done.stderr
+    assert f"fetched from {url} (steps [1, 2])" in done.stderr
+    assert saved_steps(tmp_path / "two") == saved_steps(tmp_path / "bucket" / "run") == [2, 3]  # no empty directories
+    refused = start("two", "run.steps = 1")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1

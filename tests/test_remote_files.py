@@ -1,0 +1,139 @@
+"""Files behind URLs: fetched once, checked, one version a process; models and data from them; what cannot be had is one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import remote
+from rlhf_jax.data import read_rows
+from rlhf_jax.io import export_pretrained, load_pretrained, locate
+from rlhf_jax.models import Model
+from rlhf_jax.remote import CONTENT, cache_directory, fetched
+from rlhf_jax.run.provenance import Input, describe
+from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
+from rlhf_jax.types import InputError
+
+
+@pytest.fixture(autouse=True)
+def a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With an empty cache, and a process that has fetched nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_copies", {})
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+def another_process() -> None:
+    remote._copies.clear()
+
+
+def put(files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        fsspec.filesystem("memory").pipe(f"/bucket/{name}", content)
+
+
+def copies() -> list[Path]:
+    return [path for path in cache_directory().glob("*") if path.is_dir()]
+
+
+def test_a_file_keeps_its_name_and_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    put({"data/a.jsonl": b'{"x": 1}\n'})
+    first = fetched("memory://bucket/data/a.jsonl")
+    assert first.name == "a.jsonl" and first.read_bytes() == b'{"x": 1}\n'
+    monkeypatch.setattr(remote, "download", None)  # nothing is copied any more
+    another_process()
+    assert fetched("memory://bucket/data/a.jsonl") == first
+
+
+def test_another_version_is_another_copy_and_a_process_sees_one() -> None:
+    put({"a.txt": b"old"})
+    old = fetched("memory://bucket/a.txt")
+    put({"a.txt": b"new"})
+    assert fetched("memory://bucket/a.txt") == old and old.read_text() == "old"
+    another_process()
+    assert fetched("memory://bucket/a.txt").read_text() == "new" and old.read_text() == "old"
+
+
+def test_a_copy_that_was_changed_is_fetched_again() -> None:
+    put({"d/a.txt": b"right", "d/b.txt": b"too"})
+    place = fetched("memory://bucket/d")
+    (place / "a.txt").write_text("wrong")
+    another_process()
+    assert (fetched("memory://bucket/d") / "a.txt").read_text() == "right" and copies() == [place]
+
+
+def test_a_copy_that_is_cut_or_has_another_md5_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    put({"a.txt": b"whole"})
+    store = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(store), "get_file", lambda self, path, to: Path(to).write_bytes(b"who"))
+    with pytest.raises(InputError, match="3 of 5 bytes came"):
+        fetched("memory://bucket/a.txt")
+    monkeypatch.setattr(type(store), "get_file", lambda self, path, to: Path(to).write_bytes(b"whole"))
+    monkeypatch.setattr(type(store), "info", lambda self, path: {"size": 5, "md5Hash": "AAAA", "type": "file"})
+    with pytest.raises(InputError, match="another md5"):
+        fetched("memory://bucket/a.txt")
+    assert copies() == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/absent", "no such file or directory"),
+        ("klingon://bucket/x", "Protocol not known: klingon"),
+        ("gs://bucket/x", "pip install gcsfs"),
+        ("s3://bucket/x", "pip install s3fs"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("gcsfs", "s3fs"):  # also where they are installed
+        monkeypatch.setitem(sys.modules, package, None)
+    for use in (fetched, locate, lambda url: list(read_rows(f"{url}/a.jsonl"))):
+        with pytest.raises(InputError, match=message) as caught:
+            use(url)
+        assert "\n" not in str(caught.value) and url in str(caught.value)
+
+
+def test_rows_are_read_from_a_url(tmp_path: Path) -> None:
+    put({"rows.jsonl": b'{"x": 1}\n\n{"x": 2}\n'})
+    assert list(read_rows("memory://bucket/rows.jsonl")) == [(1, {"x": 1}), (3, {"x": 2})]
+    (tmp_path / "rows.jsonl").write_bytes(b'{"x": 1}\n\n{"x": 2}\n')
+    there, here = (
+        describe(Input("data", str(path))) for path in ("memory://bucket/rows.jsonl", tmp_path / "rows.jsonl")
+    )
+    assert there["path"] == "memory://bucket/rows.jsonl" and there["fingerprint"] == here["fingerprint"]
+
+
+def test_a_model_is_read_from_a_url(tmp_path: Path) -> None:
+    model = Model(tiny_config(vocab_size=300))
+    params = random_params(model, 0)
+    export_pretrained(tmp_path / "exported", model, params, byte_tokenizer())
+    (tmp_path / "exported" / "training_args.bin").write_bytes(b"not read")
+    url = f"file://{tmp_path}/exported"
+    got = load_pretrained(url)
+    jax.tree.map(np.testing.assert_array_equal, got.params, load_pretrained(tmp_path / "exported").params)
+    place = locate(url).path
+    assert not (place / "training_args.bin").exists() and (place / "config.json").exists()
+    assert place.is_relative_to(cache_directory())
+
+
+def test_of_a_run_the_newest_whole_step_is_fetched() -> None:
+    steps = {f"checkpoints/{step}/state/x": b"x" for step in (1, 2, 3)}
+    whole = {f"checkpoints/{step}/manifest.json": b"{}" for step in (1, 2)}  # 3 was being copied
+    put(
+        {
+            f"run/{name}": content
+            for name, content in {**steps, **whole, "model.json": b"{}", "metrics.jsonl": b""}.items()
+        }
+    )
+    location = locate("memory://bucket/run")
+    found = {path.relative_to(location.path).as_posix() for path in location.path.rglob("*") if path.is_file()}
+    assert location.kind == "run"
+    assert found == {"model.json", "checkpoints/2/state/x", "checkpoints/2/manifest.json", CONTENT}
+    assert json.loads((location.path / CONTENT).read_text()).keys() == found - {CONTENT}
