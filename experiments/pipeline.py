@@ -5,7 +5,8 @@
 The same command goes on after a stop: a finished stage is skipped while its configuration and everything it read are
 what they were, and every experiment resumes its own run directory. SIGTERM and Ctrl-C are passed on to the stage under
 way, which saves first. A stage's provenance.json names the run directories, configurations and checkpoint fingerprints
-it started from; RUN_DIR/pipeline.json holds what each stage was asked for and when it finished.
+it started from; RUN_DIR/pipeline.json holds what each stage was asked for and when it finished. --sync=URL goes to every
+stage as URL/STAGE: on another machine each stage is fetched and found complete.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rlhf_jax.run import (
 )
 from rlhf_jax.run.check_bindings import Command
 from rlhf_jax.run.check_bindings import check as check_bindings
+from rlhf_jax.run.mirror import asked_url
 from rlhf_jax.run.provenance import FILE, changed_inputs, write_atomically
 from rlhf_jax.types import InputError, RunStopped
 
@@ -111,6 +113,8 @@ def bindings(stage: Stage, directory: Path, seed: int) -> list[str]:
 def command(stage: Stage, directory: Path, seed: int) -> list[str]:
     """What runs a stage."""
     flags = [f"--gin_file={stage.gin_file}", *(f"--gin_bindings={text}" for text in bindings(stage, directory, seed))]
+    if (url := asked_url()) is not None:
+        flags.append(f"--sync={url.rstrip('/')}/{stage.name}")
     return [sys.executable, str(ROOT / "experiments" / f"{stage.experiment}.py"), *flags]
 
 

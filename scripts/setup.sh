@@ -2,7 +2,7 @@
 # Make .venv at the root of the repository and install the package with its [dev] extra at the versions of
 # constraints.txt. Quick when nothing changed. Works from any directory, asks nothing.
 #   scripts/setup.sh                       the usual
-#   EXTRAS=dev,tpu scripts/setup.sh        other extras (parity, tpu, gpu)
+#   EXTRAS=dev,tpu scripts/setup.sh        other extras (parity, tpu, gpu, gcs)
 #   PYTHON=python3.12 scripts/setup.sh     another interpreter (>= 3.11)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # A TPU slice from nothing to results: one command each, or the loop that survives preemption.
 #   scripts/tpu_vm.sh create            queued resource (spot when SPOT=1), waits until it is there
-#   scripts/tpu_vm.sh setup             code and environment on every host
-#   scripts/tpu_vm.sh run COMMAND...    on every host, in the background; RUN_DIR goes to BUCKET every SYNC seconds
+#   scripts/tpu_vm.sh setup             code, environment and the shared directory on every host
+#   scripts/tpu_vm.sh run COMMAND...    on every host, in the background; every checkpoint goes to BUCKET/RUN_DIR
 #   scripts/tpu_vm.sh wait              until it has ended on every host; its exit code
 #   scripts/tpu_vm.sh logs              follow the log of host 0
 #   scripts/tpu_vm.sh loop COMMAND...   create, setup, run, wait; again from the last checkpoint after a preemption
 #   scripts/tpu_vm.sh sync              fetch BUCKET/RUN_DIR to this machine
 #   scripts/tpu_vm.sh delete            slice and request
 # Settings come from the environment: NAME, ZONE, PROJECT, ACCELERATOR (v5p-32, v6e-32, v5litepod-256, ...), VERSION (the
-# runtime image), REPO (what to clone), BUCKET (gs://...), RUN_DIR, SPOT, SYNC. DRY_RUN=1 prints each command and runs none.
-# COMMAND is a command line of an experiment; it gets --distributed=auto. Example:
+# runtime image), REPO (what to clone), BUCKET (gs://...), RUN_DIR, SPOT, SHARED. DRY_RUN=1 prints each command and runs none.
+# COMMAND is a command line of an experiment; it gets --distributed=auto and --sync=BUCKET/RUN_DIR, and must name RUN_DIR as its
+# run directory. SHARED=ADDRESS:/SHARE, for slices of several hosts: their parts of a checkpoint go to one directory, an NFS share
+# (Filestore) that setup mounts as shared/; RUN_DIR must lie in it. Example:
 #   NAME=ppo ZONE=us-east5-a PROJECT=mine ACCELERATOR=v5p-32 VERSION=v2-alpha-tpuv5 REPO=https://github.com/me/rlhf_jax \
-#   BUCKET=gs://mine/runs RUN_DIR=runs/ppo SPOT=1 scripts/tpu_vm.sh loop experiments/train_ppo.py --gin_file=configs/ppo/x.gin
+#   BUCKET=gs://mine SHARED=10.0.0.2:/share RUN_DIR=shared/ppo SPOT=1 \
+#   scripts/tpu_vm.sh loop experiments/train_ppo.py --gin_file=configs/ppo/x.gin "--gin_bindings=run.run_dir = 'shared/ppo'"
 # NAME, ZONE, ... are the user's environment; need() checks them.
 # shellcheck disable=SC2153
 set -euo pipefail
@@ -69,25 +72,26 @@ create() {
 
 setup() {
     need NAME ZONE PROJECT REPO
-    on all "test -d rlhf_jax || git clone $(printf %q "$REPO") rlhf_jax; cd rlhf_jax && git pull --ff-only && EXTRAS=dev,tpu scripts/setup.sh"
+    local mount=true
+    if [[ -n ${SHARED:-} ]]; then # looked up anew each time: one host must see at once what another has written
+        mount="mountpoint -q shared || { sudo apt-get install -yq nfs-common && mkdir -p shared && sudo mount -t nfs"
+        mount+=" -o hard,actimeo=1,lookupcache=none $(printf %q "$SHARED") shared && sudo chmod a+rwx shared; }"
+    fi
+    on all "test -d rlhf_jax || git clone $(printf %q "$REPO") rlhf_jax; cd rlhf_jax && git pull --ff-only && EXTRAS=dev,tpu,gcs scripts/setup.sh && { $mount; }"
 }
 
 run() {
     need NAME ZONE PROJECT BUCKET RUN_DIR
     (($#)) || fail "run: give the command line of an experiment"
-    local line place bucket directory
-    line=".venv/bin/python $(printf '%q ' "$@")--distributed=auto > run.log 2>&1; echo \$? > ended"
-    place="${BUCKET}/${RUN_DIR}"
-    bucket=$(printf %q "$place") directory=$(printf %q "$RUN_DIR")
-    # What an earlier slice saved comes first; host 0 keeps the metrics, every host keeps its part of the checkpoints.
-    on all "cd rlhf_jax && mkdir -p $directory && (gcloud storage rsync -r $bucket $directory || true)"
+    [[ -z ${SHARED:-} || $RUN_DIR == shared/* ]] || fail "RUN_DIR=$RUN_DIR does not lie in shared/, where SHARED is mounted"
+    local line
+    line=".venv/bin/python $(printf '%q ' "$@" "--distributed=auto" "--sync=$BUCKET/$RUN_DIR")> run.log 2>&1; echo \$? > ended"
     on all "cd rlhf_jax && rm -f ended && echo $(printf %q "$line") > run.sh && (nohup bash run.sh >/dev/null 2>&1 &)"
-    on all "cd rlhf_jax && (nohup bash -c 'while sleep ${SYNC:-300}; do gcloud storage rsync -r $directory $bucket; test -f ended && break; done' >/dev/null 2>&1 &)"
 }
 
 wait_for() {
-    need NAME ZONE PROJECT BUCKET RUN_DIR
-    on all "cd rlhf_jax && until test -f ended; do sleep 10; done; gcloud storage rsync -r $(printf %q "$RUN_DIR") $(printf %q "$BUCKET/$RUN_DIR"); exit \$(cat ended)"
+    need NAME ZONE PROJECT
+    on all "cd rlhf_jax && until test -f ended; do sleep 10; done; exit \$(cat ended)"
 }
 
 logs() {

@@ -45,6 +45,7 @@ def lock(directory: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
+    os.fsync(file.fileno())  # other hosts look for it, see refuse_unshared
     return file
 
 
@@ -55,7 +56,7 @@ def refuse_unshared(directory: Path, owner: int) -> None:
     if not file.is_file() or not file.read_text().startswith(f"process {owner} on "):
         raise InputError(
             f"{directory}: not the directory that the first process has opened under this name: put run_dir on a file "
-            "system that all hosts share"
+            "system that all hosts share (docs/tpu.md)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,6 +67,20 @@ def test_the_loop_is_create_setup_run_wait() -> None:
     assert "--worker=0" in script("logs", **SETTINGS).stdout
 
 
+def test_several_hosts_get_one_directory() -> None:
+    """What setup mounts is what a run directory must lie in."""
+    shared = {**SETTINGS, "SHARED": "10.0.0.2:/share", "RUN_DIR": "shared/x"}
+    (line,) = script("setup", **shared).stdout.splitlines()
+    words = shlex.split(line)
+    assert "--worker=all" in words
+    command = words[-1].removeprefix("--command=")
+    assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
+    assert "mount -t nfs -o hard,actimeo=1,lookupcache=none 10.0.0.2:/share shared" in command
+    assert "EXTRAS=dev,tpu,gcs scripts/setup.sh" in command
+    assert "nfs" not in script("setup", **SETTINGS).stdout
+    assert "--sync=gs://mine/runs/shared/x" in script("run", "a.py", **shared).stdout
+
+
 def test_the_command_reaches_the_host_as_it_was_given(tmp_path: Path) -> None:
     """A pretended gcloud runs what it is told by --command: python gets the very arguments, quotes and blanks included."""
     for name, text in {
@@ -78,12 +93,14 @@ def test_the_command_reaches_the_host_as_it_was_given(tmp_path: Path) -> None:
         file.chmod(0o755)
     settings = {**SETTINGS, "DRY_RUN": "0", "HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     given = ["experiments/train_ppo.py", "--gin_bindings=X = 'a b'", '--gin_bindings=Y = "$HOME"']
-    done = script("run", *given, SYNC="0.1", **settings)
+    done = script("run", *given, **settings)
     assert done.returncode == 0, done.stderr
     waited = script("wait", **settings)
     assert waited.returncode == 0, waited.stderr
     log = (tmp_path / "rlhf_jax" / "run.log").read_text()
-    assert log == "".join(f"<{argument}>" for argument in [*given, "--distributed=auto"])
+    assert log == "".join(
+        f"<{argument}>" for argument in [*given, "--distributed=auto", "--sync=gs://mine/runs/runs/x"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,10 +111,12 @@ def test_the_command_reaches_the_host_as_it_was_given(tmp_path: Path) -> None:
         (("run",), "", "give the command line"),
         (("create",), "ZONE", "ZONE is not set"),
         (("run", "x.py"), "BUCKET", "BUCKET is not set"),
+        (("run", "x.py", "SHARED"), "", "RUN_DIR=runs/x does not lie in shared/"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], without: str, message: str) -> None:
-    done = script(*arguments, **{key: value for key, value in SETTINGS.items() if key != without})
+    shared = {"SHARED": "10.0.0.2:/share"} if "SHARED" in arguments else {}
+    done = script(*arguments, **{key: value for key, value in SETTINGS.items() if key != without}, **shared)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
