@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from jax import monitoring
 
+from rlhf_jax.remote import is_remote, open_store
+
 _ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 _FOUND = "/jax/compilation_cache/cache_hits"
 OFF = "off"
@@ -55,10 +57,12 @@ _watched: list[ColdStart] = []
 
 def watch(cache: str | None) -> None:
     """Begin to count; once a process. cache: where compiled programs are kept, `OFF`, or None: as JAX is configured, else in
-    `default_directory` (no cache when that cannot be written)."""
+    `default_directory` (no cache when that cannot be written). Raises InputError for a URL whose library is missing."""
     if cache == OFF:
         jax.config.update("jax_compilation_cache_dir", None)
     elif cache is not None:
+        if is_remote(cache):
+            open_store(cache)  # JAX would only warn, and compile everything again
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from experiment_processes import command, finish, start
 
+from rlhf_jax.run.cold_start import watch
+from rlhf_jax.types import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,6 +36,7 @@ def test_the_second_start_takes_every_program_from_the_cache(tmp_path: Path) -> 
 
 
 KEPT = """
+PRELUDE
 import jax, jax.numpy as jnp, os, sys
 from rlhf_jax.run import cold_start
 cold_start.watch(sys.argv[1] or None)
@@ -43,11 +47,32 @@ cold_start.tell_first_step()
 """
 
 
-def start_with(flag: str, home: Path, **more: str) -> tuple[str, str]:
+BUCKET = """
+import fsspec, os
+from fsspec.implementations.dirfs import DirFileSystem
+
+class Bucket(DirFileSystem):  # gs:// as a directory: the very way of JAX's cache through etils and fsspec, without a network
+    protocol = "gs"
+    def __init__(self, **_):
+        super().__init__(path=os.environ["XDG_CACHE_HOME"], fs=fsspec.filesystem("file", auto_mkdir=True))
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("gs://")
+
+for name in ("gs", "gcs"):
+    fsspec.register_implementation(name, Bucket, clobber=True)
+"""
+
+
+def start_with(flag: str, home: Path, prelude: str = "", **more: str) -> tuple[str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)} | more
     done = subprocess.run(
-        [sys.executable, "-c", KEPT, flag], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", KEPT.replace("PRELUDE", prelude), flag],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
@@ -60,6 +85,21 @@ def test_programs_are_kept_by_default_and_found_again(tmp_path: Path) -> None:
     assert re.search(r"\([1-9]\d* programs compiled, 0 from the cache\)", first)
     _, second = start_with("", home)
     assert re.search(r"\(0 programs compiled, [1-9]\d* from the cache\)", second)
+
+
+def test_a_cache_in_a_bucket(tmp_path: Path) -> None:
+    """What one machine compiled another finds there."""
+    directory, first = start_with("gs://mine/cache", tmp_path, BUCKET)
+    assert directory == "gs://mine/cache" and re.search(r"\([1-9]\d* programs compiled, 0 from the cache\)", first)
+    assert list((tmp_path / "mine" / "cache").glob("*-cache"))
+    _, second = start_with("gs://mine/cache", tmp_path, BUCKET)
+    assert re.search(r"\(0 programs compiled, [1-9]\d* from the cache\)", second)
+
+
+def test_a_bucket_needs_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match="gs://mine/cache: .* pip install gcsfs"):
+        watch("gs://mine/cache")
 
 
 def test_the_environment_comes_before_the_default_and_off_before_both(tmp_path: Path) -> None:
