@@ -1,4 +1,4 @@
-"""Adds numbers of two processes, of which the second is late: python late.py HOST:PORT,2,INDEX before|behind. A program of a test."""
+"""Adds numbers of two processes, the second late: python late.py HOST:PORT,2,INDEX before|behind. A program of a test."""
 
 from __future__ import annotations
 
