@@ -47,7 +47,7 @@ def load_pretrained(
     rng: Rng | None = None,
 ) -> Pretrained:
     """A model from a run directory, a Hugging Face directory, a .gguf file (with the tokenizer.json beside it, when there is one)
-    or a hub id, its weights on their shards.
+    the URL of one of these, or a hub id, its weights on their shards.
 
     mesh: None = everything on the first device. rules: how weights lie on the mesh. head: None = the checkpoint's own;
     "scalar" on a language model keeps the trunk and draws a fresh scalar head from ``rng``, "lm+scalar" likewise.

@@ -23,15 +23,15 @@ _meetings = itertools.count()
 
 
 def meet(mesh: Mesh) -> None:
-    """Connect the devices along every set of axes of ``mesh``, and the processes. Once for each mesh; nothing to do for one
-    process, or for devices that are no CPUs. Raises InputError when a process does not come within `BARRIER_MINUTES`."""
-    devices = mesh.devices
-    if jax.process_count() == 1 or devices.flat[0].platform != "cpu":
+    """Connect the devices along every set of axes of ``mesh``, and the processes. Once for each mesh over all devices; nothing to
+    do for one process, or for devices that are no CPUs. Raises InputError when a process does not come within `BARRIER_MINUTES`."""
+    if jax.process_count() == 1 or mesh.size != jax.device_count() or mesh.devices.flat[0].platform != "cpu":
         return
     _meet(mesh)
-    by_process = sorted(devices.flat, key=lambda device: (device.process_index, device.id))
-    if len(by_process) == jax.device_count():  # as multihost_utils lays them out
-        _meet(Mesh(np.array(by_process).reshape(jax.process_count(), -1), ("processes", "local_devices")))
+    by_process = sorted(
+        mesh.devices.flat, key=lambda device: (device.process_index, device.id)
+    )  # as multihost_utils has them
+    _meet(Mesh(np.array(by_process).reshape(jax.process_count(), -1), ("processes", "local_devices")))
 
 
 @functools.cache

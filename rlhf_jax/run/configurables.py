@@ -59,7 +59,8 @@ for _configurable in (
 class ModelSource:
     """Where a model comes from: ``path``, or ``config`` with ``tokenizer`` (a new one, drawn from the seed).
 
-    path: a run directory of ours, a Hugging Face directory, a .gguf file, or a hub id (name/model, name/model@revision).
+    path: a run directory of ours, a Hugging Face directory, a .gguf file, the URL of one (gs://...), or a hub id (name/model,
+    name/model@revision).
     The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
     remat, logits_chunk, attention: as in ModelConfig. max_length: shorter than the checkpoint's. pad_token: a token
     of the vocabulary to pad with, for tokenizers that name none.
@@ -209,7 +210,7 @@ def demonstration_file(
     split: str | None = None,
     loss_on: LossOn = "response",
 ) -> Records:
-    """Demonstrations from a file or a hub data set, then with its ``split``.
+    """Demonstrations from a file, its URL or a hub data set, then with its ``split``.
 
     ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side. loss_on: "response" learns the
     last reply of a conversation, "assistant" every assistant turn, "all" everything.
@@ -231,7 +232,7 @@ def comparison_file(
     limit: int | None = None,
     split: str | None = None,
 ) -> Records:
-    """Comparisons from a file or a hub data set, then with its ``split``; hh_dialogues: rows are Anthropic hh-rlhf dialogues."""
+    """Comparisons from a file, its URL or a hub data set, then with its ``split``; hh_dialogues: rows are Anthropic's hh-rlhf."""
     _require_side("comparison_file", heldout, limit)
     rows = data_room.read_rows(path, split=split)
     if hh_dialogues:
@@ -245,7 +246,7 @@ def comparison_file(
 def prompt_file(
     path: str, template: Template, fields: Fields | None = None, limit: int | None = None, split: str | None = None
 ) -> Records:
-    """Prompts from a file or a hub data set, then with its ``split`` (as ``train``)."""
+    """Prompts from a file, its URL or a hub data set, then with its ``split`` (as ``train``)."""
     _require_side("prompt_file", None, limit)
     records, unusable = data_room.prompts(data_room.read_rows(path, split=split), fields, source=path)
     return Records(records[:limit], [], template, files=(path,), unusable=unusable)
