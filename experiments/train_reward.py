@@ -22,7 +22,6 @@ from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
 from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
-from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.types import InputError
 
@@ -106,7 +105,7 @@ def run(
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
         probe = {"tokens": heldout.items[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
         numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items), "probe": probe}
-        write_atomically(normalisation, json.dumps(numbers) + "\n")
+        here.write(normalisation.name, json.dumps(numbers) + "\n")
 
 
 if __name__ == "__main__":

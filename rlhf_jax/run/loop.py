@@ -34,6 +34,7 @@ from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.faults import PHASES, Faults
 from rlhf_jax.run.loop_config import LoopConfig, due
 from rlhf_jax.run.progress import Display
+from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.signals import Signals
 from rlhf_jax.run.status import Status
 from rlhf_jax.run.tracking import Metrics, Tracker, fetch
@@ -260,6 +261,11 @@ class Run:
         if is_due := due(step, self.loop.evaluate_every, self.total):
             self._enter("evaluate")
         return is_due
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the run directory, the old one or the new one whole; the first process writes it, others have the same."""
+        if jax.process_index() == 0:
+            write_atomically(self.directory / name, text)
 
     # ---- saving
 

@@ -47,7 +47,6 @@ def test_another_machine_goes_on_bit_for_bit(chain: Path, tmp_path: Path) -> Non
 def test_stages_of_a_pipeline_are_found_complete(chain: Path, tmp_path: Path) -> None:
     config = tmp_path / "two.gin"
     config.write_text(
-        "import rlhf_jax.run.configurables\n"
         f"run.run_dir = '{tmp_path}/one'\n"
         "run.stages = [@base/Stage()]\nbase/Stage.name = 'base'\nbase/Stage.experiment = 'train_sft'\n"
         "base/Stage.gin_file = 'configs/smoke/base.gin'\nbase/Stage.bindings = ('run.steps = 2',)\n"
