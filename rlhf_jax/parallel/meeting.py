@@ -2,8 +2,9 @@
 
 Where Gloo carries the collectives (CPUs), a set of devices gets its connections at its first collective, and every process has
 30 s to come to it; nothing sets that limit. A process that compiles longer than another by more than that on busy cores ended
-the run ("Gloo context initialization failed: ... GetKeyValue() timed out"). Connections once made wait for 30 minutes (xla_cpu_collective_timeout_seconds). So the
-sets of devices that a mesh names speak once when it is made, behind a barrier of the coordinator.
+the run ("Gloo context initialization failed: ... GetKeyValue() timed out"). Connections once made wait for 30 minutes
+(xla_cpu_collective_timeout_seconds). So the sets of devices that a mesh names speak once when it is made, behind a barrier of
+the coordinator.
 """
 
 from __future__ import annotations
