@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -40,6 +41,7 @@ def cache_directory() -> Path:
 
 def open_store(url: str) -> tuple[Any, str]:
     """(fsspec file system, path in it). Raises InputError for an unknown kind of URL, or one whose library is missing."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints pages about what it then raises
     try:
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:

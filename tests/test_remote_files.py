@@ -100,6 +100,14 @@ def test_what_cannot_be_had_is_one_line(url: str, message: str, monkeypatch: pyt
         assert "\n" not in str(caught.value) and url in str(caught.value)
 
 
+def test_a_name_that_leaves_the_directory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    put({"d/a.txt": b"x"})
+    monkeypatch.setattr(remote, "listing", lambda fs, root: {"../a.txt": {"size": 1}})
+    with pytest.raises(InputError, match="'../a.txt' lies elsewhere"):
+        fetched("memory://bucket/d")
+    assert copies() == []
+
+
 def test_rows_are_read_from_a_url(tmp_path: Path) -> None:
     put({"rows.jsonl": b'{"x": 1}\n\n{"x": 2}\n'})
     assert list(read_rows("memory://bucket/rows.jsonl")) == [(1, {"x": 1}), (3, {"x": 2})]
