@@ -69,7 +69,7 @@ class Mirror:
             if theirs["stage"] != stage:
                 raise InputError(f"{self.url}: a run of stage {theirs['stage']!r}, this is {stage!r}")
             steps, newest = steps_among(there), latest_step(self.directory) or 0
-            if newest and ours is not None and ours["launches"][0] != theirs["launches"][0]:
+            if newest and steps and ours is not None and ours["launches"][0] != theirs["launches"][0]:
                 raise InputError(f"{self.url}: another run than {self.directory}; give --sync or run_dir another place")
             if newest >= max(steps, default=0) and ours is not None:
                 return

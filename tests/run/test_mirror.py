@@ -139,6 +139,16 @@ def test_what_is_something_else_is_left_alone(store: Any, tmp_path: Path) -> Non
     assert not (tmp_path / "b").exists()
 
 
+def test_a_start_without_a_step_is_nothing_to_lose(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied by a start that failed early; the next one saved a step and was killed before it could copy."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "asked_url", lambda: None)
+        train(tmp_path / "run", 1)
+    early = {"stage": "toy", "launches": [{"time": "2000-01-01T00:00:00Z"}]}
+    store.pipe("/bucket/runs/x/provenance.json", json.dumps(early).encode())
+    assert train(tmp_path / "run", 2) == [2] and there(store) == here(tmp_path / "run")
+
+
 def test_what_could_not_be_used_is_not_copied(store: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="best_metric"):
         train(tmp_path / "run", 1, keep_best=1, best_metric="nothing", evaluate_every=1, log_every=1)
