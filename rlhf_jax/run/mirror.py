@@ -22,7 +22,7 @@ from rlhf_jax.remote import download, listing, one_line, open_store
 from rlhf_jax.run.checkpoint import SAVING
 from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.provenance import FILE, read_provenance
-from rlhf_jax.run.resume import lock, make_directory
+from rlhf_jax.run.resume import lock, make_directory, refuse_foreign
 from rlhf_jax.saved import CHECKPOINTS, MANIFEST, checkpoint_dir, latest_step, saved_steps, steps_among
 from rlhf_jax.types import InputError, RunStopped
 
@@ -39,6 +39,7 @@ def fetched_mirror(directory: Path, stage: str) -> Mirror | None:
         return None
     mirror = Mirror(directory, url)
     if jax.process_index() == 0:
+        refuse_foreign(directory, stage)
         mirror.fetch(stage)
     agreed(0)  # the others look at the directory next
     return mirror

@@ -51,19 +51,17 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
 
-    run_dir: a local directory, created when missing; with --sync fetched first (`run.mirror`).
-    stage: 'sft', 'ppo', ... mesh: only recorded. output: the file that a
-    run without checkpoints leaves when it is done. Raises InputError,
-    before anything is written, when the directory belongs to something else, is in use, or was begun with another
-    configuration.
+    run_dir: a local directory, created when missing; with --sync fetched first (`run.mirror`). stage: 'sft', 'ppo', ... mesh:
+    only recorded. output: the file that a run without checkpoints leaves when it is done. Raises InputError, before anything is
+    written, when the directory belongs to something else, is in use, or was begun with another configuration.
     A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
     first step of a new run removes its directory again.
     """
     if is_remote(run_dir):
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
     directory = Path(run_dir).expanduser().absolute()
-    refuse_foreign(directory, stage)
     mirror = fetched_mirror(directory, stage)
+    refuse_foreign(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]
     first, fresh = jax.process_index() == 0, not directory.exists()
