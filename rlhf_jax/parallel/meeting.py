@@ -49,6 +49,7 @@ def _meet(mesh: Mesh) -> None:
         (mesh.size,), NamedSharding(mesh, everywhere), lambda index: np.zeros(mesh.size, np.int32)[index]
     )
     compiled = jax.jit(speak).lower(numbers).compile()
+    assert global_state.client is not None  # there are several processes
     try:
         global_state.client.wait_at_barrier(f"meeting {next(_meetings)}", BARRIER_MINUTES * 60_000)
     except jax.errors.JaxRuntimeError as error:
