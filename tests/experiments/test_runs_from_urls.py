@@ -20,7 +20,10 @@ def begin(run_dir: Path, machine: Path, steps: int, chain: str, *flags: str) -> 
     """machine: where this one keeps what it fetches."""
     macros = {"POLICY": f"{chain}/sft", "COMPARISONS": f"{chain}/completions/comparisons.jsonl"}
     arguments = command("train_dpo", "configs/smoke/dpo.gin", RUN_DIR=run_dir, **macros)
-    more = [f"--gin_bindings=run.steps = {steps}", "--gin_bindings=LoopConfig.save_every = 2", *flags]
+    every = [
+        f"--gin_bindings=LoopConfig.{name}_every = 2" for name in ("save", "evaluate")
+    ]  # the last step is always due
+    more = [f"--gin_bindings=run.steps = {steps}", *every, *flags]
     settings = environment() | {"XDG_CACHE_HOME": str(machine)}
     pipe = subprocess.PIPE
     return subprocess.Popen([*arguments, *more], cwd=ROOT, env=settings, stdout=pipe, stderr=pipe, text=True)
