@@ -41,19 +41,28 @@ PROGRAMS = {
 }
 
 
-def launch(processes: int, stage: str, root: Path, base: Path, **bindings: str) -> subprocess.Popen[str]:
-    """A stage as ``processes`` processes that share four pretended devices. base: where the SFT run is."""
+def launch(
+    processes: int, stage: str, root: Path, base: Path | str, *flags: str, **bindings: str
+) -> subprocess.Popen[str]:
+    """A stage as ``processes`` processes that share four pretended devices. base: where the SFT run is, a directory or a URL."""
     experiment, config, own = PROGRAMS[stage]
     given = {"RUN_DIR": repr(str(root / stage)), "run.steps": str(STEPS[stage]), "LoopConfig.save_every": "1", **own}
     given |= {"LoopConfig.tensorboard": "False", **{name.replace("__", "."): value for name, value in bindings.items()}}
     if stage != "sft":
-        given["POLICY"] = repr(str(base / "sft"))
+        given["POLICY"] = repr(f"{base}/sft")
     if stage == "grpo":
-        given["REWARD"] = repr(str(base / "reward"))
+        given["REWARD"] = repr(f"{base}/reward")
     if stage in ("reward", "dpo"):
-        given["COMPARISONS"] = repr(str(write_comparisons(base / "comparisons.jsonl")))
+        given["COMPARISONS"] = repr(str(write_comparisons(root / "comparisons.jsonl")))
     command = [sys.executable, "scripts/launch.py", f"--processes={processes}", f"--devices={DEVICES // processes}"]
-    command += [f"--logs={root / 'logs'}", "--grace=20", "--", f"experiments/{experiment}.py", f"--gin_file={config}"]
+    command += [
+        f"--logs={root / 'logs'}",
+        "--grace=20",
+        "--",
+        f"experiments/{experiment}.py",
+        f"--gin_file={config}",
+        *flags,
+    ]
     settings = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [*command, *(f"--gin_bindings={key} = {value}" for key, value in given.items())],
@@ -114,9 +123,16 @@ def test_four_processes_are_one(one: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["dpo", "grpo"])
-def test_two_processes_are_one(one: Path, tmp_path: Path, stage: str) -> None:
-    finish(launch(2, stage, tmp_path, one))
+def test_two_processes_are_one(one: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their models come from URLs, and the first keeps a copy of the run directory at one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    finish(launch(2, stage, tmp_path, f"file://{one}", f"--sync=file://{tmp_path}/bucket"))
     same(stage, tmp_path, one)
+    here, there = (
+        {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+        for place in (tmp_path / stage, tmp_path / "bucket")
+    )
+    assert there == here - {".lock"} and f"checkpoints/{STEPS[stage]}/manifest.json" in there
 
 
 def slow(phase: str) -> dict[str, str]:
