@@ -16,6 +16,7 @@ def places(chain: Path) -> dict[str, Path]:
     return {"POLICY": chain / "sft", "COMPARISONS": chain / "completions" / "comparisons.jsonl"}
 
 
+@pytest.mark.slow
 def test_dpo_learns_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
     finish(begin("train_dpo", "dpo", "unbroken", **places(chain)))
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")

@@ -57,7 +57,8 @@ def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tm
         load_pretrained(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("base_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
 def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path, begin, tmp_path: Path) -> None:
     places = {"POLICY": chain / "sft", "REWARD": chain / "reward", "LoraConfig.base_dtype": base_dtype}
     finish(begin("train_ppo", "ppo_lora", "ppo", **places))

@@ -232,6 +232,7 @@ def test_sweeps_in_configs_say_their_command_and_can_be_planned(module: ModuleTy
         assert ": to do\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_real_sweep(tmp_path: Path) -> None:
     """Two seeds of a real experiment; the numbers of the summary are those of the runs."""
     flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
