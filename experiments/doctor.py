@@ -2,12 +2,15 @@
 
     python experiments/doctor.py --gin_file=configs/support_desk/ppo.gin
 
-Takes any configuration of train_sft, train_reward or train_ppo, with the same flags. Prints a line a check: ok, note, or
-WRONG with the remedy. Exit code 0 when nothing is wrong, else 3.
+Takes any configuration of train_sft, train_reward, train_dpo, train_ppo or train_grpo, with the same flags. One with
+comparisons is a reward model's, unless it binds run.dpo. Prints a line a check: ok, note, or WRONG with the remedy. Exit
+code 0 when nothing is wrong, else 3.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +44,7 @@ from rlhf_jax.io import locate, read_template
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch
-from rlhf_jax.run.cast import assemble, load_cast
+from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
 from rlhf_jax.run.models import load_model, with_adapters
 from rlhf_jax.run.records import Records, encode_prompts, encode_records
@@ -59,12 +62,15 @@ def run(
     records: Records | None = None,
     optimizer: learn.OptimizerConfig | None = None,
     centring: float = 0.0,
+    dpo: learn.DPOConfig | None = None,
     policy: ModelSource | None = None,
     prompts: Records | None = None,
     sampling: rollout.SamplingConfig | None = None,
     ppo: learn.PPOConfig | None = None,
     policy_optimizer: learn.OptimizerConfig | None = None,
     value_optimizer: learn.OptimizerConfig | None = None,
+    grpo: learn.GRPOConfig | None = None,
+    samples: int = 1,
     mesh: MeshConfig = MeshConfig(),
     reward: ModelSource | None = None,
     reward_texts: ScoreTexts | None = None,
@@ -74,20 +80,26 @@ def run(
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     rollout_mesh: MeshConfig | None = None,
     lora: LoraConfig | None = None,
+    offload_optimizer: bool = False,
 ) -> None:
-    """The parameters of the three training programs, under their names."""
+    """The parameters of the five training programs, under their names."""
+    del offload_optimizer  # the same programs on the same numbers
     bound_config()
     devices, rng = make_mesh(mesh), jax.random.key(seed, impl="threefry2x32")
     given: dict[str, Any] = {"steps": steps, "seed": seed, "batch": batch, "devices": devices, "rng": rng, "lora": lora}
-    if ppo is not None:
+    if ppo is not None or grpo is not None:
+        if ppo is not None:
+            adams = _all({"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer})
+            own: dict[str, Any] = {**adams, "ppo": ppo, "share_trunk": share_trunk}
+        else:
+            own = {**_all({"optimizer": optimizer}), "grpo": grpo, "samples": samples}
         wanted = {"policy": policy, "prompts": prompts, "sampling": sampling}
-        wanted |= {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
         texts: dict[str, Any] = {"reward_texts": reward_texts, "reward_key": reward_key, "monitor": monitor}
-        texts |= {"slots": slots, "rollout_mesh": rollout_mesh}
-        checks = ppo_checks(**given, **_all(wanted), **texts, ppo=ppo, reward=reward, share_trunk=share_trunk)
+        decoding = {"slots": slots, "rollout_mesh": rollout_mesh}
+        checks = rollout_run_checks(**given, **_all(wanted), **texts, reward=reward, own=own | decoding)
     else:
         wanted = {"model": model, "records": records, "optimizer": optimizer}
-        checks = supervised_checks(**given, **_all(wanted), centring=centring)
+        checks = supervised_checks(**given, **_all(wanted), centring=centring, dpo=dpo)
     shown: list[Finding] = []
     state = None
     try:
@@ -111,16 +123,18 @@ def run(
 
 def _all(wanted: dict[str, Any]) -> dict[str, Any]:
     if missing := [name for name, value in wanted.items() if value is None]:
-        raise InputError(
-            f"run.{missing[0]}: has no value; doctor takes a configuration of train_sft, train_reward, train_ppo"
-        )
+        raise InputError(f"run.{missing[0]}: has no value; doctor takes a configuration of a training program")
     return wanted
 
 
-def supervised_checks(steps, seed, batch, devices, rng, lora, model, records, optimizer, centring) -> Iterator[Any]:
-    """Of SFT and, when the records are comparisons, of the reward model; the state last."""
+def supervised_checks(
+    steps, seed, batch, devices, rng, lora, model, records, optimizer, centring, dpo
+) -> Iterator[Any]:
+    """Of SFT and, when the records are comparisons, of the reward model or of DPO; the state last."""
     pairs = isinstance((*records.train, *records.heldout)[0], Comparison)
-    loaded = with_adapters(load_model(model, "scalar" if pairs else "lm", devices, rng), lora, devices, rng)
+    loaded = with_adapters(
+        load_model(model, "scalar" if pairs and dpo is None else "lm", devices, rng), lora, devices, rng
+    )
     yield vocabulary_check(len(loaded.tokenizer), loaded.model.config.vocab_size)
 
     def encode(record):
@@ -135,7 +149,8 @@ def supervised_checks(steps, seed, batch, devices, rng, lora, model, records, op
     yield from text_checks(
         documents, sum(train.dropped.values()), loaded.tokenizer, records.template, batch.length, pairs
     )
-    yield judge("held-out records", not pairs or bool(heldout.items), str(len(heldout.items)), "they scale the reward")
+    needed = pairs and dpo is None
+    yield judge("held-out records", not needed or bool(heldout.items), str(len(heldout.items)), "they scale the reward")
     loaded.refuse_longer(max(len(document.tokens) for document in documents), "BatchConfig.length")
     shape = {
         "batch_size": batch.batch_size,
@@ -149,23 +164,28 @@ def supervised_checks(steps, seed, batch, devices, rng, lora, model, records, op
 
     example = to_global(next(batches), devices)
     adam = learn.make_optimizer(optimizer, steps)
-    network = loaded.model
-    if pairs:
+    network, frozen, settings = loaded.model, loaded.frozen, {"microbatches": batch.microbatches}
+    if dpo is not None:
+        reference = load_model(model, "lm", devices, rng) if lora is None else loaded.base("lm")
+        frozen = frozen | {"reference": reference.params}
+        build = functools.partial(programs.dpo_functions, network, reference.model, dpo=dpo)
+        loss = programs.dpo_loss(network, reference.model, dpo)
+    elif pairs:
+        build = functools.partial(programs.reward_functions, network, centring=centring)
         loss = learn.make_reward_loss(lambda p, t: rollout.sequence_scores(network, p, t), centring=centring)
     else:
+        build = functools.partial(programs.sft_functions, network)
         loss = learn.make_sft_loss(lambda p, t: rollout.sequence_logprobs(network, p, t))
     if lora is None:
-        yield gradient_check(loss, loaded.params, example, batch.microbatches, rng)
+        yield gradient_check(loss, loaded.params, example, batch.microbatches, rng, frozen)
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, rng), shardings, devices, loaded.params)
-    settings = {"microbatches": batch.microbatches} | ({"centring": centring} if pairs else {})
-    build = programs.reward_functions if pairs else programs.sft_functions
-    step = build(network, adam, state, devices, **settings).train_step
-    yield memory_check(state, ())
+    step = build(adam, state, devices, **settings).train_step
+    yield memory_check(state, frozen)
     held = [state]
 
     def one() -> Any:
-        held[0], metrics = step(held[0], loaded.frozen, example)
+        held[0], metrics = step(held[0], frozen, example)
         return metrics
 
     yield timed_steps(one, steps)
@@ -174,15 +194,19 @@ def supervised_checks(steps, seed, batch, devices, rng, lora, model, records, op
     yield held[0]
 
 
-def ppo_checks(
-    steps, seed, batch, devices, rng, lora, policy, prompts, sampling, policy_optimizer, value_optimizer,
-    reward_texts, reward_key, monitor, slots, rollout_mesh, ppo, reward, share_trunk,
-) -> Iterator[Any]:  # fmt: skip
-    """Of PPO: one iteration as train_ppo does it; the state last."""
-    cast = load_cast(policy, reward, share_trunk, devices, rng, lora=lora)
+def rollout_run_checks(
+    steps, seed, batch, devices, rng, lora, policy, prompts, sampling, reward_texts, reward_key, monitor, reward, own
+) -> Iterator[Any]:
+    """Of PPO and GRPO: one iteration as train_ppo or train_grpo does it; the state last. own: the rest of their settings."""
+    make = programs.PPOSettings if "ppo" in own else programs.GRPOSettings
+    settings = make(steps=steps, sampling=sampling, microbatches=batch.microbatches, **own)
+    grouped = isinstance(settings, programs.GRPOSettings)
+    limits, samples = (settings.grpo, settings.samples) if grouped else (settings.ppo, 1)
+    needed = {"critic": False, "reference": limits.kl_coefficient > 0} if grouped else {}
+    cast = load_cast(policy, reward, not grouped and settings.share_trunk, devices, rng, lora=lora, **needed)
     yield vocabulary_check(len(cast.policy.tokenizer), cast.models.policy.config.vocab_size)
-    same = "policy, reference" + (", reward and value model" if cast.judge else " and value model")
-    yield Finding("ok", "tokenizers", f"{same} have one vocabulary")
+    models = [field.name for field in dataclasses.fields(cast.models) if getattr(cast.models, field.name) is not None]
+    yield Finding("ok", "tokenizers", f"one vocabulary: {', '.join(models)}")
     if cast.judge is not None and cast.judge.input is not None:
         yield probe_check(locate(cast.judge.input).path, cast.judge.model, cast.judge.params)
     tokenizer, template = cast.policy.tokenizer, prompts.template
@@ -192,26 +216,22 @@ def ppo_checks(
     yield template_check(trained, template)
     encoded, _ = encode_prompts(prompts, tokenizer, batch.length)
     yield from token_checks(encoded.items, tokenizer)
-    shape = {"batch_size": batch.batch_size, "length": batch.length, "seed": seed, "pad_id": tokenizer.pad_token_id}
-    batches = data.prompt_batches(encoded.items, **shape)
-    yield arithmetic_check(len(encoded.items), batch.batch_size, steps)
+    asked = batch.batch_size // samples
+    shape = {"batch_size": asked, "length": batch.length, "seed": seed, "pad_id": tokenizer.pad_token_id}
+    batches = data.prompt_batches(encoded.items, samples=samples, **shape)
+    yield arithmetic_check(len(encoded.items), asked, steps)
 
-    settings = programs.PPOSettings(
-        steps=steps,
-        sampling=sampling,
-        ppo=ppo,
-        policy_optimizer=policy_optimizer,
-        value_optimizer=value_optimizer,
-        microbatches=batch.microbatches,
-        slots=slots,
-        share_trunk=share_trunk,
-        rollout_mesh=rollout_mesh,
-    )
-    state, (generate, score, prepare, update) = assemble(cast, settings, template, devices, rng)
-    yield memory_check(state, cast.frozen)
+    if grouped:
+        train, functions = assemble_grpo(cast, settings, template, devices, rng)
+        whole, controller, loss = train, (), programs.grpo_loss(cast.models, settings)
+    else:
+        whole, functions = assemble(cast, settings, template, devices, rng)
+        train, controller, loss = whole.train, (whole.kl_coefficient,), programs.ppo_loss(cast.models, settings)
+    generate, score, prepare, update = functions
+    yield memory_check(whole, cast.frozen)
 
     example = to_global(next(batches), devices)
-    scored = score(state.train.params, cast.frozen, generate(state.train.params, example, rng, cast.frozen))
+    scored = score(train.params, cast.frozen, generate(train.params, example, rng, cast.frozen))
     for name, scorer in (("reward_texts", reward_texts), ("monitor", monitor)):
         if scorer is not None:
             values = scorer(*data.responses(scored.completions, encoded.records, tokenizer))
@@ -219,13 +239,11 @@ def ppo_checks(
             if name == "reward_texts":
                 yield judge("reward_key", reward_key in values, repr(reward_key), f"one of {', '.join(sorted(values))}")
                 scored = scored.replace(scores=jnp.asarray(values.get(reward_key, values[min(values)]), jnp.float32))
-    prepared, metrics = prepare(scored, state.kl_coefficient)
-    yield from rollout_checks(metrics, ppo, sampling.max_new_tokens)
+    prepared, metrics = prepare(scored, *controller)
+    yield from rollout_checks(metrics, limits, sampling.max_new_tokens)
     if lora is None:
-        yield gradient_check(
-            programs.ppo_loss(cast.models, settings), state.train.params, prepared, batch.microbatches, rng
-        )
-    held = [state.train]
+        yield gradient_check(loss, train.params, prepared, batch.microbatches, rng)
+    held = [train]
 
     def one() -> Any:
         generate(held[0].params, example, rng, cast.frozen)
@@ -233,7 +251,7 @@ def ppo_checks(
         return updated
 
     yield timed_steps(one, steps)
-    yield state.replace(train=held[0])
+    yield held[0] if grouped else whole.replace(train=held[0])
 
 
 if __name__ == "__main__":

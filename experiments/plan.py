@@ -2,11 +2,12 @@
 
     python experiments/plan.py --gin_file=configs/plan/llama3_8b_ppo.gin --topology=v5p:2x2x4
 
-The gin file is that of a train_ppo, train_sft or train_reward run (--stage says which of the last two), or one with the
-models' sizes alone, as in configs/plan. --topology: CHIP:AxB or CHIP:AxBxC, *2 appended for two slices; or local, the
-devices of this machine, without a verdict. --json=FILE, --html=FILE, --markdown=FILE: the plan there as well. --search=N:
-compile the N most promising of many mesh shapes, microbatches and rows. --show_sharding: the rules, and how every
-parameter lies, without compiling. Exit code 3: it does not fit; the message names the nearest change that would.
+The gin file is that of a train_ppo, train_grpo, train_sft, train_reward or train_dpo run (--stage says which of the last
+three), or one with the models' sizes alone, as in configs/plan. --topology: CHIP:AxB or CHIP:AxBxC, *2 appended for two
+slices; or local, the devices of this machine, without a verdict. --json=FILE, --html=FILE, --markdown=FILE: the plan there
+as well. --search=N: compile the N most promising of many mesh shapes, microbatches and rows. --show_sharding: the rules of
+every strategy, and how every parameter lies, without compiling. Exit code 3: it does not fit; the message names the nearest
+change that would.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
+import optax
 from absl import flags
 
 from rlhf_jax import data, learn, plan, programs
 from rlhf_jax.models import LoraConfig
-from rlhf_jax.parallel import MeshConfig, born_abstract, make_mesh
+from rlhf_jax.parallel import MeshConfig, born_abstract, make_mesh, remake_mesh
 from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
 from rlhf_jax.run import LoopConfig, bound_config, launch
-from rlhf_jax.run.cast import assemble, load_cast, plan_judge, plan_model
+from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast, plan_judge, plan_model
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
 from rlhf_jax.run.models import with_adapters
 from rlhf_jax.run.records import Records
 from rlhf_jax.types import InputError, RunStopped
 
 flags.DEFINE_string("topology", None, "The slice, for instance v5p:2x2x4; or local.")
-flags.DEFINE_enum("stage", None, ["sft", "reward"], "What a file with run.model trains.")
+flags.DEFINE_enum("stage", None, ["sft", "reward", "dpo"], "What a file with run.model trains.")
 flags.DEFINE_string("json", None, "Write the whole plan there.")
 flags.DEFINE_string("html", None, "Write the tables there, as a page.")
 flags.DEFINE_string("markdown", None, "Write the tables there, for docs.")
@@ -54,6 +56,7 @@ def run(
     model: ModelSource | None = None,
     optimizer: learn.OptimizerConfig | None = None,
     centring: float = 0.0,
+    dpo: learn.DPOConfig = learn.DPOConfig(),
     policy: ModelSource | None = None,
     reward: ModelSource | None = None,
     share_trunk: bool = False,
@@ -61,6 +64,8 @@ def run(
     ppo: learn.PPOConfig | None = None,
     policy_optimizer: learn.OptimizerConfig | None = None,
     value_optimizer: learn.OptimizerConfig | None = None,
+    grpo: learn.GRPOConfig | None = None,
+    samples: int = 1,
     prompts: Records | None = None,
     run_dir: str | None = None,
     seed: int = 0,
@@ -70,8 +75,9 @@ def run(
     reward_key: str = "",
     monitor: ScoreTexts | None = None,
     lora: LoraConfig | None = None,
+    offload_optimizer: bool = False,
 ) -> None:
-    """As in train_ppo, train_sft and train_reward; what follows ``prompts`` has no effect on the programs and is accepted so
+    """As in the training programs; what stands between ``prompts`` and ``lora`` has no effect on the programs and is accepted so
     that the file of a run can be planned as it is."""
     bound_config()
     del run_dir, seed, records, loop, reward_texts, reward_key, monitor
@@ -79,69 +85,43 @@ def run(
     chip, devices = (None, jax.devices()) if where is None else (where.chip, where.devices())
 
     # 1. How a candidate becomes phases, as shapes. The configured one is the first.
+    shared = {"steps": steps, "sampling": sampling, "slots": slots, "rollout_mesh": rollout_mesh}
+    template = data.Template(style="raw") if prompts is None else prompts.template
+    common = {
+        "lora": lora,
+        "template": template,
+        "length": batch.length,
+        "devices": devices,
+        "offload": offload_optimizer,
+    }
+    settings: programs.PPOSettings | programs.GRPOSettings
     if policy is not None and sampling and ppo and policy_optimizer and value_optimizer:
-        settings = programs.PPOSettings(
-            steps=steps,
-            sampling=sampling,
-            ppo=ppo,
-            policy_optimizer=policy_optimizer,
-            value_optimizer=value_optimizer,
-            slots=slots,
-            share_trunk=share_trunk,
-            rollout_mesh=rollout_mesh,
-        )
-        template = data.Template(style="raw") if prompts is None else prompts.template
-        scored = reward
-        source = policy
-
-        def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
-            grid = make_mesh(candidate.mesh, devices)
-            sources = [_with_remat(each, candidate.remat) for each in (source, scored)]
-            shapes = {"load": plan_model, "load_judge": plan_judge}
-            cast = load_cast(*sources, share_trunk, grid, jax.random.key(0), lora=lora, **shapes)
-            cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
-            decoding = dataclasses.replace(slots, slots=candidate.slots)
-            chosen = dataclasses.replace(settings, microbatches=candidate.microbatches, slots=decoding)
-            rng = jax.random.key(0, impl="threefry2x32")
-            state, functions = assemble(cast, chosen, template, grid, rng, born=born_abstract)
-            return grid, plan.ppo_phases(
-                cast.models,
-                cast.frozen,
-                state,
-                functions,
-                chosen,
-                grid,
-                rows=candidate.rows,
-                prompt_length=batch.length,
-            )
-
+        adams = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+        settings = programs.PPOSettings(**shared, **adams, ppo=ppo, share_trunk=share_trunk)
+        build = _rollout_build(settings, policy, reward, **common)
+    elif policy is not None and sampling and grpo and optimizer:
+        settings = programs.GRPOSettings(**shared, samples=samples, grpo=grpo, optimizer=optimizer)
+        build = _rollout_build(settings, policy, reward, **common)
     elif model is not None and optimizer is not None:
-        stage = flags.FLAGS.stage
-        if stage is None:
-            raise InputError("--stage: say what the file trains: --stage=sft or --stage=reward")
-        source = model
-
-        def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
-            grid = make_mesh(candidate.mesh, devices)
-            loaded = plan_model(_with_remat(source, candidate.remat), "lm" if stage == "sft" else "scalar", grid)
-            loaded = with_adapters(loaded, lora, grid, jax.random.key(0))
-            loaded.refuse_longer(batch.length, "BatchConfig.length")
-            sizes = {"rows": candidate.rows, "length": batch.length, "microbatches": candidate.microbatches}
-            adam = learn.make_optimizer(optimizer, steps)
-            return grid, plan.supervised_phases(
-                stage, loaded.model, loaded.params, adam, grid, **sizes, centring=centring, frozen=loaded.frozen
-            )
-
+        adam = learn.make_optimizer(optimizer, steps)
+        build = _supervised_build(model, adam, centring, dpo, lora, batch.length, devices)
     else:
         raise InputError(
-            "run: give policy, sampling, ppo, policy_optimizer and value_optimizer (PPO), or model and optimizer (SFT, reward)"
+            "run: give policy, sampling, ppo, policy_optimizer and value_optimizer (PPO), policy, sampling, grpo and "
+            "optimizer (GRPO), or model and optimizer (SFT, reward, DPO)"
         )
     start = plan.Candidate(mesh, batch.batch_size, batch.microbatches, slots=slots.slots)
     grid, phases = build(start)
-    config = plan_model(source, "lm", grid).model.config
-    minibatches = ppo.minibatches if ppo else 1
+    planned_model = plan_model(policy or model, "lm", grid).model
+    config = planned_model.config
+    algorithm = ppo or grpo
+    minibatches = algorithm.minibatches if algorithm else 1
     if flags.FLAGS.show_sharding:
-        print(plan.as_text(plan.sharding_tables(phases[0], grid)))
+        meshes = {"as configured": grid}
+        if rollout_mesh is not None:
+            meshes["as configured for sampling"] = remake_mesh(rollout_mesh, grid)
+        meshes |= plan.strategies(grid.size, config)
+        print(plan.as_text(plan.sharding_tables(phases[-1], planned_model, meshes)))
         return
 
     # 2. Compiled one by one.
@@ -149,18 +129,19 @@ def run(
         raise InputError("--search: needs a slice; local devices have no roofline")
     reports, found_at = _compile(phases, grid, chip), start
     if flags.FLAGS.search:
-        kinds = {"remat": config.remat, "sampling": ppo is not None}
+        kinds = {"remat": config.remat, "sampling": algorithm is not None}
         others = plan.variations(start, grid.size, config.num_kv_heads, minibatches, **kinds)
         found_at, grid, reports = _search(build, [start, *others], chip, reports)
 
     # 3. What came out.
     found = plan.tables(reports, where)
     print(plan.as_text(found))
-    title = f"{flags.FLAGS.gin_file[-1] if flags.FLAGS.gin_file else 'plan'} on {flags.FLAGS.topology}"
+    asked = [*(flags.FLAGS.gin_file or ["plan"])[-1:], *(flags.FLAGS.gin_bindings or [])]
+    title = f"{', '.join(asked)} on {flags.FLAGS.topology}"
     planned = dataclasses.asdict(found_at) | {"mesh": dict(grid.shape)}
     _write(flags.FLAGS.json, plan.as_json(reports, where, planned))
     _write(flags.FLAGS.html, plan.as_html(found, title))
-    _write(flags.FLAGS.markdown, plan.as_markdown(found))
+    _write(flags.FLAGS.markdown, plan.as_markdown(found, title))
     wrong = [report for report in reports if not report.fits]
     if wrong and chip is not None:
         why = "; ".join(plan.why(report) for report in wrong)
@@ -177,6 +158,73 @@ def _slice() -> plan.Slice | None:
     if name is None:
         raise InputError("--topology: name the slice, for instance --topology=v5p:2x2x4, or --topology=local")
     return None if name == "local" else plan.parse_slice(name)
+
+
+def _rollout_build(
+    settings: programs.PPOSettings | programs.GRPOSettings,
+    policy: ModelSource,
+    reward: ModelSource | None,
+    *,
+    lora: LoraConfig | None,
+    template: data.Template,
+    length: int,
+    devices: list[jax.Device],
+    offload: bool,
+) -> plan.Build:
+    """Of PPO and GRPO, assembled as train_ppo and train_grpo do it. length: of prompts."""
+
+    def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
+        grid, rng = make_mesh(candidate.mesh, devices), jax.random.key(0, impl="threefry2x32")
+        decoding = dataclasses.replace(settings.slots, slots=candidate.slots)
+        chosen = dataclasses.replace(settings, microbatches=candidate.microbatches, slots=decoding)
+        sources = [_with_remat(each, candidate.remat) for each in (policy, reward)]
+        shapes = {"lora": lora, "load": plan_model, "load_judge": plan_judge}
+        if isinstance(chosen, programs.PPOSettings):
+            cast = load_cast(*sources, chosen.share_trunk, grid, rng, **shapes)
+            state, functions = assemble(cast, chosen, template, grid, rng, born=born_abstract)
+        else:
+            if candidate.rows % chosen.samples:
+                raise InputError(f"BatchConfig.batch_size = {candidate.rows}: not a multiple of run.samples")
+            needed = {"critic": False, "reference": chosen.grpo.kl_coefficient > 0}
+            cast = load_cast(*sources, False, grid, rng, **needed, **shapes)
+            state, functions = assemble_grpo(cast, chosen, template, grid, rng, born=born_abstract)
+        cast.refuse_longer(length + chosen.sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
+        sizes = {"rows": candidate.rows, "prompt_length": length, "offload": offload}
+        return grid, plan.rollout_phases(cast.models, cast.frozen, state, functions, chosen, grid, **sizes)
+
+    return build
+
+
+def _supervised_build(
+    source: ModelSource,
+    adam: optax.GradientTransformation,
+    centring: float,
+    dpo: learn.DPOConfig,
+    lora: LoraConfig | None,
+    length: int,
+    devices: list[jax.Device],
+) -> plan.Build:
+    """Of SFT, reward model and DPO, as --stage says."""
+    stage = flags.FLAGS.stage
+    if stage is None:
+        raise InputError("--stage: say what the file trains: --stage=sft, --stage=reward or --stage=dpo")
+
+    def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
+        grid, rng = make_mesh(candidate.mesh, devices), jax.random.key(0)
+        chosen = _with_remat(source, candidate.remat)
+        loaded = with_adapters(plan_model(chosen, "scalar" if stage == "reward" else "lm", grid), lora, grid, rng)
+        loaded.refuse_longer(length, "BatchConfig.length")
+        sizes = {"rows": candidate.rows, "length": length, "microbatches": candidate.microbatches}
+        own: dict[str, Any] = {"frozen": loaded.frozen}
+        if stage == "reward":
+            own["centring"] = centring
+        elif stage == "dpo":
+            reference = plan_model(chosen, "lm", grid) if lora is None else loaded.base("lm")
+            own |= {"dpo": dpo, "reference": reference.model}
+            own["frozen"] = loaded.frozen | {"reference": reference.params}
+        return grid, plan.supervised_phases(loaded.model, loaded.params, adam, grid, **sizes, **own)
+
+    return build
 
 
 def _with_remat(source: ModelSource | None, remat: bool | None) -> ModelSource | None:

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_jax import data, learn, rollout
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global, to_host
-from rlhf_jax.programs import GRPOSettings
+from rlhf_jax.programs import GRPOSettings, asleep, awake, placed
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import assemble_grpo, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
@@ -50,6 +50,7 @@ def run(
     reward_key: str = "gold",
     monitor: ScoreTexts | None = None,
     lora: LoraConfig | None = None,
+    offload_optimizer: bool = False,
 ) -> None:
     """steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
     model) and reward_texts (its ``reward_key`` is the score). The rest as in train_ppo."""
@@ -86,6 +87,7 @@ def run(
     )
     state, functions = assemble_grpo(cast, settings, prompts.template, devices, train_rng)
     generate, score, prepare, update = functions
+    home = placed(state.opt_state)
 
     # 3. The loop.
     inputs = [*cast.inputs, *prompts.as_inputs()]
@@ -100,6 +102,7 @@ def run(
 
             # 3.1 Sample.
             here.enter("rollout")
+            state = asleep(state) if offload_optimizer else state
             completions = jax.block_until_ready(
                 generate(state.params, to_global(next(batches), devices), sample_rng, cast.frozen)
             )
@@ -123,6 +126,7 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
+            state = awake(state, home) if offload_optimizer else state
             state, updated = update(state, prepared, order_rng, cast.frozen)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], grpo)
 

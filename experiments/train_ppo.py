@@ -20,7 +20,7 @@ import numpy as np
 from rlhf_jax import data, learn, rollout
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, make_mesh, on_all, to_global, to_host
-from rlhf_jax.programs import PPOSettings
+from rlhf_jax.programs import PPOSettings, asleep, awake, placed
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import assemble, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
@@ -52,11 +52,12 @@ def run(
     monitor: ScoreTexts | None = None,
     share_trunk: bool = False,
     lora: LoraConfig | None = None,
+    offload_optimizer: bool = False,
 ) -> None:
     """steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
     ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
     share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
-    lora: train adapters on policy and value model."""
+    lora: train adapters on policy and value model. offload_optimizer: its state lies with the hosts but for updates."""
     bound = bound_config()
     if (reward is None) == (reward_texts is None):
         raise InputError("run.reward, run.reward_texts: give exactly one")
@@ -89,6 +90,7 @@ def run(
     )
     state, functions = assemble(cast, settings, prompts.template, devices, train_rng)
     generate, score, prepare, update = functions
+    home = placed(state.train.opt_state)
 
     # 3. The loop.
     inputs = [*cast.inputs, *prompts.as_inputs()]
@@ -109,6 +111,8 @@ def run(
 
             # 3.1 Sample.
             here.enter("rollout")
+            if offload_optimizer:
+                state = state.replace(train=asleep(state.train))
             completions = jax.block_until_ready(
                 generate(state.train.params, to_global(next(batches), devices), sample_rng, cast.frozen)
             )
@@ -132,7 +136,8 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
-            train, updated = update(state.train, prepared, order_rng, cast.frozen)
+            train = awake(state.train, home) if offload_optimizer else state.train
+            train, updated = update(train, prepared, order_rng, cast.frozen)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
 
             # 3.5 Adapt the KL coefficient to what was measured.

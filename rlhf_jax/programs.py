@@ -10,6 +10,7 @@ compiler, a state could come back laid out otherwise: no donation, and a second 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from rlhf_jax.parallel import (
     ActivationConstraint,
     MeshConfig,
     batch_sharding,
+    mesh_between,
     remake_mesh,
     replicated,
     tree_shardings,
@@ -43,6 +45,18 @@ class SupervisedFunctions(NamedTuple):
 def placed(tree: Any) -> Any:
     """The sharding of every leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def asleep(state: TrainState) -> TrainState:
+    """``state`` with its optimiser's part in the memory of the hosts: HBM for a rollout. What was on the devices is freed
+    with ``state``."""
+    shardings = jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), placed(state.opt_state))
+    return state.replace(opt_state=jax.device_put(state.opt_state, shardings))  # type: ignore[no-any-return,attr-defined]
+
+
+def awake(state: TrainState, home: Any) -> TrainState:
+    """What `asleep` gave, back on the devices. home: `placed` of its optimiser's part there."""
+    return state.replace(opt_state=jax.device_put(state.opt_state, home))  # type: ignore[no-any-return,attr-defined]
 
 
 def sft_functions(
@@ -95,22 +109,33 @@ def dpo_functions(
     dpo: learn.DPOConfig,
 ) -> SupervisedFunctions:
     """Of direct preference optimisation. reference: with adapters the base itself (`run.models.Loaded.base`)."""
-    routed = model.config.router_coefficient > 0
-    logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
-
-    def reference_logprobs(frozen: Params, tokens: TokenBatch) -> jax.Array:
-        return rollout.sequence_logprobs(reference, frozen["reference"], tokens)[0]
+    referred = _reference_logprobs(reference)
 
     def evaluate(params: Params, pairs: Any, frozen: Params) -> tuple[jax.Array, jax.Array]:
         def reward(whole: Params, tokens: TokenBatch) -> jax.Array:
             found, _ = rollout.sequence_logprobs(model, whole, tokens)
-            return learn.implicit_rewards(found, reference_logprobs(frozen, tokens), tokens, dpo)
+            return learn.implicit_rewards(found, referred(frozen, tokens), tokens, dpo)
 
         return learn.pair_scores(reward, lora.whole(params, frozen), pairs)
 
-    loss = learn.make_dpo_loss(lambda params, tokens: logprobs(model, params, tokens), reference_logprobs, dpo)
+    loss = dpo_loss(model, reference, dpo)
     train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
+
+
+def dpo_loss(model: Model, reference: Model, dpo: learn.DPOConfig) -> LossFn:
+    """Of the training step, over parameters that are whole (`models.lora.whole`)."""
+    routed = model.config.router_coefficient > 0
+    logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
+    mine = functools.partial(logprobs, model)
+    return learn.make_dpo_loss(mine, _reference_logprobs(reference), dpo)
+
+
+def _reference_logprobs(reference: Model) -> Callable[[Params, TokenBatch], jax.Array]:
+    def logprobs(frozen: Params, tokens: TokenBatch) -> jax.Array:
+        return rollout.sequence_logprobs(reference, frozen["reference"], tokens)[0]
+
+    return logprobs
 
 
 def _train_step(
@@ -280,12 +305,7 @@ def grpo_functions(
 ) -> PPOFunctions:
     """Of GRPO, as PPO's but ``prepare(rollout) -> (GroupBatch, metrics)``; params are {"policy"}."""
     grpo, rows, everywhere = settings.grpo, batch_sharding(mesh), replicated(mesh)
-
-    def logprobs(params: Params, completions: Any) -> Any:
-        policy, temperature = params["policy"], settings.sampling.temperature
-        return rollout.policy_logprobs(models.policy, policy, completions, temperature=temperature)
-
-    loss = lora.on_adapters(learn.make_grpo_loss(logprobs, grpo), None)  # without dropout: the first ratio must be 1
+    loss = lora.on_adapters(grpo_loss(models, settings), None)  # without dropout: the first ratio must be 1
     train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
 
     def prepare(scored: Any) -> Any:
@@ -302,20 +322,33 @@ def grpo_functions(
     )
 
 
+def grpo_loss(models: rollout.RolloutModels, settings: GRPOSettings) -> LossFn:
+    """Of the update, over parameters that are whole (`models.lora.whole`)."""
+
+    def logprobs(params: Params, completions: Any) -> Any:
+        policy, temperature = params["policy"], settings.sampling.temperature
+        return rollout.policy_logprobs(models.policy, policy, completions, temperature=temperature)
+
+    return learn.make_grpo_loss(logprobs, settings.grpo)
+
+
 def rollout_copy(model: Model, params: Params, mesh: Mesh) -> tuple[Model, Params]:
     """The model and its parameters as they lie on ``mesh``, matrices in the dtype they are multiplied in: call it under jit.
 
     Parameters that training splits over fsdp would be gathered for every token; here they are gathered once a rollout.
     The dtype is the one every product casts to anyway, so tokens and log-probabilities stay the same.
     """
+    here = model.constrain.mesh if isinstance(model.constrain, ActivationConstraint) else mesh
+    stops = [stop for stop in (mesh_between(here, mesh), mesh) if stop is not None]
     model = dataclasses.replace(model, constrain=ActivationConstraint(mesh))
-    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+    shardings = [tree_shardings(model.abstract(), model.logical_axes(), stop) for stop in stops]
 
-    def copy(path: Any, leaf: jax.Array, sharding: Any) -> jax.Array:
+    def copy(path: Any, leaf: jax.Array, *way: Any) -> jax.Array:
         names = [key.key for key in path]
         if names[-1] in ("kernel", "embedding") and "scalar_head" not in names and leaf.dtype != jnp.int8:
             leaf = leaf.astype(model.config.dtype)
-        moved: jax.Array = jax.lax.with_sharding_constraint(leaf, sharding)
-        return moved
+        for sharding in way:
+            leaf = jax.lax.with_sharding_constraint(leaf, sharding)
+        return leaf
 
-    return model, jax.tree_util.tree_map_with_path(copy, params, shardings)
+    return model, jax.tree_util.tree_map_with_path(copy, params, *shardings)

@@ -22,14 +22,17 @@ PROBE_GAP = 1e-3
 """Largest difference of a reward model's stored probe score after reload, reward units."""
 
 
-def gradient_check(loss: LossFn, params: Any, example: Any, microbatches: int, rng: jax.Array) -> Finding:
+def gradient_check(
+    loss: LossFn, params: Any, example: Any, microbatches: int, rng: jax.Array, frozen: Any = None
+) -> Finding:
     """Accumulated over microbatches the gradient must be the one of the whole batch."""
     parts = microbatches if microbatches > 1 else 2
     rows = jax.tree.leaves(example)[0].shape[0]
     if rows % parts:
         return Finding("note", "gradient accumulation", f"{rows} rows do not divide into {parts}; not compared")
     whole, other = (
-        jax.jit(lambda p, b, n=n: learn.gradients(loss, p, {}, b, rng, n)[0])(params, example) for n in (1, parts)
+        jax.jit(lambda p, f, b, n=n: learn.gradients(loss, p, f, b, rng, n)[0])(params, frozen or {}, example)
+        for n in (1, parts)
     )
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole))
     gap = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True))

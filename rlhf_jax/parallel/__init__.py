@@ -1,6 +1,6 @@
 """Meshes, the logical-to-mesh rules table, and placing arrays by it."""
 
-from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, remake_mesh
+from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_between, remake_mesh
 from rlhf_jax.parallel.placement import (
     abstract_arrays,
     born_abstract,
@@ -29,6 +29,7 @@ __all__ = [
     "born_abstract",
     "born_sharded",
     "make_mesh",
+    "mesh_between",
     "on_all",
     "partition_spec",
     "remake_mesh",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from rlhf_jax.types import InputError
@@ -53,13 +53,13 @@ def partition_spec(axes: tuple[str, ...], rules: Rules = RULES) -> PartitionSpec
     return PartitionSpec(*(rules[name] if rules[name] else None for name in axes))
 
 
-def _shards(mesh: Mesh, entry: Any) -> int:
+def _shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
     """Over how many devices a PartitionSpec entry (None, an axis, a tuple of axes) splits a dimension."""
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _divided(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
+def _divided(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
     """``spec`` once it is known to divide ``shape``."""
     for size, entry in zip(shape, spec, strict=False):
         shards = _shards(mesh, entry)
@@ -71,7 +71,7 @@ def _divided(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], name: str)
     return spec
 
 
-def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """A NamedSharding per leaf. abstract: tree of shapes; logical_axes: same tree of tuples of names.
 
     Raises InputError naming the parameter whose dimension does not divide.

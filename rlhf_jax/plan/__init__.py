@@ -1,16 +1,19 @@
 """Ahead-of-time compilation for TPU slices: does a run fit, and what will it cost."""
 
+from rlhf_jax.plan.analytic import sent_bytes
 from rlhf_jax.plan.chips import CHIPS, GIB, Chip, Slice, parse_slice
 from rlhf_jax.plan.compiled import Memory, Report, Seconds, compile_phase, roofline
 from rlhf_jax.plan.cost import Cost, count
 from rlhf_jax.plan.hlo import parse_module
-from rlhf_jax.plan.phases import Phase, ppo_phases, supervised_phases
-from rlhf_jax.plan.report import Table, as_html, as_json, as_markdown, as_text, sharding_tables, tables
-from rlhf_jax.plan.search import Candidate, better, promising, repair, variations, verdict, why
+from rlhf_jax.plan.phases import Phase, rollout_phases, supervised_phases
+from rlhf_jax.plan.report import Table, as_html, as_json, as_markdown, as_text, tables
+from rlhf_jax.plan.search import Build, Candidate, better, promising, repair, variations, verdict, why
+from rlhf_jax.plan.sharding import sharding_tables, strategies
 
 __all__ = [
     "CHIPS",
     "GIB",
+    "Build",
     "Candidate",
     "Chip",
     "Cost",
@@ -29,11 +32,13 @@ __all__ = [
     "count",
     "parse_module",
     "parse_slice",
-    "ppo_phases",
     "promising",
     "repair",
+    "rollout_phases",
     "roofline",
+    "sent_bytes",
     "sharding_tables",
+    "strategies",
     "supervised_phases",
     "tables",
     "variations",

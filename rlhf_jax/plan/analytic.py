@@ -7,6 +7,7 @@ square, or with splash the blocks that the mask leaves.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -111,6 +112,43 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
         width += heads * config.head_dim + config.hidden_size + (1 + config.gated_mlp) * config.ffn_size
     columns = config.num_layers * width + config.hidden_size
     return columns * rows * length * config.dtype.itemsize
+
+
+def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: int, *, backward: bool) -> int:
+    """What a pass over ``rows`` sequences a chip holds for a while, when parameters are split over chips: the table and the
+    head whole in the dtype of products (and their float32 gradients when they are trained), the weights of two blocks (of
+    one that works and one on its way), a block's activations, logits of a chunk with their softmax. tensor: parts of the
+    heads, feed-forward columns and vocabulary."""
+    config, width = model.config, model.config.dtype.itemsize
+    tables, in_blocks = _split_weights(model)
+    whole = tables * (width + (4 if backward and model.lora is None else 0))
+    blocks = 2 * width * in_blocks // config.num_layers
+    columns = (5 if backward else 2) * config.ffn_size + (10 if backward else 4) * config.hidden_size
+    activations = rows * length * columns * width
+    if chosen(config, model.constrain) != "splash":
+        activations += rows * config.num_heads * length * length * 4 * (3 if backward else 2)
+    logits = 8 * rows * min(config.logits_chunk, heads_at) * config.vocab_size if config.has_lm else 0
+    return (whole + blocks + activations + logits) // tensor
+
+
+def sent_bytes(model: Model, chips: int, heads_at: int, microbatches: int = 1) -> float:
+    """Bytes that leave a chip in one training step with recomputed blocks under fsdp over ``chips``, of rings: all of a
+    block's weights come in the dtype of products forward, again to recompute, again for the backward pass, and their
+    gradients leave in it. The head comes twice for every chunk of columns and its float32 gradient leaves once a chunk; the
+    table comes and leaves once. Neither rows nor columns of activations travel, so that more chips send no more each."""
+    config, width = model.config, model.config.dtype.itemsize
+    table = config.vocab_size * config.hidden_size
+    chunks = math.ceil(heads_at / config.logits_chunk) if config.has_lm else 0
+    moved = 4 * width * _split_weights(model)[1] + table * (width + 4) + table * chunks * (2 * width + 4)
+    return microbatches * moved * (chips - 1) / chips
+
+
+def _split_weights(model: Model) -> tuple[int, int]:
+    """Weights of table and head, and of all blocks, adapters apart."""
+    config = model.config
+    tables = config.vocab_size * config.hidden_size * (1 + (config.has_lm and not config.tie_embeddings))
+    everything = jax.tree.leaves(dataclasses.replace(model, lora=None).abstract())
+    return tables, sum(math.prod(leaf.shape) for leaf in everything) - tables
 
 
 def tree_bytes(tree: Any) -> int:

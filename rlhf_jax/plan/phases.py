@@ -17,13 +17,13 @@ from rlhf_jax.models.attention import chosen
 from rlhf_jax.parallel import abstract_arrays, batch_sharding, born_abstract, remake_mesh, tree_shardings
 from rlhf_jax.plan import analytic
 from rlhf_jax.rollout import RolloutModels
-from rlhf_jax.types import Completions, PairBatch, Params, PolicyBatch, PromptBatch, Rollout, TokenBatch
+from rlhf_jax.types import Completions, PairBatch, Params, PromptBatch, Rollout, TokenBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One jitted function of a run. resident: everything that stays in HBM during the run, by kind, whether this phase
-    reads it or not. tokens: that the phase reads or writes in one call, padding included. flops: of the model, all chips
+    """One jitted function of a run. resident: everything that lies in HBM meanwhile, by kind, whether this phase reads it
+    or not. tokens: that the phase reads or writes in one call, padding included. flops: of the model, all chips
     together, by `plan.analytic`. inside: bytes a chip within the temporaries, by kind, by `plan.analytic`. decoding: the most
     that a sampling loop runs."""
 
@@ -35,6 +35,11 @@ class Phase:
     flops: int
     inside: Mapping[str, int | None]
     decoding: int = 1
+
+    @property
+    def analytic(self) -> int:
+        """Bytes a chip, without compiling: what stays, and what is known of the temporaries."""
+        return analytic.tree_bytes(dict(self.resident)) + sum(size for size in self.inside.values() if size)
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
@@ -67,10 +72,20 @@ def _shards(mesh: Mesh) -> int:
     return size
 
 
-def _gradients(params: Params) -> int:
-    """Bytes a chip: float32, laid out as the parameters."""
-    structs = jax.tree.map(lambda p: _float32(p.shape, p.sharding), params)
-    return analytic.tree_bytes(structs)
+PASSING = "gathered weights, one block, logits"
+
+
+def _learning(
+    models: list[Model], params: Params, mesh: Mesh, rows: int, length: int, heads_at: int
+) -> dict[str, int | None]:
+    """Bytes a chip within the temporaries of a training step on ``rows`` sequences a chip: float32 gradients laid out as the
+    parameters, summed and of one microbatch; what waits for the backward pass; what passes."""
+    gradients = 2 * analytic.tree_bytes(jax.tree.map(lambda p: _float32(p.shape, p.sharding), params))
+    saved = [analytic.saved_bytes(one.config, rows, length) for one in models]
+    tensor = mesh.shape["tensor"]
+    passing = [analytic.passing_bytes(one, rows, length, heads_at, tensor, backward=True) for one in models]
+    kept = None if None in saved else sum(filter(None, saved))
+    return {"gradients": gradients, "activations": kept, PASSING: max(passing)}
 
 
 def _float32(shape: tuple[int, ...], sharding: Any) -> Any:
@@ -79,7 +94,6 @@ def _float32(shape: tuple[int, ...], sharding: Any) -> Any:
 
 
 def supervised_phases(
-    stage: str,
     model: Model,
     params: Params,
     optimizer: optax.GradientTransformation,
@@ -88,52 +102,66 @@ def supervised_phases(
     rows: int,
     length: int,
     microbatches: int,
-    centring: float = 0.0,
     frozen: Params | None = None,
+    centring: float | None = None,
+    dpo: learn.DPOConfig | None = None,
+    reference: Model | None = None,
 ) -> list[Phase]:
-    """Training step and evaluation of "sft" or "reward" (rows are pairs then). params, frozen (the base of adapters, {} for
-    none): shapes with shardings."""
+    """Training step and evaluation of SFT, with ``centring`` of the reward model, with ``dpo`` and its ``reference`` model
+    of DPO (rows are pairs in the last two). params, frozen (as train_step takes it, {} for none): shapes with shardings."""
     frozen = frozen or {}
     shardings = programs.placed(params)
     state = born_abstract(lambda p: learn.initial_state(p, optimizer, jax.random.key(0)), shardings, mesh, params)
-    batch: Any = token_batch(mesh, rows, length)
-    if stage == "sft":
-        functions = programs.sft_functions(model, optimizer, state, mesh, microbatches=microbatches)
+    split: dict[str, Any] = {"microbatches": microbatches}
+    if dpo is not None:
+        assert reference is not None
+        stage, functions = "dpo", programs.dpo_functions(model, reference, optimizer, state, mesh, **split, dpo=dpo)
+    elif centring is not None:
+        stage = "reward"
+        functions = programs.reward_functions(model, optimizer, state, mesh, **split, centring=centring)
     else:
-        functions = programs.reward_functions(
-            model, optimizer, state, mesh, microbatches=microbatches, centring=centring
-        )
-        batch = PairBatch(batch, batch, _rows(mesh, jnp.float32, rows))
+        stage, functions = "sft", programs.sft_functions(model, optimizer, state, mesh, **split)
+    one = token_batch(mesh, rows, length)
+    batch: Any = one if stage == "sft" else PairBatch(one, one, _rows(mesh, jnp.float32, rows))
     sequences = rows if stage == "sft" else 2 * rows
-    forward = analytic.model_flops(model, sequences, length, length)
-    trained = analytic.training_flops(model, sequences, length, length)
+    referred = 0 if reference is None else analytic.model_flops(reference, sequences, length, length)
+    forward = analytic.model_flops(model, sequences, length, length) + referred
+    trained = analytic.training_flops(model, sequences, length, length) + referred
     held = max(1, sequences // _shards(mesh) // microbatches)
-    inside = {"gradients": _gradients(state.params), "activations": analytic.saved_bytes(model.config, held, length)}
+    learning = _learning([model], state.params, mesh, held, length, length)
+    scored = max(1, sequences // _shards(mesh))
+    passing = {PASSING: analytic.passing_bytes(model, scored, length, length, mesh.shape["tensor"], backward=False)}
     resident = {"parameters": state.params, "optimizer": (state.opt_state, state.step, state.rng)}
     if frozen:
-        resident["frozen base"] = frozen
+        resident["frozen models"] = frozen
     tokens = sequences * length
     return [
-        Phase(f"{stage} step", functions.train_step, (state, frozen, batch), resident, tokens, trained, inside),
-        Phase(f"{stage} evaluate", functions.evaluate, (state.params, batch, frozen), resident, tokens, forward, {}),
+        Phase(f"{stage} step", functions.train_step, (state, frozen, batch), resident, tokens, trained, learning),
+        Phase(
+            f"{stage} evaluate", functions.evaluate, (state.params, batch, frozen), resident, tokens, forward, passing
+        ),
     ]
 
 
-def ppo_phases(
+def rollout_phases(
     models: RolloutModels,
     frozen: dict[str, Params | None],
-    state: learn.PPOState,
+    state: learn.PPOState | TrainState,
     functions: programs.PPOFunctions,
-    settings: programs.PPOSettings,
+    settings: programs.PPOSettings | programs.GRPOSettings,
     mesh: Mesh,
     *,
     rows: int,
     prompt_length: int,
+    offload: bool = False,
 ) -> list[Phase]:
-    """The four of an iteration. frozen, state: shapes with shardings."""
-    sampling, ppo, slots, microbatches = settings.sampling, settings.ppo, settings.slots, settings.microbatches
+    """The four of an iteration of PPO or GRPO. frozen, state: shapes with shardings. rows: responses. offload: the
+    optimiser's state lies with the hosts except in the update (`programs.asleep`)."""
+    sampling, slots, microbatches = settings.sampling, settings.slots, settings.microbatches
+    algorithm = settings.ppo if isinstance(settings, programs.PPOSettings) else settings.grpo
+    train, controller = (state.train, (state.kl_coefficient,)) if isinstance(state, learn.PPOState) else (state, ())
     rollout_mesh = None if settings.rollout_mesh is None else remake_mesh(settings.rollout_mesh, mesh)
-    params, train = state.train.params, state.train
+    params = train.params
     new, rng = sampling.max_new_tokens, _rng()
     prompts = prompt_batch(mesh, rows, prompt_length)
 
@@ -143,13 +171,14 @@ def ppo_phases(
 
     completions: Completions = produced(functions.generate, params, prompts, rng, frozen)
     scored: Rollout = produced(functions.score, params, frozen, completions)
-    prepared: PolicyBatch = produced(lambda *given: functions.prepare(*given)[0], scored, state.kl_coefficient)
+    prepared = produced(lambda *given: functions.prepare(*given)[0], scored, *controller)
 
     resident = {
         "parameters": params,
-        "optimizer": (train.opt_state, train.step, train.rng, state.kl_coefficient, state.iteration),
+        "optimizer": (train.opt_state, train.step, train.rng, *controller),
         "frozen models": frozen,
     }
+    still = {kind: tree for kind, tree in resident.items() if not (offload and kind == "optimizer")}
     length, shards = prompt_length + new, _shards(mesh)
     tokens = rows * length
     config = models.policy.config
@@ -157,9 +186,13 @@ def ppo_phases(
     scoring = sum(analytic.model_flops(one, rows, length, read) for one, read in scorers if one is not None)
     learners = [one for one in (models.policy, models.value) if one is not None]
     training = sum(analytic.training_flops(one, rows, length, new) for one in learners)
-    held = max(1, rows // shards // ppo.minibatches // microbatches)
-    saved = [analytic.saved_bytes(one.config, held, length) for one in learners]
-    kept = None if None in saved else sum(filter(None, saved))
+    held = max(1, rows // shards // algorithm.minibatches // microbatches)
+    whole, tensor = max(1, rows // shards), mesh.shape["tensor"]
+    passed = [
+        analytic.passing_bytes(one, whole, length, read, tensor, backward=False)
+        for one, read in scorers
+        if one is not None
+    ]
     sampled_on = mesh if rollout_mesh is None else rollout_mesh
     heads = sampled_on.shape["tensor"] if config.num_kv_heads % sampled_on.shape["tensor"] == 0 else 1
     inside: dict[str, int | None] = {
@@ -178,16 +211,16 @@ def ppo_phases(
     generated = analytic.generate_flops(config, rows, prompt_length, new, splash)
     generated += 2 * tokens * analytic.adapter_weights(models.policy)
     return [
-        Phase("generate", functions.generate, (params, prompts, rng, frozen), resident, tokens, generated, inside, new),
-        Phase("score", functions.score, (params, frozen, completions), resident, tokens, scoring, {}),
-        Phase("prepare", functions.prepare, (scored, state.kl_coefficient), resident, tokens, 0, {}),
+        Phase("generate", functions.generate, (params, prompts, rng, frozen), still, tokens, generated, inside, new),
+        Phase("score", functions.score, (params, frozen, completions), still, tokens, scoring, {PASSING: max(passed)}),
+        Phase("prepare", functions.prepare, (scored, *controller), still, tokens, 0, {}),
         Phase(
             "update",
             functions.update,
             (train, prepared, rng, frozen),
             resident,
-            tokens * ppo.epochs,
-            training * ppo.epochs,
-            {"gradients": _gradients(params), "activations": kept},
+            tokens * algorithm.epochs,
+            training * algorithm.epochs,
+            _learning(learners, params, mesh, held, length, new),
         ),
     ]

@@ -5,18 +5,11 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
-from rlhf_jax.parallel import RULES
-from rlhf_jax.parallel.rules import Rules
 from rlhf_jax.plan.chips import GIB, Slice
 from rlhf_jax.plan.compiled import Report
-from rlhf_jax.plan.phases import Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +48,7 @@ def _memory(reports: Sequence[Report]) -> Table:
     kinds = list(dict.fromkeys(kind for r in reports for kind in r.phase.resident))
     inside = list(dict.fromkeys(kind for r in reports for kind in r.phase.inside))
     header = ("phase", "fits", *kinds, "batch", "outputs", "temporaries")
-    header += (*(f"of these: {kind} (analytic)" for kind in inside), "code", "peak", "usable")
+    header += (*(f"of these: {kind} (analytic)" for kind in inside), "code", "peak", "analytic sum", "usable")
     rows = []
     for r in reports:
         verdict = "yes" if r.fits else "NO"
@@ -63,9 +56,13 @@ def _memory(reports: Sequence[Report]) -> Table:
             rows.append((r.phase.name, verdict, *["-"] * (len(header) - 3), _gib(r.usable)))
             continue
         m = r.memory
-        parts = [_gib(m.resident[kind]) for kind in kinds] + [_gib(m.batch), _gib(m.outputs), _gib(m.temporaries)]
+        parts = [_gib(m.resident[kind]) if kind in m.resident else "host" for kind in kinds] + [
+            _gib(m.batch),
+            _gib(m.outputs),
+            _gib(m.temporaries),
+        ]
         parts += [_gib(r.phase.inside.get(kind)) for kind in inside]
-        rows.append((r.phase.name, verdict, *parts, _gib(m.code), _gib(m.peak), _gib(r.usable)))
+        rows.append((r.phase.name, verdict, *parts, _gib(m.code), _gib(m.peak), _gib(r.phase.analytic), _gib(r.usable)))
     return Table("HBM a chip, GiB", header, rows)
 
 
@@ -124,26 +121,6 @@ def _constants(where: Slice) -> Table:
     return Table("Constants", header, [(*size, f"{_gib(chip.hbm_usable)} GiB", *rates, chip.source)])
 
 
-def sharding_tables(phase: Phase, mesh: Mesh, rules: Rules = RULES) -> list[Table]:
-    """The rules table, and where every array of a run lies: what a chip holds of it."""
-    named = [
-        (name, " x ".join(axes) or "whole", str(math.prod(mesh.shape[a] for a in axes))) for name, axes in rules.items()
-    ]
-    rows = []
-    for kind, tree in phase.resident.items():
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            sharding = getattr(leaf, "sharding", None)
-            shard = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-            spec = "whole" if sharding is None else str(sharding.spec)
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            rows.append((kind, where, f"{leaf.dtype} {list(leaf.shape)}", str(list(shard)), spec))
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return [
-        Table(f"Rules on the mesh {sizes}", ("logical axis", "mesh axes", "parts"), named),
-        Table("What stays in HBM", ("kind", "array", "whole", "a chip", "spec"), rows),
-    ]
-
-
 def as_text(found: Iterable[Table], width: int = 34) -> str:
     """Columns aligned; a cell longer than ``width`` ends its line."""
     parts = []
@@ -156,9 +133,9 @@ def as_text(found: Iterable[Table], width: int = 34) -> str:
     return "\n".join(parts)
 
 
-def as_markdown(found: Iterable[Table]) -> str:
-    """For docs."""
-    parts = []
+def as_markdown(found: Iterable[Table], title: str) -> str:
+    """A page for docs."""
+    parts = [f"# {title}", ""]
     for table in found:
         parts += [f"{table.title}:", "", f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
         parts += [f"| {' | '.join(row)} |" for row in table.rows]

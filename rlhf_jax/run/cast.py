@@ -78,10 +78,6 @@ def load_cast(
 ) -> Cast:
     """Policy, frozen reference (a real copy), reward model, value model (from the reward model, else the policy's trunk).
 
-    if judge is not None and lora is not None:
-        judge = with_base_dtype(judge, lora, mesh)  # the base of the value model too: one copy
-    valuer = None
-    if critic and not share_trunk:
     load, load_judge: `plan_model` and `plan_judge` give the cast as shapes.
     """
     if lora is not None and lora.dropout:

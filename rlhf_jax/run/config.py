@@ -63,6 +63,7 @@ MAY_CHANGE = (
     "MeshConfig.*",
     "run.mesh",
     "run.rollout_mesh",
+    "run.offload_optimizer",
 )
 """Keys (without scope) that a resumed run may change; every other key is part of what the run IS."""
 

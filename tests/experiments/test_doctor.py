@@ -17,7 +17,9 @@ from rlhf_jax.run.faults import flip_bit
 PLACES = {
     "sft": {"BASE": "base"},
     "reward": {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
+    "dpo": {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
     "ppo": {"POLICY": "sft", "REWARD": "reward"},
+    "grpo": {"POLICY": "sft", "REWARD": "reward"},
 }
 
 
@@ -25,6 +27,10 @@ PLACES = {
 def server() -> Iterator[Call]:
     with forked_programs(IMPORTS, environment()) as call:
         yield call
+
+
+def slow(config: str):
+    return pytest.param(config, marks=pytest.mark.slow)
 
 
 def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Done:
@@ -47,7 +53,7 @@ def wrong(done: Done) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("config", ["sft", pytest.param("reward", marks=pytest.mark.slow), "ppo"])
+@pytest.mark.parametrize("config", ["sft", "ppo", slow("reward"), slow("dpo"), slow("grpo")])
 def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -> None:
     done = examine(server, tmp_path, chain, config)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,7 +61,8 @@ def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -
     seen = {line[7:].split(":")[0] for line in done.stdout.splitlines()[:-1]}
     assert {"vocabulary", "BOS", "pad and EOS", "batches", "gradient accumulation", "memory", "time", "disk"} <= seen
     assert "checkpoint" in seen
-    if config == "ppo":
+    if config in ("ppo", "grpo"):
+        assert ("groups" in seen) == (config == "grpo")
         assert {"sampler and scorer", "reference", "reward model", "tokenizers", "reward spread", "template"} <= seen
     else:
         assert {"label masks", "lengths", "end of reply", "first steps"} <= seen
@@ -94,6 +101,13 @@ def test_a_reward_model_whose_scale_was_changed(chain: Path, tmp_path: Path, ser
 def test_a_sampler_too_far_from_the_scorer(chain: Path, tmp_path: Path, server: Call) -> None:
     found = wrong(examine(server, tmp_path, chain, "ppo", "PPOConfig.max_sampler_gap = 0.0"))
     assert "the ratio would be wrong" in found["sampler and scorer"]
+
+
+@pytest.mark.slow
+def test_samples_of_a_prompt_that_all_score_alike(chain: Path, tmp_path: Path, server: Call) -> None:
+    """Without a temperature to speak of they are one reply."""
+    found = wrong(examine(server, tmp_path, chain, "grpo", "SamplingConfig.temperature = 1e-4"))
+    assert "nothing to learn from" in found["groups"]
 
 
 @pytest.mark.slow

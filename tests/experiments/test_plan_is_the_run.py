@@ -15,7 +15,9 @@ from experiment_processes import ROOT, command, environment
 RUNS = {
     "sft": ("train_sft", ["jit_train_step", "jit_evaluate"]),
     "reward": ("train_reward", ["jit_train_step", "jit_evaluate"]),
+    "dpo": ("train_dpo", ["jit_train_step", "jit_evaluate"]),
     "ppo": ("train_ppo", ["jit_generate", "jit_score", "jit_prepare", "jit_update"]),
+    "grpo": ("train_grpo", ["jit_generate", "jit_score", "jit_prepare", "jit_update"]),
 }
 ADAPTERS = ["run.lora = @LoraConfig()", "run.rollout_mesh = @rollout/MeshConfig()", "rollout/MeshConfig.fsdp = 1"]
 ADAPTERS += ["rollout/MeshConfig.data = 8"]
@@ -47,6 +49,10 @@ def without_places(text: str) -> str:
         pytest.param("sft", [], marks=pytest.mark.slow),
         pytest.param("sft", ["run.lora = @LoraConfig()"], marks=pytest.mark.slow),
         pytest.param("reward", [], marks=pytest.mark.slow),
+        pytest.param("dpo", [], marks=pytest.mark.slow),
+        pytest.param("dpo", ["run.lora = @LoraConfig()"], marks=pytest.mark.slow),
+        pytest.param("grpo", [], marks=pytest.mark.slow),
+        pytest.param("grpo", ["GRPOConfig.kl_coefficient = 0.0"], marks=pytest.mark.slow),
         ("ppo", []),
         pytest.param("ppo", ADAPTERS, marks=pytest.mark.slow),
     ],
@@ -56,13 +62,16 @@ def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage:
     macros = {
         "sft": {"BASE": chain / "base"},
         "reward": {"POLICY": chain / "sft", "COMPARISONS": chain / "completions" / "comparisons.jsonl"},
+        "dpo": {"POLICY": chain / "sft", "COMPARISONS": chain / "completions" / "comparisons.jsonl"},
         "ppo": {"POLICY": chain / "sft", "REWARD": chain / "reward"},
+        "grpo": {"POLICY": chain / "sft", "REWARD": chain / "reward"},
     }[stage]
     macros["RUN_DIR"] = tmp_path / "run"
     more = ["--gin_bindings=run.steps = 1", "--gin_bindings=run.mesh = @MeshConfig()"]
     more += ["--gin_bindings=MeshConfig.data = 2", *(f"--gin_bindings={line}" for line in bindings)]
     ran = lowered([*command(experiment, f"configs/smoke/{stage}.gin", **macros), *more], tmp_path / "ran")
-    flags = ["--topology=local", f"--json={tmp_path / 'plan.json'}"] + ([] if stage == "ppo" else [f"--stage={stage}"])
+    flags = ["--topology=local", f"--json={tmp_path / 'plan.json'}"]
+    flags += [] if stage in ("ppo", "grpo") else [f"--stage={stage}"]
     planned = lowered([*command("plan", f"configs/smoke/{stage}.gin", **macros), *more, *flags], tmp_path / "planned")
     assert set(programs) <= ran.keys()
     assert {name: planned.get(name) for name in programs} == {name: ran[name] for name in programs}

@@ -25,6 +25,7 @@ from rlhf_jax.parallel import (
     to_global,
     tree_shardings,
 )
+from rlhf_jax.plan import parse_module
 from rlhf_jax.testing import bytes_per_device, mesh_of, random_params, random_prompts, tiny_config
 from rlhf_jax.types import Completions, PairBatch, PolicyBatch, TokenBatch
 
@@ -271,6 +272,17 @@ def test_the_rollout_copy_is_what_the_products_use():
     assert copy["embed"]["embedding"].is_fully_replicated
     call, tokens = jax.jit(Model(model.config).apply), random_tokens(0).tokens
     np.testing.assert_array_equal(call(jax.device_get(copy), tokens), call(jax.device_get(params), tokens))
+
+
+def test_the_rollout_copy_never_holds_a_whole_stack():
+    """fsdp 8 to data 4, tensor 2: no array of the compiled program is larger than what a device has of the largest in the
+    end."""
+    mesh = mesh_of(fsdp=8)
+    model = Model(tiny_config(hidden_size=64, ffn_size=256, num_layers=4), ActivationConstraint(mesh))
+    params, others = placed(model, 0, mesh), remake_mesh(MeshConfig(4, 1, 2), mesh)
+    text = jax.jit(lambda tree: programs.rollout_copy(model, tree, others)[1]).lower(params).compile().as_text()
+    arrays = [a for body in parse_module(text).computations.values() for one in body.values() for a in one.arrays]
+    assert max(array.elements for array in arrays) == 4 * 64 * 256 // 2
 
 
 def test_the_state_keeps_its_place_over_donated_steps():

@@ -37,7 +37,7 @@ def build(candidate: Candidate):
     params = abstract_arrays(model.abstract(), tree_shardings(model.abstract(), model.logical_axes(), mesh))
     adam = learn.make_optimizer(learn.OptimizerConfig(), 1)
     sizes = {"rows": candidate.rows, "length": 128, "microbatches": candidate.microbatches}
-    return mesh, supervised_phases("sft", model, params, adam, mesh, **sizes)[:1]
+    return mesh, supervised_phases(model, params, adam, mesh, **sizes)[:1]
 
 
 @functools.cache

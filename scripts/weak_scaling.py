@@ -1,0 +1,86 @@
+"""Bytes that a chip sends in a training step on slices of 8 to 256 chips with the same work a chip, as a table for docs/tpu.md.
+
+    python scripts/weak_scaling.py                      # needs the [tpu] extra; no TPU
+    python scripts/weak_scaling.py v5p:2x2x2 v5p:4x4x4  # other slices
+
+SFT of a small model (71 M weights, splash attention, recomputed blocks), parameters over all chips, two sequences of 768
+tokens a chip. Predicted: `rlhf_jax.plan.sent_bytes`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jax.sharding import Mesh
+
+from rlhf_jax import learn, plan
+from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays, make_mesh, tree_shardings
+
+SLICES = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+LENGTH, ROWS_A_CHIP = 768, 2
+CONFIG = ModelConfig(
+    vocab_size=4096,
+    hidden_size=1024,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=4096,
+    max_length=4096,
+    tie_embeddings=False,
+    compute_dtype="bfloat16",
+    remat=True,
+    logits_chunk=LENGTH,
+)
+
+
+class Scaled(NamedTuple):
+    """chips of the slice; predicted, compiled: bytes that leave a chip in a step; peak: bytes of HBM a chip; seconds: to
+    compile."""
+
+    chips: int
+    predicted: float
+    compiled: float
+    peak: int
+    seconds: float
+
+
+def training_step(name: str) -> tuple[Model, Mesh, plan.Phase]:
+    """On the slice ``name``: the model there, its mesh, and the step as a phase."""
+    where = plan.parse_slice(name)
+    mesh = make_mesh(MeshConfig(), where.devices())
+    model = Model(CONFIG, ActivationConstraint(mesh))
+    shapes = model.abstract()
+    params = abstract_arrays(shapes, tree_shardings(shapes, model.logical_axes(), mesh))
+    adam = learn.make_optimizer(learn.OptimizerConfig(), 1)
+    sizes = {"rows": ROWS_A_CHIP * where.chips, "length": LENGTH, "microbatches": 1}
+    return model, mesh, plan.supervised_phases(model, params, adam, mesh, **sizes)[0]
+
+
+def scaled(name: str) -> Scaled:
+    """Of one slice."""
+    model, mesh, step = training_step(name)
+    found = plan.compile_phase(step, mesh, plan.parse_slice(name).chip)
+    assert found.cost is not None and found.memory is not None
+    predicted = plan.sent_bytes(model, mesh.size, LENGTH)
+    return Scaled(mesh.size, predicted, found.cost.moved_bytes, found.memory.peak, found.compile_seconds)
+
+
+def main(names: list[str]) -> None:
+    print("| slice | chips | predicted MiB | compiled MiB | ratio | HBM peak MiB | compile s |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names or SLICES:
+        one = scaled(name)
+        sizes = f"{one.predicted / 2**20:.1f} | {one.compiled / 2**20:.1f} | {one.compiled / one.predicted:.2f}"
+        print(f"| {name} | {one.chips} | {sizes} | {one.peak / 2**20:.0f} | {one.seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
