@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from rlhf_jax import learn, programs
 from rlhf_jax.models import Model, lora
 from rlhf_jax.models.attention import chosen
-from rlhf_jax.parallel import abstract_arrays, batch_sharding, born_abstract, remake_mesh, tree_shardings
+from rlhf_jax.parallel import (
+    ActivationConstraint,
+    abstract_arrays,
+    batch_sharding,
+    born_abstract,
+    remake_mesh,
+    tree_shardings,
+)
 from rlhf_jax.plan import analytic
 from rlhf_jax.rollout import RolloutModels
 from rlhf_jax.types import Completions, PairBatch, Params, PromptBatch, Rollout, TokenBatch, TrainState
@@ -64,12 +71,7 @@ def _rng() -> Any:
 
 
 def _shards(mesh: Mesh) -> int:
-    spec = batch_sharding(mesh).spec[0]
-    axes = (spec,) if isinstance(spec, str) else spec
-    size = 1
-    for axis in axes:
-        size *= mesh.shape[axis]
-    return size
+    return ActivationConstraint(mesh).parts("act_batch")
 
 
 PASSING = "gathered weights, one block, logits"

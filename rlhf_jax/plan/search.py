@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from rlhf_jax.parallel import MeshConfig
+from rlhf_jax.parallel import ActivationConstraint, MeshConfig
 from rlhf_jax.plan.analytic import tree_bytes
 from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.compiled import Report, compile_phase
@@ -51,22 +51,25 @@ Build = Callable[[Candidate], tuple[Mesh, list[Phase]]]
 """A candidate as a mesh and its phases. Raises InputError for one that does not divide."""
 
 
-def nearest(start: Candidate, remat: bool, minibatches: int, sampling: bool = False) -> Iterable[Candidate]:
+def nearest(
+    start: Candidate, remat: bool, minibatches: int, sampling: bool = False, shards: int = 1
+) -> Iterable[Candidate]:
     """From small to large changes: recompute blocks, more microbatches, fewer slots, fewer rows. remat: whether blocks are
-    recomputed now. minibatches: into which rows divide before microbatches. sampling: whether slots would help."""
+    recomputed now. minibatches: into which rows divide before microbatches. sampling: whether slots would help. shards: over
+    which the rows of a microbatch, and slots, have to divide still."""
     if not remat:
         start = dataclasses.replace(start, remat=True)
         yield start
     fewest = start.rows // minibatches
     microbatches = start.microbatches
-    while microbatches * 2 <= fewest and fewest % (microbatches * 2) == 0:
+    while microbatches * 2 <= fewest and fewest % (microbatches * 2 * shards) == 0:
         microbatches *= 2
         yield dataclasses.replace(start, microbatches=microbatches)
     if sampling:
-        for slots in _fewer_slots(start):
+        for slots in (fewer for fewer in _fewer_slots(start) if fewer % shards == 0):
             yield dataclasses.replace(start, slots=slots)
     rows = start.rows
-    while rows % 2 == 0 and (rows // 2) % (start.microbatches * minibatches) == 0:
+    while rows % 2 == 0 and (rows // 2) % (start.microbatches * minibatches * shards) == 0:
         rows //= 2
         yield dataclasses.replace(start, rows=rows)
 
@@ -111,16 +114,20 @@ def repair(
 ) -> str:
     """The nearest change with which the phases that do not fit do, as a sentence. Compiles at most ``most`` candidates."""
     names = {report.phase.name for report in wrong}
-    _, phases = build(start)
+    mesh, phases = build(start)
     resident = max(tree_bytes(dict(phase.resident)) for phase in phases)
     if resident > chip.hbm_usable:
         chips = wrong[0].chips * resident / chip.hbm_usable
         return f"what stays in HBM alone is more than a chip has: take a slice of at least {2 ** math.ceil(math.log2(chips))} chips"
     tried = 0
-    for candidate in nearest(start, remat, minibatches, sampling="generate" in names):
+    shards = ActivationConstraint(mesh).parts("act_batch")
+    for candidate in nearest(start, remat, minibatches, "generate" in names, shards):
         if tried == most:
             break
-        mesh, phases = build(candidate)
+        try:
+            mesh, phases = build(candidate)
+        except InputError:  # rows that are not a multiple of GRPO's samples
+            continue
         if analytic_bytes(phases) > SLACK * chip.hbm_usable:
             continue
         tried += 1
