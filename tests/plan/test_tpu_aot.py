@@ -54,15 +54,6 @@ BatchConfig.batch_size = 64
 BatchConfig.microbatches = 1
 """
 
-LARGE = """
-include 'configs/plan/llama3_8b.gin'
-run.model = @ModelSource()
-run.batch = @BatchConfig()
-BatchConfig.batch_size = 16
-BatchConfig.length = 4096
-run.optimizer = @OptimizerConfig()
-"""
-
 
 def run(*arguments: str, code: int = 0, log: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A program of ours in a process of its own, nothing looked up in a cache. log: a directory for libtpu's log files."""
@@ -161,7 +152,7 @@ def test_the_cache_is_as_large_as_predicted(tmp_path: Path) -> None:
 def test_memory_is_within_15_percent_of_the_analytic_sum(tmp_path: Path) -> None:
     """A step of Llama 3 8B, one sequence of 4096 a chip: 12 bytes of state a weight over 16 chips, and what
     `plan.analytic` knows of the rest."""
-    told, _ = plan(tmp_path, "--topology=v5p:2x2x4", "--stage=sft", config=LARGE)
+    told, _ = plan(tmp_path, "--topology=v5p:2x2x4", "--stage=sft", config="include 'configs/plan/llama3_8b_sft.gin'")
     step = told["phases"][0]
     analytic = sum(step["memory"]["resident"].values()) + sum(step["analytic"].values())
     assert step["memory"]["resident"]["parameters"] == pytest.approx(4 * 8.03e9 / 16, rel=0.01)
