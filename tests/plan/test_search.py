@@ -24,7 +24,7 @@ from rlhf_jax.plan import (
     verdict,
     why,
 )
-from rlhf_jax.plan.search import analytic_bytes, nearest
+from rlhf_jax.plan.search import SLACK, analytic_bytes, nearest
 from rlhf_jax.testing import tiny_config
 
 START = Candidate(MeshConfig(), rows=64, microbatches=1)
@@ -121,7 +121,7 @@ def test_promising_ones_are_of_every_kind_and_may_fit() -> None:
     assert {(one.mesh.tensor, one.remat) for one in chosen} == {(1, None), (1, True), (2, None), (2, True)}
     assert all(one.microbatches == 1 and one.rows == 128 for one in chosen)
     least = min(analytic_bytes(build(one)[1]) for one in found)
-    assert promising(build, found, dataclasses.replace(CHIP, hbm_usable=least - 1), 4) == []
+    assert promising(build, found, dataclasses.replace(CHIP, hbm_usable=least / SLACK - 1), 4) == []
 
 
 def test_the_better_plan_fits_and_then_is_faster(peaks: dict[str, int]) -> None:
