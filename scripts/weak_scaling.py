@@ -3,8 +3,8 @@
     python scripts/weak_scaling.py                      # needs the [tpu] extra; no TPU
     python scripts/weak_scaling.py v5p:2x2x2 v5p:4x4x4  # other slices
 
-SFT of a small model (71 M weights, splash attention, recomputed blocks), parameters over all chips, two sequences of 768
-tokens a chip. Predicted: `rlhf_jax.plan.sent_bytes`.
+SFT of a small model (75 M weights, splash attention, recomputed blocks), parameters over eight chips and copies of these
+(MeshConfig.data), two sequences of 768 tokens a chip. Predicted: `rlhf_jax.plan.sent_bytes`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Scaled(NamedTuple):
 def training_step(name: str) -> tuple[Model, Mesh, plan.Phase]:
     """On the slice ``name``: the model there, its mesh, and the step as a phase."""
     where = plan.parse_slice(name)
-    mesh = make_mesh(MeshConfig(), where.devices())
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=8), where.devices())
     model = Model(CONFIG, ActivationConstraint(mesh))
     shapes = model.abstract()
     params = abstract_arrays(shapes, tree_shardings(shapes, model.logical_axes(), mesh))
@@ -69,7 +69,7 @@ def scaled(name: str) -> Scaled:
     model, mesh, step = training_step(name)
     found = plan.compile_phase(step, mesh, plan.parse_slice(name).chip)
     assert found.cost is not None and found.memory is not None
-    predicted = plan.sent_bytes(model, mesh.size, LENGTH)
+    predicted = plan.sent_bytes(model, mesh.shape["fsdp"], mesh.shape["data"], LENGTH)
     return Scaled(mesh.size, predicted, found.cost.moved_bytes, found.memory.peak, found.compile_seconds)
 
 

@@ -160,10 +160,11 @@ def test_memory_is_within_15_percent_of_the_analytic_sum(tmp_path: Path) -> None
 
 
 def test_weak_scaling() -> None:
-    """From 8 to 256 chips a chip sends (255 / 256) / (7 / 8) = 1.14 times as much."""
+    """From 8 to 256 chips a chip sends its eighth of the gradients to copies beside what it sent before: 2 x 31 / 32 of 16 MiB
+    in bfloat16 and 4 in float32, beside 497 MiB."""
     lines = run("scripts/weak_scaling.py", "v5e:2x4", "v5e:16x16").stdout.splitlines()[2:]
     few, many = ([float(cell) for cell in line.split("|")[2:6]] for line in lines)
-    assert (few[0], many[0]) == (8, 256) and many[1] / few[1] == pytest.approx(255 / 224, rel=1e-3)
+    assert (few[0], many[0]) == (8, 256) and many[1] - few[1] == pytest.approx(2 * 31 / 32 * 20, rel=0.01)
     assert 0.9 < few[3] < 1.3 and 0.9 < many[3] < 1.3
 
 
