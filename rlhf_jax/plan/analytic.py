@@ -116,12 +116,12 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
 
 def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: int, *, backward: bool) -> int:
     """What a pass over ``rows`` sequences a chip holds for a while, when parameters are split over chips: the table and the
-    head whole in the dtype of products (and their float32 gradients when they are trained), the weights of two blocks (of
+    head whole in the dtype of products (and the float32 gradient of one when they are trained), the weights of two blocks (of
     one that works and one on its way), a block's activations, logits of a chunk with their softmax. tensor: parts of the
     heads, feed-forward columns and vocabulary."""
     config, width = model.config, model.config.dtype.itemsize
     tables, in_blocks = _split_weights(model)
-    whole = tables * (width + (4 if backward and model.lora is None else 0))
+    whole = tables * width + (4 * config.vocab_size * config.hidden_size if backward and model.lora is None else 0)
     blocks = 2 * width * in_blocks // config.num_layers
     columns = (5 if backward else 2) * config.ffn_size + (10 if backward else 4) * config.hidden_size
     activations = rows * length * columns * width

@@ -78,11 +78,13 @@ PASSING = "gathered weights, one block, logits"
 
 
 def _learning(
-    models: list[Model], params: Params, mesh: Mesh, rows: int, length: int, heads_at: int
+    models: list[Model], params: Params, mesh: Mesh, microbatches: int, rows: int, length: int, heads_at: int
 ) -> dict[str, int | None]:
     """Bytes a chip within the temporaries of a training step on ``rows`` sequences a chip: float32 gradients laid out as the
-    parameters, summed and of one microbatch; what waits for the backward pass; what passes."""
-    gradients = 2 * analytic.tree_bytes(jax.tree.map(lambda p: _float32(p.shape, p.sharding), params))
+    parameters, with several microbatches their sum as well; what waits for the backward pass; what passes."""
+    gradients = (2 if microbatches > 1 else 1) * analytic.tree_bytes(
+        jax.tree.map(lambda p: _float32(p.shape, p.sharding), params)
+    )
     saved = [analytic.saved_bytes(one.config, rows, length) for one in models]
     tensor = mesh.shape["tensor"]
     passing = [analytic.passing_bytes(one, rows, length, heads_at, tensor, backward=True) for one in models]
@@ -130,7 +132,7 @@ def supervised_phases(
     forward = analytic.model_flops(model, sequences, length, length) + referred
     trained = analytic.training_flops(model, sequences, length, length) + referred
     held = max(1, sequences // _shards(mesh) // microbatches)
-    learning = _learning([model], state.params, mesh, held, length, length)
+    learning = _learning([model], state.params, mesh, microbatches, held, length, length)
     scored = max(1, sequences // _shards(mesh))
     passing = {PASSING: analytic.passing_bytes(model, scored, length, length, mesh.shape["tensor"], backward=False)}
     resident = {"parameters": state.params, "optimizer": (state.opt_state, state.step, state.rng)}
@@ -223,6 +225,6 @@ def rollout_phases(
             resident,
             tokens * algorithm.epochs,
             training * algorithm.epochs,
-            _learning(learners, params, mesh, held, length, new),
+            _learning(learners, params, mesh, microbatches, held, length, new),
         ),
     ]
