@@ -52,13 +52,14 @@ class _Walk:
     channels: set[tuple[str, str]]
     decoding: int
 
-    def computation(self, name: str, times: float, fused: bool) -> None:
+    def computation(self, name: str, times: float, within: str | None = None) -> None:
+        """within: the computation that runs this one as a fusion, or as part of one."""
         body = self.module.computations[name]
         for instruction in body.values():
-            self.instruction(name, body, instruction, times, fused)
+            self.instruction(name, body, instruction, times, within)
 
-    def instruction(self, name: str, body: Computation, one: Instruction, times: float, fused: bool) -> None:
-        inner, inside = times, fused
+    def instruction(self, name: str, body: Computation, one: Instruction, times: float, within: str | None) -> None:
+        inner, inside = times, within
         if one.opcode == "while":
             found = trips(self.module, body, one)
             inner = times * found.count
@@ -70,19 +71,19 @@ class _Walk:
                 self.cost.bounded[found.count] += 1
             self.cost.unknown += found.exact is None
         elif one.opcode == "fusion":
-            inside = True
+            inside = within or name
         for called in one.called():
             self.computation(called, inner, inside)
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            self.collective(name, body, one, kind, times)
+            self.collective(name, within or name, body, one, kind, times)
         if one.opcode == "convolution":
             self.cost.flops += times * convolution_flops(body, one)
         elif one.opcode == "dot":
             self.cost.flops += times * dot_flops(body, one)
         elif one.opcode == "custom-call" and "tpu_custom_call" in one.attributes:
             self.kernel(body, one, times)
-        if not fused:
+        if within is None:
             self.cost.hbm_bytes += times * hbm_bytes(self.module, body, one)
 
     def holds_another(self, loop: Instruction) -> bool:
@@ -118,13 +119,14 @@ class _Walk:
         self.cost.flops += times * float(told.get("flops", 0))
         self.cost.hbm_bytes += times * float(told.get("bytes_accessed", 0))
 
-    def collective(self, name: str, body: Computation, one: Instruction, kind: str, times: float) -> None:
+    def collective(self, name: str, runner: str, body: Computation, one: Instruction, kind: str, times: float) -> None:
         channel = one.attribute("channel_id")
         if channel is not None:
-            # The TPU compiler writes the start and the end of an overlapped collective as two fusions with a copy each.
-            if (name, channel) in self.channels:
+            # The TPU compiler writes an overlapped collective as several fusions of one computation, with a copy in each: one
+            # that starts it, those that compute meanwhile, one that ends it.
+            if (runner, channel) in self.channels:
                 return
-            self.channels.add((name, channel))
+            self.channels.add((runner, channel))
         groups = group_of(one, self.axes)
         size = groups.size
         if size < 2:
@@ -145,7 +147,7 @@ def count(module: Module, axes: dict[str, int], decoding: int = 1) -> Cost:
     """The cost of a run of the program on one chip. axes: names and sizes of the mesh it was compiled for, in order.
     decoding: the most that a loop runs whose end depends on what is computed (until every row has ended)."""
     walk = _Walk(module, axes, Cost(), set(), decoding)
-    walk.computation(module.entry, 1.0, fused=False)
+    walk.computation(module.entry, 1.0)
     return walk.cost
 
 

@@ -202,6 +202,46 @@ def test_collectives_of_a_program_by_axis() -> None:
     assert dict(cost.moved) == {("all-reduce", "fsdp"): 2 * 32 * 3 / 4}
 
 
+def test_an_overlapped_collective_counts_once() -> None:
+    """As the TPU compiler writes it: fusions that start it, compute meanwhile and end it, all with the same all-gather; in a
+    loop of 5 it runs 5 times. A chip sends its 64 x 4 bytes to three others each time; the entry gathers once more."""
+    part = """%NAME (q: f32[64]) -> f32[256] {
+  %q = f32[64] parameter(0)
+  ROOT %all-gather.NAME = f32[256] all-gather(%q), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+"""
+    text = "HloModule m, num_partitions=4\n\n" + "".join(
+        part.replace("NAME", name) for name in ("begin", "middle", "end")
+    )
+    text += """%body (s: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %s = (s32[], f32[64]) parameter(0)
+  %x = f32[64] get-tuple-element(%s), index=1
+  %a = f32[256] fusion(%x), kind=kCustom, calls=%begin
+  %b = f32[256] fusion(%x), kind=kCustom, calls=%middle
+  %c = f32[256] fusion(%x), kind=kCustom, calls=%end
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %t = (s32[], f32[64]) tuple(%i, %x)
+}
+
+%condition (s: (s32[], f32[64])) -> pred[] {
+  %s = (s32[], f32[64]) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64] parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[64]) tuple(%zero, %p)
+  %loop = (s32[], f32[64]) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %first = f32[256] fusion(%p), kind=kCustom, calls=%begin
+  ROOT %out = f32[64] get-tuple-element(%loop), index=1
+}
+"""
+    cost = count(parse_module(text), {"x": 4})
+    assert cost.counts == {("all-gather", "x"): 6} and cost.moved_bytes == 6 * 3 * 256
+
+
 def test_memory_traffic() -> None:
     """[100] floats read and written; a slice reads only what it takes; what lies near the core is no traffic."""
     plain = module_of("  %p = f32[100]{0} parameter(0)\n  ROOT %n = f32[100]{0} negate(%p)")
