@@ -117,8 +117,8 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
 def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: int, *, backward: bool) -> int:
     """What a pass over ``rows`` sequences a chip holds for a while, when parameters are split over chips: the table and the
     head whole in the dtype of products (and the float32 gradient of one when they are trained), the weights of two blocks (of
-    one that works and one on its way), a block's activations, logits of a chunk with their softmax. tensor: parts of the
-    heads, feed-forward columns and vocabulary."""
+    one that works and one on its way), a block's activations, logits of a chunk (backward their
+    gradient as well). tensor: parts of the heads, feed-forward columns and vocabulary."""
     config, width = model.config, model.config.dtype.itemsize
     tables, in_blocks = _split_weights(model)
     whole = tables * width + (4 * config.vocab_size * config.hidden_size if backward and model.lora is None else 0)
@@ -127,7 +127,9 @@ def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: i
     activations = rows * length * columns * width
     if chosen(config, model.constrain) != "splash":
         activations += rows * config.num_heads * length * length * 4 * (3 if backward else 2)
-    logits = 8 * rows * min(config.logits_chunk, heads_at) * config.vocab_size if config.has_lm else 0
+    logits = (
+        (8 if backward else 4) * rows * min(config.logits_chunk, heads_at) * config.vocab_size if config.has_lm else 0
+    )
     return (whole + blocks + activations + logits) // tensor
 
 

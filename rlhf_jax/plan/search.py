@@ -133,7 +133,10 @@ def repair(
         tried += 1
         if all(compile_phase(phase, mesh, chip).fits for phase in phases if phase.name in names):
             return f"it fits with {candidate.bindings(start)}"
-    return f"none of the {tried} nearest changes (recomputation, microbatches, rows) makes it fit: take a larger slice"
+    return (
+        f"none of recomputation, microbatches and rows makes it fit ({tried} changes compiled, the others need too much by "
+        "the analytic sum): take a larger slice"
+    )
 
 
 def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: int) -> list[Candidate]:
