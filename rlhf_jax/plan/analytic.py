@@ -135,14 +135,14 @@ def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: i
 
 def sent_bytes(model: Model, fsdp: int, data: int, heads_at: int, microbatches: int = 1) -> float:
     """Bytes that leave a chip in one training step with recomputed blocks, of rings over ``fsdp`` chips: all of a block's
-    weights come in the dtype of products forward, again to recompute, again for the backward pass, and their gradients leave
-    in it. The head comes twice for every chunk of columns and its float32 gradient leaves once a chunk; the table comes and
+    weights come in the dtype of products forward, again to be recomputed with and to go back through, and their gradients
+    leave in it. The head comes twice for every chunk of columns and its float32 gradient leaves once a chunk; the table comes and
     leaves once. Over ``data`` copies the gradients of what a chip holds are summed. Neither rows nor columns of activations
     travel, so that more chips send no more each."""
     config, width = model.config, model.config.dtype.itemsize
     table, (tables, in_blocks) = config.vocab_size * config.hidden_size, _split_weights(model)
     chunks = math.ceil(heads_at / config.logits_chunk) if config.has_lm else 0
-    split = 4 * width * in_blocks + table * (width + 4) + table * chunks * (2 * width + 4)
+    split = 3 * width * in_blocks + table * (width + 4) + table * chunks * (2 * width + 4)
     copied = 2 * (width * in_blocks + 4 * tables) / fsdp
     return microbatches * (split * (fsdp - 1) / fsdp + copied * (data - 1) / data)
 

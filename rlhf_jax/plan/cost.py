@@ -52,14 +52,17 @@ class _Walk:
     channels: set[tuple[str, str]]
     decoding: int
 
-    def computation(self, name: str, times: float, within: str | None = None) -> None:
-        """within: the computation that runs this one as a fusion, or as part of one."""
+    def computation(self, name: str, times: float, runners: tuple[str, ...] = (), fused: bool = False) -> None:
+        """runners: the computations that are under way, fusions left out; this one last."""
+        runners = runners if fused else (*runners, name)
         body = self.module.computations[name]
         for instruction in body.values():
-            self.instruction(name, body, instruction, times, within)
+            self.instruction(name, body, instruction, times, runners, fused)
 
-    def instruction(self, name: str, body: Computation, one: Instruction, times: float, within: str | None) -> None:
-        inner, inside = times, within
+    def instruction(
+        self, name: str, body: Computation, one: Instruction, times: float, runners: tuple[str, ...], fused: bool
+    ) -> None:
+        inner, inside = times, fused
         if one.opcode == "while":
             found = trips(self.module, body, one)
             inner = times * found.count
@@ -71,19 +74,19 @@ class _Walk:
                 self.cost.bounded[found.count] += 1
             self.cost.unknown += found.exact is None
         elif one.opcode == "fusion":
-            inside = within or name
+            inside = True
         for called in one.called():
-            self.computation(called, inner, inside)
+            self.computation(called, inner, runners, inside)
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            self.collective(name, within or name, body, one, kind, times)
+            self.collective(name, runners, body, one, kind, times)
         if one.opcode == "convolution":
             self.cost.flops += times * convolution_flops(body, one)
         elif one.opcode == "dot":
             self.cost.flops += times * dot_flops(body, one)
         elif one.opcode == "custom-call" and "tpu_custom_call" in one.attributes:
             self.kernel(body, one, times)
-        if within is None:
+        if not fused:
             self.cost.hbm_bytes += times * hbm_bytes(self.module, body, one)
 
     def holds_another(self, loop: Instruction) -> bool:
@@ -119,14 +122,16 @@ class _Walk:
         self.cost.flops += times * float(told.get("flops", 0))
         self.cost.hbm_bytes += times * float(told.get("bytes_accessed", 0))
 
-    def collective(self, name: str, runner: str, body: Computation, one: Instruction, kind: str, times: float) -> None:
+    def collective(
+        self, name: str, runners: tuple[str, ...], body: Computation, one: Instruction, kind: str, times: float
+    ) -> None:
         channel = one.attribute("channel_id")
         if channel is not None:
             # The TPU compiler writes an overlapped collective as several fusions of one computation, with a copy in each: one
-            # that starts it, those that compute meanwhile, one that ends it.
-            if (runner, channel) in self.channels:
+            # that starts it, those that compute meanwhile (in a loop perhaps), one that ends it.
+            if any((runner, channel) in self.channels for runner in runners):
                 return
-            self.channels.add((runner, channel))
+            self.channels.add((runners[-1], channel))
         groups = group_of(one, self.axes)
         size = groups.size
         if size < 2:

@@ -203,8 +203,9 @@ def test_collectives_of_a_program_by_axis() -> None:
 
 
 def test_an_overlapped_collective_counts_once() -> None:
-    """As the TPU compiler writes it: fusions that start it, compute meanwhile and end it, all with the same all-gather; in a
-    loop of 5 it runs 5 times. A chip sends its 64 x 4 bytes to three others each time; the entry gathers once more."""
+    """As the TPU compiler writes it: fusions that start it, compute meanwhile (in a loop of 9) and end it, all with the same
+    all-gather; in a loop of 5 it runs 5 times. A chip sends its 64 x 4 bytes to three others each time; the entry gathers
+    once more."""
     part = """%NAME (q: f32[64]) -> f32[256] {
   %q = f32[64] parameter(0)
   ROOT %all-gather.NAME = f32[256] all-gather(%q), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
@@ -214,11 +215,19 @@ def test_an_overlapped_collective_counts_once() -> None:
     text = "HloModule m, num_partitions=4\n\n" + "".join(
         part.replace("NAME", name) for name in ("begin", "middle", "end")
     )
-    text += """%body (s: (s32[], f32[64])) -> (s32[], f32[64]) {
+    text += """%inside (s: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %s = (s32[], f32[64]) parameter(0)
+  %x = f32[64] get-tuple-element(%s), index=1
+  %b = f32[256] fusion(%x), kind=kCustom, calls=%middle
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %t = (s32[], f32[64]) tuple(%i, %x)
+}
+
+%body (s: (s32[], f32[64])) -> (s32[], f32[64]) {
   %s = (s32[], f32[64]) parameter(0)
   %x = f32[64] get-tuple-element(%s), index=1
   %a = f32[256] fusion(%x), kind=kCustom, calls=%begin
-  %b = f32[256] fusion(%x), kind=kCustom, calls=%middle
+  %more = (s32[], f32[64]) while(%s), condition=%condition, body=%inside, backend_config={"known_trip_count":{"n":"9"}}
   %c = f32[256] fusion(%x), kind=kCustom, calls=%end
   %i = s32[] get-tuple-element(%s), index=0
   ROOT %t = (s32[], f32[64]) tuple(%i, %x)

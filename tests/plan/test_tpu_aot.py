@@ -124,15 +124,15 @@ def test_no_activation_is_gathered(step: dict) -> None:
 
 
 def test_gradients_are_scattered_not_reduced_to_every_chip(step: dict) -> None:
-    """Blocks hold 67.1 M weights, table and head 4.2 M each. A chip sends 7/8 of: the blocks four times in bfloat16 (twice
-    forward, once backward, their gradients), the head twice and the table once, and float32 gradients of both. All-reduced
-    gradients of the blocks would be 7/8 x 2 x 4 x 67.1 M more, nearly as much again."""
+    """Blocks hold 67.1 M weights, table and head 4.2 M each. A chip sends 7/8 of: the blocks three times in bfloat16
+    (forward, recomputed and backward, their gradients), the head twice and the table once, and float32 gradients of both.
+    All-reduced gradients of the blocks would be a third more."""
     cost = count(step["module"], step["mesh"])
     assert {axes for _, axes in cost.moved} == {"fsdp"}
     reduced = sum(sent for (kind, _), sent in cost.moved.items() if kind == "all-reduce")
     assert reduced < MIB  # norms and numbers
-    predicted = 7 / 8 * (4 * 2 * 67.1e6 + (2 * 2 + 2) * 4.2e6 + 2 * 4 * 4.2e6)
-    assert 0.9 * predicted < cost.moved_bytes < 1.3 * predicted
+    predicted = 7 / 8 * (3 * 2 * 67.1e6 + (2 * 2 + 2) * 4.2e6 + 2 * 4 * 4.2e6)
+    assert 0.9 * predicted < cost.moved_bytes < 1.25 * predicted
 
 
 def test_a_chip_holds_what_the_rules_say_and_the_state_is_donated(step: dict) -> None:
@@ -166,7 +166,7 @@ def test_memory_is_within_15_percent_of_the_analytic_sum(tmp_path: Path) -> None
 
 def test_weak_scaling() -> None:
     """From 8 to 256 chips a chip sends its eighth of the gradients to copies beside what it sent before: 2 x 31 / 32 of 16 MiB
-    in bfloat16 and 4 in float32, beside 497 MiB."""
+    in bfloat16 and 4 in float32, beside 385 MiB."""
     lines = run("scripts/weak_scaling.py", "v5e:2x4", "v5e:16x16").stdout.splitlines()[2:]
     few, many = ([float(cell) for cell in line.split("|")[2:6]] for line in lines)
     assert (few[0], many[0]) == (8, 256) and many[1] - few[1] == pytest.approx(2 * 31 / 32 * 20, rel=0.01)
