@@ -115,22 +115,22 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
 
 
 def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: int, *, backward: bool) -> int:
-    """What a pass over ``rows`` sequences a chip holds for a while, when parameters are split over chips: the table and the
-    head whole in the dtype of products (and the float32 gradient of one when they are trained), the weights of two blocks (of
-    one that works and one on its way), a block's activations, logits of a chunk (backward their
-    gradient as well). tensor: parts of the heads, feed-forward columns and vocabulary."""
+    """What a pass over ``rows`` sequences a chip holds for a while, when parameters are split over chips: the weights of two
+    blocks (of one that works and one on its way), a block's activations, and of what comes one after the other the largest:
+    forward a chunk of logits, backward the whole float32 gradient of the table or the head (under adapters one of these in
+    the dtype of products). tensor: parts of the heads, feed-forward columns and vocabulary."""
     config, width = model.config, model.config.dtype.itemsize
-    tables, in_blocks = _split_weights(model)
-    whole = tables * width + (4 * config.vocab_size * config.hidden_size if backward and model.lora is None else 0)
-    blocks = 2 * width * in_blocks // config.num_layers
+    table = config.vocab_size * config.hidden_size
+    blocks = 2 * width * _split_weights(model)[1] // config.num_layers
     columns = (5 if backward else 2) * config.ffn_size + (10 if backward else 4) * config.hidden_size
     activations = rows * length * columns * width
     if chosen(config, model.constrain) != "splash":
         activations += rows * config.num_heads * length * length * 4 * (3 if backward else 2)
-    logits = (
-        (8 if backward else 4) * rows * min(config.logits_chunk, heads_at) * config.vocab_size if config.has_lm else 0
-    )
-    return (whole + blocks + activations + logits) // tensor
+    if backward:
+        ends = table * (4 if model.lora is None else width)
+    else:
+        ends = 4 * rows * min(config.logits_chunk, heads_at) * config.vocab_size if config.has_lm else 0
+    return (blocks + activations + ends) // tensor
 
 
 def sent_bytes(model: Model, fsdp: int, data: int, heads_at: int, microbatches: int = 1) -> float:

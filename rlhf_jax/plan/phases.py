@@ -74,7 +74,7 @@ def _shards(mesh: Mesh) -> int:
     return ActivationConstraint(mesh).parts("act_batch")
 
 
-PASSING = "gathered weights, one block, logits"
+PASSING = "gathered weights, one block, logits or head"
 
 
 def _learning(
