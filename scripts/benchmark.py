@@ -53,9 +53,10 @@ class Side:
         self.facts = self._answer()
 
     def _answer(self) -> dict[str, Any]:
+        """The next line of JSON; trainers print other things too."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
+        line = next((line for line in self._process.stdout if line.startswith('{"')), None)
+        if line is None:
             raise InputError(f"{self._name}: ended with code {self._process.wait()} (its own message is above)")
         answer: dict[str, Any] = json.loads(line)
         return answer
