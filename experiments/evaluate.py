@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy)."""
     bound = bound_config()
-    refuse_unused(batch, "packed", "microbatches")
+    refuse_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples_shown", samples_shown, 0)
     if score_texts is None and reward is None:
         raise InputError("run.score_texts, run.reward: nothing to score with; give one of them, or both")

@@ -46,7 +46,7 @@ def run(
     """samples: completions per prompt, batch_size prompts at a time. score_texts: scores written with each completion
     (the annotator needs "gold")."""
     bound = bound_config()
-    refuse_unused(batch, "packed", "microbatches")
+    refuse_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples", samples, 1)
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")

@@ -80,7 +80,8 @@ def run(
         batches.set_state(host["data"])
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
-            state, metrics = train_step(state, frozen, to_global(pairs, devices))
+            width = batch.fold_width(data.pair_lengths(pairs), batch.length, network, batch.microbatches)
+            state, metrics = train_step(state, frozen, to_global(pairs, devices), width=width)
             if not here.log(step, metrics, batch=pairs):
                 state = here.rolled_back(state)
                 continue

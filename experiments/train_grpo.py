@@ -110,7 +110,10 @@ def run(
 
             # 3.2 Score: log-probabilities, reward.
             here.enter("score")
-            scored = jax.block_until_ready(score(state.params, cast.frozen, completions))
+            lengths = replies.prompts.mask.sum(axis=1) + replies.mask.sum(axis=1)
+            unfolded = (lengths, batch.length + sampling.max_new_tokens, cast.models.policy)
+            width = batch.fold_width(*unfolded, splits=1)
+            scored = jax.block_until_ready(score(state.params, cast.frozen, completions, width=width))
             here.enter("reward")
             texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
             if reward_texts is not None:
@@ -126,8 +129,9 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
+            width = batch.fold_width(*unfolded, splits=grpo.minibatches * batch.microbatches)
             state = awake(state, home) if offload_optimizer else state
-            state, updated = update(state, prepared, order_rng, cast.frozen)
+            state, updated = update(state, prepared, order_rng, cast.frozen, width=width)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], grpo)
 
             tokens = int(replies.mask.sum())

@@ -120,7 +120,10 @@ def run(
 
             # 3.2 Score: log-probabilities, values, reward.
             here.enter("score")
-            scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions))
+            lengths = replies.prompts.mask.sum(axis=1) + replies.mask.sum(axis=1)
+            unfolded = (lengths, batch.length + sampling.max_new_tokens, cast.models.policy)
+            width = batch.fold_width(*unfolded, splits=1)
+            scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions, width=width))
             here.enter("reward")
             texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
             if reward_texts is not None:
@@ -136,8 +139,9 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
+            width = batch.fold_width(*unfolded, splits=ppo.minibatches * batch.microbatches)
             train = awake(state.train, home) if offload_optimizer else state.train
-            train, updated = update(train, prepared, order_rng, cast.frozen)
+            train, updated = update(train, prepared, order_rng, cast.frozen, width=width)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
 
             # 3.5 Adapt the KL coefficient to what was measured.

@@ -17,7 +17,7 @@ from rlhf_jax import data, learn, programs
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.types import InputError, Mean
@@ -39,6 +39,7 @@ def run(
     """steps: optimiser steps. lora: train adapters, the model frozen. Everything else is described at its dataclass in
     rlhf_jax/run/configurables.py."""
     bound = bound_config()
+    refuse_unused(batch, "folded")
     devices = make_mesh(mesh)
     root = jax.random.key(seed, impl="threefry2x32")
     init_rng, train_rng = jax.random.split(root)

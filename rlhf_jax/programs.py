@@ -34,7 +34,8 @@ from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
 
 
 class SupervisedFunctions(NamedTuple):
-    """train_step(state, frozen, batch) -> (state, metrics), the state donated. evaluate(params, batch, frozen): SFT gives
+    """train_step(state, frozen, batch, width=) -> (state, metrics), the state donated; width: static, rows are folded into so
+    many columns (`models.folding`). evaluate(params, batch, frozen): SFT gives
     the `Mean` loss of a batch, the reward model its scores, DPO its implicit rewards (chosen, rejected), float32 [B] each.
     params: what is trained; frozen: {"base": ...} with adapters (`models.lora`), of DPO also {"reference": ...}."""
 
@@ -65,13 +66,15 @@ def sft_functions(
     """Of supervised fine-tuning."""
     routed = model.config.router_coefficient > 0
     logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
-    loss = learn.make_sft_loss(lambda params, tokens: logprobs(model, params, tokens))
+
+    def loss(width: int | None) -> LossFn:
+        return learn.make_sft_loss(functools.partial(logprobs, model.folded(width)))
 
     def evaluate(params: Params, tokens: TokenBatch, frozen: Params | None = None) -> Mean:
-        nll = loss(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
+        nll = loss(None)(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
         return Mean(nll.total, nll.weight)
 
-    train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
+    train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
 
 
@@ -86,15 +89,15 @@ def reward_functions(
 ) -> SupervisedFunctions:
     """Of the pairwise reward model. centring: weight of (chosen + rejected)^2."""
 
-    def score(params: Params, tokens: TokenBatch) -> jax.Array:
-        return rollout.sequence_scores(model, params, tokens)
-
-    loss = learn.make_reward_loss(score, centring=centring)
+    def loss(width: int | None) -> LossFn:
+        return learn.make_reward_loss(
+            functools.partial(rollout.sequence_scores, model.folded(width)), centring=centring
+        )
 
     def evaluate(params: Params, pairs: Any, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
-        return learn.pair_scores(score, lora.whole(params, frozen), pairs)
+        return learn.pair_scores(functools.partial(rollout.sequence_scores, model), lora.whole(params, frozen), pairs)
 
-    train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
+    train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
 
 
@@ -118,8 +121,10 @@ def dpo_functions(
 
         return learn.pair_scores(reward, lora.whole(params, frozen), pairs)
 
-    loss = dpo_loss(model, reference, dpo)
-    train_step = _train_step(lora.on_adapters(loss, model.lora), optimizer, state, mesh, microbatches)
+    def loss(width: int | None) -> LossFn:
+        return dpo_loss(model.folded(width), reference.folded(width), dpo)
+
+    train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
 
 
@@ -139,10 +144,21 @@ def _reference_logprobs(reference: Model) -> Callable[[Params, TokenBatch], jax.
 
 
 def _train_step(
-    loss: LossFn, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh, microbatches: int
+    loss: Callable[[int | None], LossFn],
+    adapters: lora.LoraConfig | None,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    microbatches: int,
 ) -> Callable[..., Any]:
-    step = learn.make_train_step(loss, optimizer, microbatches=microbatches)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed(state), replicated(mesh)))
+    """loss: over whole parameters, of rows folded into so many columns (`models.folding`; None: as they come)."""
+
+    def train_step(state: TrainState, frozen: Params, batch: Any, width: int | None = None) -> Any:
+        whole = lora.on_adapters(loss(width), adapters)
+        return learn.make_train_step(whole, optimizer, microbatches=microbatches)(state, frozen, batch)
+
+    placement = (placed(state), replicated(mesh))
+    return jax.jit(train_step, static_argnames="width", donate_argnums=0, out_shardings=placement)
 
 
 # ---- PPO
@@ -152,9 +168,9 @@ class PPOFunctions(NamedTuple):
     """The four of an iteration. params: what is trained, {"policy"[, "value"]}; frozen: {"reference", "reward"}, with
     adapters also {"base": {"policy"[, "value"]}}.
 
-    generate(params, prompts, rng, frozen) -> Completions. score(params, frozen, completions) -> Rollout.
-    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng, frozen) -> (state, metrics),
-    the state donated.
+    generate(params, prompts, rng, frozen) -> Completions. score(params, frozen, completions, width=) -> Rollout.
+    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng, frozen, width=) -> (state,
+    metrics), the state donated. width: static, rows are folded into so many columns (`models.folding`).
     """
 
     generate: Callable[..., Any]
@@ -213,20 +229,22 @@ def ppo_functions(
 ) -> PPOFunctions:
     """Of PPO. ends: ``eos_ids``, ``pad_id`` and, with stop strings, ``stop_table`` of the rollout."""
     ppo, rows, everywhere = settings.ppo, batch_sharding(mesh), replicated(mesh)
-    loss = lora.on_adapters(ppo_loss(models, settings), None)  # without dropout: the first ratio must be 1
-    train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
 
     def prepare(scored: Any, coefficient: jax.Array) -> Any:
         return learn.prepare(scored, ppo, coefficient)
 
-    def update(train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None) -> Any:
+    def update(
+        train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None, width: int | None = None
+    ) -> Any:
+        loss = lora.on_adapters(ppo_loss(models.folded(width), settings), None)  # no dropout: the first ratio must be 1
+        train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
         return learn.update(train_step, train, prepared, rng, ppo, frozen)
 
     return PPOFunctions(
         jax.jit(_generate(models, settings, mesh, ends), out_shardings=rows),
-        jax.jit(_score(models, settings, ppo), out_shardings=rows),
+        jax.jit(_score(models, settings, ppo), static_argnames="width", out_shardings=rows),
         jax.jit(prepare, out_shardings=(rows, everywhere)),
-        jax.jit(update, donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
+        jax.jit(update, static_argnames="width", donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
     )
 
 
@@ -248,11 +266,11 @@ def _generate(
 def _score(
     models: rollout.RolloutModels, settings: PPOSettings | GRPOSettings, config: learn.PPOConfig | learn.GRPOConfig
 ) -> Callable[..., Any]:
-    def score(params: Params, frozen: Params, completions: Any) -> Any:
+    def score(params: Params, frozen: Params, completions: Any, width: int | None = None) -> Any:
         both = lora.whole(params, frozen)
         four = rollout.RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
         return rollout.score(
-            models,
+            models.folded(width),
             four,
             completions,
             temperature=settings.sampling.temperature,
@@ -305,20 +323,22 @@ def grpo_functions(
 ) -> PPOFunctions:
     """Of GRPO, as PPO's but ``prepare(rollout) -> (GroupBatch, metrics)``; params are {"policy"}."""
     grpo, rows, everywhere = settings.grpo, batch_sharding(mesh), replicated(mesh)
-    loss = lora.on_adapters(grpo_loss(models, settings), None)  # without dropout: the first ratio must be 1
-    train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
 
     def prepare(scored: Any) -> Any:
         return learn.prepare_groups(scored, grpo, settings.samples)
 
-    def update(train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None) -> Any:
+    def update(
+        train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None, width: int | None = None
+    ) -> Any:
+        loss = lora.on_adapters(grpo_loss(models.folded(width), settings), None)  # no dropout, as in PPO
+        train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
         return learn.update_groups(train_step, train, prepared, rng, grpo, frozen)
 
     return PPOFunctions(
         jax.jit(_generate(models, settings, mesh, ends), out_shardings=rows),
-        jax.jit(_score(models, settings, grpo), out_shardings=rows),
+        jax.jit(_score(models, settings, grpo), static_argnames="width", out_shardings=rows),
         jax.jit(prepare, out_shardings=(rows, everywhere)),
-        jax.jit(update, donate_argnums=0, out_shardings=(placed(state), everywhere)),
+        jax.jit(update, static_argnames="width", donate_argnums=0, out_shardings=(placed(state), everywhere)),
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from benchmark_rows import GSM8K, ROWS, SHAPES, Once, serve, stops
 
 from rlhf_jax import data, learn, programs, rollout
-from rlhf_jax.models import Model, ModelConfig
+from rlhf_jax.models import Model, ModelConfig, fold_width
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.testing import prompt_batch
 from rlhf_jax.types import PairBatch, Params, TokenBatch
@@ -75,7 +75,13 @@ def drawn(model: Model) -> tuple[Params, Any]:
 
 
 def supervised(
-    model: Model, functions: Any, batch: Any, amount: float, flops: float, frozen: Params | None = None
+    model: Model,
+    functions: Any,
+    batch: Any,
+    amount: float,
+    flops: float,
+    frozen: Params | None = None,
+    width: int | None = None,
 ) -> Once:
     """A training step. functions: (optimizer, state) -> `programs.SupervisedFunctions`."""
     optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-5), 1000)
@@ -87,7 +93,7 @@ def supervised(
     step, placed = functions(optimizer, held["state"]).train_step, to_global(batch, MESH)
 
     def once() -> tuple[float, float]:
-        held["state"], metrics = step(held["state"], frozen or {}, placed)
+        held["state"], metrics = step(held["state"], frozen or {}, placed, width=width)
         jax.block_until_ready((held["state"], metrics))
         return amount, flops
 
@@ -120,7 +126,7 @@ def rm() -> Once:
 
 
 def rm_ragged() -> Once:
-    """8 pairs, padded to the longest, which a bucket of the data pipeline would do."""
+    """8 pairs in rows of the longest, folded."""
     return pairs(GSM8K, max(GSM8K))
 
 
@@ -133,7 +139,7 @@ def pairs(lengths: Sequence[int], width: int) -> Once:
     def functions(optimizer: Any, state: Any) -> Any:
         return programs.reward_functions(model, optimizer, state, MESH, microbatches=1, centring=0.0)
 
-    return supervised(model, functions, batch, 8, flops)
+    return supervised(model, functions, batch, 8, flops, width=fold_width(data.pair_lengths(batch), 16, width))
 
 
 def dpo() -> Once:
@@ -218,10 +224,12 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
 
     def once() -> tuple[float, float]:
         state = held["state"]
-        done = four.generate(state.train.params, prompts, jax.random.key(int(state.iteration)))
-        prepared, _ = four.prepare(four.score(state.train.params, frozen, done), state.kl_coefficient)
+        done = four.generate(state.train.params, prompts, jax.random.key(0))
+        lengths = 64 + np.asarray(done.mask).sum(axis=1)
+        scored = four.score(state.train.params, frozen, done, width=fold_width(lengths, 16, 128))
+        prepared, _ = four.prepare(scored, state.kl_coefficient)
         new = int(done.mask.sum())
-        train, metrics = four.update(state.train, prepared, jax.random.key(1))
+        train, metrics = four.update(state.train, prepared, jax.random.key(1), width=fold_width(lengths, 8, 128))
         held["state"] = dataclasses.replace(state, train=train, iteration=state.iteration + 1)
         jax.block_until_ready((train, metrics))
         forward = 16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32)
@@ -265,11 +273,15 @@ def group_iteration(ends: tuple[int, ...], least: int) -> Once:
 
     def once() -> tuple[float, float]:
         state = held["state"]
-        done = four.generate(state.params, prompts, jax.random.key(int(state.step)))
+        done = four.generate(state.params, prompts, jax.random.key(0))
         lengths = np.asarray(done.mask).sum(axis=1)
-        scored = four.score(state.params, frozen, done).replace(scores=to_global(lengths.astype(np.float32), MESH))
+        scored = four.score(state.params, frozen, done, width=fold_width(64 + lengths, 16, 128)).replace(
+            scores=to_global(lengths.astype(np.float32), MESH)
+        )
         prepared, _ = four.prepare(scored)
-        held["state"], metrics = four.update(state, prepared, jax.random.key(1))
+        held["state"], metrics = four.update(
+            state, prepared, jax.random.key(1), width=fold_width(64 + lengths, 16, 128)
+        )
         jax.block_until_ready((held["state"], metrics))
         new = int(lengths.sum())
         update = 3 * (16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32))

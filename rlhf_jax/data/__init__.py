@@ -21,6 +21,7 @@ from rlhf_jax.data.pipeline import (
     evaluation_pair_batches,
     evaluation_prompt_batches,
     pair_batches,
+    pair_lengths,
     prompt_batches,
     token_batches,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "hh_comparisons",
     "pack",
     "pair_batches",
+    "pair_lengths",
     "prompt_batches",
     "prompt_column",
     "prompt_fraction",

@@ -123,6 +123,12 @@ def pair_batches(
     return Batches(make, examples=len(kept), batch_size=batch_size, seed=seed, settings=settings)
 
 
+def pair_lengths(pairs: PairBatch) -> np.ndarray:
+    """Tokens of every row, the chosen ones and then the rejected ones, int [2 B]."""
+    sides = (pairs.chosen, pairs.rejected)
+    return np.concatenate([(np.asarray(side.segment_ids) > 0).sum(axis=1) for side in sides])
+
+
 def prompt_batches(
     prompts: Sequence[Sequence[int]], *, batch_size: int, length: int, seed: int, pad_id: int, samples: int = 1
 ) -> Batches[PromptBatch]:

@@ -3,6 +3,7 @@
 from rlhf_jax.models.cache import KVCache, Storage, empty_cache
 from rlhf_jax.models.config import DTYPES, Head, ModelConfig
 from rlhf_jax.models.decoder import SeparateLayer
+from rlhf_jax.models.folding import fold_width
 from rlhf_jax.models.layout import unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.model import Model, parameter_count
@@ -19,6 +20,7 @@ __all__ = [
     "SeparateLayer",
     "Storage",
     "empty_cache",
+    "fold_width",
     "parameter_count",
     "unconstrained",
 ]

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlhf_jax.models import int8, lora
+from rlhf_jax.models import folding, int8, lora
 from rlhf_jax.models.cache import KVCache, Storage, empty_cache, stored
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.decoder import Decoder, SeparateLayer
 from rlhf_jax.models.layout import Constrain, unconstrained
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.models.moe import load_balancing_loss
+from rlhf_jax.models.moe import Routing, load_balancing_loss
 from rlhf_jax.types import InputError, Params, Rng
 
 nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logical names are only labels
@@ -42,17 +42,23 @@ class Model:
     """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static argument.
 
     config: the architecture. constrain: how activations are laid out over a mesh (`parallel.ActivationConstraint`).
-    lora: adapters beside the matrices (`models.lora`). int8: the matrices of the layers are int8 (`models.int8`).
+    lora: adapters beside the matrices (`models.lora`). int8: the matrices of the layers are int8 (`models.int8`). fold: whole
+    sequences are read two by two in rows of so many columns (`models.folding`), None: as they come.
     """
 
     config: ModelConfig
     constrain: Constrain = unconstrained
     lora: LoraConfig | None = None
     int8: bool = False
+    fold: int | None = None
 
     def with_head(self, head: Head) -> Model:
         """The same trunk under another head."""
         return dataclasses.replace(self, config=self.config.replace(head=head))
+
+    def folded(self, width: int | None) -> Model:
+        """The same model reading rows two by two (`fold`)."""
+        return dataclasses.replace(self, fold=width)
 
     def abstract(self) -> Params:
         """The parameters as ShapeDtypeStructs."""
@@ -89,7 +95,20 @@ class Model:
     ) -> Float[Array, "B S D"]:
         """Final hidden states in compute_dtype. Defaults: positions 0.., one segment per row."""
         positions, segment_ids = _defaults(tokens, positions, segment_ids)
-        return self._module(params).hidden(tokens, positions, segment_ids, self.constrain)[0]
+        return self._read(params, tokens, positions, segment_ids)[0]
+
+    def _read(
+        self, params: Params, tokens: Array, positions: Array, segment_ids: Array
+    ) -> tuple[Array, Routing | None, Array]:
+        """(final hidden states [B, S, D], routing, which of the columns that the network saw hold a token)."""
+        module = self._module(params)
+        if self.fold is None:
+            hidden, _, routing = module.hidden(tokens, positions, segment_ids, self.constrain)
+            return hidden, routing, segment_ids > 0
+        parts = self.constrain.parts("act_batch")
+        folded, place, fits = folding.fold(tokens, positions, segment_ids, self.fold, parts)
+        hidden, _, routing = module.hidden(*folded, self.constrain)
+        return folding.unfold(hidden, place, fits, parts), routing, folded[2] > 0
 
     def hidden_and_router_loss(
         self,
@@ -102,10 +121,10 @@ class Model:
         """`hidden`, and the `load_balancing_loss` of its tokens (segment > 0) times config.router_coefficient; 0 for a model
         without experts."""
         positions, segment_ids = _defaults(tokens, positions, segment_ids)
-        hidden, _, routing = self._module(params).hidden(tokens, positions, segment_ids, self.constrain)
+        hidden, routing, held = self._read(params, tokens, positions, segment_ids)
         if routing is None:
             return hidden, jnp.zeros((), jnp.float32)
-        return hidden, self.config.router_coefficient * load_balancing_loss(routing, segment_ids > 0)
+        return hidden, self.config.router_coefficient * load_balancing_loss(routing, held)
 
     def logits(self, params: Params, hidden: Float[Array, "B S D"], *, few_rows: bool = False) -> Float[Array, "B S V"]:
         """Float32 logits of hidden states. few_rows: as a CPU multiplies them fastest when B * S is small."""

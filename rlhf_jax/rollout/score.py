@@ -98,6 +98,11 @@ class RolloutModels:
     value: Model | None
     reward: Model | None
 
+    def folded(self, width: int | None) -> RolloutModels:
+        """All of them reading rows two by two (`Model.folded`)."""
+        four = (self.policy, self.reference, self.value, self.reward)
+        return RolloutModels(*(model and model.folded(width) for model in four))  # type: ignore[arg-type]
+
 
 @struct.dataclass
 class RolloutParams:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import gin
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
@@ -19,7 +20,7 @@ from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.learn import DPOConfig, GRPOConfig, OptimizerConfig, PPOConfig
-from rlhf_jax.models import DTYPES, LoraConfig, ModelConfig, RopeScaling
+from rlhf_jax.models import DTYPES, LoraConfig, Model, ModelConfig, RopeScaling, fold_width
 from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
@@ -115,12 +116,14 @@ DESK_TEMPLATE = Template(style="plain", prompt_format="{prompt}", response_prefi
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """batch_size: rows (RM: pairs; PPO: prompts). length: columns of a row (PPO: of a prompt). microbatches: splits of an
-    optimiser step. packed: several documents in a row."""
+    optimiser step. packed: several documents in a row. folded: training reads rows of different lengths two by two where
+    that saves columns (docs/performance.md); every width, a multiple of an eighth of the columns, is a program of its own."""
 
     batch_size: int
     length: int
     microbatches: int = 1
     packed: bool = False
+    folded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "microbatches"):
@@ -131,6 +134,14 @@ class BatchConfig:
             raise InputError(
                 f"BatchConfig.batch_size = {self.batch_size} does not divide into microbatches = {self.microbatches}"
             )
+        if not isinstance(self.folded, bool):
+            raise InputError(f"BatchConfig.folded = {self.folded!r}: give True or False")
+
+    def fold_width(self, lengths: np.ndarray, columns: int, model: Model, splits: int) -> int | None:
+        """For a program that reads rows with these lengths, int [rows], in ``splits`` parts, on the devices of ``model``:
+        what `models.fold_width` says; None when not ``folded``."""
+        rows, left = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
+        return fold_width(lengths, rows, columns) if self.folded and not left else None
 
 
 def refuse_unused(config: Any, *names: str) -> None:

@@ -1,0 +1,133 @@
+"""Rows read two by two: the same numbers as alone, gradients too, and nothing is read that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import learn, ops, programs, rollout
+from rlhf_jax.models import Model, fold_width
+from rlhf_jax.models.folding import fold
+from rlhf_jax.parallel import ActivationConstraint
+from rlhf_jax.run.configurables import BatchConfig
+from rlhf_jax.testing import completions, mesh_of, prompt_batch, tiny_model
+
+LENGTHS = (8, 2, 7, 3)
+
+
+def batch(lengths=LENGTHS, columns=8, seed=0, left=False):
+    """(tokens, positions, segment ids), padded on the right, or on the left as prompts are."""
+    rng = np.random.default_rng(seed)
+    held = np.arange(columns) < np.array(lengths)[:, None]
+    held = held[:, ::-1] if left else held
+    tokens = np.where(held, rng.integers(3, 64, held.shape), 0).astype(np.int32)
+    return tokens, np.asarray(ops.positions_from_mask(jnp.asarray(held))), held.astype(np.int32)
+
+
+def test_width_by_hand() -> None:
+    """8 + 2 and 7 + 3 need 10; widths are multiples of an eighth of the columns, of 16 columns 2."""
+    assert fold_width(np.array(LENGTHS), 4, 8) == 10
+    assert fold_width(np.array(LENGTHS), 2, 8) == 15  # of any two: 8 + 7
+    assert fold_width(np.array([5, 4, 3, 3]), 4, 16) == 8
+    assert fold_width(np.array([8, 8, 1, 1]), 2, 8) is None
+    assert fold_width(np.array([3, 3, 1, 1]), 2, 8) == 6
+    assert fold_width(np.array([3, 3, 1]), 3, 8) is None  # an odd number of rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_rows_fit(seed: int) -> None:
+    """The bound holds for every choice of half of the rows, in any order."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 33, 12)
+    width = fold_width(lengths, 6, 32) or 64
+    for _ in range(20):
+        chosen = rng.permutation(lengths)[:6]
+        tokens, positions, segments = batch(chosen, 32, seed)
+        assert bool(fold(tokens, positions, segments, width, 1)[2].all())
+
+
+def test_laid_out_by_hand() -> None:
+    """Row 0 (8 tokens) with row 1 (2), row 2 (7) with row 3 (3)."""
+    tokens, positions, segments = batch()
+    (laid, at, apart), place, fits = fold(tokens, positions, segments, 10, 1)
+    np.testing.assert_array_equal(laid, [[*tokens[0], *tokens[1, :2]], [*tokens[2, :7], *tokens[3, :3]]])
+    np.testing.assert_array_equal(at, [[*range(8), 0, 1], [*range(7), 0, 1, 2]])
+    np.testing.assert_array_equal(apart, [[1] * 8 + [9] * 2, [1] * 7 + [9] * 3])
+    np.testing.assert_array_equal(place[1], [8, 9] + [20] * 6)
+    assert fits.all()
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_hidden_states_and_gradients_are_those_of_the_rows_alone(left: bool, parts: int) -> None:
+    model, params = tiny_model(num_layers=2)
+    tokens, positions, segments = batch((8, 2, 7, 3, 5, 5, 6, 1), seed=1, left=left)
+    if parts == 2:
+        model = dataclasses.replace(model, constrain=ActivationConstraint(mesh_of(data=2)))
+    weights = np.random.default_rng(2).standard_normal((*tokens.shape, 16)).astype(np.float32)
+
+    def hidden(params, model):
+        states = model.hidden(params, tokens, positions=positions, segment_ids=segments)
+        states = jnp.where((segments > 0)[..., None], states, 0)
+        return (states * weights).sum(), states
+
+    both = jax.jit(jax.value_and_grad(hidden, has_aux=True), static_argnums=1)
+    (_, alone), expected = both(params, model)
+    (_, found), grads = both(params, model.folded(12))
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+def test_what_does_not_fit_is_not_a_number() -> None:
+    model, params = tiny_model()
+    tokens, positions, segments = batch()
+    states = model.folded(9).hidden(params, tokens, positions=positions, segment_ids=segments)
+    assert np.isnan(states[1]).all() and np.isfinite(states[0]).all()  # 8 + 2 > 9, the first of the two has its place
+
+
+def test_ppo_scores_and_updates_the_same() -> None:
+    policy, params = tiny_model()
+    value, value_params = tiny_model("scalar", seed=1)
+    models = rollout.RolloutModels(policy, policy, value, value)
+    prompts = prompt_batch([[3, 4, 5], [6], [7, 8], [9, 10, 11, 12]])
+    done = completions(prompts, [[13, 2], [14, 15, 16, 2], [17], [18, 19]], length=4)
+    lengths = np.asarray(done.prompts.mask.sum(axis=1) + done.mask.sum(axis=1))
+    four = rollout.RolloutParams(params, params, value_params, value_params)
+    columns = done.prompts.tokens.shape[1] + done.tokens.shape[1]
+    width = BatchConfig(4, 4, folded=True).fold_width(lengths, columns, policy, splits=1)
+    assert width is not None and width < 2 * columns
+    whole, folded = (rollout.score(m, four, done, temperature=1.0) for m in (models, models.folded(width)))
+    for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+    rate = learn.OptimizerConfig(learning_rate=1e-3)
+    config = learn.PPOConfig(epochs=2)
+    settings = programs.PPOSettings(10, rollout.SamplingConfig(max_new_tokens=4), config, rate, rate)
+    optimizer = programs.ppo_optimizer(settings)
+    mesh = mesh_of()
+    begin = programs.ppo_beginning(optimizer, settings, jax.random.key(0))
+
+    def updated(width):
+        state = jax.jit(begin)({"policy": params, "value": value_params})
+        functions = programs.ppo_functions(models, optimizer, state, mesh, settings, {"eos_ids": (2,), "pad_id": 0})
+        prepared, _ = functions.prepare(whole, state.kl_coefficient)
+        return functions.update(state.train, prepared, jax.random.key(1), width=width)
+
+    (plain, metrics), (other, others) = updated(None), updated(width)
+    assert float(metrics["loss"].value()) == pytest.approx(float(others["loss"].value()), rel=1e-4)
+    for one, two in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=2e-4)
+
+
+def test_a_width_needs_rows_that_divide() -> None:
+    lengths, model = np.array([1, 1, 1, 1]), tiny_model()[0]
+    assert BatchConfig(4, 8).fold_width(lengths, 8, model, 1) is None
+    assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, model, 1) == 2
+    assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, model, 3) is None
+    split = Model(model.config, ActivationConstraint(mesh_of(data=4)))
+    assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, split, 1) is None
