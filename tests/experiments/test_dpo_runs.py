@@ -18,7 +18,8 @@ def places(chain: Path) -> dict[str, Path]:
 
 @pytest.mark.slow
 def test_dpo_learns_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
-    finish(begin("train_dpo", "dpo", "unbroken", **places(chain)))
+    given = places(chain) | {"BatchConfig.folded": True}
+    finish(begin("train_dpo", "dpo", "unbroken", **given))
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
     losses = [line["loss/preference"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
@@ -26,8 +27,8 @@ def test_dpo_learns_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> N
     assert [line["step"] for line in held] == [4, 8, 12] and 0 <= held[-1]["heldout/accuracy"] <= 1
     assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
 
-    terminate(begin, tmp_path / "broken", 3, "train_dpo", "dpo", **places(chain))
-    finish(begin("train_dpo", "dpo", "broken", **places(chain)))
+    terminate(begin, tmp_path / "broken", 3, "train_dpo", "dpo", **given)
+    finish(begin("train_dpo", "dpo", "broken", **given))
     same_as(tmp_path / "unbroken", tmp_path / "broken", "params", "opt_state", "rng", "step")
 
 

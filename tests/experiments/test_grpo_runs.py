@@ -11,7 +11,7 @@ from rlhf_jax.io import load_pretrained
 
 
 def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
-    places = {"POLICY": chain / "sft", "REWARD": chain / "reward"}
+    places = {"POLICY": chain / "sft", "REWARD": chain / "reward", "BatchConfig.folded": True}
     finish(begin("train_grpo", "grpo", "unbroken", **places))
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 7))
