@@ -139,7 +139,11 @@ class BatchConfig:
 
     def fold_width(self, lengths: np.ndarray, columns: int, model: Model, splits: int) -> int | None:
         """For a program that reads rows with these lengths, int [rows], in ``splits`` parts, on the devices of ``model``:
-        what `models.fold_width` says; None when not ``folded``."""
+        what `models.fold_width` says; None when not ``folded``. Raises InputError where columns are split over devices."""
+        if self.folded and model.constrain.parts("act_length") > 1:
+            raise InputError(
+                "BatchConfig.folded: rows are not folded where MeshConfig.sequence splits them; remove one"
+            )
         rows, left = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
         return fold_width(lengths, rows, columns) if self.folded and not left else None
 

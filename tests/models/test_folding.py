@@ -15,6 +15,7 @@ from rlhf_jax.models.folding import fold
 from rlhf_jax.parallel import ActivationConstraint
 from rlhf_jax.run.configurables import BatchConfig
 from rlhf_jax.testing import completions, mesh_of, prompt_batch, tiny_model
+from rlhf_jax.types import InputError
 
 LENGTHS = (8, 2, 7, 3)
 
@@ -131,3 +132,6 @@ def test_a_width_needs_rows_that_divide() -> None:
     assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, model, 3) is None
     split = Model(model.config, ActivationConstraint(mesh_of(data=4)))
     assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, split, 1) is None
+    columns_split = Model(model.config, ActivationConstraint(mesh_of(sequence=2)))
+    with pytest.raises(InputError, match=r"MeshConfig\.sequence"):
+        BatchConfig(4, 8, folded=True).fold_width(lengths, 8, columns_split, 1)
