@@ -15,9 +15,7 @@ if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose the devices; which plugin does that?")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
 # Threads of XLA's pool: a collective holds one until every device has come, and a program may have several under way at once;
 # with a pool of two (the cores of a laptop) eight devices wait for each other for ever.
 os.environ["NPROC"] = "32"
