@@ -96,10 +96,12 @@ def inverse_frequencies(rope: Rope) -> Array:
     """Radians per position of each pair, float32 [size / 2], computed on the host.
 
     1 / theta^(2 i / size), float32 after each step as in the reference implementations: another rounding of one frequency
-    is 3e-4 radians at position 5000, and XLA's power of float32 on a CPU is off by more than a rounding.
+    is 3e-4 radians at position 5000, and the powers of float32 of XLA on a CPU and of numpy with AVX-512 are off by more
+    than a rounding: the power is taken in float64.
     """
     exponents = np.arange(0, rope.size, 2, dtype=np.float32) / np.float32(rope.size)
-    plain = np.float32(1) / np.power(np.float32(rope.theta), exponents)
+    powers = np.power(float(np.float32(rope.theta)), exponents.astype(np.float64)).astype(np.float32)
+    plain = np.float32(1) / powers
     if rope.scaling is None:
         return jnp.asarray(plain)
     return jnp.asarray(_scaled(plain.astype(np.float64), rope, rope.scaling), jnp.float32)
