@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
     tie_embeddings=True,
     remat="cheap",
 )
-MESH = make_mesh(MeshConfig())
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 SLOTS = rollout.SlotConfig(separate_layers=True)
 REFILLED = rollout.SlotConfig(slots=16, prefill=8, smallest=4, separate_layers=True)
 
