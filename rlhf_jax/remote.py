@@ -21,6 +21,7 @@ from typing import Any
 
 import fsspec
 
+from rlhf_jax.saved import hash_file
 from rlhf_jax.types import InputError
 
 Select = Callable[[Collection[str]], Collection[str]]
@@ -126,7 +127,7 @@ def _fetch(fs: Any, root: str, entries: dict[str, dict[str, Any]], place: Path, 
             if ".." in PurePosixPath(name).parts:
                 raise InputError(f"{root}: {name!r} lies elsewhere")
             download(fs, root if single else f"{root}/{name}", entry, made / name)
-        (made / CONTENT).write_text(json.dumps({name: _sha256(made / name) for name in entries}))
+        (made / CONTENT).write_text(json.dumps({name: hash_file(made / name) for name in entries}))
         made.rename(place)
 
 
@@ -134,9 +135,4 @@ def _is_whole(place: Path) -> bool:
     content = place / CONTENT
     if not content.is_file():
         return False
-    return all((place / n).is_file() and _sha256(place / n) == h for n, h in json.loads(content.read_text()).items())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return all((place / n).is_file() and hash_file(place / n) == h for n, h in json.loads(content.read_text()).items())

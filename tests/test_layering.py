@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "types": set(),
     "saved": {"types"},
     "command": {"types"},
-    "remote": {"types"},
+    "remote": {"types", "saved"},
     "ops": {"types"},
     "data": {"types", "remote"},
     "models": {"types", "ops"},

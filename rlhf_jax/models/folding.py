@@ -63,8 +63,8 @@ def fold(
 
     blocks = [x.reshape(parts, -1, x.shape[1]) for x in (tokens, positions, segment_ids)]
     folded, place, fits = jax.vmap(one)(*blocks)
-    whole = tuple(x.reshape(-1, width) for x in folded)
-    return whole, place.reshape(tokens.shape), fits.reshape(-1)  # type: ignore[return-value]
+    whole = jax.tree.map(lambda x: x.reshape(-1, width), folded)
+    return whole, place.reshape(tokens.shape), fits.reshape(-1)
 
 
 def unfold(
