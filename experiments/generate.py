@@ -26,7 +26,7 @@ from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, ref
 from rlhf_jax.run.models import load_model
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
-from rlhf_jax.types import InputError, require_whole
+from rlhf_jax.types import InputError, PromptBatch, require_whole
 
 
 @gin.configurable
@@ -38,16 +38,19 @@ def run(
     batch: BatchConfig,
     sampling: rollout.SamplingConfig,
     samples: int = 1,
+    seeds: str | None = None,
     score_texts: ScoreTexts | None = None,
     annotator: AnnotatorConfig | None = None,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
 ) -> None:
-    """samples: completions per prompt, batch_size prompts at a time. score_texts: scores written with each completion
-    (the annotator needs "gold")."""
+    """samples: completions per prompt, batch_size prompts at a time. seeds: column of the prompts (one of ``Fields.extra``)
+    with a number for each, which its random bits then depend on instead of its place in the file. score_texts: scores
+    written with each completion (the annotator needs "gold")."""
     bound = bound_config()
     refuse_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples", samples, 1)
+    own = None if seeds is None else {record.id: _seed(record, seeds) for record in prompts.train}
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
     devices = make_mesh(mesh)
@@ -68,7 +71,7 @@ def run(
         output="completions.jsonl",
     )
     with opened as here:
-        rows, use = _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng)
+        rows, use = _sample(loaded, prompts, batch, sampling, slots, samples, own, devices, rng)
         if score_texts is not None:
             scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
             if annotator is not None and "gold" not in scores:
@@ -83,7 +86,7 @@ def run(
     print(f"{len(rows)} completions, {use:.0%} of the slot-steps of use: {run_dir}/completions.jsonl")
 
 
-def _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng) -> tuple[list[dict], float]:
+def _sample(loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng) -> tuple[list[dict], float]:
     """A row per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
@@ -98,15 +101,24 @@ def _sample(loaded, prompts, batch, sampling, slots, samples, devices, rng) -> t
 
     rows: list[dict] = []
     useful = steps = 0
-    for part in data.evaluation_prompt_batches(
-        encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
-    ):
+    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": pad}
+    own = None if seeds is None else [seeds[record.id] for record in encoded.records]
+    for part in data.evaluation_prompt_batches(encoded.items, **shape, seeds=own):
         done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
         numbers = done.prompts.sample_id[done.prompts.prompt_id >= 0].tolist()
         for number, row, text, ended in zip(numbers, *data.responses(done, encoded.records, tokenizer), strict=True):
             rows.append(row | {"sample": number, "response": text, "ended": ended})
         useful, steps = useful + done.mask.sum(), steps + done.slot_steps.sum()
     return sorted(rows, key=lambda row: row["sample"]), useful / steps
+
+
+def _seed(record: data.Prompt, column: str) -> int:
+    """Raises InputError for a prompt that has none."""
+    seed = record.extra.get(column)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < PromptBatch.SEEDS:
+        has = "has no such column (Fields.extra names those that are read)" if seed is None else f"has {seed!r} there"
+        raise InputError(f"run.seeds = {column!r}: prompt {record.id} {has}; give a whole number from 0 to 2**30 - 1")
+    return seed
 
 
 def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> None:

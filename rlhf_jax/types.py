@@ -123,12 +123,21 @@ class PromptBatch:
 
     tokens: int32 [B, P]. mask: bool [B, P], True on real tokens.
     prompt_id: int32 [B], the prompt's index in its data set. sample_id: int32 [B], 0.. for samples of one prompt.
+    seed: int32 [B], at least 0 and below ``SEEDS``: what a prompt's random bits come from instead of prompt_id, or None.
     """
 
     tokens: Int32[Array, "B P"]
     mask: Bool[Array, "B P"]
     prompt_id: Int32[Array, "B"]  # noqa: F821
     sample_id: Int32[Array, "B"]  # noqa: F821
+    seed: Int32[Array, "B"] | None = None  # noqa: F821
+
+    SEEDS = 2**30
+
+    @property
+    def noise_id(self) -> Int32[Array, "B"]:  # noqa: F821
+        """The number of a prompt that decides its random bits: a seed is none of the prompt_ids, which are below ``SEEDS`` too."""
+        return self.prompt_id if self.seed is None else self.SEEDS + self.seed
 
 
 @struct.dataclass

@@ -176,9 +176,14 @@ def evaluation_pair_batches(
 
 
 def evaluation_prompt_batches(
-    prompts: Sequence[Sequence[int]], *, batch_size: int, length: int, pad_id: int
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    length: int,
+    pad_id: int,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[PromptBatch]:
-    """Every prompt once, in order, left-padded. Raises InputError.
+    """Every prompt once, in order, left-padded. seeds: `PromptBatch.seed` of each prompt. Raises InputError.
 
     Rows that fill up the last batch repeat its last prompt (a sampler needs at least one real token) with prompt_id -1:
     what is sampled after them does not count.
@@ -190,7 +195,8 @@ def evaluation_prompt_batches(
         batch = _stack_prompts(kept, [*group, *[group[-1]] * missing], length, pad_id)
         numbers: Any = np.array([*group, *[-1] * missing], np.int32)  # numpy arrays in fields declared as JAX's
         first: Any = np.zeros(batch_size, np.int32)
-        yield dataclasses.replace(batch, prompt_id=numbers, sample_id=first)
+        own: Any = None if seeds is None else np.array([seeds[i] for i in group] + [0] * missing, np.int32)
+        yield dataclasses.replace(batch, prompt_id=numbers, sample_id=first, seed=own)
 
 
 def _stack_pairs(pairs: Sequence[EncodedPair], rows: int, length: int, pad_id: int) -> PairBatch:

@@ -268,6 +268,11 @@ class ModelConfig:
         experts = self.num_experts > 0 and index not in self.dense_layers
         return LayerKind(self.sliding_window if slides else None, rope, experts)
 
+    @property
+    def slides(self) -> tuple[bool, ...]:
+        """Which layers see a window of tokens only."""
+        return tuple(self.layer(index).window is not None for index in range(self.num_layers))
+
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """The layers as repeating blocks (`layer_kinds.grouped`)."""
         return grouped([self.layer(index) for index in range(self.num_layers)])

@@ -6,10 +6,9 @@ S columns, D hidden size, G key/value heads, K head_dim, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,20 +113,29 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "B S"],
         segment_ids: Int32[Array, "B S"],
         constrain: Constrain,
-        keep_keys_and_values: bool = False,
-    ) -> tuple[Float[Array, "B S D"], Any, Routing | None]:
-        """Final hidden states, (keys, values) [L, B, G, S, K] of every layer when asked for (else None), and the routing
-        of the layers with experts, stacked [layers, ...] (None without experts)."""
+        keep: Sequence[int] = (),
+    ) -> tuple[Float[Array, "B S D"], list[Any], Routing | None]:
+        """Final hidden states, (keys, values) of the last columns, and the routing of the layers with experts, stacked
+        [layers, ...] (None without experts). keep: how many columns of keys and values; (S,): of every layer
+        [L, B, G, S, K]; (S, W): W of the layers that slide, which then come second."""
         windows = {self._config.layer(index).window for index in range(self._config.num_layers)}
         attends = {window: self_attention(self._config, constrain, segment_ids, window) for window in windows}
-        x, kept, routings = self._embed(tokens, positions, constrain), [], []
+        x, routings = self._embed(tokens, positions, constrain), []
+        kept: list[list[Any]] = [[] for _ in keep]
+
+        def part(kind: LayerKind) -> int:
+            return int(len(keep) > 1 and kind.window is not None)
+
+        def last(key: Array, value: Array, kind: LayerKind) -> tuple[Array, Array]:
+            first = max(0, key.shape[2] - keep[part(kind)])
+            return key[:, :, first:], value[:, :, first:]
 
         def run(definition: Any, kind: LayerKind) -> Callable[[Array, Any], tuple[Array, Any]]:
             def block(x: Array, weights: Any) -> tuple[Array, Any]:
                 layer = nnx.merge(definition, weights)
                 query, key, value = layer.read(x, positions)
                 x, routing = layer(x, query, key, value, attends[kind.window], constrain)
-                return constrain(x, _RESIDUAL), (((key, value) if keep_keys_and_values else None), routing)
+                return constrain(x, _RESIDUAL), (last(key, value, kind) if keep else None, routing)
 
             return _recomputed(block, self._config)
 
@@ -142,10 +150,16 @@ class Decoder(nnx.Module):
                 return x, found
 
             x, found = jax.lax.scan(body, x, weights)
-            kept.append(_interleaved([keys_and_values for keys_and_values, _ in found]))
+            for number in range(len(keep)):
+                places = [one for (one, _), kind in zip(found, kinds, strict=True) if part(kind) == number]
+                kept[number] += [_interleaved(places)] if places else []
             routings += [routing for _, routing in found if routing is not None]
         routed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
-        return self.final_norm(x), _concatenated(kept), routed
+        return (
+            self.final_norm(x),
+            [_concatenated(groups) if groups else _nothing(self._config, x) for groups in kept],
+            routed,
+        )
 
     def decode(
         self,
@@ -155,24 +169,25 @@ class Decoder(nnx.Module):
         constrain: Constrain,
         mask: Bool[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """More columns for every row, one or several. mask: which of them hold a token (None: all). The cache travels in
-        the carry of the layer scan and is updated in place."""
-        held = positions if mask is None else jnp.where(mask, positions, -1)
-        known = jax.lax.dynamic_update_slice_in_dim(cache.positions, held, cache.index, axis=1)
-        zero = jnp.zeros((), jnp.int32)
+        """More columns for every row, one or several (one, when the cache has a ring, `KVCache.recent`). mask: which of them
+        hold a token (None: all). The cache travels in the carry of the layer scan and is updated in place."""
+        known, zero = _positions_with(cache, positions, mask), jnp.zeros((), jnp.int32)
+        places = jnp.asarray(self._places(cache), jnp.int32)
 
-        carry = (self._embed(tokens, positions, constrain), cache.keys, cache.values)
+        carry = (self._embed(tokens, positions, constrain), [(part.keys, part.values) for part in cache.parts])
         for kinds, definitions, weights, numbers in self._groups():
 
             def body(
-                carry: tuple[Array, Any, Any], scanned: Any, kinds: Any = kinds, definitions: Any = definitions
-            ) -> tuple[tuple[Array, Any, Any], None]:
-                x, keys, values = carry
+                carry: tuple[Array, list[Any]], scanned: Any, kinds: Any = kinds, definitions: Any = definitions
+            ) -> tuple[tuple[Array, list[Any]], None]:
+                x, stacks = carry
+                stacks = list(stacks)
                 layer_numbers, layers = scanned
                 for place, (kind, definition, layer) in enumerate(zip(kinds, definitions, layers, strict=True)):
-                    block, index = nnx.merge(definition, layer), layer_numbers[place]
+                    block, part = nnx.merge(definition, layer), _part_of(cache, kind)
+                    index, (keys, values) = places[layer_numbers[place]], stacks[part]
                     query, key, value = block.read(x, positions)
-                    where = (index, zero, zero, cache.index, zero)
+                    where = (index, zero, zero, cache.parts[part].index, zero)
 
                     def written(stack: Array, column: Array, where: Any = where) -> Array:
                         return jax.lax.dynamic_update_slice(stack, column[None], where)
@@ -183,14 +198,20 @@ class Decoder(nnx.Module):
 
                     keys = jax.tree.map(written, keys, stored(key, cache.storage))
                     values = jax.tree.map(written, values, stored(value, cache.storage))
-                    over_cache = self._over_cache(known, positions, kind.window)
+                    over_cache = self._over_cache(known[part], positions, kind.window)
                     x, _ = block(x, query, seen(keys), seen(values), over_cache, constrain)
-                return (x, keys, values), None
+                    stacks[part] = (keys, values)
+                return (x, stacks), None
 
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
-        x, keys, values = carry
-        index = cache.index + tokens.shape[1]
-        return self.final_norm(x), dataclasses.replace(cache, keys=keys, values=values, positions=known, index=index)
+        x, stacks = carry
+        parts = [(*stack, positions) for stack, positions in zip(stacks, known, strict=True)]
+        return self.final_norm(x), cache.after(tokens.shape[1], parts)
+
+    def _places(self, cache: KVCache) -> list[int]:
+        """The place of each layer in the stack of its part of the cache."""
+        parts = [_part_of(cache, self._config.layer(index)) for index in range(self._config.num_layers)]
+        return [parts[:index].count(part) for index, part in enumerate(parts)]
 
     def _over_cache(self, known: Int32[Array, "B C"], positions: Int32[Array, "B S"], window: int | None) -> Attend:
         """Attention of the tokens at ``positions`` to the cached ones at ``known`` (-1: none) that are not behind them."""
@@ -216,7 +237,7 @@ class Decoder(nnx.Module):
             for repeat, place in itertools.product(range(numbers.shape[0]), range(len(kinds))):
                 one = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], weights[place])
                 block = nnx.merge(definitions[place], one)
-                for _, part in block.iter_modules():
+                for _, part in nnx.iter_modules(block):
                     if isinstance(part, Kernel):
                         part.turn()
                 layers.append(SeparateLayer(kinds[place], *nnx.split(block)))
@@ -232,24 +253,23 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """As `decode`, layer after layer without a loop: nothing is sliced from a stack, and each layer updates a cache of
         its own (`KVCache.separated`)."""
-        known = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1)
-        x, keys, values = self._embed(tokens, positions, constrain), list(cache.keys), list(cache.values)
-        for index, layer in enumerate(layers):
-            block = nnx.merge(layer.definition, layer.weights)
+        known, x = _positions_with(cache, positions, None), self._embed(tokens, positions, constrain)
+        stacks = [(list(part.keys), list(part.values)) for part in cache.parts]
+        for index, layer in zip(self._places(cache), layers, strict=True):
+            part, block = _part_of(cache, layer.kind), nnx.merge(layer.definition, layer.weights)
+            keys, values = stacks[part]
             query, key, value = block.read(x, positions)
 
-            def written(stack: Array, column: Array) -> Array:
-                return jax.lax.dynamic_update_slice_in_dim(stack, column, cache.index, axis=2)
+            def written(stack: Array, column: Array, part: int = part) -> Array:
+                return jax.lax.dynamic_update_slice_in_dim(stack, column, cache.parts[part].index, axis=2)
 
             keys[index] = jax.tree.map(written, keys[index], stored(key, cache.storage))
             values[index] = jax.tree.map(written, values[index], stored(value, cache.storage))
             seen_keys, seen_values = (restored(stack, self._config.dtype) for stack in (keys[index], values[index]))
-            over_cache = self._over_cache(known, positions, layer.kind.window)
+            over_cache = self._over_cache(known[part], positions, layer.kind.window)
             x, _ = block(x, query, seen_keys, seen_values, over_cache, constrain)
-        kept = dataclasses.replace(
-            cache, keys=tuple(keys), values=tuple(values), positions=known, index=cache.index + 1
-        )
-        return self.final_norm(x), kept
+        parts = [(tuple(keys), tuple(values), held) for (keys, values), held in zip(stacks, known, strict=True)]
+        return self.final_norm(x), cache.after(1, parts)
 
     def logits(
         self, hidden: Float[Array, "B S D"], constrain: Constrain, *, few_rows: bool = False
@@ -270,6 +290,17 @@ class Decoder(nnx.Module):
             soft_cap(out, self._config.logit_soft_cap).reshape(*hidden.shape[:2], -1),
             ("act_batch", "act_length", "act_vocab"),
         )
+
+
+def _part_of(cache: KVCache, kind: LayerKind) -> int:
+    """Which of the cache's `parts` holds a layer of this kind."""
+    return int(cache.recent is not None and kind.window is not None)
+
+
+def _positions_with(cache: KVCache, positions: Int32[Array, "B S"], mask: Bool[Array, "B S"] | None) -> list[Array]:
+    """Of each part of the cache, with those of new columns written."""
+    held = positions if mask is None else jnp.where(mask, positions, -1)
+    return [jax.lax.dynamic_update_slice_in_dim(part.positions, held, part.index, axis=1) for part in cache.parts]
 
 
 def _one_of(stack: Array, index: Array) -> Array:
@@ -319,6 +350,12 @@ def _interleaved(places: list[Any]) -> Any:
     if len(places) == 1:
         return places[0]
     return jax.tree.map(lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), *places)
+
+
+def _nothing(config: ModelConfig, x: Float[Array, "B S D"]) -> tuple[Array, Array]:
+    """Keys and values of no layers."""
+    shape = (0, x.shape[0], config.num_kv_heads, x.shape[1], config.head_dim)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
 
 def _concatenated(groups: list[Any]) -> Any:

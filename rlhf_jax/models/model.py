@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax.models import folding, int8, lora
-from rlhf_jax.models.cache import KVCache, Storage, empty_cache, stored
+from rlhf_jax.models.cache import KVCache, Storage, ring_of, stored
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.decoder import Decoder, SeparateLayer
 from rlhf_jax.models.layout import Constrain, unconstrained
@@ -157,26 +157,26 @@ class Model:
         positions: Int32[Array, "B P"],
         capacity: int,
         storage: Storage = "compute",
+        window: int | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """Read left-padded prompts: the last column's hidden state and a cache of ``capacity`` >= P columns, kept as
-        ``storage`` says (the prompts themselves are read with keys and values as they are)."""
-        segment_ids = mask.astype(jnp.int32)
-        hidden, (keys, values), _ = self._module(params).hidden(
-            tokens, positions, segment_ids, self.constrain, keep_keys_and_values=True
-        )
-        cache = empty_cache(self.config, tokens.shape[0], capacity, storage)
-        width = tokens.shape[1]
+        ``storage`` says (the prompts themselves are read with keys and values as they are). window: columns of the layers
+        that slide (`KVCache.recent`), None: all."""
+        segment_ids, width = mask.astype(jnp.int32), tokens.shape[1]
+        keep = (width,) if window is None else (width, window)
+        hidden, read, _ = self._module(params).hidden(tokens, positions, segment_ids, self.constrain, keep)
+        (keys, values), *sliding = [(stored(keys, storage), stored(values, storage)) for keys, values in read]
+        held = jnp.where(mask, positions, -1)
+        cache = KVCache(keys, values, held, jnp.asarray(width, jnp.int32), storage=storage).widened(capacity)
+        recent = None if window is None else self._laid(ring_of(*sliding[0], held, window, storage))
+        return hidden[:, -1:], dataclasses.replace(self._laid(cache), recent=recent)
 
-        def filled(empty: Array, read: Array) -> Array:
-            return self.constrain(empty.at[:, :, :, :width].set(read), KVCache.LOGICAL_AXES)
-
-        return hidden[:, -1:], dataclasses.replace(
-            cache,
-            keys=jax.tree.map(filled, cache.keys, stored(keys, storage)),
-            values=jax.tree.map(filled, cache.values, stored(values, storage)),
-            positions=cache.positions.at[:, :width].set(jnp.where(mask, positions, -1)),
-            index=jnp.asarray(width, jnp.int32),
+    def _laid(self, cache: KVCache) -> KVCache:
+        """With keys and values where they belong on the mesh."""
+        keys, values = jax.tree.map(
+            lambda stack: self.constrain(stack, KVCache.LOGICAL_AXES), (cache.keys, cache.values)
         )
+        return dataclasses.replace(cache, keys=keys, values=values)
 
     def read_on(
         self,

@@ -95,9 +95,9 @@ def generate_flops(config: ModelConfig, rows: int, prompt: int, new: int, implem
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int) -> int:
-    """Keys and values of every layer in the dtype of activations."""
-    entries = 2 * config.num_layers * rows * config.num_kv_heads * columns * config.head_dim
-    return entries * config.dtype.itemsize
+    """Keys and values of every layer in the dtype of activations; layers that slide hold no more than their window."""
+    kept = sum(min(columns, config.layer(index).window or columns) for index in range(config.num_layers))
+    return 2 * kept * rows * config.num_kv_heads * config.head_dim * config.dtype.itemsize
 
 
 def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:

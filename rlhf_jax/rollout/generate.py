@@ -40,8 +40,8 @@ def generate(
     """Sample ``samples`` completions of every prompt (left-padded, [N, P]): tokens [N * samples, sampling.max_new_tokens].
 
     Completion r is number r % samples of prompt r // samples, which is read once for all of them; its sample_id is the
-    prompt's * samples + that number. Random bits depend on (rng, prompt_id, sample_id, response position) only, see
-    `ops.token_keys`: slots change what is computed when, not what is sampled. stop_table: `data.stop_table` of
+    prompt's * samples + that number. Random bits depend on (rng, prompt_id or the prompt's own seed, sample_id, response
+    position) only, see `ops.token_keys`: slots change what is computed when, not what is sampled. stop_table: `data.stop_table` of
     sampling.stop_strings, needed when there are any. Stops early when every row has ended. Pure: jit it with model,
     sampling, eos_ids, pad_id, samples and slots static. Raises InputError when prompt and response columns together
     exceed the model's max_length.

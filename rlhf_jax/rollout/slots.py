@@ -10,6 +10,9 @@ become -1). Example, P = 1, T = 3, two slots, completions a (1 token), b (3 toke
     slot 0    a0 end   c0       c1 end
     slot 1    b0       b1       b2 end
 
+Layers that slide keep no more columns than their window: a ring of these alone, in which a prompt's last tokens are turned
+to where the next column follows them (`KVCache.recent`).
+
 Letters: S slots, N prompts, R = N * samples completions ("rows"; row r is a sample of prompt r // samples), P prompt
 columns, T response columns.
 """
@@ -55,6 +58,12 @@ class Job:
         return int(self.prompts.tokens.shape[1])
 
     @property
+    def window(self) -> int | None:
+        """Columns of the cache of layers that slide, None: as many as others (`KVCache.recent`)."""
+        window = self.model.config.sliding_window
+        return window if window is not None and window < self.width + self.sampling.max_new_tokens else None
+
+    @property
     def rows(self) -> int:
         """R."""
         return int(self.prompts.tokens.shape[0]) * self.samples
@@ -64,14 +73,14 @@ class Job:
 class Work:
     """What a slot knows of its completion; everything [S, ...] and replaced when another one enters.
 
-    row: int32, which completion. prompt_id, sample_id: int32, for the random bits. prompt_length: int32, real tokens.
-    begin: int32, ring column of its first token. count: int32, tokens so far. running, ended: bool. held: int32, decode
+    row: int32, which completion. noise_id (of the prompt), sample_id: int32, for the random bits. prompt_length: int32, real
+    tokens. begin: int32, ring column of its first token. count: int32, tokens so far. running, ended: bool. held: int32, decode
     steps since it entered. hidden: [S, 1, D], what the next token is read from. stop_state: int32, of the stop table,
     or None. seen: bool [S, V], tokens of prompt and response, or None.
     """
 
     row: Int32[Array, "S"]  # noqa: F821
-    prompt_id: Int32[Array, "S"]  # noqa: F821
+    noise_id: Int32[Array, "S"]  # noqa: F821
     sample_id: Int32[Array, "S"]  # noqa: F821
     prompt_length: Int32[Array, "S"]  # noqa: F821
     begin: Int32[Array, "S"]  # noqa: F821
@@ -131,7 +140,7 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
     prompts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), job.prompts)
     tokens, mask, positions = prompts.tokens, prompts.mask, ops.positions_from_mask(prompts.mask)
     if job.prefix is None and not job.slots.prefill_chunk:
-        hidden, cache = job.model.prefill(job.params, tokens, mask, positions, job.width, job.slots.cache)
+        hidden, cache = job.model.prefill(job.params, tokens, mask, positions, job.width, job.slots.cache, job.window)
     else:
         if job.prefix is None:
             known, cache = 0, empty_cache(job.model.config, count, job.width, job.slots.cache)
@@ -143,6 +152,7 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
         hidden, cache = job.model.read_on(
             job.params, tokens[:, known:], mask, positions[:, known:], cache, job.slots.prefill_chunk
         )
+        cache = cache if job.window is None else cache.parted(job.model.config.slides, job.window)
     return Staged(first, prompts, hidden, cache if job.layers is None else cache.separated())
 
 
@@ -292,7 +302,7 @@ def move_together(job: Job, state: Slots, slots: int) -> Slots:
 def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:
     """(token, its raw log-probability, that it was drawn with, is it a stop token) of every slot."""
     sampling = job.sampling
-    keys = ops.token_keys(job.rng, work.prompt_id, work.sample_id, work.count)
+    keys = ops.token_keys(job.rng, work.noise_id, work.sample_id, work.count)
     logits = job.model.logits(job.params, work.hidden, few_rows=job.layers is not None)[:, 0]
     stops = jnp.asarray(job.eos_ids, jnp.int32)
     adjusted = None
@@ -325,7 +335,7 @@ def _new_work(job: Job, staged: Staged, rows: Array, begin: Array) -> Work:
         seen = empty.at[jnp.arange(rows.shape[0])[:, None], staged.prompts.tokens[prompt]].max(mask)
     return Work(
         row=rows,
-        prompt_id=staged.prompts.prompt_id[prompt],
+        noise_id=staged.prompts.noise_id[prompt],
         sample_id=staged.prompts.sample_id[prompt] * job.samples + rows % job.samples,
         prompt_length=mask.sum(axis=1).astype(jnp.int32),
         begin=jnp.broadcast_to(begin, rows.shape),

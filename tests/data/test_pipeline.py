@@ -218,6 +218,9 @@ def test_evaluation_of_pairs_and_prompts() -> None:
     np.testing.assert_array_equal(np.concatenate([batch.prompt_id for batch in prompts]), [0, 1, 2, -1])
     np.testing.assert_array_equal(prompts[-1].tokens, [[0, 3], [0, 3]])
     assert prompts[-1].mask.any(axis=1).all()
+    seeded = list(evaluation_prompt_batches([[1], [2], [3]], batch_size=2, length=2, pad_id=0, seeds=[7, 9, 8]))
+    np.testing.assert_array_equal(np.concatenate([batch.seed for batch in seeded]), [7, 9, 8, 0])
+    assert prompts[0].seed is None
 
 
 @pytest.mark.parametrize(

@@ -311,3 +311,25 @@ def test_the_good_ones_are_good(models: Path, tmp_path: Path, server: Call) -> N
         argv = [str(ROOT / "experiments" / "train_sft.py"), f"--gin_file={config}"]
         done = server(tmp_path, [*argv, *(f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items())])
         assert done.returncode == 0, done.stderr
+
+
+def test_prompts_with_seeds(models: Path, tmp_path: Path, server: Call) -> None:
+    """The same replies in another order of the file; a prompt without its number is named before anything is written."""
+    config = tmp_path / "config.gin"
+    settings = "\nrun.seeds = 'number'\nprompt_file.fields = @Fields()\nFields.extra = ('number',)\n"
+    config.write_text(CONFIG + STAGES[GEN] + settings + "SamplingConfig.temperature = 5.0\n")
+    rows = [{"id": n, "prompt": "say so", "number": 100 + n} for n in range(5)]
+    argv = [str(ROOT / "experiments" / "generate.py"), f"--gin_file={config}"]
+    said = []
+    for name, given in (("a", rows), ("b", rows[::-1]), ("c", [*rows[:2], rows[2] | {"number": -1}])):
+        (tmp_path / f"{name}.jsonl").write_text(lines(given))
+        paths = {"RUN_DIR": tmp_path / name, "MODEL": models / "run", "DATA": tmp_path / f"{name}.jsonl"}
+        done = server(tmp_path, [*argv, *(f"--gin_bindings={key} = {str(path)!r}" for key, path in paths.items())])
+        if name == "c":
+            assert done.returncode == 2 and not (tmp_path / "c").exists()
+            assert re.fullmatch(r"error: run.seeds = 'number': prompt 2 has -1 there; give a whole .*\n", done.stderr)
+            continue
+        assert done.returncode == 0, done.stderr
+        replies = map(json.loads, (tmp_path / name / "completions.jsonl").read_text().splitlines())
+        said.append({reply["id"]: reply["response"] for reply in replies})
+    assert said[0] == said[1] and len(set(said[0].values())) == 5

@@ -13,12 +13,13 @@ import pytest
 from rlhf_jax import ops, rollout
 from rlhf_jax.models import empty_cache
 from rlhf_jax.models.cache import Quantised, restored, stored
+from rlhf_jax.plan.analytic import cache_bytes
 from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate, refuse_unshared
+from rlhf_jax.rollout.slots import Job, first_fill, read_prompts
 from rlhf_jax.testing import prompt_batch, tiny_model
 from rlhf_jax.types import InputError
 
 MODEL, PARAMS = tiny_model()
-WINDOWED = tiny_model(num_layers=3, layer_pattern=("sliding", "full"), sliding_window=4)
 SYSTEM = [7, 21, 33]
 RNG = np.random.default_rng(2)
 LISTS = [SYSTEM + RNG.integers(14, 64, int(length)).tolist() for length in RNG.integers(1, 9, 10)]
@@ -60,12 +61,61 @@ def test_nothing_changes_a_token(name, plain):
     np.testing.assert_allclose(done.logprobs, plain.logprobs, atol=1e-5)
 
 
-def test_windows_hold_across_chunks_and_a_prefix():
-    model, params = WINDOWED
-    expected = run(model, params)
-    done = run(model, params, SlotConfig(shared_prefix=2, prefill_chunk=3))
+LAYERS = {
+    "one in two slides": {"layer_pattern": ("sliding", "full"), "sliding_window": 4},
+    "all slide": {"layer_pattern": ("sliding",), "sliding_window": 3},
+    "a window longer than most prompts": {"layer_pattern": ("full", "sliding", "sliding"), "sliding_window": 11},
+}
+REFILLED = {
+    "slots that are refilled often": SlotConfig(slots=2, prefill=2, smallest=1),
+    "int8 in slots": SlotConfig(slots=3, prefill=2, cache="int8", separate_layers=True),
+}
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    """Of a name of `LAYERS`: a model with layers that slide, and what it samples with all columns kept."""
+
+    @functools.cache
+    def made(name):
+        model, params = tiny_model(num_layers=3, **LAYERS[name])
+        return model, params, all_columns(model, params, SlotConfig())
+
+    return made
+
+
+def all_columns(model, params, slots):
+    """`run` as if the window were longer than a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "window", None)
+        return run.__wrapped__(model, params, slots)
+
+
+@pytest.mark.parametrize(
+    ("layers", "name"),
+    [
+        *(("one in two slides", name) for name in (OPTIONS | REFILLED)),
+        *((layers, name) for layers in list(LAYERS)[1:] for name in ("a prefix, then chunks, in slots", *REFILLED)),
+    ],
+)
+def test_layers_that_slide_keep_only_their_window(layers, name, windowed):
+    """And sample what they sample with all columns."""
+    model, params, expected = windowed(layers)
+    slots = (OPTIONS | REFILLED)[name]
+    done = run(model, params, slots)
+    expected = expected if slots.cache == "compute" else all_columns(model, params, slots)
     np.testing.assert_array_equal(done.tokens, expected.tokens)
     np.testing.assert_allclose(done.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_columns_of_a_windowed_cache():
+    """Three layers of which two slide over 4: 21 columns of one, 4 of two, where all would have 21."""
+    model, params = tiny_model(num_layers=3, layer_pattern=("sliding", "full"), sliding_window=4)
+    job = Job(model, params, PROMPTS, jax.random.key(0), SAMPLING, 1, STOPS, 0, None, SlotConfig())
+    cache = jax.eval_shape(lambda: first_fill(job, read_prompts(job, 0, 10), 10, 9)).cache
+    assert cache.keys.shape == (1, 10, 2, 21, 8) and cache.recent.keys.shape == (2, 10, 2, 4, 8)
+    held = sum(leaf.size * leaf.dtype.itemsize for part in cache.parts for leaf in (part.keys, part.values))
+    assert held == cache_bytes(model.config, 10, 21)
 
 
 def test_a_ring_that_grows_steps_as_often():

@@ -135,6 +135,22 @@ def test_random_bits_belong_to_prompt_sample_and_key(sampled):
     np.testing.assert_array_equal(sample(PROMPTS, KEY, sampling()).tokens, sampled.tokens)
 
 
+def test_a_prompt_with_a_seed_samples_from_that_alone(sampled):
+    """Wherever it stands in the batch and whatever its number; not what a prompt with that number samples."""
+    text = [[20, 21, 22]] * ROWS
+    seeds = np.array([5, 5, 6, 0, 1, 2, 3, 6], np.int32)
+    batch = prompt_batch(text, width=WIDTH)
+    assert batch.prompt_id.tolist() == list(range(ROWS))
+    done = sample(batch.replace(seed=seeds), KEY, sampling(temperature=3.0), ())
+    tokens = np.asarray(done.tokens)
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    np.testing.assert_array_equal(tokens[2], tokens[7])
+    assert len({tuple(row) for row in tokens}) == ROWS - 2
+    unseeded = np.asarray(sample(batch, KEY, sampling(temperature=3.0), ()).tokens)
+    assert not {tuple(row) for row in tokens} & {tuple(row) for row in unseeded}
+    np.testing.assert_array_equal(done.prompts.prompt_id, batch.prompt_id)
+
+
 def test_frequencies_follow_the_model():
     """4096 samples of one prompt: each of 64 tokens within 5 standard errors of softmax(logits / .7)."""
     count = 4096

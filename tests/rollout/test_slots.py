@@ -108,8 +108,8 @@ class Counting:
 
     config = MODEL.config.replace(max_length=1000, vocab_size=256)
 
-    def prefill(self, params, tokens, mask, positions, capacity, storage):
-        del params, mask, positions, storage
+    def prefill(self, params, tokens, mask, positions, capacity, storage, window):
+        del params, mask, positions, storage, window
         wanted = tokens[:, 0].astype(jnp.float32)
         keys = jnp.zeros((1, tokens.shape[0], 1, capacity, 1)).at[0, :, 0, 0, 0].set(wanted)
         known = jnp.full((tokens.shape[0], capacity), -1, jnp.int32).at[:, 0].set(0)
