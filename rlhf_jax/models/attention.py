@@ -98,8 +98,9 @@ def self_attention(
             )
 
         return ring
-    mask = segment_mask(segment_ids, window)
-    return lambda query, key, value: attend(query, key, value, mask, precision, scale=scale, cap=cap)
+    return lambda query, key, value: causal_attention(
+        query, key, value, segment_ids, window, precision, scale=scale, cap=cap
+    )
 
 
 def chosen(config: ModelConfig, constrain: Constrain) -> str:
@@ -141,14 +142,45 @@ def _lacks(ability: Ability, config: ModelConfig, platform: str, split: bool) ->
 _MASKED = -1e30  # finite: a row with nothing to attend to (padding) gives uniform weights instead of NaN
 
 
-def segment_mask(segment_ids: Int32[Array, "B S"], window: int | None = None) -> Bool[Array, "B S S"]:
-    """Query column s may attend to key column c: same segment, not padding (segment 0), and s - window < c <= s."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), dtype=bool))
+def segment_mask(segment_ids: Int32[Array, "B S"], window: int | None = None, first: int = 0) -> Bool[Array, "B Q S"]:
+    """Query column s may attend to key column c: same segment, not padding (segment 0), and s - window < c <= s. first: of the
+    query columns."""
+    same = segment_ids[:, first:, None] == segment_ids[:, None, :]
+    columns = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    causal = columns <= columns[first:, None]
     if window is not None:
-        causal &= ~jnp.tril(jnp.ones((length, length), dtype=bool), -window)
+        causal &= columns > columns[first:, None] - window
     return same & causal & (segment_ids > 0)[:, None, :]
+
+
+def blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end, first key) of each block of `causal_attention`, whose keys end where its queries do. Up to 128
+    columns are one block; then up to eight of at least 64."""
+    size = -(-length // min(8, length // 64)) if length > 128 else length
+    ends = [(first, min(first + size, length)) for first in range(0, length, size)]
+    return [(first, end, 0 if window is None else max(0, first - window + 1)) for first, end in ends]
+
+
+def causal_attention(
+    query: Float[Array, "B S G R K"],
+    key: Float[Array, "B G S K"],
+    value: Float[Array, "B G S K"],
+    segment_ids: Int32[Array, "B S"],
+    window: int | None,
+    precision: jax.lax.Precision | None,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "B S G R K"]:
+    """`attend` under `segment_mask`, a block of queries at a time and only to keys that the block may see: 9/16 of the scores
+    with eight blocks. A row of padding gets another mean of values than there."""
+    mixed = []
+    for first, end, low in blocks(query.shape[1], window):
+        seen = slice(low, end)
+        mask = segment_mask(segment_ids[:, seen], window, first - low)
+        parts = (query[:, first:end], key[:, :, seen], value[:, :, seen])
+        mixed.append(attend(*parts, mask, precision, scale=scale, cap=cap))
+    return jnp.concatenate(mixed, axis=1)
 
 
 def attend(

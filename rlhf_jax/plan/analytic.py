@@ -2,7 +2,7 @@
 
 Operations are those of matrix products (2 per multiplication and addition), without recomputation: "model FLOPs" in the
 sense of Chowdhery et al. 2022 (PaLM, appendix B), except that attention counts what its implementation computes: the whole
-square, or with splash the blocks that the mask leaves.
+square, or the blocks that it visits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.models.attention import chosen
+from rlhf_jax.models.attention import blocks, chosen
 from rlhf_jax.models.lora import TRAINED
 from rlhf_jax.models.splash import BLOCKS, LANES
 from rlhf_jax.plan.kernels import visited_pairs
@@ -45,7 +45,12 @@ def head_flops(config: ModelConfig, positions: int) -> int:
 
 
 def self_attention_flops(config: ModelConfig, length: int, implementation: str) -> int:
-    """Of one row of ``length`` tokens, all layers, as ``implementation`` (of `models.attention`) computes it."""
+    """Of one row of ``length`` tokens, all layers, as ``implementation`` (of `models.attention`; "ring" where columns are split)
+    computes it."""
+    if implementation == "xla":
+        windows = (config.layer(layer).window for layer in range(config.num_layers))
+        pairs = sum((end - first) * (end - low) for window in windows for first, end, low in blocks(length, window))
+        return 4 * pairs * config.num_heads * config.head_dim
     if implementation != "splash":
         return attention_flops(config, length, length)
     filled = length + -length % LANES
@@ -63,7 +68,9 @@ def forward_flops(config: ModelConfig, rows: int, length: int, heads_at: int, im
 
 def model_flops(model: Model, rows: int, length: int, heads_at: int) -> int:
     """`forward_flops` of a model on its devices, adapters included."""
-    whole = forward_flops(model.config, rows, length, heads_at, chosen(model.config, model.constrain))
+    ring = model.constrain.parts("act_length") > 1
+    implementation = "ring" if ring else chosen(model.config, model.constrain)
+    whole = forward_flops(model.config, rows, length, heads_at, implementation)
     return whole + 2 * rows * length * adapter_weights(model)
 
 
@@ -90,14 +97,20 @@ def _adapters(tree: Params) -> Params:
 
 def generate_flops(config: ModelConfig, rows: int, prompt: int, new: int, implementation: str = "xla") -> int:
     """Prefill and ``new`` decoding steps, each of which attends to the whole cache."""
-    step = 2 * rows * block_weights(config) + rows * attention_flops(config, 1, prompt + new) + head_flops(config, rows)
+    attention = 4 * kept_columns(config, prompt + new) * config.num_heads * config.head_dim
+    step = 2 * rows * block_weights(config) + rows * attention + head_flops(config, rows)
     return forward_flops(config, rows, prompt, 0, implementation) + new * step
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int) -> int:
-    """Keys and values of every layer in the dtype of activations; layers that slide hold no more than their window."""
-    kept = sum(min(columns, config.layer(index).window or columns) for index in range(config.num_layers))
-    return 2 * kept * rows * config.num_kv_heads * config.head_dim * config.dtype.itemsize
+    """Keys and values of every layer in the dtype of activations."""
+    entries = 2 * kept_columns(config, columns) * rows * config.num_kv_heads * config.head_dim
+    return entries * config.dtype.itemsize
+
+
+def kept_columns(config: ModelConfig, columns: int) -> int:
+    """Of a cache for ``columns`` tokens, all layers: those that slide hold no more than their window."""
+    return sum(min(columns, config.layer(index).window or columns) for index in range(config.num_layers))
 
 
 def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
