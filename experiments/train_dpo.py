@@ -80,8 +80,9 @@ def run(
         batches.set_state(host["data"])
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
-            width = batch.fold_width(data.pair_lengths(pairs), batch.length, network, batch.microbatches)
-            state, metrics = train_step(state, frozen, to_global(pairs, devices), width=width)
+            rows = (data.pair_lengths(pairs), batch.length, data.pair_targets(pairs), batch.length - 1)
+            fold = batch.fold(network, batch.microbatches, *rows)
+            state, metrics = train_step(state, frozen, to_global(pairs, devices), fold=fold)
             if not here.log(step, metrics, batch=pairs):
                 state = here.rolled_back(state)
                 continue

@@ -120,10 +120,10 @@ def run(
 
             # 3.2 Score: log-probabilities, values, reward.
             here.enter("score")
-            lengths = replies.prompts.mask.sum(axis=1) + replies.mask.sum(axis=1)
-            unfolded = (lengths, batch.length + sampling.max_new_tokens, cast.models.policy)
-            width = batch.fold_width(*unfolded, splits=1)
-            scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions, width=width))
+            new, most = replies.mask.sum(axis=1), sampling.max_new_tokens
+            rows = (replies.prompts.mask.sum(axis=1) + new, batch.length + most, new, most)
+            fold = batch.fold(cast.models.policy, 1, *rows)
+            scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions, fold=fold))
             here.enter("reward")
             texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
             if reward_texts is not None:
@@ -139,9 +139,9 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
-            width = batch.fold_width(*unfolded, splits=ppo.minibatches * batch.microbatches)
+            fold = batch.fold(cast.models.policy, ppo.minibatches * batch.microbatches, *rows)
             train = awake(state.train, home) if offload_optimizer else state.train
-            train, updated = update(train, prepared, order_rng, cast.frozen, width=width)
+            train, updated = update(train, prepared, order_rng, cast.frozen, fold=fold)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
 
             # 3.5 Adapt the KL coefficient to what was measured.

@@ -91,8 +91,8 @@ def run(
             normalisation.unlink(missing_ok=True)
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
-            width = batch.fold_width(data.pair_lengths(pairs), batch.length, network, batch.microbatches)
-            state, metrics = train_step(state, loaded.frozen, to_global(pairs, devices), width=width)
+            fold = batch.fold(network, batch.microbatches, data.pair_lengths(pairs), batch.length)
+            state, metrics = train_step(state, loaded.frozen, to_global(pairs, devices), fold=fold)
             if not here.log(step, metrics, batch=pairs):
                 state = here.rolled_back(state)
                 continue

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax import learn, rollout
-from rlhf_jax.models import Model, lora
+from rlhf_jax.models import Fold, Model, lora
 from rlhf_jax.parallel import (
     ActivationConstraint,
     MeshConfig,
@@ -34,8 +34,8 @@ from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
 
 
 class SupervisedFunctions(NamedTuple):
-    """train_step(state, frozen, batch, width=) -> (state, metrics), the state donated; width: static, rows are folded into so
-    many columns (`models.folding`). evaluate(params, batch, frozen): SFT gives
+    """train_step(state, frozen, batch, fold=) -> (state, metrics), the state donated; fold: static, how rows of
+    different lengths are read (`models.folding`). evaluate(params, batch, frozen): SFT gives
     the `Mean` loss of a batch, the reward model its scores, DPO its implicit rewards (chosen, rejected), float32 [B] each.
     params: what is trained; frozen: {"base": ...} with adapters (`models.lora`), of DPO also {"reference": ...}."""
 
@@ -67,8 +67,8 @@ def sft_functions(
     routed = model.config.router_coefficient > 0
     logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
 
-    def loss(width: int | None) -> LossFn:
-        return learn.make_sft_loss(functools.partial(logprobs, model.folded(width)))
+    def loss(fold: Fold | None) -> LossFn:
+        return learn.make_sft_loss(functools.partial(logprobs, model.folded(fold)))
 
     def evaluate(params: Params, tokens: TokenBatch, frozen: Params | None = None) -> Mean:
         nll = loss(None)(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
@@ -89,10 +89,8 @@ def reward_functions(
 ) -> SupervisedFunctions:
     """Of the pairwise reward model. centring: weight of (chosen + rejected)^2."""
 
-    def loss(width: int | None) -> LossFn:
-        return learn.make_reward_loss(
-            functools.partial(rollout.sequence_scores, model.folded(width)), centring=centring
-        )
+    def loss(fold: Fold | None) -> LossFn:
+        return learn.make_reward_loss(functools.partial(rollout.sequence_scores, model.folded(fold)), centring=centring)
 
     def evaluate(params: Params, pairs: Any, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
         return learn.pair_scores(functools.partial(rollout.sequence_scores, model), lora.whole(params, frozen), pairs)
@@ -121,8 +119,8 @@ def dpo_functions(
 
         return learn.pair_scores(reward, lora.whole(params, frozen), pairs)
 
-    def loss(width: int | None) -> LossFn:
-        return dpo_loss(model.folded(width), reference.folded(width), dpo)
+    def loss(fold: Fold | None) -> LossFn:
+        return dpo_loss(model.folded(fold), reference.folded(fold), dpo)
 
     train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
@@ -144,21 +142,21 @@ def _reference_logprobs(reference: Model) -> Callable[[Params, TokenBatch], jax.
 
 
 def _train_step(
-    loss: Callable[[int | None], LossFn],
+    loss: Callable[[Fold | None], LossFn],
     adapters: lora.LoraConfig | None,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     mesh: Mesh,
     microbatches: int,
 ) -> Callable[..., Any]:
-    """loss: over whole parameters, of rows folded into so many columns (`models.folding`; None: as they come)."""
+    """loss: over whole parameters, of rows read so (`models.folding`; None: as they come)."""
 
-    def train_step(state: TrainState, frozen: Params, batch: Any, width: int | None = None) -> Any:
-        whole = lora.on_adapters(loss(width), adapters)
+    def train_step(state: TrainState, frozen: Params, batch: Any, fold: Fold | None = None) -> Any:
+        whole = lora.on_adapters(loss(fold), adapters)
         return learn.make_train_step(whole, optimizer, microbatches=microbatches)(state, frozen, batch)
 
     placement = (placed(state), replicated(mesh))
-    return jax.jit(train_step, static_argnames="width", donate_argnums=0, out_shardings=placement)
+    return jax.jit(train_step, static_argnames="fold", donate_argnums=0, out_shardings=placement)
 
 
 # ---- PPO
@@ -168,9 +166,9 @@ class PPOFunctions(NamedTuple):
     """The four of an iteration. params: what is trained, {"policy"[, "value"]}; frozen: {"reference", "reward"}, with
     adapters also {"base": {"policy"[, "value"]}}.
 
-    generate(params, prompts, rng, frozen) -> Completions. score(params, frozen, completions, width=) -> Rollout.
-    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng, frozen, width=) -> (state,
-    metrics), the state donated. width: static, rows are folded into so many columns (`models.folding`).
+    generate(params, prompts, rng, frozen) -> Completions. score(params, frozen, completions, fold=) -> Rollout.
+    prepare(rollout, kl_coefficient) -> (PolicyBatch, metrics). update(train state, batch, rng, frozen, fold=) -> (state,
+    metrics), the state donated. fold: static, how rows of different lengths are read (`models.folding`).
     """
 
     generate: Callable[..., Any]
@@ -234,17 +232,17 @@ def ppo_functions(
         return learn.prepare(scored, ppo, coefficient)
 
     def update(
-        train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None, width: int | None = None
+        train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None, fold: Fold | None = None
     ) -> Any:
-        loss = lora.on_adapters(ppo_loss(models.folded(width), settings), None)  # no dropout: the first ratio must be 1
+        loss = lora.on_adapters(ppo_loss(models.folded(fold), settings), None)  # no dropout: the first ratio must be 1
         train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
         return learn.update(train_step, train, prepared, rng, ppo, frozen)
 
     return PPOFunctions(
         jax.jit(_generate(models, settings, mesh, ends), out_shardings=rows),
-        jax.jit(_score(models, settings, ppo), static_argnames="width", out_shardings=rows),
+        jax.jit(_score(models, settings, ppo), static_argnames="fold", out_shardings=rows),
         jax.jit(prepare, out_shardings=(rows, everywhere)),
-        jax.jit(update, static_argnames="width", donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
+        jax.jit(update, static_argnames="fold", donate_argnums=0, out_shardings=(placed(state.train), everywhere)),
     )
 
 
@@ -266,11 +264,11 @@ def _generate(
 def _score(
     models: rollout.RolloutModels, settings: PPOSettings | GRPOSettings, config: learn.PPOConfig | learn.GRPOConfig
 ) -> Callable[..., Any]:
-    def score(params: Params, frozen: Params, completions: Any, width: int | None = None) -> Any:
+    def score(params: Params, frozen: Params, completions: Any, fold: Fold | None = None) -> Any:
         both = lora.whole(params, frozen)
         four = rollout.RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
         return rollout.score(
-            models.folded(width),
+            models.folded(fold),
             four,
             completions,
             temperature=settings.sampling.temperature,
@@ -328,17 +326,17 @@ def grpo_functions(
         return learn.prepare_groups(scored, grpo, settings.samples)
 
     def update(
-        train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None, width: int | None = None
+        train: TrainState, prepared: Any, rng: Rng, frozen: Params | None = None, fold: Fold | None = None
     ) -> Any:
-        loss = lora.on_adapters(grpo_loss(models.folded(width), settings), None)  # no dropout, as in PPO
+        loss = lora.on_adapters(grpo_loss(models.folded(fold), settings), None)  # no dropout, as in PPO
         train_step = learn.make_train_step(loss, optimizer, microbatches=settings.microbatches)
         return learn.update_groups(train_step, train, prepared, rng, grpo, frozen)
 
     return PPOFunctions(
         jax.jit(_generate(models, settings, mesh, ends), out_shardings=rows),
-        jax.jit(_score(models, settings, grpo), static_argnames="width", out_shardings=rows),
+        jax.jit(_score(models, settings, grpo), static_argnames="fold", out_shardings=rows),
         jax.jit(prepare, out_shardings=(rows, everywhere)),
-        jax.jit(update, static_argnames="width", donate_argnums=0, out_shardings=(placed(state), everywhere)),
+        jax.jit(update, static_argnames="fold", donate_argnums=0, out_shardings=(placed(state), everywhere)),
     )
 
 

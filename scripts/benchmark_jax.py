@@ -20,7 +20,7 @@ import numpy as np
 from benchmark_rows import GSM8K, ROWS, SHAPES, Once, serve, stops
 
 from rlhf_jax import data, learn, programs, rollout
-from rlhf_jax.models import Model, ModelConfig, fold_width
+from rlhf_jax.models import Fold, Model, ModelConfig, fold_of
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.testing import prompt_batch
 from rlhf_jax.types import PairBatch, Params, TokenBatch
@@ -40,6 +40,7 @@ CONFIG = ModelConfig(
 )
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 SLOTS = rollout.SlotConfig(separate_layers=True)
+HALVED = rollout.SlotConfig(smallest=4, separate_layers=True)
 REFILLED = rollout.SlotConfig(slots=16, prefill=8, smallest=4, separate_layers=True)
 
 
@@ -81,7 +82,7 @@ def supervised(
     amount: float,
     flops: float,
     frozen: Params | None = None,
-    width: int | None = None,
+    fold: Fold | None = None,
 ) -> Once:
     """A training step. functions: (optimizer, state) -> `programs.SupervisedFunctions`."""
     optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-5), 1000)
@@ -93,7 +94,7 @@ def supervised(
     step, placed = functions(optimizer, held["state"]).train_step, to_global(batch, MESH)
 
     def once() -> tuple[float, float]:
-        held["state"], metrics = step(held["state"], frozen or {}, placed, width=width)
+        held["state"], metrics = step(held["state"], frozen or {}, placed, fold=fold)
         jax.block_until_ready((held["state"], metrics))
         return amount, flops
 
@@ -139,7 +140,7 @@ def pairs(lengths: Sequence[int], width: int) -> Once:
     def functions(optimizer: Any, state: Any) -> Any:
         return programs.reward_functions(model, optimizer, state, MESH, microbatches=1, centring=0.0)
 
-    return supervised(model, functions, batch, 8, flops, width=fold_width(data.pair_lengths(batch), 16, width))
+    return supervised(model, functions, batch, 8, flops, fold=fold_of(data.pair_lengths(batch), 16, width))
 
 
 def dpo() -> Once:
@@ -155,7 +156,8 @@ def dpo() -> Once:
         settings = {"microbatches": 1, "dpo": learn.DPOConfig()}
         return programs.dpo_functions(policy, policy, optimizer, state, MESH, **settings)
 
-    return supervised(policy, functions, batch, 8, flops, {"reference": drawn(policy)[0]})
+    fold = fold_of(data.pair_lengths(batch), 16, 256, data.pair_targets(batch), 255)
+    return supervised(policy, functions, batch, 8, flops, {"reference": drawn(policy)[0]}, fold)
 
 
 def generate() -> Once:
@@ -214,7 +216,7 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
     rate = learn.OptimizerConfig(learning_rate=1e-6)
     config = learn.PPOConfig(epochs=4, minibatches=1, old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
-    settings = programs.PPOSettings(1000, sampling, config, rate, rate, microbatches=2, slots=SLOTS)
+    settings = programs.PPOSettings(1000, sampling, config, rate, rate, microbatches=2, slots=HALVED if ends else SLOTS)
     optimizer = programs.ppo_optimizer(settings)
     begin = programs.ppo_beginning(optimizer, settings, jax.random.key(2))
     held = {"state": born_sharded(begin, {name: each for name, (_, each) in both.items()}, MESH, params)}
@@ -225,11 +227,12 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
     def once() -> tuple[float, float]:
         state = held["state"]
         done = four.generate(state.train.params, prompts, jax.random.key(0))
-        lengths = 64 + np.asarray(done.mask).sum(axis=1)
-        scored = four.score(state.train.params, frozen, done, width=fold_width(lengths, 16, 128))
+        replies = np.asarray(done.mask).sum(axis=1)
+        scored = four.score(state.train.params, frozen, done, fold=fold_of(64 + replies, 16, 128, replies, 64))
         prepared, _ = four.prepare(scored, state.kl_coefficient)
         new = int(done.mask.sum())
-        train, metrics = four.update(state.train, prepared, jax.random.key(1), width=fold_width(lengths, 8, 128))
+        fold = fold_of(64 + replies, 8, 128, replies, 64)
+        train, metrics = four.update(state.train, prepared, jax.random.key(1), fold=fold)
         held["state"] = dataclasses.replace(state, train=train, iteration=state.iteration + 1)
         jax.block_until_ready((train, metrics))
         forward = 16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32)
@@ -256,7 +259,7 @@ def group_iteration(ends: tuple[int, ...], least: int) -> Once:
     config = learn.GRPOConfig(old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
     rate = learn.OptimizerConfig(learning_rate=1e-6)
-    settings = programs.GRPOSettings(1000, 4, sampling, config, rate, slots=SLOTS)
+    settings = programs.GRPOSettings(1000, 4, sampling, config, rate, slots=HALVED if ends else SLOTS)
     optimizer = programs.grpo_optimizer(settings)
     params, shardings = drawn(policy)
 
@@ -275,13 +278,11 @@ def group_iteration(ends: tuple[int, ...], least: int) -> Once:
         state = held["state"]
         done = four.generate(state.params, prompts, jax.random.key(0))
         lengths = np.asarray(done.mask).sum(axis=1)
-        scored = four.score(state.params, frozen, done, width=fold_width(64 + lengths, 16, 128)).replace(
-            scores=to_global(lengths.astype(np.float32), MESH)
-        )
+        fold = fold_of(64 + lengths, 16, 128, lengths, 64)
+        scores = to_global(lengths.astype(np.float32), MESH)
+        scored = four.score(state.params, frozen, done, fold=fold).replace(scores=scores)
         prepared, _ = four.prepare(scored)
-        held["state"], metrics = four.update(
-            state, prepared, jax.random.key(1), width=fold_width(64 + lengths, 16, 128)
-        )
+        held["state"], metrics = four.update(state, prepared, jax.random.key(1), fold=fold)
         jax.block_until_ready((held["state"], metrics))
         new = int(lengths.sum())
         update = 3 * (16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32))

@@ -22,6 +22,7 @@ from rlhf_jax.data.pipeline import (
     evaluation_prompt_batches,
     pair_batches,
     pair_lengths,
+    pair_targets,
     prompt_batches,
     token_batches,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "pack",
     "pair_batches",
     "pair_lengths",
+    "pair_targets",
     "prompt_batches",
     "prompt_column",
     "prompt_fraction",

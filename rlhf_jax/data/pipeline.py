@@ -129,6 +129,11 @@ def pair_lengths(pairs: PairBatch) -> np.ndarray:
     return np.concatenate([(np.asarray(side.segment_ids) > 0).sum(axis=1) for side in sides])
 
 
+def pair_targets(pairs: PairBatch) -> np.ndarray:
+    """Tokens of every row that are predicted, in the order of `pair_lengths`, int [2 B]."""
+    return np.concatenate([np.asarray(side.loss_mask)[:, 1:].sum(axis=1) for side in (pairs.chosen, pairs.rejected)])
+
+
 def prompt_batches(
     prompts: Sequence[Sequence[int]], *, batch_size: int, length: int, seed: int, pad_id: int, samples: int = 1
 ) -> Batches[PromptBatch]:

@@ -15,6 +15,7 @@ from rlhf_jax.models import folding, int8, lora
 from rlhf_jax.models.cache import KVCache, Storage, ring_of, stored
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.decoder import Decoder, SeparateLayer
+from rlhf_jax.models.folding import Fold
 from rlhf_jax.models.layout import Constrain, unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.moe import Routing, load_balancing_loss
@@ -42,23 +43,23 @@ class Model:
     """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static argument.
 
     config: the architecture. constrain: how activations are laid out over a mesh (`parallel.ActivationConstraint`).
-    lora: adapters beside the matrices (`models.lora`). int8: the matrices of the layers are int8 (`models.int8`). fold: whole
-    sequences are read two by two in rows of so many columns (`models.folding`), None: as they come.
+    lora: adapters beside the matrices (`models.lora`). int8: the matrices of the layers are int8 (`models.int8`). fold: how
+    rows of different lengths are read and predicted (`models.folding`), None: as they come.
     """
 
     config: ModelConfig
     constrain: Constrain = unconstrained
     lora: LoraConfig | None = None
     int8: bool = False
-    fold: int | None = None
+    fold: Fold | None = None
 
     def with_head(self, head: Head) -> Model:
         """The same trunk under another head."""
         return dataclasses.replace(self, config=self.config.replace(head=head))
 
-    def folded(self, width: int | None) -> Model:
-        """The same model reading rows two by two (`fold`)."""
-        return dataclasses.replace(self, fold=width)
+    def folded(self, fold: Fold | None) -> Model:
+        """The same model reading rows so."""
+        return dataclasses.replace(self, fold=fold)
 
     def abstract(self) -> Params:
         """The parameters as ShapeDtypeStructs."""
@@ -102,11 +103,11 @@ class Model:
     ) -> tuple[Array, Routing | None, Array]:
         """(final hidden states [B, S, D], routing, which of the columns that the network saw hold a token)."""
         module = self._module(params)
-        if self.fold is None:
+        if self.fold is None or self.fold.columns is None:
             hidden, _, routing = module.hidden(tokens, positions, segment_ids, self.constrain)
             return hidden, routing, segment_ids > 0
         parts = self.constrain.parts("act_batch")
-        folded, place, fits = folding.fold(tokens, positions, segment_ids, self.fold, parts)
+        folded, place, fits = folding.fold(tokens, positions, segment_ids, self.fold.columns, parts)
         hidden, _, routing = module.hidden(*folded, self.constrain)
         return folding.unfold(hidden, place, fits, parts), routing, folded[2] > 0
 

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.models import Model
+from rlhf_jax.models import Fold, Model, Picked
 from rlhf_jax.types import Completions, InputError, Params, Rollout, TokenBatch
 
 
@@ -45,14 +45,25 @@ def sequence_logprobs_and_router_loss(model: Model, params: Params, batch: Token
 
 
 def _logprobs_of(model: Model, params: Params, hidden: Array, batch: TokenBatch) -> tuple[Array, Array]:
-    logprobs, entropy = ops.hidden_logprobs(
-        hidden[:, :-1],
-        lambda chunk: model.logits(params, chunk),
-        batch.tokens[:, 1:],
-        chunk_size=model.config.logits_chunk,
-        mask=batch.loss_mask[:, 1:],
-    )
+    logprobs, entropy = _predicted(model, params, hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:])
     return jnp.pad(logprobs, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+
+
+def _predicted(
+    model: Model, params: Params, hidden: Array, targets: Array, mask: Array, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """`ops.hidden_logprobs` of the model, 0 where the mask is False; with ``model.fold.targets`` logits of those only that the
+    mask leaves."""
+
+    def logprobs(hidden: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
+        options = {"temperature": temperature, "chunk_size": model.config.logits_chunk, "mask": mask}
+        return ops.hidden_logprobs(hidden, lambda part: model.logits(params, part), targets, **options)  # type: ignore[arg-type]
+
+    if model.fold is None or model.fold.targets is None:
+        return logprobs(hidden, targets, mask)
+    picked = Picked.of(mask, model.fold.targets, model.constrain.parts("act_batch"))
+    found, entropy = logprobs(picked.take(hidden), picked.take(targets), picked.held)
+    return picked.put(found), picked.put(entropy)
 
 
 def response_hidden(model: Model, params: Params, completions: Completions) -> Array:
@@ -70,14 +81,7 @@ def response_logprobs(
     temperature: float,
 ) -> tuple[Array, Array]:
     """(log-probabilities of the response tokens, entropies), float32 [B, T], 0 outside the response."""
-    return ops.hidden_logprobs(
-        hidden,
-        lambda chunk: model.logits(params, chunk),
-        completions.tokens,
-        temperature=temperature,
-        chunk_size=model.config.logits_chunk,
-        mask=completions.mask,
-    )
+    return _predicted(model, params, hidden, completions.tokens, completions.mask, temperature)
 
 
 def sequence_scores(model: Model, params: Params, batch: TokenBatch) -> Array:
@@ -98,10 +102,10 @@ class RolloutModels:
     value: Model | None
     reward: Model | None
 
-    def folded(self, width: int | None) -> RolloutModels:
-        """All of them reading rows two by two (`Model.folded`)."""
+    def folded(self, fold: Fold | None) -> RolloutModels:
+        """All of them reading rows so (`Model.folded`)."""
         four = (self.policy, self.reference, self.value, self.reward)
-        return RolloutModels(*(model and model.folded(width) for model in four))  # type: ignore[arg-type]
+        return RolloutModels(*(model and model.folded(fold) for model in four))  # type: ignore[arg-type]
 
 
 @struct.dataclass

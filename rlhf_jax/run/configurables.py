@@ -20,7 +20,7 @@ from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.learn import DPOConfig, GRPOConfig, OptimizerConfig, PPOConfig
-from rlhf_jax.models import DTYPES, LoraConfig, Model, ModelConfig, RopeScaling, fold_width
+from rlhf_jax.models import DTYPES, Fold, LoraConfig, Model, ModelConfig, RopeScaling, fold_of
 from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
@@ -137,15 +137,23 @@ class BatchConfig:
         if not isinstance(self.folded, bool):
             raise InputError(f"BatchConfig.folded = {self.folded!r}: give True or False")
 
-    def fold_width(self, lengths: np.ndarray, columns: int, model: Model, splits: int) -> int | None:
+    def fold(
+        self,
+        model: Model,
+        splits: int,
+        lengths: np.ndarray,
+        columns: int,
+        targets: np.ndarray | None = None,
+        target_columns: int = 0,
+    ) -> Fold | None:
         """For a program that reads rows with these lengths, int [rows], in ``splits`` parts, on the devices of ``model``:
-        what `models.fold_width` says; None when not ``folded``. Raises InputError where columns are split over devices."""
+        what `models.fold_of` says; None when not ``folded``. Raises InputError where columns are split over devices."""
         if self.folded and model.constrain.parts("act_length") > 1:
             raise InputError(
                 "BatchConfig.folded: rows are not folded where MeshConfig.sequence splits them; remove one"
             )
         rows, left = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
-        return fold_width(lengths, rows, columns) if self.folded and not left else None
+        return fold_of(lengths, rows, columns, targets, target_columns) if self.folded and not left else None
 
 
 def refuse_unused(config: Any, *names: str) -> None:

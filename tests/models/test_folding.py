@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn, ops, programs, rollout
-from rlhf_jax.models import Model, fold_width
+from rlhf_jax.models import Fold, Model, Picked, fold_of
 from rlhf_jax.models.folding import fold
 from rlhf_jax.parallel import ActivationConstraint
 from rlhf_jax.run.configurables import BatchConfig
 from rlhf_jax.testing import completions, mesh_of, prompt_batch, tiny_model
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, TokenBatch
 
 LENGTHS = (8, 2, 7, 3)
 
@@ -29,26 +29,84 @@ def batch(lengths=LENGTHS, columns=8, seed=0, left=False):
     return tokens, np.asarray(ops.positions_from_mask(jnp.asarray(held))), held.astype(np.int32)
 
 
+def columns_of(lengths, rows, columns):
+    found = fold_of(np.array(lengths), rows, columns)
+    return found and found.columns
+
+
 def test_width_by_hand() -> None:
-    """8 + 2 and 7 + 3 need 10; widths are multiples of an eighth of the columns, of 16 columns 2."""
-    assert fold_width(np.array(LENGTHS), 4, 8) == 10
-    assert fold_width(np.array(LENGTHS), 2, 8) == 15  # of any two: 8 + 7
-    assert fold_width(np.array([5, 4, 3, 3]), 4, 16) == 8
-    assert fold_width(np.array([8, 8, 1, 1]), 2, 8) is None
-    assert fold_width(np.array([3, 3, 1, 1]), 2, 8) == 6
-    assert fold_width(np.array([3, 3, 1]), 3, 8) is None  # an odd number of rows
+    """8 + 2 and 7 + 3 need 10; widths are multiples of a 16th of the columns, of 32 columns 2."""
+    assert columns_of(LENGTHS, 4, 8) == 10
+    assert columns_of(LENGTHS, 2, 8) == 15  # of any two: 8 + 7
+    assert columns_of([10, 4, 3, 3], 4, 32) == 14
+    assert columns_of([8, 8, 1, 1], 2, 8) is None
+    assert columns_of([3, 3, 1, 1], 2, 8) == 6
+    assert columns_of([3, 3, 1], 3, 8) is None  # an odd number of rows
+
+
+def test_targets_by_hand() -> None:
+    """Of any two rows at most 6 + 5 tokens are predicted, 5.5 a row; columns are multiples of an eighth of 16."""
+    lengths, targets = np.array([9, 9, 9, 9]), np.array([2, 6, 5, 1])
+    assert fold_of(lengths, 2, 9, targets, 16) == Fold(None, 6)
+    assert fold_of(lengths, 2, 9, np.array([16, 16, 0, 0]), 16) is None
+    assert fold_of(np.array([3, 3, 1]), 3, 8, np.array([0, 0, 0]), 8) == Fold(None, 1)
+    assert fold_of(np.array([3, 3, 1, 1]), 2, 8, np.array([8, 8, 1, 1]), 8) == Fold(6, None)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_rows_fit(seed: int) -> None:
     """The bound holds for every choice of half of the rows, in any order."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 33, 12)
-    width = fold_width(lengths, 6, 32) or 64
+    lengths, targets = rng.integers(1, 33, 12), rng.integers(0, 17, 12)
+    found = fold_of(lengths, 6, 32, targets, 16) or Fold()
+    width, count = found.columns or 64, found.targets or 16
     for _ in range(20):
-        chosen = rng.permutation(lengths)[:6]
-        tokens, positions, segments = batch(chosen, 32, seed)
+        chosen = rng.permutation(12)[:6]
+        tokens, positions, segments = batch(lengths[chosen], 32, seed)
         assert bool(fold(tokens, positions, segments, width, 1)[2].all())
+        mask = jnp.asarray(np.arange(16) < targets[chosen][:, None])
+        assert Picked.of(mask, count, 1).fits.all()
+
+
+def test_picked_by_hand() -> None:
+    """Two devices with two rows of three each: their True entries in order, then False ones."""
+    mask = jnp.array([[0, 1, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]], bool)
+    picked = Picked.of(mask, 2, 2)
+    values = jnp.arange(12.0).reshape(4, 3)
+    np.testing.assert_array_equal(picked.held, [[True, True], [True, False], [True, False], [False, False]])
+    taken = picked.take(values)
+    np.testing.assert_array_equal(np.where(picked.held, taken, 0), [[1, 3], [5, 0], [10, 0], [0, 0]])
+    np.testing.assert_array_equal(picked.put(taken), jnp.where(mask, values, 0))
+    few = Picked.of(mask, 1, 2)  # three of the first device do not fit
+    spread = np.asarray(few.put(few.take(values)))
+    np.testing.assert_array_equal(np.isnan(spread), [[0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(spread[2:], [[0, 0, 0], [0, 10, 0]])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_log_probabilities_of_targets_alone(parts: int, chunk: int) -> None:
+    """And their gradients, to those with logits of every column."""
+    model, params = tiny_model(num_layers=1, logits_chunk=chunk)
+    tokens, positions, segments = batch((8, 2, 7, 3), seed=1)
+    mask = np.zeros((4, 8), bool)
+    mask[0, 3:8], mask[1, 1], mask[2, 5:7], mask[3, 2] = True, True, True, True
+    if parts == 2:
+        model = dataclasses.replace(model, constrain=ActivationConstraint(mesh_of(data=2)))
+    rows = TokenBatch(*map(jnp.asarray, (tokens, positions, segments, mask)))
+    weights = np.random.default_rng(2).standard_normal((2, 4, 8)).astype(np.float32)
+
+    def total(params, model):
+        found = rollout.sequence_logprobs(model, params, rows)
+        return (weights * jnp.stack(found)).sum(), found
+
+    both = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    (_, alone), expected = both(params, model)
+    (_, found), grads = both(params, model.folded(Fold(None, 3)))
+    for one, other in zip(jax.tree.leaves((found, grads)), jax.tree.leaves((alone, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * max(1, np.abs(other).max()))
+    logprobs, entropy = both(params, model.folded(Fold(None, 2)))[0][1]
+    assert np.isnan(logprobs).any() and np.isnan(entropy).any()
 
 
 def test_laid_out_by_hand() -> None:
@@ -78,7 +136,7 @@ def test_hidden_states_and_gradients_are_those_of_the_rows_alone(left: bool, par
 
     both = jax.jit(jax.value_and_grad(hidden, has_aux=True), static_argnums=1)
     (_, alone), expected = both(params, model)
-    (_, found), grads = both(params, model.folded(12))
+    (_, found), grads = both(params, model.folded(Fold(12)))
     np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
@@ -87,7 +145,7 @@ def test_hidden_states_and_gradients_are_those_of_the_rows_alone(left: bool, par
 def test_what_does_not_fit_is_not_a_number() -> None:
     model, params = tiny_model()
     tokens, positions, segments = batch()
-    states = model.folded(9).hidden(params, tokens, positions=positions, segment_ids=segments)
+    states = model.folded(Fold(9)).hidden(params, tokens, positions=positions, segment_ids=segments)
     assert np.isnan(states[1]).all() and np.isfinite(states[0]).all()  # 8 + 2 > 9, the first of the two has its place
 
 
@@ -100,9 +158,11 @@ def test_ppo_scores_and_updates_the_same() -> None:
     lengths = np.asarray(done.prompts.mask.sum(axis=1) + done.mask.sum(axis=1))
     four = rollout.RolloutParams(params, params, value_params, value_params)
     columns = done.prompts.tokens.shape[1] + done.tokens.shape[1]
-    width = BatchConfig(4, 4, folded=True).fold_width(lengths, columns, policy, splits=1)
-    assert width is not None and width < 2 * columns
-    whole, folded = (rollout.score(m, four, done, temperature=1.0) for m in (models, models.folded(width)))
+    new = np.asarray(done.mask.sum(axis=1))
+    settings = BatchConfig(4, 4, folded=True)
+    found = settings.fold(policy, 1, lengths, columns, new, done.tokens.shape[1])
+    assert found == Fold(10, 3)  # rows of 5, 5, 3 and 6 tokens: 5 + 5; 9 of them sampled, 2.25 a row
+    whole, folded = (rollout.score(m, four, done, temperature=1.0) for m in (models, models.folded(found)))
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
@@ -113,25 +173,26 @@ def test_ppo_scores_and_updates_the_same() -> None:
     mesh = mesh_of()
     begin = programs.ppo_beginning(optimizer, settings, jax.random.key(0))
 
-    def updated(width):
+    def updated(fold):
         state = jax.jit(begin)({"policy": params, "value": value_params})
         functions = programs.ppo_functions(models, optimizer, state, mesh, settings, {"eos_ids": (2,), "pad_id": 0})
         prepared, _ = functions.prepare(whole, state.kl_coefficient)
-        return functions.update(state.train, prepared, jax.random.key(1), width=width)
+        return functions.update(state.train, prepared, jax.random.key(1), fold=fold)
 
-    (plain, metrics), (other, others) = updated(None), updated(width)
+    (plain, metrics), (other, others) = updated(None), updated(found)
     assert float(metrics["loss"].value()) == pytest.approx(float(others["loss"].value()), rel=1e-4)
     for one, two in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=2e-4)
 
 
-def test_a_width_needs_rows_that_divide() -> None:
+def test_a_fold_needs_rows_that_divide() -> None:
     lengths, model = np.array([1, 1, 1, 1]), tiny_model()[0]
-    assert BatchConfig(4, 8).fold_width(lengths, 8, model, 1) is None
-    assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, model, 1) == 2
-    assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, model, 3) is None
+    folded = BatchConfig(4, 8, folded=True)
+    assert BatchConfig(4, 8).fold(model, 1, lengths, 8) is None
+    assert folded.fold(model, 1, lengths, 8) == Fold(2)
+    assert folded.fold(model, 3, lengths, 8) is None
     split = Model(model.config, ActivationConstraint(mesh_of(data=4)))
-    assert BatchConfig(4, 8, folded=True).fold_width(lengths, 8, split, 1) is None
+    assert folded.fold(split, 1, lengths, 8) is None
     columns_split = Model(model.config, ActivationConstraint(mesh_of(sequence=2)))
     with pytest.raises(InputError, match=r"MeshConfig\.sequence"):
-        BatchConfig(4, 8, folded=True).fold_width(lengths, 8, columns_split, 1)
+        folded.fold(columns_split, 1, lengths, 8)
