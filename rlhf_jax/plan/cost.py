@@ -49,7 +49,7 @@ class _Walk:
     module: Module
     axes: dict[str, int]
     cost: Cost
-    channels: set[tuple[str, str]]
+    channels: set[tuple[str, str, str, str]]
     decoding: int
 
     def computation(self, name: str, times: float, runners: tuple[str, ...] = (), fused: bool = False) -> None:
@@ -78,8 +78,8 @@ class _Walk:
         for called in one.called():
             self.computation(called, inner, runners, inside)
         kind = one.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            self.collective(name, runners, body, one, kind, times)
+        if kind in COLLECTIVES and not (fused and self.again(runners, one, kind)):
+            self.collective(name, body, one, kind, times)
         if one.opcode == "convolution":
             self.cost.flops += times * convolution_flops(body, one)
         elif one.opcode == "dot":
@@ -122,16 +122,20 @@ class _Walk:
         self.cost.flops += times * float(told.get("flops", 0))
         self.cost.hbm_bytes += times * float(told.get("bytes_accessed", 0))
 
-    def collective(
-        self, name: str, runners: tuple[str, ...], body: Computation, one: Instruction, kind: str, times: float
-    ) -> None:
+    def again(self, runners: tuple[str, ...], one: Instruction, kind: str) -> bool:
+        """Whether a fusion has a collective that another fusion was counted for. The TPU compiler writes an overlapped one as
+        several fusions of one computation, with a copy in each: one that starts it, those that compute meanwhile (in a loop
+        perhaps), one that ends it. The channel alone does not tell: 1 is that of everything made late."""
         channel = one.attribute("channel_id")
-        if channel is not None:
-            # The TPU compiler writes an overlapped collective as several fusions of one computation, with a copy in each: one
-            # that starts it, those that compute meanwhile (in a loop perhaps), one that ends it.
-            if any((runner, channel) in self.channels for runner in runners):
-                return
-            self.channels.add((runners[-1], channel))
+        if channel is None:
+            return False
+        same = (channel, kind, str(sorted((array.dtype, array.dims) for array in one.arrays)))
+        if any((runner, *same) in self.channels for runner in runners):
+            return True
+        self.channels.add((runners[-1], *same))
+        return False
+
+    def collective(self, name: str, body: Computation, one: Instruction, kind: str, times: float) -> None:
         groups = group_of(one, self.axes)
         size = groups.size
         if size < 2:

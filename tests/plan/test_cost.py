@@ -251,6 +251,29 @@ ENTRY %main (p: f32[64]) -> f32[64] {
     assert cost.counts == {("all-gather", "x"): 6} and cost.moved_bytes == 6 * 3 * 256
 
 
+def test_collectives_may_share_a_channel() -> None:
+    """Two fusions with an all-reduce of another shape each, and one outside of fusions that is run twice: all four count."""
+    text = "HloModule m, num_partitions=4\n\n"
+    for size in (64, 32):
+        text += f"""%sum.{size} (q: f32[{size}]) -> f32[{size}] {{
+  %q = f32[{size}] parameter(0)
+  ROOT %r = f32[{size}] all-reduce(%q), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+}}
+
+"""
+    text += """ENTRY %main (p: f32[64], s: f32[32]) -> f32[64] {
+  %p = f32[64] parameter(0)
+  %s = f32[32] parameter(1)
+  %a = f32[64] fusion(%p), kind=kCustom, calls=%sum.64
+  %b = f32[32] fusion(%s), kind=kCustom, calls=%sum.32
+  %c = f32[64] all-reduce(%a), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %d = f32[64] all-reduce(%c), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+}
+"""
+    cost = count(parse_module(text), {"x": 4})
+    assert cost.counts == {("all-reduce", "x"): 4} and cost.moved_bytes == 2 * 3 / 4 * 4 * (3 * 64 + 32)
+
+
 def test_memory_traffic() -> None:
     """[100] floats read and written; a slice reads only what it takes; what lies near the core is no traffic."""
     plain = module_of("  %p = f32[100]{0} parameter(0)\n  ROOT %n = f32[100]{0} negate(%p)")
