@@ -110,9 +110,12 @@ def run(
             "run: give policy, sampling, ppo, policy_optimizer and value_optimizer (PPO), policy, sampling, grpo and "
             "optimizer (GRPO), or model and optimizer (SFT, reward, DPO)"
         )
-    start = plan.Candidate(mesh, batch.batch_size, batch.microbatches, slots=slots.slots)
+    source = policy or model
+    assert source is not None
+    keys = _keys("ModelConfig" if source.config is not None else "ModelSource")
+    start = plan.Candidate(mesh, batch.batch_size, batch.microbatches, slots=slots.slots, keys=keys)
     grid, phases = build(start)
-    planned_model = plan_model(policy or model, "lm", grid).model
+    planned_model = plan_model(source, "lm", grid).model
     config = planned_model.config
     algorithm = ppo or grpo
     minibatches = algorithm.minibatches if algorithm else 1
@@ -128,25 +131,41 @@ def run(
     if flags.FLAGS.search and chip is None:
         raise InputError("--search: needs a slice; local devices have no roofline")
     reports, found_at = _compile(phases, grid, chip), start
-    if flags.FLAGS.search:
+    tried: list[plan.Tried] = []
+    if flags.FLAGS.search and chip is not None:
         kinds = {"remat": config.remat, "sampling": algorithm is not None}
         others = plan.variations(start, grid.size, config.num_kv_heads, minibatches, **kinds)
-        found_at, grid, reports = _search(build, [start, *others], chip, reports)
+        found_at, grid, reports, tried = _search(build, [start, *others], chip, reports)
 
     # 3. What came out.
-    found = plan.tables(reports, where)
+    wrong = [report for report in reports if not report.fits] if chip is not None else []
+    change = ""
+    if wrong and chip is not None:
+        change = plan.repair(build, start, wrong, chip, config.remat, minibatches, flags.FLAGS.repairs)
+    found = plan.tables(reports, where, tried)
     print(plan.as_text(found))
     asked = [*(flags.FLAGS.gin_file or ["plan"])[-1:], *(flags.FLAGS.gin_bindings or [])]
     title = f"{', '.join(asked)} on {flags.FLAGS.topology}"
-    planned = dataclasses.asdict(found_at) | {"mesh": dict(grid.shape)}
-    _write(flags.FLAGS.json, plan.as_json(reports, where, planned))
-    _write(flags.FLAGS.html, plan.as_html(found, title))
+    verdict = plan.summary(reports) + (f" Nearest change: {change}" if change else "")
+    planned = {name: value for name, value in dataclasses.asdict(found_at).items() if name != "keys"}
+    planned["mesh"] = dict(grid.shape)
+    _write(flags.FLAGS.json, plan.as_json(reports, where, planned, tried, change))
+    _write(flags.FLAGS.html, plan.as_html(found, title, reports, where, verdict, not wrong))
     _write(flags.FLAGS.markdown, plan.as_markdown(found, title))
-    wrong = [report for report in reports if not report.fits]
-    if wrong and chip is not None:
-        why = "; ".join(plan.why(report) for report in wrong)
-        change = plan.repair(build, start, wrong, chip, config.remat, minibatches, flags.FLAGS.repairs)
-        raise RunStopped(f"{title}: {why}. Nearest change: {change}")
+    if wrong:
+        raise RunStopped(f"{title}: {verdict}")
+
+
+def _keys(remat: str) -> plan.Keys:
+    """What the file calls the configs that a search may change."""
+    names, unbound = {}, []
+    for ours, config in (("mesh", "MeshConfig"), ("batch", "BatchConfig"), ("slots", "SlotConfig")):
+        try:
+            names[ours] = gin.query_parameter(f"run.{ours}").scoped_selector
+        except (ValueError, AttributeError):  # not bound, or to no configurable
+            names[ours] = config
+            unbound.append((ours, f"run.{ours} = @{config}()"))
+    return plan.Keys(**names, remat=remat, unbound=tuple(unbound))
 
 
 def _keep() -> Path | None:
@@ -227,7 +246,7 @@ def _supervised_build(
     return build
 
 
-def _with_remat(source: ModelSource | None, remat: bool | None) -> ModelSource | None:
+def _with_remat(source: ModelSource | None, remat: plan.Remat | None) -> ModelSource | None:
     if source is None or remat is None:
         return source
     if source.config is not None:
@@ -244,20 +263,22 @@ def _compile(phases: list[plan.Phase], grid: jax.sharding.Mesh, chip: plan.Chip 
     return reports
 
 
-def _search(build: Any, candidates: list[plan.Candidate], chip: plan.Chip | None, first: list[plan.Report]) -> Any:
-    """(candidate, mesh, reports) of the best that fits (the first when none does), each told on stderr."""
-    assert chip is not None
+def _search(build: Any, candidates: list[plan.Candidate], chip: plan.Chip, first: list[plan.Report]) -> Any:
+    """(candidate, mesh, reports, everything tried) of the best that fits (the first when none does), each told on stderr."""
     start, *others = candidates
     best = (start, build(start)[0], first)
+    tried = [plan.Tried(start.bindings(start), first)]
     for candidate in plan.promising(build, others, chip, flags.FLAGS.search):
-        print(f"trying {candidate.bindings(start)}", file=sys.stderr)
+        changed = candidate.bindings(start)
+        print(f"trying {changed}", file=sys.stderr)
         grid, phases = build(candidate)
         reports = _compile(phases, grid, chip)
+        tried.append(plan.Tried(changed, reports))
         print(f"  {plan.verdict(reports)}", file=sys.stderr)
         if plan.better(reports, best[2]):
             best = (candidate, grid, reports)
     print(f"best: {best[0].bindings(start)}", file=sys.stderr)
-    return best
+    return *best, tried
 
 
 def _write(path: str | None, text: str) -> None:

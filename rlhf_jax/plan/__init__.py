@@ -5,9 +5,22 @@ from rlhf_jax.plan.chips import CHIPS, GIB, Chip, Slice, parse_slice
 from rlhf_jax.plan.compiled import Memory, Report, Seconds, compile_phase, roofline
 from rlhf_jax.plan.cost import Cost, count
 from rlhf_jax.plan.hlo import parse_module
+from rlhf_jax.plan.page import as_html
 from rlhf_jax.plan.phases import Phase, rollout_phases, supervised_phases
-from rlhf_jax.plan.report import Table, as_html, as_json, as_markdown, as_text, tables
-from rlhf_jax.plan.search import Build, Candidate, better, promising, repair, variations, verdict, why
+from rlhf_jax.plan.report import Table, Tried, as_json, as_markdown, as_text, tables
+from rlhf_jax.plan.search import (
+    Build,
+    Candidate,
+    Keys,
+    Remat,
+    better,
+    promising,
+    repair,
+    summary,
+    variations,
+    verdict,
+    why,
+)
 from rlhf_jax.plan.sharding import sharding_tables, strategies
 
 __all__ = [
@@ -17,12 +30,15 @@ __all__ = [
     "Candidate",
     "Chip",
     "Cost",
+    "Keys",
     "Memory",
     "Phase",
+    "Remat",
     "Report",
     "Seconds",
     "Slice",
     "Table",
+    "Tried",
     "as_html",
     "as_json",
     "as_markdown",
@@ -39,6 +55,7 @@ __all__ = [
     "sent_bytes",
     "sharding_tables",
     "strategies",
+    "summary",
     "supervised_phases",
     "tables",
     "variations",

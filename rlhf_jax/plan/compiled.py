@@ -133,10 +133,13 @@ _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def out_of_memory(message: str) -> tuple[str, list[tuple[str, int]]]:
-    """(the first line, [(operation and shape, bytes)]) of XLA's report that a program needs more HBM than there is."""
+    """(the first line, [(operation and shape, bytes)]) of XLA's report that a program needs more HBM than there is. When it
+    lists no buffers, how large the temporaries are together."""
     lines = message.strip().splitlines()
     first = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")
     buffers = []
+    if whole := re.search(r"HLO temporaries \(([\d.]+)([BKMGT])\)", first):
+        buffers.append(("temporaries of the program", int(float(whole[1]) * _UNITS[whole[2]])))
     for block in re.split(r"\n\s*(?=\d+\. Size: )", message)[1:]:
         size = re.match(r"\d+\. Size: ([\d.]+)([BKMGT])", block)
         shape, operation = re.search(r"Shape: (\S+)", block), re.search(r'op_name="([^"]*)"', block)

@@ -1,9 +1,8 @@
-"""Plans as tables (text, HTML) and as JSON."""
+"""Plans as tables (text, Markdown) and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -38,10 +37,19 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def tables(reports: Sequence[Report], where: Slice | None) -> list[Table]:
-    """Memory, work and time of every phase, and the constants that the times stand on."""
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """What a search compiled: what it is, as bindings, and what came out."""
+
+    bindings: str
+    reports: Sequence[Report]
+
+
+def tables(reports: Sequence[Report], where: Slice | None, tried: Sequence[Tried] = ()) -> list[Table]:
+    """Memory, work and time of every phase, the constants that the times stand on, and what a search has tried."""
     found = [_memory(reports), _work(reports), _time(reports)]
-    return [*found, _constants(where)] if where is not None else found
+    found += [_constants(where)] if where is not None else []
+    return [*found, _tried(tried)] if tried else found
 
 
 def _memory(reports: Sequence[Report]) -> Table:
@@ -109,6 +117,27 @@ def _time(reports: Sequence[Report]) -> Table:
     )
 
 
+def seconds_a_token(reports: Sequence[Report]) -> float:
+    """The roofline times of all phases over the tokens of the first, all chips together."""
+    return sum(r.seconds.bound for r in reports if r.seconds) / reports[0].phase.tokens
+
+
+def _tried(tried: Sequence[Tried]) -> Table:
+    """The best first: what fits, by its time a token."""
+    rows = []
+    for one in sorted(tried, key=lambda one: (not all(r.fits for r in one.reports), seconds_a_token(one.reports))):
+        wrong = [r.phase.name for r in one.reports if not r.fits]
+        sizes = [r.memory.peak if r.memory is not None else None for r in one.reports]
+        peak = _gib(max(size for size in sizes if size is not None)) if None not in sizes else "too much to compile"
+        whole = sum(r.seconds.bound for r in one.reports if r.seconds)
+        rate = f"{1 / seconds_a_token(one.reports) / one.reports[0].chips:,.0f}" if not wrong else "-"
+        fits = f"NO: {', '.join(wrong)}" if wrong else "yes"
+        compiled = sum(r.compile_seconds for r in one.reports)
+        rows.append((one.bindings, fits, peak, _ms(whole) if not wrong else "-", rate, f"{compiled:.1f}"))
+    header = ("change", "fits", "peak GiB", "all phases ms", "tokens/s/chip (ESTIMATE)", "compile s")
+    return Table("Search: what was compiled, the best first; the tables above are of the first line", header, rows)
+
+
 def _constants(where: Slice) -> Table:
     chip = where.chip
     size = (
@@ -143,21 +172,14 @@ def as_markdown(found: Iterable[Table], title: str) -> str:
     return "\n".join(parts)
 
 
-def as_html(found: Iterable[Table], title: str) -> str:
-    """A page that needs nothing else."""
-    style = "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:4px 8px}"
-    body = []
-    for table in found:
-        body.append(f"<h2>{html.escape(table.title)}</h2><table>")
-        for tag, line in [("th", table.header), *[("td", row) for row in table.rows]]:
-            body.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>")
-        body.append("</table>")
-    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
-    return f"{head}<h1>{html.escape(title)}</h1>{''.join(body)}\n"
-
-
-def as_json(reports: Sequence[Report], where: Slice | None, settings: dict[str, Any]) -> str:
-    """Everything, in bytes, operations and seconds. settings: what was planned."""
+def as_json(
+    reports: Sequence[Report],
+    where: Slice | None,
+    settings: dict[str, Any],
+    tried: Sequence[Tried] = (),
+    change: str = "",
+) -> str:
+    """Everything, in bytes, operations and seconds. settings: what was planned. change: the nearest that would fit."""
 
     def one(r: Report) -> dict[str, Any]:
         row: dict[str, Any] = {"phase": r.phase.name, "fits": r.fits, "problem": r.problem, "program_sha256": r.sha256}
@@ -177,5 +199,10 @@ def as_json(reports: Sequence[Report], where: Slice | None, settings: dict[str, 
         return row
 
     chip = None if where is None else dataclasses.asdict(where.chip)
-    whole = {"topology": None if where is None else where.name, "chip": chip, "settings": settings}
-    return json.dumps(whole | {"phases": [one(r) for r in reports]}, indent=2) + "\n"
+    name = None if where is None else where.name
+    whole: dict[str, Any] = {"topology": name, "chip": chip, "settings": settings}
+    whole["phases"] = [one(r) for r in reports]
+    if tried:
+        header, *rows = (_tried(tried).header, *_tried(tried).rows)
+        whole["tried"] = [dict(zip(header, row, strict=True)) for row in rows]
+    return json.dumps(whole | ({"nearest_change": change} if change else {}), indent=2) + "\n"

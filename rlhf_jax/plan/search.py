@@ -7,44 +7,68 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from rlhf_jax.parallel import ActivationConstraint, MeshConfig
+from rlhf_jax.parallel import AXES, ActivationConstraint, MeshConfig
 from rlhf_jax.plan.analytic import tree_bytes
 from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.compiled import Report, compile_phase
 from rlhf_jax.plan.phases import Phase
+from rlhf_jax.plan.report import seconds_a_token
 from rlhf_jax.types import InputError
+
+Remat = bool | Literal["cheap"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """What the configs are called in the file that is planned, with their scopes; remat: of the config that has it. unbound:
+    what has to be bound before a key of one of them has an effect, by its name here."""
+
+    mesh: str = "MeshConfig"
+    batch: str = "BatchConfig"
+    slots: str = "SlotConfig"
+    remat: str = "ModelConfig"
+    unbound: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """What a search may change. rows: of a batch (PPO: prompts in flight). slots: completions that are decoded at a time,
-    0 = all. remat: whether blocks are recomputed, None = as configured."""
+    0 = all. remat: as in ModelConfig, None = as configured."""
 
     mesh: MeshConfig
     rows: int
     microbatches: int
-    remat: bool | None = None
+    remat: Remat | None = None
     slots: int = 0
+    keys: Keys = dataclasses.field(default=Keys(), compare=False, repr=False)
 
     def bindings(self, than: Candidate) -> str:
         """What to bind to get from ``than`` to here, as gin text."""
-        changed = []
-        for axis in ("data", "fsdp", "tensor"):
-            if getattr(self.mesh, axis) != getattr(than.mesh, axis):
-                changed.append(f"MeshConfig.{axis} = {getattr(self.mesh, axis)}")
+        keys, first = self.keys, dict(self.keys.unbound)
+        axes = ("data", "fsdp", "tensor")
+        mesh = {axis: getattr(self.mesh, axis) for axis in axes if getattr(self.mesh, axis) != getattr(than.mesh, axis)}
+        changes: dict[str, dict[str, Any]] = {"mesh": mesh, "batch": {}, "remat": {}, "slots": {}}
         if self.rows != than.rows:
-            changed.append(f"BatchConfig.batch_size = {self.rows}")
+            changes["batch"]["batch_size"] = self.rows
         if self.microbatches != than.microbatches:
-            changed.append(f"BatchConfig.microbatches = {self.microbatches}")
+            changes["batch"]["microbatches"] = self.microbatches
         if self.remat != than.remat:
-            changed.append(f"remat = {self.remat}")
+            changes["remat"]["remat"] = self.remat
         if self.slots != than.slots:
-            changed.append(f"SlotConfig.slots = {self.slots}")
-        return ", ".join(changed) or "as configured"
+            changes["slots"]["slots"] = self.slots
+        told = []
+        for of, values in changes.items():
+            told += [first[of]] if values and of in first else []
+            told += [f"{getattr(keys, of)}.{name} = {value!r}" for name, value in values.items()]
+        return ", ".join(told) or "as configured"
+
+
+REMATS: tuple[Remat, ...] = (False, "cheap", True)
+"""From none to all."""
 
 
 Build = Callable[[Candidate], tuple[Mesh, list[Phase]]]
@@ -52,13 +76,13 @@ Build = Callable[[Candidate], tuple[Mesh, list[Phase]]]
 
 
 def nearest(
-    start: Candidate, remat: bool, minibatches: int, sampling: bool = False, shards: int = 1
+    start: Candidate, remat: Remat, minibatches: int, sampling: bool = False, shards: int = 1
 ) -> Iterable[Candidate]:
-    """From small to large changes: recompute blocks, more microbatches, fewer slots, fewer rows. remat: whether blocks are
-    recomputed now. minibatches: into which rows divide before microbatches. sampling: whether slots would help. shards: over
-    which the rows of a microbatch, and slots, have to divide still."""
-    if not remat:
-        start = dataclasses.replace(start, remat=True)
+    """From small to large changes: recompute what is cheap, recompute blocks, more microbatches, fewer slots, fewer rows.
+    remat: what is recomputed now. minibatches: into which rows divide before microbatches. sampling: whether slots would
+    help. shards: over which the rows of a microbatch, and slots, have to divide still."""
+    for more in REMATS[REMATS.index(remat) + 1 :]:
+        start = dataclasses.replace(start, remat=more)
         yield start
     fewest = start.rows // minibatches
     microbatches = start.microbatches
@@ -81,23 +105,40 @@ def _fewer_slots(start: Candidate) -> list[int]:
 
 
 def variations(
-    start: Candidate, chips: int, heads: int, minibatches: int, *, remat: bool, sampling: bool = False
+    start: Candidate, chips: int, heads: int, minibatches: int, *, remat: Remat, sampling: bool = False
 ) -> list[Candidate]:
-    """Mesh shapes (tensor a power of two that divides the key/value heads, the rest fsdp) x microbatches x rows x with and
-    without recomputation x slots when there is ``sampling``. remat: whether blocks are recomputed as configured."""
+    """Mesh shapes (tensor a power of two that divides the key/value heads, the rest fsdp) x microbatches x rows x what is
+    recomputed x slots when there is ``sampling``. remat: what is recomputed as configured. Without ``start`` itself."""
     tensors = [2**i for i in range(6) if heads % 2**i == 0 and chips % 2**i == 0]
     splits = sorted({int(start.microbatches * 2.0**i) for i in range(-2, 4) if start.microbatches * 2.0**i >= 1})
     slots = [start.slots, *(_fewer_slots(start) if sampling else [])]
     found = []
+    remats = (start.remat, *(other for other in REMATS if other != remat))
     for tensor, microbatches, rows, deep, slot in itertools.product(
-        tensors, splits, (start.rows, start.rows * 2), (start.remat, not remat), slots
+        tensors, splits, (start.rows, start.rows * 2), remats, slots
     ):
         mesh = dataclasses.replace(start.mesh, data=1, fsdp=chips // tensor, tensor=tensor)
+        mesh = start.mesh if _same(mesh, start.mesh, chips) else mesh
         shards = chips // tensor
         divides = rows % shards == 0 and rows % (microbatches * minibatches) == 0 and (slot or rows) % shards == 0
         if divides and rows // minibatches // microbatches >= shards:
-            found.append(Candidate(mesh, rows, microbatches, deep, slot))
-    return found
+            changed: dict[str, Any] = {
+                "mesh": mesh,
+                "rows": rows,
+                "microbatches": microbatches,
+                "remat": deep,
+                "slots": slot,
+            }
+            found.append(dataclasses.replace(start, **changed))
+    return [one for one in found if one != start]
+
+
+def _same(mesh: MeshConfig, configured: MeshConfig, chips: int) -> bool:
+    """Whether ``configured`` is ``mesh`` with one axis left to be filled up (-1)."""
+    given = {axis: getattr(configured, axis) for axis in AXES}
+    rest = chips // math.prod(size for size in given.values() if size != -1)
+    filled = {axis: rest if size == -1 else size for axis, size in given.items()}
+    return all(getattr(mesh, axis) == size for axis, size in filled.items())
 
 
 SLACK = 1.2
@@ -110,7 +151,7 @@ def analytic_bytes(phases: Iterable[Phase]) -> int:
 
 
 def repair(
-    build: Build, start: Candidate, wrong: list[Report], chip: Chip, remat: bool, minibatches: int, most: int
+    build: Build, start: Candidate, wrong: list[Report], chip: Chip, remat: Remat, minibatches: int, most: int
 ) -> str:
     """The nearest change with which the phases that do not fit do, as a sentence. Compiles at most ``most`` candidates."""
     names = {report.phase.name for report in wrong}
@@ -119,6 +160,8 @@ def repair(
     if resident > chip.hbm_usable:
         chips = wrong[0].chips * resident / chip.hbm_usable
         return f"what stays in HBM alone is more than a chip has: take a slice of at least {2 ** math.ceil(math.log2(chips))} chips"
+    if most < 1:
+        return "not looked for (--repairs)"
     tried = 0
     shards = ActivationConstraint(mesh).parts("act_batch")
     for candidate in nearest(start, remat, minibatches, "generate" in names, shards):
@@ -142,7 +185,7 @@ def repair(
 def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: int) -> list[Candidate]:
     """The first ``most`` that may fit by `analytic_bytes`. Fewer microbatches a row first (weights are read less often);
     of every kind (mesh, recomputation, slots) one before a second of any."""
-    ranked = sorted(candidates, key=lambda one: (one.microbatches / one.rows, one.mesh.tensor, bool(one.remat)))
+    ranked = sorted(candidates, key=lambda one: (one.microbatches / one.rows, one.mesh.tensor, one.remat is True))
     turn: Counter[Any] = Counter()
     queue = []
     for place, candidate in enumerate(ranked):
@@ -162,11 +205,6 @@ def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: i
     return possible
 
 
-def seconds_a_token(reports: list[Report]) -> float:
-    """The roofline times of all phases over the tokens of the first, all chips together."""
-    return sum(r.seconds.bound for r in reports if r.seconds) / reports[0].phase.tokens
-
-
 def better(reports: list[Report], than: list[Report]) -> bool:
     """Fitting beats not fitting, then the shorter time a token."""
     fits, did = all(r.fits for r in reports), all(r.fits for r in than)
@@ -179,6 +217,19 @@ def verdict(reports: list[Report]) -> str:
     if wrong:
         return f"does not fit: {', '.join(wrong)}"
     return f"fits; {1 / seconds_a_token(reports) / reports[0].chips:,.0f} tokens/s/chip (ESTIMATE)"
+
+
+def summary(reports: list[Report]) -> str:
+    """What came out, in a sentence or two."""
+    wrong = [r for r in reports if not r.fits]
+    if wrong:
+        return "; ".join(map(why, wrong)) + "."
+    largest = max(reports, key=lambda r: r.memory.peak if r.memory is not None else 0)
+    assert largest.memory is not None
+    size = f"{largest.memory.peak / GIB:.2f}"
+    if largest.usable is None:
+        return f"Largest phase: {largest.phase.name}, {size} GiB a device."
+    return f"It fits. Largest phase: {largest.phase.name}, {size} of {largest.usable / GIB:.2f} GiB a chip."
 
 
 def why(report: Report) -> str:

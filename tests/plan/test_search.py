@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import jax
 import pytest
@@ -14,12 +15,19 @@ from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays,
 from rlhf_jax.plan import (
     CHIPS,
     Candidate,
+    Keys,
     Seconds,
+    Tried,
+    as_html,
+    as_json,
     better,
     compile_phase,
+    parse_slice,
     promising,
     repair,
+    summary,
     supervised_phases,
+    tables,
     variations,
     verdict,
     why,
@@ -27,13 +35,14 @@ from rlhf_jax.plan import (
 from rlhf_jax.plan.search import SLACK, analytic_bytes, nearest
 from rlhf_jax.testing import tiny_config
 
-START = Candidate(MeshConfig(), rows=64, microbatches=1)
+KEYS = Keys(unbound=(("slots", "run.slots = @SlotConfig()"),))
+START = Candidate(MeshConfig(), rows=64, microbatches=1, keys=KEYS)
 CHIP = CHIPS["v5e"]
 
 
 def build(candidate: Candidate):
     mesh = make_mesh(candidate.mesh)
-    model = Model(tiny_config(remat=bool(candidate.remat), num_layers=4, max_length=256), ActivationConstraint(mesh))
+    model = Model(tiny_config(remat=candidate.remat or False, num_layers=4, max_length=256), ActivationConstraint(mesh))
     params = abstract_arrays(model.abstract(), tree_shardings(model.abstract(), model.logical_axes(), mesh))
     adam = learn.make_optimizer(learn.OptimizerConfig(), 1)
     sizes = {"rows": candidate.rows, "length": 128, "microbatches": candidate.microbatches}
@@ -62,7 +71,9 @@ def test_recomputation_and_microbatches_need_less(peaks: dict[str, int]) -> None
     assert peaks["both"] < peaks["remat"] < peaks["start"]
 
 
-@pytest.mark.parametrize(("kept", "binding"), [("remat", "remat = True"), ("both", "BatchConfig.microbatches = 2")])
+@pytest.mark.parametrize(
+    ("kept", "binding"), [("remat", "ModelConfig.remat = True"), ("both", "BatchConfig.microbatches = 2")]
+)
 def test_the_nearest_change_that_fits(peaks: dict[str, int], kept: str, binding: str) -> None:
     chip = dataclasses.replace(CHIP, hbm_usable=peaks[kept])
     wrong = compiled(START, peaks[kept])
@@ -70,6 +81,36 @@ def test_the_nearest_change_that_fits(peaks: dict[str, int], kept: str, binding:
     assert "largest: temporaries of the program" in why(wrong[0])
     told = repair(build, START, wrong, chip, remat=False, minibatches=1, most=3)
     assert told.startswith("it fits with ") and binding in told
+
+
+def test_changes_are_said_as_the_file_says_them() -> None:
+    """Scopes of the file's own; a configurable that nothing binds yet has to be bound first."""
+    start = dataclasses.replace(START, keys=Keys("train/MeshConfig", "BatchConfig", "SlotConfig", "ModelSource"))
+    changed = dataclasses.replace(start, mesh=MeshConfig(fsdp=4, tensor=2), remat="cheap")
+    assert (
+        changed.bindings(start) == "train/MeshConfig.fsdp = 4, train/MeshConfig.tensor = 2, ModelSource.remat = 'cheap'"
+    )
+    unbound = dataclasses.replace(changed, keys=Keys(unbound=(("mesh", "run.mesh = @MeshConfig()"),)), remat=None)
+    assert unbound.bindings(start) == "run.mesh = @MeshConfig(), MeshConfig.fsdp = 4, MeshConfig.tensor = 2"
+    assert start.bindings(start) == "as configured"
+
+
+def test_the_page_says_it_all(peaks: dict[str, int]) -> None:
+    """Verdict, a bar a phase with the limit, and what the search tried, what fits first."""
+    wrong, fitting = compiled(START, peaks["remat"]), compiled(dataclasses.replace(START, remat=True), peaks["remat"])
+    slice_ = parse_slice("v5e:2x4")
+    tried = [Tried("as configured", wrong), Tried("ModelConfig.remat = True", fitting)]
+    found = tables(fitting, slice_, tried)
+    assert [row[:2] for row in found[-1].rows] == [
+        ("ModelConfig.remat = True", "yes"),
+        ("as configured", "NO: sft step"),
+    ]
+    page = as_html(found, "a < b", fitting, slice_, summary(fitting), True)
+    assert "<h1>a &lt; b</h1>" in page and "It fits. Largest phase: sft step" in page
+    assert page.count('<b style="left:100.00%"') == 1 and 'class="number">yes' not in page
+    told = json.loads(as_json(fitting, slice_, {}, tried, "a change"))
+    assert told["tried"][1]["fits"] == "NO: sft step" and told["nearest_change"] == "a change"
+    assert summary(wrong).startswith("sft step does not fit: needs ")
 
 
 def test_what_no_change_helps_wants_a_larger_slice(peaks: dict[str, int]) -> None:
@@ -83,30 +124,33 @@ def test_what_no_change_helps_wants_a_larger_slice(peaks: dict[str, int]) -> Non
 
 def test_nearest_changes_from_small_to_large() -> None:
     told = [one.bindings(START) for one in nearest(dataclasses.replace(START, rows=8), False, 2, sampling=True)]
-    rows, deep = "BatchConfig.batch_size = ", "remat = True"
+    rows, deep = "BatchConfig.batch_size = ", "ModelConfig.remat = True"
+    unslotted = "run.slots = @SlotConfig(), SlotConfig.slots = "
     assert told == [
+        f"{rows}8, ModelConfig.remat = 'cheap'",
         f"{rows}8, {deep}",
         f"{rows}8, BatchConfig.microbatches = 2, {deep}",
         f"{rows}8, BatchConfig.microbatches = 4, {deep}",
-        f"{rows}8, {deep}, SlotConfig.slots = 4",
-        f"{rows}8, {deep}, SlotConfig.slots = 2",
+        f"{rows}8, {deep}, {unslotted}4",
+        f"{rows}8, {deep}, {unslotted}2",
         f"{rows}4, {deep}",
         f"{rows}2, {deep}",
     ]
 
 
 def test_variations_divide() -> None:
-    """8 chips, 2 key/value heads: tensor 1 or 2; 64 or 128 rows; 1 to 8 microbatches; as configured or recomputed; all
-    rows, a half or a quarter of them in slots."""
+    """8 chips, 2 key/value heads: tensor 1 (as configured) or 2; 64 or 128 rows; 1 to 8 microbatches; nothing, what is cheap
+    or all recomputed; all rows, a half or a quarter of them in slots; without the start."""
     found = variations(START, 8, 2, 1, remat=False, sampling=True)
-    assert len(found) == len(set(found)) == 2 * 2 * 4 * 2 * 3
-    assert {(one.mesh.fsdp, one.mesh.tensor) for one in found} == {(8, 1), (4, 2)}
-    assert {one.remat for one in found} == {None, True} and {one.slots for one in found} == {0, 32, 16}
+    assert len(found) == len(set(found)) == 2 * 2 * 4 * 3 * 3 - 1 and START not in found
+    assert {(one.mesh.fsdp, one.mesh.tensor) for one in found} == {(-1, 1), (4, 2)}
+    assert {one.remat for one in found} == {None, "cheap", True} and {one.slots for one in found} == {0, 32, 16}
+    assert {one.remat for one in variations(START, 8, 2, 1, remat="cheap")} == {None, False, True}
     few = variations(dataclasses.replace(START, rows=8), 8, 2, 1, remat=False)
     assert {(one.mesh.fsdp, one.rows, one.microbatches) for one in few} == {
-        (8, 8, 1),
-        (8, 16, 1),
-        (8, 16, 2),
+        (-1, 8, 1),
+        (-1, 16, 1),
+        (-1, 16, 2),
         (4, 8, 1),
         (4, 8, 2),
         (4, 16, 1),
@@ -117,8 +161,9 @@ def test_variations_divide() -> None:
 
 def test_promising_ones_are_of_every_kind_and_may_fit() -> None:
     found = variations(START, 8, 2, 1, remat=False)
-    chosen = promising(build, found, CHIP, 4)
-    assert {(one.mesh.tensor, one.remat) for one in chosen} == {(1, None), (1, True), (2, None), (2, True)}
+    chosen = promising(build, found, CHIP, 6)
+    remats = (None, "cheap", True)
+    assert {(one.mesh.tensor, one.remat) for one in chosen} == {(n, deep) for n in (1, 2) for deep in remats}
     assert all(one.microbatches == 1 and one.rows == 128 for one in chosen)
     least = min(analytic_bytes(build(one)[1]) for one in found)
     assert promising(build, found, dataclasses.replace(CHIP, hbm_usable=least / SLACK - 1), 4) == []
