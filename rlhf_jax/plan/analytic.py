@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from rlhf_jax.models.lora import TRAINED
 from rlhf_jax.models.splash import BLOCKS, LANES
 from rlhf_jax.plan.kernels import visited_pairs
 from rlhf_jax.types import Params
+
+Axes = Mapping[str, int]
+"""Sizes of a mesh by axis."""
 
 
 def block_weights(config: ModelConfig) -> int:
@@ -127,37 +131,64 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
     return columns * rows * length * config.dtype.itemsize
 
 
-def passing_bytes(model: Model, rows: int, length: int, heads_at: int, tensor: int, *, backward: bool) -> int:
+def passing_bytes(model: Model, rows: int, length: int, heads_at: int, mesh: Axes, *, backward: bool) -> int:
     """What a pass over ``rows`` sequences a chip holds for a while, when parameters are split over chips: the weights of two
-    blocks (of one that works and one on its way), a block's activations, and of what comes one after the other the largest:
-    forward a chunk of logits, backward the whole float32 gradient of the table or the head (under adapters one of these in
-    the dtype of products). tensor: parts of the heads, feed-forward columns and vocabulary."""
+    blocks (of one that works and one on its way), a block's activations, and forward the gathered head and a chunk of
+    logits. What comes at the ends of the backward pass instead: `end_bytes`."""
     config, width = model.config, model.config.dtype.itemsize
-    table = config.vocab_size * config.hidden_size
     blocks = 2 * width * _split_weights(model)[1] // config.num_layers
     columns = (5 if backward else 2) * config.ffn_size + (10 if backward else 4) * config.hidden_size
     activations = rows * length * columns * width
     if chosen(config, model.constrain) != "splash":
         activations += rows * config.num_heads * length * length * 4 * (3 if backward else 2)
-    if backward:
-        ends = table * (4 if model.lora is None else width)
-    else:
-        ends = 4 * rows * min(config.logits_chunk, heads_at) * config.vocab_size if config.has_lm else 0
-    return (blocks + activations + ends) // tensor
+    head = 0
+    if config.has_lm and not backward:
+        head = 4 * rows * min(config.logits_chunk, heads_at) * config.vocab_size
+        if mesh["fsdp"] > 1:  # rows that come as no whole tiles are copied into place
+            copied = config.vocab_size // (mesh["fsdp"] * mesh["tensor"]) % SUBLANES
+            head += width * config.vocab_size * config.hidden_size * (2 if copied else 1)
+    return (blocks + activations + head) // mesh["tensor"]
+
+
+def end_bytes(models: Sequence[Model], mesh: Axes) -> int:
+    """Whole float32 gradients of tables and heads that a training step of ``models`` holds at a time; under adapters one
+    head in the dtype of products. One, when the compiler scatters each as it is made. It does not when there are copies
+    (``data``), or in a ring of more than `SCATTERED` chips: then the gradient that a chip has made and the sum of all chips
+    stand there for every model, in such a ring the head's as well."""
+    mine = [one.config.vocab_size * one.config.hidden_size * 4 for one in models]
+    if any(one.lora is not None for one in models):
+        return (
+            max(size * one.config.dtype.itemsize // 4 for size, one in zip(mine, models, strict=True)) // mesh["tensor"]
+        )
+    unscattered = mesh["fsdp"] > SCATTERED
+    if not unscattered and mesh["data"] == 1:
+        return max(mine) // mesh["tensor"]
+    heads = [unscattered and one.config.has_lm for one in models]
+    return sum(size * (2 + head) for size, head in zip(mine, heads, strict=True)) // mesh["tensor"]
+
+
+SUBLANES = 8
+"""Rows of a tile in a TPU's memory."""
+SCATTERED = 64
+"""The largest ring in which libtpu 0.0.42 was seen to reduce and scatter gradients in one; in 256 chips it reduces all of them to
+every chip."""
 
 
 def sent_bytes(model: Model, fsdp: int, data: int, heads_at: int, microbatches: int = 1) -> float:
     """Bytes that leave a chip in one training step with recomputed blocks, of rings over ``fsdp`` chips: all of a block's
-    weights come in the dtype of products forward, again to be recomputed with and to go back through, and their gradients
-    leave in it. The head comes twice for every chunk of columns and its float32 gradient leaves once a chunk; the table comes and
-    leaves once. Over ``data`` copies the gradients of what a chip holds are summed. Neither rows nor columns of activations
-    travel, so that more chips send no more each."""
+    weights come in the dtype of products forward and again to be recomputed with and to go back through, and their gradients
+    leave in it. The table comes once, the head too when all columns are one chunk (what came forward is kept), else twice a
+    chunk; the float32 gradient of the head leaves once a chunk. Over ``data`` copies the gradients of what a chip holds are
+    summed. The float32 gradient of the table leaves once; with copies the compiler sums all of it over all chips, which is
+    twice as much. Neither rows nor columns of activations travel, so that more chips send no more each."""
     config, width = model.config, model.config.dtype.itemsize
-    table, (tables, in_blocks) = config.vocab_size * config.hidden_size, _split_weights(model)
+    table, in_blocks = config.vocab_size * config.hidden_size, _split_weights(model)[1]
     chunks = math.ceil(heads_at / config.logits_chunk) if config.has_lm else 0
-    split = 3 * width * in_blocks + table * (width + 4) + table * chunks * (2 * width + 4)
-    copied = 2 * (width * in_blocks + 4 * tables) / fsdp
-    return microbatches * (split * (fsdp - 1) / fsdp + copied * (data - 1) / data)
+    gathered = width * (2 * in_blocks + table + table * (1 if chunks == 1 else 2 * chunks))
+    scattered = width * in_blocks + 4 * table * chunks
+    copied = 2 * (width * in_blocks + 4 * table * min(chunks, 1)) / fsdp
+    whole = 4 * table * ((fsdp - 1) / fsdp if data == 1 else 2 * (fsdp * data - 1) / (fsdp * data))
+    return microbatches * ((gathered + scattered) * (fsdp - 1) / fsdp + copied * (data - 1) / data + whole)
 
 
 def _split_weights(model: Model) -> tuple[int, int]:

@@ -86,10 +86,9 @@ def _learning(
         jax.tree.map(lambda p: _float32(p.shape, p.sharding), params)
     )
     saved = [analytic.saved_bytes(one.config, rows, length) for one in models]
-    tensor = mesh.shape["tensor"]
-    passing = [analytic.passing_bytes(one, rows, length, heads_at, tensor, backward=True) for one in models]
+    passing = [analytic.passing_bytes(one, rows, length, heads_at, mesh.shape, backward=True) for one in models]
     kept = None if None in saved else sum(filter(None, saved))
-    return {"gradients": gradients, "activations": kept, PASSING: max(passing)}
+    return {"gradients": gradients, "activations": kept, PASSING: max(passing) + analytic.end_bytes(models, mesh.shape)}
 
 
 def _float32(shape: tuple[int, ...], sharding: Any) -> Any:
@@ -134,7 +133,7 @@ def supervised_phases(
     held = max(1, sequences // _shards(mesh) // microbatches)
     learning = _learning([model], state.params, mesh, microbatches, held, length, length)
     scored = max(1, sequences // _shards(mesh))
-    passing = {PASSING: analytic.passing_bytes(model, scored, length, length, mesh.shape["tensor"], backward=False)}
+    passing = {PASSING: analytic.passing_bytes(model, scored, length, length, mesh.shape, backward=False)}
     resident = {"parameters": state.params, "optimizer": (state.opt_state, state.step, state.rng)}
     if frozen:
         resident["frozen models"] = frozen
@@ -191,9 +190,9 @@ def rollout_phases(
     learners = [one for one in (models.policy, models.value) if one is not None]
     training = sum(analytic.training_flops(one, rows, length, new) for one in learners)
     held = max(1, rows // shards // algorithm.minibatches // microbatches)
-    whole, tensor = max(1, rows // shards), mesh.shape["tensor"]
+    whole = max(1, rows // shards)
     passed = [
-        analytic.passing_bytes(one, whole, length, read, tensor, backward=False)
+        analytic.passing_bytes(one, whole, length, read, mesh.shape, backward=False)
         for one, read in scorers
         if one is not None
     ]
