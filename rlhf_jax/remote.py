@@ -44,7 +44,8 @@ def open_store(url: str) -> tuple[Any, str]:
     """(fsspec file system, path in it). Raises InputError for an unknown kind of URL, or one whose library is missing."""
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints pages about what it then raises
     try:
-        fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        with one_line(url, "open it", but=(ImportError, ValueError)):
+            fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         protocol = fsspec.core.split_protocol(url)[0]
         package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": "adlfs", "az": "adlfs"}.get(
@@ -58,11 +59,13 @@ def open_store(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def one_line(url: str, doing: str) -> Iterator[None]:
-    """Whatever a store raises as one InputError: clients have a dozen unrelated classes, and users need one line."""
+def one_line(url: str, doing: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever a store raises, ``but`` these, as one InputError: clients have a dozen unrelated classes, and users need one
+    line."""
+    as_they_are: tuple[type[Exception], ...] = (InputError, *but)
     try:
         yield
-    except InputError:
+    except as_they_are:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]

@@ -89,6 +89,8 @@ def test_a_copy_that_is_cut_or_has_another_md5_is_none(monkeypatch: pytest.Monke
         ("klingon://bucket/x", "Protocol not known: klingon"),
         ("gs://bucket/x", "pip install gcsfs"),
         ("s3://bucket/x", "pip install s3fs"),
+        ("zip://x::file:///absent.zip", r"cannot open it \(FileNotFoundError: .*absent.zip"),
+        ("reference://x", r"cannot open it \(TypeError: "),
     ],
 )
 def test_what_cannot_be_had_is_one_line(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +100,15 @@ def test_what_cannot_be_had_is_one_line(url: str, message: str, monkeypatch: pyt
         with pytest.raises(InputError, match=message) as caught:
             use(url)
         assert "\n" not in str(caught.value) and url in str(caught.value)
+
+
+def test_a_model_that_is_none_is_named_by_its_url() -> None:
+    """Not by where its copy lies."""
+    put({"d/notes.json": b"{}", "a.txt": b"x"})
+    with pytest.raises(InputError, match="^memory://bucket/d: neither a run directory"):
+        locate("memory://bucket/d")
+    with pytest.raises(InputError, match="^memory://bucket/a.txt: a single file must be a .gguf"):
+        locate("memory://bucket/a.txt")
 
 
 def test_a_name_that_leaves_the_directory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

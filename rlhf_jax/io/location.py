@@ -48,10 +48,10 @@ def locate(given: str | Path) -> Location:
     path = fetched(str(given), _of_a_model) if is_remote(given) else Path(given).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(f"{path}: a single file must be a .gguf; give the directory that holds the checkpoint")
+            raise InputError(f"{given}: a single file must be a .gguf; give the directory that holds the checkpoint")
         return Location("gguf", path)
     if path.is_dir():
-        return Location(_kind_of_directory(path), path)
+        return Location(_kind_of_directory(path, str(given)), path)
     match = _HUB_ID.fullmatch(str(given))
     if match is None:
         raise InputError(f"{given}: no such file or directory (and no hub id, which looks like name/model)")
@@ -68,15 +68,16 @@ def _of_a_model(names: Collection[str]) -> set[str]:
     return {n for n in names if n.startswith(parts) or ("/" not in n and n.endswith((".json", ".gin")))}
 
 
-def _kind_of_directory(path: Path) -> Kind:
+def _kind_of_directory(path: Path, given: str) -> Kind:
+    """given: what the user calls it, in messages: a URL, not where its copy lies."""
     if (path / CARD).is_file():
         return "run"
     if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return "huggingface"
     if found := sorted(file.name for file in path.glob("*.gguf")):
-        raise InputError(f"{path}: give the file itself, for instance {path / found[0]}")
+        raise InputError(f"{given}: give the file itself, for instance {given.rstrip('/')}/{found[0]}")
     raise InputError(
-        f"{path}: neither a run directory ({CARD}) nor a checkpoint directory (config.json); is the path complete?"
+        f"{given}: neither a run directory ({CARD}) nor a checkpoint directory (config.json); is the path complete?"
     )
 
 

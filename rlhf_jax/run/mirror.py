@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 from absl import flags
+from fsspec.implementations.local import LocalFileSystem
 
-from rlhf_jax.remote import download, listing, one_line, open_store
+from rlhf_jax.remote import download, is_remote, listing, one_line, open_store
 from rlhf_jax.run.checkpoint import SAVING
 from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.provenance import FILE, read_provenance
@@ -32,15 +33,22 @@ def asked_url() -> str | None:
     return flags.FLAGS.sync if flags.FLAGS.is_parsed() else None
 
 
-def fetched_mirror(directory: Path, stage: str) -> Mirror | None:
-    """The mirror of a run, after the first process has fetched what is there. None without --sync."""
+def fetched_mirror(directory: Path, stage: str, output: str | None = None) -> Mirror | None:
+    """The mirror of a run, after the first process has fetched what is there. None without --sync. output: as of `open_run`."""
     url = asked_url()
     if url is None:
         return None
-    mirror = Mirror(directory, url)
+    if not is_remote(url):
+        raise InputError(
+            f"--sync={url!r}: no URL; give one, for instance gs://bucket/runs/x or file:///mnt/disk/runs/x"
+        )
+    try:
+        mirror = Mirror(directory, url)
+    except InputError as error:
+        raise InputError(f"--sync={error}") from error
     if jax.process_index() == 0:
         refuse_foreign(directory, stage)
-        mirror.fetch(stage)
+        mirror.fetch(stage, output)
     agreed(0)  # the others look at the directory next
     return mirror
 
@@ -51,12 +59,17 @@ class Mirror:
     def __init__(self, directory: Path, url: str) -> None:
         self.directory, self.url = directory, url
         self._fs, self._root = open_store(url)
+        if isinstance(self._fs, LocalFileSystem):
+            here, there = directory.resolve(), Path(self._root).resolve()
+            if here.is_relative_to(there) or there.is_relative_to(here):
+                raise InputError(f"{url}: the run directory, {directory}, or one in the other; give it another place")
         self._thread = ThreadPoolExecutor(1, "mirror")
         self._pending: Future[None] | None = None
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of what is there
 
-    def fetch(self, stage: str) -> None:
-        """What lies at the URL, when this machine has no step as new. A step without a manifest is not taken.
+    def fetch(self, stage: str, output: str | None = None) -> None:
+        """What lies at the URL, when this machine has no step as new. A step without a manifest is not taken. output: the file
+        that a run without checkpoints leaves; it counts as a step.
 
         Raises InputError when something else is there: no run, one of another stage, or not the run that is here.
         """
@@ -66,18 +79,33 @@ class Mirror:
                 return
             if FILE not in there:
                 raise InputError(f"{self.url}: holds files and no run ({min(there)}); give --sync another URL")
-            theirs, ours = json.loads(self._fs.cat_file(f"{self._root}/{FILE}")), read_provenance(self.directory)
-            if theirs["stage"] != stage:
-                raise InputError(f"{self.url}: a run of stage {theirs['stage']!r}, this is {stage!r}")
-            steps, newest = steps_among(there), latest_step(self.directory) or 0
-            if newest and steps and ours is not None and ours["launches"][0] != theirs["launches"][0]:
+            its_stage, its_first = self._who()
+            if its_stage != stage:
+                raise InputError(
+                    f"{self.url}: a run of stage {its_stage!r}, this is {stage!r}; give --sync another URL"
+                )
+            steps, ours = steps_among(there), read_provenance(self.directory)
+            newest = latest_step(self.directory) or int(output is not None and (self.directory / output).is_file())
+            reached = max(steps, default=int(output in there))
+            if newest and reached and ours is not None and ours["launches"][0] != its_first:
                 raise InputError(f"{self.url}: another run than {self.directory}; give --sync or run_dir another place")
-            if newest >= max(steps, default=0) and ours is not None:
+            if newest >= reached and ours is not None:
                 return
             make_directory(self.directory)
             with lock(self.directory):
                 self._fetch(there, steps)
             print(f"{self.directory}: fetched from {self.url} (steps {steps})", file=sys.stderr)
+
+    def _who(self) -> tuple[str, dict[str, Any]]:
+        """(stage, first start) of the run at the URL."""
+        text = self._fs.cat_file(f"{self._root}/{FILE}")
+        try:
+            found = json.loads(text)
+            return str(found["stage"]), dict(found["launches"][0])
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(
+                f"{self.url}: {FILE} is damaged there; remove what is there, or give --sync another URL"
+            ) from error
 
     def _fetch(self, there: dict[str, Any], steps: list[int]) -> None:
         for name in there:

@@ -60,7 +60,7 @@ def open_run(
     if is_remote(run_dir):
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
     directory = Path(run_dir).expanduser().absolute()
-    mirror = fetched_mirror(directory, stage)
+    mirror = fetched_mirror(directory, stage, output)
     refuse_foreign(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]

@@ -32,6 +32,14 @@ def store(monkeypatch: pytest.MonkeyPatch):
     memory.store.clear()
 
 
+def write(run_dir: Path, text: str) -> None:
+    """A run without checkpoints."""
+    config = BoundConfig(f"run.text = {text!r}\n", f"run.text = {text!r}\n")
+    loop = LoopConfig(tensorboard=False, progress=False)
+    with open_run(run_dir, stage="toy", bound=config, seed=0, loop=loop, output="out.txt") as run:
+        run.write("out.txt", text)
+
+
 def train(run_dir: Path, steps: int, *, stage: str = "toy", seed: int = 0, **loop: Any) -> list[int]:
     """Doubles w and adds 1 in each step; returns the steps done."""
     settings = LoopConfig(**{"save_every": 1, "keep": 2, "tensorboard": False, "progress": False, **loop})
@@ -147,6 +155,54 @@ def test_a_start_without_a_step_is_nothing_to_lose(store: Any, tmp_path: Path, m
     early = {"stage": "toy", "launches": [{"time": "2000-01-01T00:00:00Z"}]}
     store.pipe("/bucket/runs/x/provenance.json", json.dumps(early).encode())
     assert train(tmp_path / "run", 2) == [2] and there(store) == here(tmp_path / "run")
+
+
+def test_a_run_that_saves_no_steps_is_not_another(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output is what there is to lose."""
+    write(tmp_path / "one", "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "asked_url", lambda: None)
+        write(tmp_path / "two", "two")
+    provenance = json.loads((tmp_path / "two" / "provenance.json").read_text())
+    provenance["launches"][0]["time"] = "2000-01-01T00:00:00Z"
+    (tmp_path / "two" / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(InputError, match=f"{URL}: another run than {tmp_path}/two"):
+        write(tmp_path / "two", "two")
+    assert store.cat_file("/bucket/runs/x/out.txt") == b"one"
+    with pytest.raises(InputError, match="run.text changed from 'one' to 'three'"):
+        write(tmp_path / "three", "three")
+    write(tmp_path / "four", "one")
+    assert there(store) == here(tmp_path / "four")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"stage": "toy", "launches": []}', '{"sta'])
+def test_a_damaged_record_there_is_named(store: Any, tmp_path: Path, text: str) -> None:
+    store.pipe("/bucket/runs/x/provenance.json", text.encode())
+    with pytest.raises(InputError, match=f"{URL}: provenance.json is damaged there; .* give --sync another URL"):
+        train(tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "--sync='': no URL; give one"),
+        ("gs:/bucket/x", "--sync='gs:/bucket/x': no URL; give one"),
+        ("klingon://x", "--sync=klingon://x: Protocol not known: klingon"),
+        (
+            "file://{here}/run",
+            "--sync=file://.*: the run directory, .*/run, or one in the other; give it another place",
+        ),
+        ("file://{here}/run/copy", "or one in the other"),
+        ("file://{here}", "or one in the other"),
+    ],
+)
+def test_where_no_copy_can_be(url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path without a scheme made a directory of that name where the command was given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mirror, "asked_url", lambda: url.format(here=tmp_path))
+    with pytest.raises(InputError, match=message):
+        train(tmp_path / "run", 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_could_not_be_used_is_not_copied(store: Any, tmp_path: Path) -> None:
