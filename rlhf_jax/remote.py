@@ -74,11 +74,16 @@ def one_line(url: str, doing: str, but: tuple[type[Exception], ...] = ()) -> Ite
 
 
 def listing(fs: Any, root: str) -> dict[str, dict[str, Any]]:
-    """{relative name: what the store says of it} of the files below ``root``; {its own name: ...} of a file."""
+    """{relative name: what the store says of it} of the files below ``root``; {its own name: ...} of a file. Raises InputError
+    for a name that would leave the directory which the files are copied to."""
     if fs.isfile(root):
         return {PurePosixPath(root).name: fs.info(root)}
     found = fs.find(root, detail=True) if fs.exists(root) else {}
-    return {name[len(root) :].lstrip("/"): entry for name, entry in found.items()}
+    names = {name[len(root) :].lstrip("/"): entry for name, entry in found.items()}
+    for name in names:
+        if ".." in PurePosixPath(name).parts:
+            raise InputError(f"{root}: {name!r} lies elsewhere")
+    return names
 
 
 def download(fs: Any, path: str, entry: dict[str, Any], to: Path) -> None:
@@ -127,8 +132,6 @@ def _fetch(fs: Any, root: str, entries: dict[str, dict[str, Any]], place: Path, 
         made = Path(temporary) / "made"
         made.mkdir()
         for name, entry in entries.items():
-            if ".." in PurePosixPath(name).parts:
-                raise InputError(f"{root}: {name!r} lies elsewhere")
             download(fs, root if single else f"{root}/{name}", entry, made / name)
         (made / CONTENT).write_text(json.dumps({name: hash_file(made / name) for name in entries}))
         made.rename(place)

@@ -123,8 +123,6 @@ class Mirror:
             saving.rename(place)
 
     def _download(self, name: str, there: dict[str, Any], to: Path) -> None:
-        if ".." in Path(name).parts:
-            raise InputError(f"{self.url}: {name!r} lies elsewhere")
         temporary = to.with_name(to.name + ".tmp")
         download(self._fs, f"{self._root}/{name}", there[name], temporary)
         temporary.replace(to)

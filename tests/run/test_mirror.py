@@ -175,6 +175,19 @@ def test_a_run_that_saves_no_steps_is_not_another(store: Any, tmp_path: Path, mo
     assert there(store) == here(tmp_path / "four")
 
 
+def test_a_name_that_leaves_the_directory_is_refused(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "one", 1)
+    find = type(store).find
+    monkeypatch.setattr(
+        type(store), "find", lambda self, root, detail: find(self, root, detail=True) | {f"{root}/../../x": {"size": 1}}
+    )
+    with pytest.raises(InputError, match="'../../x' lies elsewhere"):
+        train(tmp_path / "two", 1)
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"stage": "toy", "launches": []}', '{"sta'])
 def test_a_damaged_record_there_is_named(store: Any, tmp_path: Path, text: str) -> None:
     store.pipe("/bucket/runs/x/provenance.json", text.encode())
