@@ -149,15 +149,13 @@ def dpo() -> Once:
     sides = (padded([256] * 8, 256, seed) for seed in (0, 1))
     replies = [dataclasses.replace(side, loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides]
     batch = PairBatch(*replies, np.zeros(8, np.float32))  # type: ignore[arg-type]
-    with_head = 192 * 2.0 * SIZES.vocab * SIZES.hidden
-    flops = 4 * 16 * (SIZES.causal_flops(256, head=False) + with_head)
 
     def functions(optimizer: Any, state: Any) -> Any:
         settings = {"microbatches": 1, "dpo": learn.DPOConfig()}
         return programs.dpo_functions(policy, policy, optimizer, state, MESH, **settings)
 
     fold = fold_of(data.pair_lengths(batch), 16, 256, data.pair_targets(batch), 255)
-    return supervised(policy, functions, batch, 8, flops, {"reference": drawn(policy)[0]}, fold)
+    return supervised(policy, functions, batch, 8, SIZES.dpo_flops(), {"reference": drawn(policy)[0]}, fold)
 
 
 def generate() -> Once:
@@ -235,9 +233,7 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
         train, metrics = four.update(state.train, prepared, jax.random.key(1), fold=fold)
         held["state"] = dataclasses.replace(state, train=train, iteration=state.iteration + 1)
         jax.block_until_ready((train, metrics))
-        forward = 16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32)
-        trunk = forward - new * (SIZES.forward_flops(0) - SIZES.forward_flops(0, head=False))
-        return 1, 2 * forward + 2 * trunk + 4 * 3 * (forward + trunk)  # sampler, reference; value, reward; the update
+        return 1, SIZES.ppo_flops(new)
 
     return once
 
@@ -284,9 +280,7 @@ def group_iteration(ends: tuple[int, ...], least: int) -> Once:
         prepared, _ = four.prepare(scored)
         held["state"], metrics = four.update(state, prepared, jax.random.key(1), fold=fold)
         jax.block_until_ready((held["state"], metrics))
-        new = int(lengths.sum())
-        update = 3 * (16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32))
-        return 1, SIZES.sampling_flops(4, 64, 0) + new * SIZES.forward_flops(64 + new / 32) + update
+        return 1, SIZES.grpo_flops(int(lengths.sum()))
 
     return once
 

@@ -85,6 +85,27 @@ class Sizes:
         read = prompts * self.causal_flops(prompt, head=False)
         return read + new * self.forward_flops(prompt + new / prompts / 2)
 
+    def dpo_flops(self) -> float:
+        """Of the row "dpo": 16 rows of 256 tokens, logits of the 192 behind the prompt; the reference reads them too."""
+        with_head = 192 * 2.0 * self.vocab * self.hidden
+        return 4 * 16 * (self.causal_flops(256, head=False) + with_head)
+
+    def _replies_flops(self, new: float) -> float:
+        """Of reading 16 prompts of 64 and ``new`` tokens of replies, which have logits."""
+        return 16 * self.causal_flops(64, head=False) + new * self.forward_flops(64 + new / 32)
+
+    def ppo_flops(self, new: float) -> float:
+        """Of the rows "ppo" with ``new`` sampled tokens: sampler and reference, value and reward model, and four updates of
+        policy and value model."""
+        forward = self._replies_flops(new)
+        trunk = forward - new * (self.forward_flops(0) - self.forward_flops(0, head=False))
+        return 2 * forward + 2 * trunk + 4 * 3 * (forward + trunk)
+
+    def grpo_flops(self, new: float) -> float:
+        """Of the rows "grpo" with ``new`` sampled tokens: the sampler, which reads each of the 4 prompts once, and one update."""
+        sampler = self.sampling_flops(4, 64, 0) + new * self.forward_flops(64 + new / 32)
+        return sampler + 3 * self._replies_flops(new)
+
 
 SHAPES = {
     "smollm2": Sizes(vocab=49152, hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn=1536),

@@ -124,14 +124,13 @@ def dpo(out):
         "rejected": [f" {text}" for text in both[8:]],
     }
     rows = Dataset.from_dict({name: texts * STEPS for name, texts in columns.items()})
-    with_head = 192 * 2.0 * SIZES.vocab * SIZES.hidden
     return trl.DPOTrainer(
         model=LlamaForCausalLM(LlamaConfig(**CONFIG)),
         ref_model=LlamaForCausalLM(LlamaConfig(**CONFIG)),
         args=trl.DPOConfig(output_dir=out, per_device_train_batch_size=8, **SETTINGS),
         train_dataset=rows,
         processing_class=tokenizer(),
-        callbacks=[Paced(8, 4 * 16 * (SIZES.causal_flops(256, head=False) + with_head))],
+        callbacks=[Paced(8, SIZES.dpo_flops())],
     )
 
 
@@ -150,8 +149,6 @@ def groups(out, options):
     if options:
         model.generation_config.eos_token_id = list(stops(SIZES, 20))
     settings = {name: value for name, value in SETTINGS.items() if name != "max_length"}
-    new = 16 * (26 if options else 64)
-    work = SIZES.sampling_flops(4, 64, 0) + new * SIZES.forward_flops(64 + new / 32)
     return trl.GRPOTrainer(
         model=model,
         reward_funcs=lambda completion_ids, **rest: [float(len(ids)) for ids in completion_ids],
@@ -165,9 +162,7 @@ def groups(out, options):
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts * STEPS}),
         processing_class=tokenizer(),
-        callbacks=[
-            Paced(1, work + 3 * (16 * SIZES.causal_flops(64, head=False) + new * SIZES.forward_flops(64 + new / 32)))
-        ],
+        callbacks=[Paced(1, SIZES.grpo_flops(16 * (26 if options else 64)))],
     )
 
 
@@ -180,8 +175,6 @@ def ppo(out):
     settings |= {"local_rollout_forward_batch_size": 16, "num_ppo_epochs": 4, "num_sample_generations": 0}
     settings |= {"response_length": 64, "temperature": 1.0, "total_episodes": 16 * STEPS}
     settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
-    forward = 16 * (SIZES.causal_flops(64, head=False) + 64 * SIZES.forward_flops(96))
-    trunk = forward - 16 * 64 * (SIZES.forward_flops(0) - SIZES.forward_flops(0, head=False))
     return trl.PPOTrainer(
         args=trl.PPOConfig(output_dir=out, gradient_checkpointing=False, disable_tqdm=True, **settings),
         processing_class=tokenizer(),
@@ -191,7 +184,7 @@ def ppo(out):
         value_model=value,
         train_dataset=rows,
         eval_dataset=rows.select(range(16)),
-        callbacks=[Paced(1, 2 * forward + 2 * trunk + 12 * (forward + trunk))],
+        callbacks=[Paced(1, SIZES.ppo_flops(16 * 64))],
     )
 
 

@@ -29,6 +29,16 @@ def test_flops_by_hand() -> None:
     assert sizes.causal_flops(6) == 6 * sizes.forward_flops(3)
 
 
+def test_flops_of_an_iteration_by_hand() -> None:
+    """Nothing sampled: PPO reads 16 prompts with four models and trains two of them four times, GRPO has one model."""
+    sizes = SHAPES["tiny"]
+    read = 16 * sizes.causal_flops(64, head=False)
+    assert sizes.ppo_flops(0) == 4 * read + 4 * 3 * 2 * read
+    assert sizes.grpo_flops(0) == read / 4 + 3 * read
+    head = sizes.forward_flops(0) - sizes.forward_flops(0, head=False)
+    assert sizes.dpo_flops() == 4 * 16 * (sizes.causal_flops(256, head=False) + 192 * head)
+
+
 def test_the_shape_is_that_of_smollm2() -> None:
     # 134,515,008 parameters, of which 61 norms of 576 are in no product.
     weights = SHAPES["smollm2"].forward_flops(0) / 2
