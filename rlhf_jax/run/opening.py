@@ -27,7 +27,7 @@ from rlhf_jax.run.resume import (
     refuse_changes,
     refuse_foreign,
     refuse_steps,
-    refuse_unshared,
+    refuse_unshared_directory,
 )
 from rlhf_jax.run.signals import Signals
 from rlhf_jax.run.status import Status
@@ -78,7 +78,7 @@ def open_run(
                 now = {"stage": stage, "seed": seed, "inputs": described}
                 holds = f"is at step {reached}" if reached else f"holds {output}"
                 refuse_changes(directory, now, bound.operative, holds)
-            refuse_unshared(directory, agreed(os.getpid()))
+            refuse_unshared_directory(directory, agreed(os.getpid()))
             resumed = agreed(newest_verified(directory) if first else 0)
             if first:
                 write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)

@@ -45,11 +45,11 @@ def lock(directory: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
-    os.fsync(file.fileno())  # other hosts look for it, see refuse_unshared
+    os.fsync(file.fileno())  # other hosts look for it, see refuse_unshared_directory
     return file
 
 
-def refuse_unshared(directory: Path, owner: int) -> None:
+def refuse_unshared_directory(directory: Path, owner: int) -> None:
     """Raises InputError when ``directory`` is not the one that process ``owner`` has locked: the processes of a run write
     parts of one checkpoint, which directories of their own would never hold whole."""
     file = directory / ".lock"

@@ -20,7 +20,7 @@ import pytest
 from rlhf_jax.run import BoundConfig, Input, LoopConfig, Run, bad_steps, due, open_run
 from rlhf_jax.run.faults import Fault, flip_bit
 from rlhf_jax.run.progress import headline, line
-from rlhf_jax.run.resume import lock, refuse_unshared
+from rlhf_jax.run.resume import lock, refuse_unshared_directory
 from rlhf_jax.saved import find_step, read_state, saved_steps, verify
 from rlhf_jax.types import InputError, Mean, RunStopped
 
@@ -594,8 +594,8 @@ def test_plain_progress_line() -> None:
 def test_processes_that_do_not_share_the_run_directory_are_refused(tmp_path: Path) -> None:
     """The second of two processes looks for the lock of the first: none, or that of an earlier run, is another directory."""
     with pytest.raises(InputError, match="not the directory that the first process has opened"):
-        refuse_unshared(tmp_path, os.getpid())
+        refuse_unshared_directory(tmp_path, os.getpid())
     with lock(tmp_path):
-        refuse_unshared(tmp_path, os.getpid())
+        refuse_unshared_directory(tmp_path, os.getpid())
         with pytest.raises(InputError, match="file system that all hosts share"):
-            refuse_unshared(tmp_path, os.getpid() + 1)
+            refuse_unshared_directory(tmp_path, os.getpid() + 1)
