@@ -11,11 +11,11 @@ from rlhf_jax.run.config import (
     bound_config,
     changes,
     fingerprint_asked,
-    launch,
     parse,
     scan,
     settable,
 )
+from rlhf_jax.run.launching import launch
 from rlhf_jax.run.loop import Run
 from rlhf_jax.run.loop_config import LoopConfig, due
 from rlhf_jax.run.opening import open_run

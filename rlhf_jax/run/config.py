@@ -1,10 +1,6 @@
-"""gin at the root of a program, and only there: flags, parsing, dead bindings, what may change on resume.
+"""gin at the root of a program, and only there: parsing, dead bindings, what may change on resume.
 
-An experiment is a module with one ``@gin.configurable def run(...)`` and, at its end,
-``if __name__ == "__main__": launch(run)``. Only this file, ``configurables.py`` and the experiments import gin.
-
-Exit codes of a launched program: 0 done; 1 a bug (traceback); 2 what the user gave cannot be used (one line, nothing
-written); 3 a guard stopped the run; 130 / 143 stopped by SIGINT / SIGTERM after saving (``run/loop.py``).
+Only this file, ``configurables.py`` and the experiments import gin.
 """
 
 from __future__ import annotations
@@ -14,9 +10,7 @@ import fnmatch
 import hashlib
 import inspect
 import os
-import sys
 import tokenize
-import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,31 +21,9 @@ import gin
 from absl import flags
 from gin import config_parser
 
-from rlhf_jax.command import asks_for_help, parse_flags, usage
-from rlhf_jax.run.cold_start import watch
-from rlhf_jax.run.distributed import connect
-from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, explain_run, flatten, same_selector
+from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, flatten, same_selector
 from rlhf_jax.run.gin_types import settled, wrong_type
-from rlhf_jax.types import InputError, RunStopped
-
-flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to add files, later ones win.")
-flags.DEFINE_multi_string("gin_bindings", [], "One binding, for instance 'run.seed = 1'; wins over every file.")
-flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
-flags.DEFINE_string(
-    "compilation_cache",
-    None,
-    "Keep all compiled programs there, a directory or gs://..., for later starts; 'off' keeps none. Default: "
-    "$JAX_COMPILATION_CACHE_DIR, or ~/.cache/rlhf_jax/compiled for those that took a second or more.",
-)
-flags.DEFINE_string(
-    "distributed", None, "Join other processes: auto, or HOST:PORT,PROCESSES,INDEX (run/distributed.py)."
-)
-
-flags.DEFINE_string(
-    "sync",
-    None,
-    "Keep a copy of the run directory at this URL (gs://...), and fetch what is there first (run/mirror.py).",
-)
+from rlhf_jax.types import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAY_CHANGE = (
@@ -362,61 +334,3 @@ def changes(old: str, new: str) -> list[Change]:
         for k in keys
         if k not in before or k not in after or before[k] != after[k]
     ]
-
-
-# ---- launching
-
-
-def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
-    """Whether the body of ``run_fn`` was reached before the error: before it, gin was still building its arguments."""
-    code, frame = inspect.unwrap(run_fn).__code__, error.__traceback__
-    while frame is not None and frame.tb_frame.f_code is not code:
-        frame = frame.tb_next
-    return frame is not None
-
-
-def _usage(run_fn: Callable[..., object]) -> str:
-    """The experiment's own words and the flags of all."""
-    words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync"))
-
-
-def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
-    if asks_for_help(argv):
-        print(_usage(run_fn))
-        return 0
-    try:
-        parse_flags(argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    scanned: list[Binding] = []
-    try:
-        if flags.FLAGS.distributed is not None:
-            connect(flags.FLAGS.distributed)
-        watch(flags.FLAGS.compilation_cache)
-        scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-        run_fn()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        building, stopped = not _entered(run_fn, error), isinstance(error, RunStopped)
-        if not (building or stopped or isinstance(error, InputError)):
-            raise
-        if flags.FLAGS.debug:
-            traceback.print_exception(error)
-        hint = "" if stopped or isinstance(error, InputError) else f" ({type(error).__name__}; --debug shows where)"
-        message = explain_run(error, scanned, building)
-        print(f"{'stopped' if stopped else 'error'}: {message}{hint}", file=sys.stderr)
-        return 3 if stopped else 2
-    return 0
-
-
-def launch(run_fn: Callable[[], object]) -> None:
-    """Parse the flags, parse gin, call ``run_fn()``, exit. The whole body of a script's ``__main__``.
-
-    What the user can get wrong (a flag, a file, a name, a type, a value) ends in ONE line on stderr that names the
-    place and the remedy, exit code 2; a guard's RunStopped in one line, exit code 3; anything else is a bug and keeps
-    its traceback. ``--debug`` keeps every traceback.
-    """
-    sys.exit(_launch(run_fn, sys.argv))
