@@ -14,6 +14,7 @@ from rlhf_jax.data.encode import (
     stop_ids,
     truncate_by_lines,
 )
+from rlhf_jax.data.hh_rlhf import hh_comparisons
 from rlhf_jax.data.packing import LENGTH_BUCKETS, Row, bucket_length, pack, stack_rows
 from rlhf_jax.data.pipeline import (
     Batches,
@@ -35,7 +36,6 @@ from rlhf_jax.data.records import (
     Prompt,
     comparisons,
     demonstrations,
-    hh_comparisons,
     prompt_key,
     prompts,
     prompts_of,

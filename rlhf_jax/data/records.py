@@ -7,8 +7,6 @@ tokens: that is ``encode``'s.
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,9 +105,6 @@ GSM8K_FIELDS = Fields(prompt="question", response="answer", extra=("answer",))
 """openai/grade-school-math @ grade_school_math/data: the answer's last line is "#### 72"."""
 
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
 class Unlearnable(Exception):
     """A row is well formed but teaches nothing. args: (reason to count it under, remedy)."""
 
@@ -122,7 +117,7 @@ def demonstrations(
 
     def make(place: str, row: Mapping[str, Any]) -> Demonstration:
         if fields.messages is None:
-            prompt, response = _prompt(row, fields, place), _text(row, fields.response, place, fields)
+            prompt, response = _prompt(row, fields, place), text_of(row, fields.response, place, fields)
         else:
             *context, last = _messages(_value(row, fields.messages, place), fields.messages, place, fields)
             if last.role != "assistant":
@@ -131,9 +126,9 @@ def demonstrations(
                 )
             prompt, response = tuple(context), last.content
         _require_text(response, fields.response if fields.messages is None else fields.messages)
-        return Demonstration(_id(row, fields, place), prompt, response, _flag(row, fields.ended, place))
+        return Demonstration(id_of(row, fields, place), prompt, response, _flag(row, fields.ended, place))
 
-    return _collect(rows, make, source, unusable)
+    return collect(rows, make, source, unusable)
 
 
 def comparisons(
@@ -144,12 +139,12 @@ def comparisons(
 
     def make(place: str, row: Mapping[str, Any]) -> Comparison:
         prompt = _prompt(row, fields, place)
-        chosen, rejected = (_text(row, name, place, fields) for name in (fields.chosen, fields.rejected))
+        chosen, rejected = (text_of(row, name, place, fields) for name in (fields.chosen, fields.rejected))
         margin = _margin(row, fields, place)
         ended = [_flag(row, f"{side}_{fields.ended}", place) for side in ("chosen", "rejected")]
-        return _comparison(_id(row, fields, place), prompt, (chosen, rejected), margin, *ended)
+        return comparison_of(id_of(row, fields, place), prompt, (chosen, rejected), margin, *ended)
 
-    return _collect(rows, make, source, unusable)
+    return collect(rows, make, source, unusable)
 
 
 def prompts(
@@ -160,59 +155,9 @@ def prompts(
 
     def make(place: str, row: Mapping[str, Any]) -> Prompt:
         extra = {name: _scalar(_value(row, name, place), name, place) for name in fields.extra}
-        return Prompt(_id(row, fields, place), _prompt(row, fields, place), extra)
+        return Prompt(id_of(row, fields, place), _prompt(row, fields, place), extra)
 
-    return _collect(rows, make, source, unusable)
-
-
-def hh_comparisons(
-    rows: Iterable[Row], *, source: str, unusable: Unusable = "drop"
-) -> tuple[list[Comparison], Counter[str]]:
-    """(records, number of dropped rows by reason) of hh-rlhf dialogues (Bai et al. 2022; anthropics/hh-rlhf).
-
-    ``chosen`` and ``rejected`` are "\\n\\nHuman: ...\\n\\nAssistant: ..." texts that begin alike. The prompt runs
-    through the LAST "\\n\\nAssistant:" of the shared beginning; what follows it are the replies. Turns are stripped
-    of outer white space and neighbouring turns of one speaker become one message. Dialogues that part before the last
-    reply are unusable.
-    """
-    fields = Fields()
-
-    def make(place: str, row: Mapping[str, Any]) -> Comparison:
-        chosen, rejected = (_text(row, name, place, fields) for name in (fields.chosen, fields.rejected))
-        if chosen == rejected:
-            raise Unlearnable("chosen equals rejected", "remove the row")
-        shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters, as meant)
-        boundary = max((match.end() for match in _HH_TURN.finditer(shared) if match[1] == "Assistant"), default=-1)
-        if boundary < 0:
-            raise Unlearnable(
-                "the dialogues share no turn", "both must begin with the same '\\n\\nHuman: ...\\n\\nAssistant:'"
-            )
-        replies = (chosen[boundary:].strip(), rejected[boundary:].strip())
-        if any(_HH_TURN.search(text[boundary:]) for text in (chosen, rejected)):
-            raise Unlearnable("the dialogues part before the last reply", "keep only the turns both share")
-        return _comparison(_id(row, fields, place), _hh_messages(shared[:boundary]), replies, 0.0)
-
-    return _collect(rows, make, source, unusable)
-
-
-def _hh_messages(text: str) -> tuple[Message, ...]:
-    """The turns of a dialogue that ends with the header of the reply to come.
-
-    "\\n\\nHuman: a\\n\\nHuman: b\\n\\nAssistant:" gives one user message "a\\n\\nb".
-    """
-    head, *parts = _HH_TURN.split(text)  # parts = speaker, content, speaker, content, ..., "Assistant", ""
-    turns: list[tuple[str, str]] = []
-    for speaker, content in zip(parts[:-2:2], parts[1:-2:2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1][0] == role:
-            turns[-1] = (role, f"{turns[-1][1]}\n\n{content.strip()}".strip())
-        else:
-            turns.append((role, content.strip()))
-    if head.strip():
-        raise Unlearnable("text before the first turn", "begin the dialogue with '\\n\\nHuman:'")
-    if not turns or turns[-1][0] != "user" or not turns[-1][1]:
-        raise Unlearnable("no question before the reply", "put a '\\n\\nHuman:' turn before it")
-    return tuple(Message(role, content) for role, content in turns)
+    return collect(rows, make, source, unusable)
 
 
 def prompts_of(records: Iterable[Demonstration | Comparison]) -> list[Prompt]:
@@ -228,9 +173,10 @@ def prompt_key(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message.role}: {' '.join(message.content.split()).casefold()}" for message in messages)
 
 
-def _collect(
+def collect(
     rows: Iterable[Row], make: Callable[[str, Mapping[str, Any]], _RecordT], source: str, unusable: Unusable
 ) -> tuple[list[_RecordT], Counter[str]]:
+    """What ``make(place, row)`` makes of each row, and how many it could not (`Unlearnable`), by reason. Raises InputError."""
     if unusable not in ("error", "drop"):
         raise InputError(f"unusable = {unusable!r}: must be 'error' or 'drop'")
     records: list[_RecordT] = []
@@ -254,9 +200,10 @@ def _collect(
     return records, dropped
 
 
-def _comparison(
+def comparison_of(
     identity: str, prompt: tuple[Message, ...], replies: tuple[str, str], margin: float, *ended: bool
 ) -> Comparison:
+    """replies: (chosen, rejected). ended: of each. Raises Unlearnable when there is nothing to tell them apart by."""
     chosen, rejected = replies
     _require_text(chosen, "chosen")
     _require_text(rejected, "rejected")
@@ -279,7 +226,7 @@ def _value(row: Mapping[str, Any], name: str, place: str) -> Any:
     return row[name]
 
 
-def _text(row: Mapping[str, Any], name: str, place: str, fields: Fields) -> str:
+def text_of(row: Mapping[str, Any], name: str, place: str, fields: Fields) -> str:
     """A text, or the content of a single message (a mapping, or a list with one)."""
     value = _value(row, name, place)
     if isinstance(value, str):
@@ -330,7 +277,8 @@ def _messages(value: Any, name: str, place: str, fields: Fields) -> tuple[Messag
     return tuple(messages)
 
 
-def _id(row: Mapping[str, Any], fields: Fields, place: str) -> str:
+def id_of(row: Mapping[str, Any], fields: Fields, place: str) -> str:
+    """Of ``fields.id``, the column "id", or else "file name:line"."""
     if fields.id is not None:
         return str(_scalar(_value(row, fields.id, place), fields.id, place))
     if row.get("id") is not None:
