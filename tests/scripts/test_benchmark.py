@@ -11,6 +11,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from benchmark_profile import shares  # noqa: E402
 from benchmark_rows import PEERS, ROWS, SHAPES, Sizes, stops  # noqa: E402 (a script's neighbour, found by the line above)
 
 
@@ -49,6 +50,11 @@ def test_one_token_in_so_many_ends_a_reply() -> None:
     assert len(stops(SHAPES["smollm2"], 60)) == pytest.approx(49152 / 60, abs=1)
 
 
+def test_time_is_shared_by_what_runs_together() -> None:
+    found, idle = shares([(0.0, 2.0), (1.0, 4.0), (5.0, 6.0)])
+    assert found == [1.5, 2.5, 1.0] and idle == 1.0
+
+
 def test_every_side_has_its_rows() -> None:
     for side, script in ({"ours": "benchmark_jax.py"} | PEERS).items():
         text = (SCRIPTS / script).read_text()
@@ -73,3 +79,13 @@ def test_a_row_prints_its_line(row: str) -> None:
     cells = done.stdout.splitlines()[3].split(" | ")
     assert cells[0] == row and cells[1].startswith("ours, jax")
     assert float(cells[2].split()[0]) > 0 and 0 < float(cells[4]) < 1
+
+
+@pytest.mark.slow
+def test_a_profile_names_programs_and_products() -> None:
+    command = [sys.executable, str(SCRIPTS / "benchmark_profile.py"), "--row=sft", "--shape=tiny", "--top=90"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert head.startswith("jit_train_step: ") and "GFLOP/s over all" in head
+    assert any("GFLOP/s  " in line for line in lines)
