@@ -3,8 +3,9 @@
     python scripts/weak_scaling.py                      # needs the [tpu] extra; no TPU
     python scripts/weak_scaling.py v5p:2x2x2 v5p:4x4x4  # other slices
 
-SFT of a small model (75 M weights, splash attention, recomputed blocks), parameters over eight chips and copies of these
-(MeshConfig.data), two sequences of 768 tokens a chip. Predicted: `rlhf_jax.plan.sent_bytes`.
+SFT of a small model (75 M weights, splash attention, recomputed blocks), parameters over four chips and copies of these
+(MeshConfig.data), two sequences of 768 tokens a chip. Predicted: `rlhf_jax.plan.sent_bytes`. Four, so that there are copies on
+eight chips already: of a slice that is one ring the compiler makes another program (docs/tpu.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays, make_mesh, tree_shardings
 
 SLICES = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
-LENGTH, ROWS_A_CHIP = 768, 2
+LENGTH, ROWS_A_CHIP, FSDP = 768, 2, 4
 CONFIG = ModelConfig(
     vocab_size=4096,
     hidden_size=1024,
@@ -52,10 +53,10 @@ class Scaled(NamedTuple):
     seconds: float
 
 
-def training_step(name: str) -> tuple[Model, Mesh, plan.Phase]:
-    """On the slice ``name``: the model there, its mesh, and the step as a phase."""
+def training_step(name: str, fsdp: int = FSDP) -> tuple[Model, Mesh, plan.Phase]:
+    """On the slice ``name``: the model there, its mesh, and the step as a phase. fsdp: chips that share the parameters."""
     where = plan.parse_slice(name)
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=8), where.devices())
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp), where.devices())
     model = Model(CONFIG, ActivationConstraint(mesh))
     shapes = model.abstract()
     params = abstract_arrays(shapes, tree_shardings(shapes, model.logical_axes(), mesh))

@@ -1,5 +1,6 @@
-"""Compiles the training step of scripts/weak_scaling.py for a slice, in a process of its own, because of what the compiler
-writes to its log: SLICE OUT.json. Without arguments: a program that the partitioner complains of."""
+"""Compiles the training step of scripts/weak_scaling.py for a slice, its parameters over eight chips, in a process of its own,
+because of what the compiler writes to its log: SLICE OUT.json. Without arguments: a program that the partitioner complains
+of."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from rlhf_jax.plan.analytic import leaf_bytes, tree_bytes
 
 
 def step(name: str, out: Path) -> None:
-    _, mesh, phase = training_step(name)
+    _, mesh, phase = training_step(name, fsdp=8)
     compiled = phase.function.lower(*phase.arguments).compile()
     told = compiled.memory_analysis()
     sizes = {key: getattr(told, f"{key}_size_in_bytes") for key in ("argument", "output", "alias", "temp")}
