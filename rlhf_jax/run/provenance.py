@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.remote import fetched, is_remote
-from rlhf_jax.saved import hash_file, latest_step
+from rlhf_jax.saved import first_line, hash_file, latest_step
 from rlhf_jax.types import InputError
 
 FILE = "provenance.json"
@@ -164,11 +164,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_provenance(run_dir: str | Path) -> dict[str, Any] | None:
-    """The content of provenance.json, None when there is none."""
+    """The content of provenance.json, None when there is none. Raises InputError when it is not what was written."""
     path = Path(run_dir) / FILE
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text())
+    try:
+        content: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); put a copy back, or use another run_dir") from error
     return content
 
 
