@@ -1,5 +1,6 @@
 """Our side of benchmark.py: `python scripts/benchmark_jax.py ROW SHAPE` gets a row ready and runs it as
-`benchmark_rows.serve` says."""
+`benchmark_rows.serve` says; of benchmark_profile.py with a third argument, a directory: runs it once and leaves JAX's trace
+there."""
 
 from __future__ import annotations
 
@@ -289,4 +290,9 @@ if __name__ == "__main__":
     peak = peak_flops()
     ready = {row.name: globals()[row.name] for row in ROWS}[sys.argv[1]]()
     ready()  # compiles, and touches every buffer
-    serve(ready, version=f"ours, jax {jax.__version__}", peak_flops=peak)
+    if len(sys.argv) > 3:
+        ready()
+        with jax.profiler.trace(sys.argv[3]):
+            ready()
+    else:
+        serve(ready, version=f"ours, jax {jax.__version__}", peak_flops=peak)

@@ -136,7 +136,7 @@ def profile() -> int:
         programs: dict[int, list[Event]] = {}
         for event in events(trace):
             programs.setdefault(event.program, []).append(event)
-        spent = {number: max(e.end for e in ran) - min(e.begin for e in ran) for number, ran in programs.items()}
+        spent = {number: sum(e.end - e.begin for e in ran) for number, ran in programs.items()}
         for number, seconds in sorted(spent.items(), key=lambda item: -item[1]):
             if seconds < 0.01 * sum(spent.values()) or given.program not in ("", programs[number][0].module):
                 continue

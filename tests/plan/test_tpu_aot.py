@@ -182,7 +182,7 @@ def test_what_does_not_fit_ends_with_3_and_names_the_nearest_change(tmp_path: Pa
     assert not step["fits"] and step["largest"]
     last = stderr.splitlines()[-1]
     assert last.startswith("stopped: ") and "sft step does not fit" in last and "largest: " in last
-    assert "Nearest change: it fits with ModelConfig.remat = True" in last
+    assert "Nearest change: it fits with ModelConfig.remat = 'cheap'" in last
 
 
 def test_libtpu_knows_every_kind_of_chip() -> None:
