@@ -65,7 +65,7 @@ import jax  # noqa: E402
 
 from rlhf_jax import learn, models  # noqa: E402
 from rlhf_jax.data import support_desk_replies  # noqa: E402
-from rlhf_jax.run import config, configurables  # noqa: E402
+from rlhf_jax.run import config, configurables, launching  # noqa: E402
 from rlhf_jax.run.models import refuse_tokenizer  # noqa: E402
 
 
@@ -113,7 +113,7 @@ def check(argv: list[str]) -> dict[str, Any]:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            code = config._launch(module.run, argv)
+            code = launching._launch(module.run, argv)
         return {"message": told.getvalue() or f"ended with exit code {code}", "stages": []}
     except Built as built:
         arguments = built.arguments

@@ -33,6 +33,9 @@ ROWS, LENGTH, PROMPT = 16, 16, 8
 EOS = tuple(range(2, 12))  # ten of 64 tokens: some rows end, some do not
 SAMPLING = rollout.SamplingConfig(temperature=0.7, max_new_tokens=LENGTH - PROMPT)
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "router_coefficient": 0.5}
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Nearly all of the time is compilation. How a program is split over the devices, which is what is tested, is decided before the
+passes that this leaves out; both sides of a comparison are compiled alike."""
 Sizes = tuple[int, ...]
 """(data, fsdp, tensor, sequence, expert) of a mesh."""
 
@@ -68,7 +71,8 @@ def placed(model: Model, seed: int, mesh):
 def sampled(mesh, **changes) -> Completions:
     """Completions of a policy, with its parameters where ``mesh`` has them."""
     model = model_of(mesh, "lm", **changes)
-    sample = jax.jit(functools.partial(rollout.generate, model, sampling=SAMPLING, eos_ids=EOS, pad_id=0))
+    generate = functools.partial(rollout.generate, model, sampling=SAMPLING, eos_ids=EOS, pad_id=0)
+    sample = jax.jit(generate, compiler_options=QUICKLY)
     prompts = to_global(random_prompts(0, ROWS, PROMPT, 64), mesh)
     return jax.device_get(sample(placed(model, 0, mesh), prompts, jax.random.key(5)))
 
@@ -154,7 +158,9 @@ ALGORITHMS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "grpo": grpo
 def gradients(algorithm: str, sizes: Sizes, microbatches: int):
     mesh = mesh_of(*sizes)
     loss, params, batch, *frozen = ALGORITHMS[algorithm](mesh)
-    call = jax.jit(lambda *given: learn.gradients(loss, *given, jax.random.key(0), microbatches))
+    call = jax.jit(
+        lambda *given: learn.gradients(loss, *given, jax.random.key(0), microbatches), compiler_options=QUICKLY
+    )
     return jax.device_get(call(params, frozen[0] if frozen else {}, to_global(batch, mesh)))
 
 
@@ -231,7 +237,7 @@ def scored(sizes: Sizes):
     models = rollout.RolloutModels(policy, policy, scalar, scalar)
     owners = (policy, policy, scalar, scalar)
     params = rollout.RolloutParams(*(placed(model, seed, mesh) for seed, model in enumerate(owners)))
-    call = jax.jit(functools.partial(rollout.score, models, temperature=0.7))
+    call = jax.jit(functools.partial(rollout.score, models, temperature=0.7), compiler_options=QUICKLY)
     return jax.device_get(call(params, to_global(completed(), mesh)))
 
 
