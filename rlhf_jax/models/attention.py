@@ -98,14 +98,27 @@ def self_attention(
             )
 
         return ring
-    return lambda query, key, value: causal_attention(
-        query, key, value, segment_ids, window, precision, scale=scale, cap=cap
-    )
+    if in_blocks(constrain):
+        return lambda query, key, value: causal_attention(
+            query, key, value, segment_ids, window, precision, scale=scale, cap=cap
+        )
+    mask = segment_mask(segment_ids, window)
+    return lambda query, key, value: attend(query, key, value, mask, precision, scale=scale, cap=cap)
+
+
+def _platform(constrain: Constrain) -> str:
+    return jax.default_backend() if constrain.mesh is None else constrain.mesh.devices.flat[0].platform
+
+
+def in_blocks(constrain: Constrain) -> bool:
+    """Whether "xla" is `causal_attention`: on a CPU. A TPU's program moves more between HBM and the cores so (13 % in a step of
+    1024 columns, for 5 % fewer operations)."""
+    return _platform(constrain) == "cpu"
 
 
 def chosen(config: ModelConfig, constrain: Constrain) -> str:
     """The implementation that a model uses on its devices. Raises InputError when the one it names cannot do it."""
-    platform = jax.default_backend() if constrain.mesh is None else constrain.mesh.devices.flat[0].platform
+    platform = _platform(constrain)
     split = constrain.parts("act_length") > 1
     if config.attention != "auto":
         if missing := _lacks(ABILITIES[config.attention], config, platform, split):

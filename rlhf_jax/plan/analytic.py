@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.models.attention import blocks, chosen
+from rlhf_jax.models.attention import blocks, chosen, in_blocks
 from rlhf_jax.models.lora import TRAINED
 from rlhf_jax.models.splash import BLOCKS, LANES
 from rlhf_jax.plan.kernels import visited_pairs
@@ -49,9 +49,8 @@ def head_flops(config: ModelConfig, positions: int) -> int:
 
 
 def self_attention_flops(config: ModelConfig, length: int, implementation: str) -> int:
-    """Of one row of ``length`` tokens, all layers, as ``implementation`` (of `models.attention`; "ring" where columns are split)
-    computes it."""
-    if implementation == "xla":
+    """Of one row of ``length`` tokens, all layers, as ``implementation`` (of `attention_of`) computes it."""
+    if implementation == "blocks":
         windows = (config.layer(layer).window for layer in range(config.num_layers))
         pairs = sum((end - first) * (end - low) for window in windows for first, end, low in blocks(length, window))
         return 4 * pairs * config.num_heads * config.head_dim
@@ -70,11 +69,16 @@ def forward_flops(config: ModelConfig, rows: int, length: int, heads_at: int, im
     return blocks + attention + head_flops(config, rows * heads_at)
 
 
+def attention_of(model: Model) -> str:
+    """The implementation of `models.attention`; "blocks" where "xla" leaves pairs out."""
+    implementation = chosen(model.config, model.constrain)
+    whole = model.constrain.parts("act_length") > 1 or not in_blocks(model.constrain)  # a ring meets all pairs
+    return implementation if implementation != "xla" or whole else "blocks"
+
+
 def model_flops(model: Model, rows: int, length: int, heads_at: int) -> int:
     """`forward_flops` of a model on its devices, adapters included."""
-    ring = model.constrain.parts("act_length") > 1
-    implementation = "ring" if ring else chosen(model.config, model.constrain)
-    whole = forward_flops(model.config, rows, length, heads_at, implementation)
+    whole = forward_flops(model.config, rows, length, heads_at, attention_of(model))
     return whole + 2 * rows * length * adapter_weights(model)
 
 

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from rlhf_jax import learn, programs
 from rlhf_jax.models import Model, lora
-from rlhf_jax.models.attention import chosen
 from rlhf_jax.parallel import (
     ActivationConstraint,
     abstract_arrays,
@@ -210,8 +209,8 @@ def rollout_phases(
         owner = models.policy
         where = tree_shardings(owner.abstract(), owner.logical_axes(), rollout_mesh)
         inside["rollout copy"] = analytic.tree_bytes(abstract_arrays(copied, where))
-    splash = chosen(config, models.policy.constrain)
-    generated = analytic.generate_flops(config, rows, prompt_length, new, splash)
+    attention = analytic.attention_of(models.policy)
+    generated = analytic.generate_flops(config, rows, prompt_length, new, attention)
     generated += 2 * tokens * analytic.adapter_weights(models.policy)
     return [
         Phase("generate", functions.generate, (params, prompts, rng, frozen), still, tokens, generated, inside, new),

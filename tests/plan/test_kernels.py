@@ -63,8 +63,8 @@ def test_a_kernels_estimate_is_found_behind_a_line_break() -> None:
 def test_attention_counts_as_its_implementation_computes_it() -> None:
     """2 layers, 4 heads of 8: the square of 2,048, or 10 of its 16 blocks; 100 tokens are one block of 128."""
     config = tiny_config()
-    assert self_attention_flops(config, 2048, "xla") == 4 * 2 * 4 * 8 * 2048 * 2048 * 9 // 16  # eight blocks
-    assert self_attention_flops(config, 2048, "ring") == 4 * 2 * 4 * 8 * 2048 * 2048
+    assert self_attention_flops(config, 2048, "blocks") == 4 * 2 * 4 * 8 * 2048 * 2048 * 9 // 16  # eight of them
+    assert self_attention_flops(config, 2048, "xla") == 4 * 2 * 4 * 8 * 2048 * 2048
     assert self_attention_flops(config, 2048, "splash") == 4 * 2 * 4 * 8 * 10 * 512 * 512
     assert self_attention_flops(config, 100, "splash") == 4 * 2 * 4 * 8 * 128 * 128
 
