@@ -116,8 +116,8 @@ DESK_TEMPLATE = Template(style="plain", prompt_format="{prompt}", response_prefi
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """batch_size: rows (RM: pairs; PPO: prompts). length: columns of a row (PPO: of a prompt). microbatches: splits of an
-    optimiser step. packed: several documents in a row. folded: training reads rows of different lengths two by two where
-    that saves columns (docs/performance.md); every width, a multiple of an eighth of the columns, is a program of its own."""
+    optimiser step. packed: several documents in a row. folded: training reads rows of different lengths two by two, and
+    predicts no token that does not count, where that saves columns (docs/performance.md); each shape is a program of its own."""
 
     batch_size: int
     length: int
