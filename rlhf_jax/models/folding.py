@@ -131,8 +131,8 @@ class Picked:
         return taken.reshape(*self.held.shape, *values.shape[2:])
 
     def put(self, values: Float[Array, "B N"]) -> Float[Array, "B S"]:
-        """In their old places, 0 where the mask is False; all NaN where more are True than there is room for: a training step
-        refuses them."""
+        """In their old places, 0 where the mask is False. In a block with more True entries than there is room for, those that had
+        a place are NaN: a training step refuses them."""
         blocks, places = (x.reshape(self.source.shape[0], -1) for x in (values, self.place))
         blocks = jnp.where(self.fits, blocks, jnp.nan)
         found: Array = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(blocks, places)
