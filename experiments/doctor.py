@@ -81,9 +81,10 @@ def run(
     rollout_mesh: MeshConfig | None = None,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
+    one_step_off: bool = False,
 ) -> None:
     """The parameters of the five training programs, under their names."""
-    del offload_optimizer  # the same programs on the same numbers
+    del offload_optimizer, one_step_off  # the same programs; the latter on numbers of an older policy
     bound_config()
     devices, rng = make_mesh(mesh), jax.random.key(seed, impl="threefry2x32")
     given: dict[str, Any] = {"steps": steps, "seed": seed, "batch": batch, "devices": devices, "rng": rng, "lora": lora}

@@ -76,6 +76,7 @@ def run(
     monitor: ScoreTexts | None = None,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
+    one_step_off: bool = False,
 ) -> None:
     """As in the training programs; what stands between ``prompts`` and ``lora`` has no effect on the programs and is accepted so
     that the file of a run can be planned as it is."""
@@ -93,6 +94,7 @@ def run(
         "length": batch.length,
         "devices": devices,
         "offload": offload_optimizer,
+        "ahead": one_step_off,
     }
     settings: programs.PPOSettings | programs.GRPOSettings
     if policy is not None and sampling and ppo and policy_optimizer and value_optimizer:
@@ -189,6 +191,7 @@ def _rollout_build(
     length: int,
     devices: list[jax.Device],
     offload: bool,
+    ahead: bool,
 ) -> plan.Build:
     """Of PPO and GRPO, assembled as train_ppo and train_grpo do it. length: of prompts."""
 
@@ -208,7 +211,7 @@ def _rollout_build(
             cast = load_cast(*sources, False, grid, rng, **needed, **shapes)
             state, functions = assemble_grpo(cast, chosen, template, grid, rng, born=born_abstract)
         cast.refuse_longer(length + chosen.sampling.max_new_tokens, "BatchConfig.length + max_new_tokens")
-        sizes = {"rows": candidate.rows, "prompt_length": length, "offload": offload}
+        sizes = {"rows": candidate.rows, "prompt_length": length, "offload": offload, "ahead": ahead}
         return grid, plan.rollout_phases(cast.models, cast.frozen, state, functions, chosen, grid, **sizes)
 
     return build

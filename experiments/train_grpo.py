@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
-import numpy as np
 
 from rlhf_jax import data, learn, rollout
 from rlhf_jax.models import LoraConfig
@@ -25,7 +24,8 @@ from rlhf_jax.run.cast import assemble_grpo, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
-from rlhf_jax.run.rewards import text_rewards
+from rlhf_jax.run.rewards import TextRewards
+from rlhf_jax.run.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
 from rlhf_jax.types import InputError, require_whole
 
 
@@ -51,12 +51,13 @@ def run(
     monitor: ScoreTexts | None = None,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
+    one_step_off: bool = False,
 ) -> None:
     """steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
     model) and reward_texts (its ``reward_key`` is the score). The rest as in train_ppo."""
     bound = bound_config()
-    if (reward is None) == (reward_texts is None):
-        raise InputError("run.reward, run.reward_texts: give exactly one")
+    texts = TextRewards.beside(reward, reward_texts, reward_key, monitor)
+    refuse_uncorrected(one_step_off, grpo, texts)
     require_whole("run.samples", samples, 2)
     if batch.batch_size % samples:
         raise InputError(f"BatchConfig.batch_size = {batch.batch_size}: give a multiple of run.samples = {samples}")
@@ -88,58 +89,57 @@ def run(
     state, functions = assemble_grpo(cast, settings, prompts.template, devices, train_rng)
     generate, score, prepare, update = functions
     home = placed(state.opt_state)
+    sampled = (generate, batches, devices, train_rng, state.params, cast.frozen)
+    rollouts = Rollouts(*sampled, one_step_off=one_step_off)
 
     # 3. The loop.
     inputs = [*cast.inputs, *prompts.as_inputs()]
     with open_run(run_dir, stage="grpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(prompts, encoded, none)
-        card = {"subtree": "params/policy", "base": cast.policy.input}
+        card = {"subtree": rollouts.within("params/policy"), "base": cast.policy.input}
         write_model_card(here.directory, cast.models.policy, tokenizer, prompts.template, **card)
-        state, host = here.restore(state, {"data": batches.get_state()})
+        saved, host = here.restore(rollouts.packed(state), {"data": batches.get_state()})
+        state = rollouts.unpacked(saved, keep=bool(here.resumed_step))
         batches.set_state(host["data"])
         for step in here.steps(here.resumed_step, steps):
-            sample_rng, order_rng = jax.random.split(jax.random.fold_in(train_rng, step))
-
             # 3.1 Sample.
             here.enter("rollout")
             state = asleep(state) if offload_optimizer else state
-            completions = jax.block_until_ready(
-                generate(state.params, to_global(next(batches), devices), sample_rng, cast.frozen)
-            )
+            completions = rollouts.take(step, state.params)
             replies = to_host(completions)
 
-            # 3.2 Score: log-probabilities, reward.
+            # 3.2 Score: log-probabilities, reward. The devices work while the hosts judge texts.
             here.enter("score")
-            new, most = replies.mask.sum(axis=1), sampling.max_new_tokens
-            rows = (replies.prompts.mask.sum(axis=1) + new, batch.length + most, new, most)
-            fold = batch.fold(cast.models.policy, 1, *rows)
-            scored = jax.block_until_ready(score(state.params, cast.frozen, completions, fold=fold))
+            rows = row_lengths(replies)
+            scored = score(state.params, cast.frozen, completions, fold=batch.fold(cast.models.policy, 1, *rows))
+            rollouts.begin(step + 1, state.params)
             here.enter("reward")
-            texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
-            if reward_texts is not None:
-                scored = scored.replace(scores=to_global(text_rewards(reward_texts(*texts), reward_key), devices))
-            watched = {} if monitor is None else {f"monitor/{key}": np.mean(v) for key, v in monitor(*texts).items()}
+            scores, watched = texts(replies, encoded.records, tokenizer)
+            here.enter("score")
+            scored = jax.block_until_ready(scored)
+            if scores is not None:
+                scored = scored.replace(scores=to_global(scores, devices))
 
             # 3.3 Advantages within each prompt's responses; is the sampler the scorer?
             here.enter("prepare")
             prepared, metrics = prepare(scored)
             measured = fetch(metrics)
-            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), grpo)
+            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), grpo, stale=rollouts.stale)
             learn.warn_if_kl_is_negative(step, measured.get("kl"), measured.get("kl_standard_error"))
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
             fold = batch.fold(cast.models.policy, grpo.minibatches * batch.microbatches, *rows)
             state = awake(state, home) if offload_optimizer else state
-            state, updated = update(state, prepared, order_rng, cast.frozen, fold=fold)
-            learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], grpo)
+            state, updated = update(state, prepared, step_keys(train_rng, step)[1], cast.frozen, fold=fold)
+            learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], grpo, stale=rollouts.stale)
 
             tokens = int(replies.mask.sum())
             timing = {"slot_use": tokens / int(replies.slot_steps.sum())}
             if not here.log(step, metrics | updated | watched, tokens=tokens, timing=timing, batch=prepared):
-                state = here.rolled_back(state)
+                state = rollouts.unpacked(here.rolled_back(rollouts.packed(state)), keep=False)
                 continue
-            here.save(step, state, {"data": batches.get_state()})
+            here.save(step, rollouts.packed(state), {"data": batches.get_state()})
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from rlhf_jax.run.cast import assemble, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
-from rlhf_jax.run.rewards import text_rewards
-from rlhf_jax.types import InputError
+from rlhf_jax.run.rewards import TextRewards
+from rlhf_jax.run.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
 
 
 @gin.configurable
@@ -53,14 +53,16 @@ def run(
     share_trunk: bool = False,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
+    one_step_off: bool = False,
 ) -> None:
     """steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
     ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
     share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
-    lora: train adapters on policy and value model. offload_optimizer: its state lies with the hosts but for updates."""
+    lora: train adapters on policy and value model. offload_optimizer: its state lies with the hosts but for updates.
+    one_step_off: sample the next rollout while texts are judged, by the policy before the update (docs/performance.md)."""
     bound = bound_config()
-    if (reward is None) == (reward_texts is None):
-        raise InputError("run.reward, run.reward_texts: give exactly one")
+    texts = TextRewards.beside(reward, reward_texts, reward_key, monitor)
+    refuse_uncorrected(one_step_off, ppo, texts)
     refuse_unused(batch, "packed")
     refuse_unused(loop, "evaluate_every")
     devices = make_mesh(mesh)
@@ -91,6 +93,8 @@ def run(
     state, functions = assemble(cast, settings, prompts.template, devices, train_rng)
     generate, score, prepare, update = functions
     home = placed(state.train.opt_state)
+    sampled = (generate, batches, devices, train_rng, state.train.params, cast.frozen)
+    rollouts = Rollouts(*sampled, one_step_off=one_step_off)
 
     # 3. The loop.
     inputs = [*cast.inputs, *prompts.as_inputs()]
@@ -101,48 +105,46 @@ def run(
             cast.models.policy,
             tokenizer,
             prompts.template,
-            subtree="train/params/policy",
+            subtree=rollouts.within("train/params/policy"),
             base=cast.policy.input,
         )
-        state, host = here.restore(state, {"data": batches.get_state()})
+        saved, host = here.restore(rollouts.packed(state), {"data": batches.get_state()})
+        state = rollouts.unpacked(saved, keep=bool(here.resumed_step))
         batches.set_state(host["data"])
         for step in here.steps(here.resumed_step, steps):
-            sample_rng, order_rng = jax.random.split(jax.random.fold_in(train_rng, step))
-
             # 3.1 Sample.
             here.enter("rollout")
             if offload_optimizer:
                 state = state.replace(train=asleep(state.train))
-            completions = jax.block_until_ready(
-                generate(state.train.params, to_global(next(batches), devices), sample_rng, cast.frozen)
-            )
+            completions = rollouts.take(step, state.train.params)
             replies = to_host(completions)
 
-            # 3.2 Score: log-probabilities, values, reward.
+            # 3.2 Score: log-probabilities, values, reward. The devices work while the hosts judge texts.
             here.enter("score")
-            new, most = replies.mask.sum(axis=1), sampling.max_new_tokens
-            rows = (replies.prompts.mask.sum(axis=1) + new, batch.length + most, new, most)
+            rows = row_lengths(replies)
             fold = batch.fold(cast.models.policy, 1, *rows)
-            scored = jax.block_until_ready(score(state.train.params, cast.frozen, completions, fold=fold))
+            scored = score(state.train.params, cast.frozen, completions, fold=fold)
+            rollouts.begin(step + 1, state.train.params)
             here.enter("reward")
-            texts = data.responses(replies, encoded.records, tokenizer) if reward_texts or monitor else None
-            if reward_texts is not None:
-                scored = scored.replace(scores=to_global(text_rewards(reward_texts(*texts), reward_key), devices))
-            watched = {} if monitor is None else {f"monitor/{key}": np.mean(v) for key, v in monitor(*texts).items()}
+            scores, watched = texts(replies, encoded.records, tokenizer)
+            here.enter("score")
+            scored = jax.block_until_ready(scored)
+            if scores is not None:
+                scored = scored.replace(scores=to_global(scores, devices))
 
             # 3.3 Rewards and advantages over the whole rollout; is the sampler the scorer?
             here.enter("prepare")
             prepared, metrics = prepare(scored, state.kl_coefficient)
             measured = fetch(metrics)
-            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), ppo)
+            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), ppo, stale=rollouts.stale)
             learn.warn_if_kl_is_negative(step, measured["kl"], measured["kl_standard_error"])
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
             fold = batch.fold(cast.models.policy, ppo.minibatches * batch.microbatches, *rows)
             train = awake(state.train, home) if offload_optimizer else state.train
-            train, updated = update(train, prepared, order_rng, cast.frozen, fold=fold)
-            learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo)
+            train, updated = update(train, prepared, step_keys(train_rng, step)[1], cast.frozen, fold=fold)
+            learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo, stale=rollouts.stale)
 
             # 3.5 Adapt the KL coefficient to what was measured.
             now, kl = jnp.asarray(to_host(state.kl_coefficient)), jnp.asarray(measured["kl"], jnp.float32)
@@ -153,9 +155,9 @@ def run(
             tokens = int(replies.mask.sum())
             timing = {"slot_use": tokens / int(replies.slot_steps.sum())}
             if not here.log(step, reported, tokens=tokens, timing=timing, batch=prepared):
-                state = here.rolled_back(state)
+                state = rollouts.unpacked(here.rolled_back(rollouts.packed(state)), keep=False)
                 continue
-            here.save(step, state, {"data": batches.get_state()})
+            here.save(step, rollouts.packed(state), {"data": batches.get_state()})
 
 
 if __name__ == "__main__":

@@ -183,7 +183,9 @@ class Rollout:
 
 @struct.dataclass
 class PolicyBatch:
-    """What the PPO update reads: a rollout with its (already whitened) advantages. All float32 [B, T] constants."""
+    """What the PPO update reads: a rollout with its (already whitened) advantages. All float32 [B, T] constants.
+
+    importance: weights of the policy loss, for samples that are not the scored policy's own; None = 1."""
 
     completions: Completions
     old_logprobs: Float[Array, "B T"]
@@ -191,6 +193,7 @@ class PolicyBatch:
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
     value_mask: Bool[Array, "B T"]
+    importance: Float[Array, "B T"] | None = None
 
 
 @struct.dataclass

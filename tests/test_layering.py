@@ -70,6 +70,8 @@ EXCEPTIONS = {
     "run/configurables.py": ALL | {"run", "testing"},
     "run/heldout.py": {"data", "evaluate", "parallel"},
     "run/records.py": {"types", "remote", "data"},
+    "run/rewards.py": {"types", "data", "rewards"},
+    "run/rollouts.py": {"types", "data", "parallel"},
     "run/models.py": {"types", "data", "io", "models", "parallel"},
     "run/cast.py": {"types", "data", "io", "learn", "models", "parallel", "programs", "rollout"},
 }

@@ -3,6 +3,7 @@
 from rlhf_jax.learn.epochs import minibatch_indices
 from rlhf_jax.learn.group import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
 from rlhf_jax.learn.guards import stop_if_not_identity, stop_if_sampler_differs, warn_if_kl_is_negative
+from rlhf_jax.learn.importance import ImportanceConfig
 from rlhf_jax.learn.optim import OptimizerConfig, make_optimizer, make_schedule, scale_by_adam_tf
 from rlhf_jax.learn.policy_gradient import (
     PPOConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "DPOConfig",
     "GRPOConfig",
     "GroupBatch",
+    "ImportanceConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PPOState",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import ops
 from rlhf_jax.learn.epochs import run_epochs
+from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
 from rlhf_jax.learn.policy_gradient import response_metrics
 from rlhf_jax.types import (
     Completions,
@@ -52,7 +53,7 @@ class GRPOConfig:
     reference, in the "loss" of every token or summed over the response in the "reward" (kl_in); 0: no reference is loaded,
     no KL measured. mask_truncated: responses cut at the limit are not learned from. drop_even_groups: neither are groups
     whose scores are all the same; without it they count with advantage 0. missing_eos_penalty, missing_eos, score_clip,
-    max_sampler_gap, max_identity_gap, max_kl, old_logprobs: as in PPOConfig.
+    max_sampler_gap, max_identity_gap, max_kl, old_logprobs, importance: as in PPOConfig.
     """
 
     epochs: int = 1
@@ -76,6 +77,7 @@ class GRPOConfig:
     max_identity_gap: float = 1e-3
     max_kl: float | None = None
     old_logprobs: Literal["scorer", "sampler"] = "scorer"
+    importance: ImportanceConfig | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -99,6 +101,7 @@ class GRPOConfig:
         least |= {name: low for name, low in optional.items() if getattr(self, name) is not None}
         for name, low in least.items():
             require_number(f"GRPOConfig.{name}", getattr(self, name), low)
+        refuse_double_counting("GRPOConfig", self.importance, self.old_logprobs)
         if self.ratio == "sequence" and self.reduction != "sequences":
             raise InputError(
                 "GRPOConfig.ratio = 'sequence': its loss is one number a response and needs reduction = 'sequences'"
@@ -120,7 +123,8 @@ class GroupBatch:
     """What the update reads; constants.
 
     old_logprobs, ref_logprobs: float32 [B, T] (ref_logprobs None without a reference). advantages: float32 [B], one for
-    all tokens of a response. counts: bool [B], False for responses that are not learned from.
+    all tokens of a response. counts: bool [B], False for responses that are not learned from. importance: float32 [B, T],
+    weights of the policy loss; None = 1.
     """
 
     completions: Completions
@@ -128,6 +132,7 @@ class GroupBatch:
     ref_logprobs: Float[Array, "B T"] | None
     advantages: Float[Array, "B"]  # noqa: F821
     counts: Bool[Array, "B"]  # noqa: F821
+    importance: Float[Array, "B T"] | None = None
 
 
 def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[GroupBatch, dict[str, Mean]]:
@@ -159,15 +164,17 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
         counts &= ~jnp.repeat(even, samples)
     metrics, usable = response_metrics(rollout, config)
     usable &= jnp.isfinite(advantages.sum())
+    weights, weighed = rollout_weights(rollout, config.importance)
     metrics |= {
         "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
         "score_shaped": Mean.of(scores),
         "score_within": Mean.of(grouped.std(axis=1, ddof=1)),
         "even_groups": Mean.of(even),
         "learned_from": Mean.of(counts),
+        **weighed,
     }
     advantages = jnp.where(usable, advantages, jnp.nan)
-    return GroupBatch(done, rollout.logprobs, rollout.ref_logprobs, advantages, counts), metrics
+    return GroupBatch(done, rollout.logprobs, rollout.ref_logprobs, advantages, counts, weights), metrics
 
 
 def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> LossFn:
@@ -193,7 +200,7 @@ def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> Lo
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
         )
-        parts = {"policy": policy}
+        parts = {"policy": policy if batch.importance is None else batch.importance * policy}
         if "kl" in config.coefficients:
             assert batch.ref_logprobs is not None
             parts["kl"] = ops.kl_estimate(logprobs, ops.zero_outside(batch.ref_logprobs, mask), config.kl_kind)

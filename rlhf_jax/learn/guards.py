@@ -20,19 +20,25 @@ class GapLimits(Protocol):
     def max_sampler_gap(self) -> float: ...
     @property
     def max_identity_gap(self) -> float: ...
+    @property
+    def old_logprobs(self) -> str: ...
 
 
-def stop_if_sampler_differs(step: int, gap: float | None, config: GapLimits) -> None:
-    """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. Raises RunStopped beyond the limit."""
-    if gap is not None and not gap <= config.max_sampler_gap:  # NaN too
+def stop_if_sampler_differs(step: int, gap: float | None, config: GapLimits, *, stale: bool = False) -> None:
+    """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. stale: an older policy sampled it, and the gap
+    is what it has learned since. Raises RunStopped beyond the limit."""
+    if not stale and gap is not None and not gap <= config.max_sampler_gap:  # NaN too
         raise RunStopped(
             f"step {step}: sampler and scorer differ by {gap:.2e} nats a token, limit "
             f"{type(config).__name__}.max_sampler_gap = {config.max_sampler_gap}: the ratio would be wrong"
         )
 
 
-def stop_if_not_identity(step: int, gap: float | None, config: GapLimits) -> None:
-    """gap: largest |log ratio| before the first update of an iteration. Raises RunStopped beyond the limit."""
+def stop_if_not_identity(step: int, gap: float | None, config: GapLimits, *, stale: bool = False) -> None:
+    """gap: largest |log ratio| before the first update of an iteration. stale: an older policy sampled; where its own
+    log-probabilities are the old ones, the first ratio is not 1. Raises RunStopped beyond the limit."""
+    if stale and config.old_logprobs == "sampler":
+        return
     if gap is not None and not gap <= config.max_identity_gap:  # NaN too
         raise RunStopped(
             f"step {step}: before the first update |log ratio| is {gap:.2e}, limit {type(config).__name__}.max_identity_gap "

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from rlhf_jax import ops
 from rlhf_jax.learn.epochs import run_epochs
+from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
 from rlhf_jax.types import (
     Completions,
     InputError,
@@ -48,7 +49,7 @@ class PPOConfig:
     which the run stops. max_identity_gap: largest |log ratio| allowed before the first update. max_kl: nats per response,
     mean over a rollout, beyond which the rollout is not learned from; None = no limit. old_logprobs: the policy's at the
     rollout, recomputed by the "scorer", or the "sampler"'s own, which saves a forward pass; the identity gap then is that
-    between sampler and update.
+    between sampler and update. importance: weights for samples that are not the scored policy's own; None = they are.
     """
 
     epochs: int = 4
@@ -76,6 +77,7 @@ class PPOConfig:
     max_identity_gap: float = 1e-3
     max_kl: float | None = None
     old_logprobs: Literal["scorer", "sampler"] = "scorer"
+    importance: ImportanceConfig | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -102,6 +104,7 @@ class PPOConfig:
             require_number(f"PPOConfig.{name}", getattr(self, name), low)
         for name in ("discount", "lam"):
             require_number(f"PPOConfig.{name}", getattr(self, name), 0.0, 1.0)
+        refuse_double_counting("PPOConfig", self.importance, self.old_logprobs)
         if self.kl_target == 0:
             raise InputError("PPOConfig.kl_target = 0: give nats above 0, or None for a fixed kl_coefficient")
 
@@ -126,7 +129,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     """Shaped rewards, advantages and returns of a whole rollout, and what to report of it.
 
     Metrics: score and its spread, KL (summed over the response, mean over rows) and its standard error, the
-    sampler-scorer gap, lengths, how many ended, explained variance of the value function.
+    sampler-scorer gap, lengths, how many ended, explained variance of the value function, the importance weights.
     A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
     advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
@@ -151,12 +154,14 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     spread = ops.masked_var(returns, values_at)
     metrics, usable = response_metrics(rollout, config)
     usable &= jnp.isfinite(jnp.stack([x.sum() for x in (kl, advantages, returns)])).all()
+    weights, weighed = rollout_weights(rollout, config.importance)
     metrics |= {
         "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
         "score_shaped": Mean.of(rewards.sum(axis=1)),
         "value": Mean.of(values, values_at),
         "return": Mean.of(returns, values_at),
         "explained_variance": Mean(1.0 - residual / jnp.maximum(spread, 1e-8), jnp.ones(())),
+        **weighed,
     }
     if config.whiten_advantages == "rollout":
         advantages = ops.whiten(advantages, mask, ddof=config.whiten_ddof)
@@ -167,6 +172,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         advantages=jnp.where(usable, ops.zero_outside(advantages, mask), jnp.nan),
         returns=returns,
         value_mask=values_at,
+        importance=weights,
     )
     return batch, metrics
 
@@ -237,6 +243,7 @@ def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
         )
+        policy = policy if batch.importance is None else batch.importance * policy
         value, value_clipped = ops.value_loss(
             ops.zero_outside(values, values_at), batch.old_values, batch.returns, config.value_clip
         )

@@ -13,6 +13,7 @@ from rlhf_jax.ops.advantages import (
     terminal_mask,
     value_mask,
 )
+from rlhf_jax.ops.importance import ImportanceUnit, OutsideBounds, bounded_importance, importance_weights
 from rlhf_jax.ops.kl import KLKind, adaptive_kl_coefficient, kl_estimate
 from rlhf_jax.ops.logprobs import Unembed, entropy_from_logits, hidden_logprobs, logprobs_and_entropy, token_logprobs
 from rlhf_jax.ops.losses import (
@@ -45,19 +46,23 @@ from rlhf_jax.ops.sampling import penalise_repetition, sample_tokens, token_keys
 __all__ = [
     "PREFERENCE_KINDS",
     "Convention",
+    "ImportanceUnit",
     "KLKind",
     "MissingEos",
+    "OutsideBounds",
     "PreferenceKind",
     "Unembed",
     "adaptive_kl_coefficient",
     "best_of_k_loss",
     "binary_label_loss",
+    "bounded_importance",
     "centring_penalty",
     "end_mask",
     "entropy_from_logits",
     "gae",
     "group_advantages",
     "hidden_logprobs",
+    "importance_weights",
     "kl_estimate",
     "kwise_loss",
     "last_true_index",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -156,9 +157,11 @@ def rollout_phases(
     rows: int,
     prompt_length: int,
     offload: bool = False,
+    ahead: bool = False,
 ) -> list[Phase]:
     """The four of an iteration of PPO or GRPO. frozen, state: shapes with shardings. rows: responses. offload: the
-    optimiser's state lies with the hosts except in the update (`programs.asleep`)."""
+    optimiser's state lies with the hosts except in the update (`programs.asleep`). ahead: with one_step_off the next rollout
+    is sampled beside the present one, which waits for its rewards, and itself waits from then on."""
     sampling, slots, microbatches = settings.sampling, settings.slots, settings.microbatches
     algorithm = settings.ppo if isinstance(settings, programs.PPOSettings) else settings.grpo
     train, controller = (state.train, (state.kl_coefficient,)) if isinstance(state, learn.PPOState) else (state, ())
@@ -175,11 +178,14 @@ def rollout_phases(
     scored: Rollout = produced(functions.score, params, frozen, completions)
     prepared = produced(lambda *given: functions.prepare(*given)[0], scored, *controller)
 
-    resident = {
+    resident: dict[str, Any] = {
         "parameters": params,
         "optimizer": (train.opt_state, train.step, train.rng, *controller),
         "frozen models": frozen,
     }
+    if ahead:
+        # Arrays of its own, beside those that a phase reads: memory is counted by identity.
+        resident["other rollout"] = jax.tree.map(copy.copy, completions)
     still = {kind: tree for kind, tree in resident.items() if not (offload and kind == "optimizer")}
     length, shards = prompt_length + new, _shards(mesh)
     tokens = rows * length
@@ -212,8 +218,9 @@ def rollout_phases(
     attention = analytic.attention_of(models.policy)
     generated = analytic.generate_flops(config, rows, prompt_length, new, attention)
     generated += 2 * tokens * analytic.adapter_weights(models.policy)
+    beside = still | {"other rollout": scored} if ahead else still
     return [
-        Phase("generate", functions.generate, (params, prompts, rng, frozen), still, tokens, generated, inside, new),
+        Phase("generate", functions.generate, (params, prompts, rng, frozen), beside, tokens, generated, inside, new),
         Phase("score", functions.score, (params, frozen, completions), still, tokens, scoring, {PASSING: max(passed)}),
         Phase("prepare", functions.prepare, (scored, *controller), still, tokens, 0, {}),
         Phase(

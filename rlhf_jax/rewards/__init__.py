@@ -1,6 +1,6 @@
 """Where a scalar comes from when no model gives it: programmatic rewards, functions of prompt rows, texts and endings."""
 
-from rlhf_jax.rewards.pool import RewardPool
+from rlhf_jax.rewards.pool import RewardPool, Score
 from rlhf_jax.rewards.sentiment import (
     SentimentCorpus,
     SentimentModel,
@@ -15,6 +15,7 @@ from rlhf_jax.rewards.support_desk import GoldScore, gold_score
 __all__ = [
     "GoldScore",
     "RewardPool",
+    "Score",
     "SentimentCorpus",
     "SentimentModel",
     "SentimentScorer",

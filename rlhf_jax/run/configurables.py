@@ -7,7 +7,7 @@ touches a device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import gin
@@ -19,10 +19,10 @@ from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
 from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.feedback import AnnotatorConfig
-from rlhf_jax.learn import DPOConfig, GRPOConfig, OptimizerConfig, PPOConfig
+from rlhf_jax.learn import DPOConfig, GRPOConfig, ImportanceConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, Fold, LoraConfig, Model, ModelConfig, RopeScaling, fold_of
 from rlhf_jax.parallel import MeshConfig
-from rlhf_jax.rewards import RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
+from rlhf_jax.rewards import RewardPool, Score, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop_config import LoopConfig
@@ -38,6 +38,7 @@ for _configurable in (
     Fault,
     Fields,
     GRPOConfig,
+    ImportanceConfig,
     LoraConfig,
     LoopConfig,
     MeshConfig,
@@ -287,8 +288,7 @@ def sentiment_prompts(
 
 # ---- rewards
 
-ScoreTexts = Callable[[Sequence[Mapping[str, Any]], Sequence[str], Sequence[bool]], dict[str, list[float]]]
-"""(prompt rows with "id", responses, ended) -> named scores, one number per response."""
+ScoreTexts = Score
 
 
 @gin.register

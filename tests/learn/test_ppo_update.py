@@ -334,7 +334,7 @@ def test_the_guards_stop_beyond_their_limit_and_on_nan():
 
 
 def test_every_field_of_the_configuration_is_known_here():
-    """A new field needs its test; the ones not in this file are in test_ppo_prepare.py or guards of train_ppo."""
+    """A new field needs its test; the others are in test_ppo_prepare.py, test_off_policy.py or guards of train_ppo."""
     here = {
         "epochs",
         "minibatches",
@@ -348,6 +348,6 @@ def test_every_field_of_the_configuration_is_known_here():
     there = {
         "discount", "lam", "kl_coefficient", "kl_kind", "kl_target", "kl_horizon", "terminal", "missing_eos_penalty",
         "missing_eos", "whiten_rewards", "whiten_advantages", "whiten_ddof", "score_clip", "max_sampler_gap", "max_identity_gap",
-        "max_kl", "old_logprobs",
+        "max_kl", "old_logprobs", "importance",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(PPOConfig)} == here | there

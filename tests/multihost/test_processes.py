@@ -27,7 +27,7 @@ from rlhf_jax.saved import find_step, read_arrays, read_manifest, saved_steps
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multihost
 DEVICES = 4
-STEPS = {"sft": 4, "reward": 3, "ppo": 3, "dpo": 2, "grpo": 2}
+STEPS = {"sft": 4, "reward": 3, "ppo": 3, "dpo": 2, "grpo": 2, "ahead": 3}
 PROGRAMS = {
     "sft": ("train_sft", "configs/smoke/base.gin", {"LoopConfig.evaluate_every": "2"}),
     "reward": (
@@ -38,6 +38,11 @@ PROGRAMS = {
     "ppo": ("train_ppo", "tests/multihost/ppo_gold.gin", {}),
     "dpo": ("train_dpo", "configs/smoke/dpo.gin", {"LoopConfig.evaluate_every": "2"}),
     "grpo": ("train_grpo", "configs/smoke/grpo.gin", {}),
+    "ahead": (
+        "train_grpo",
+        "configs/smoke/grpo.gin",
+        {"run.one_step_off": "True", "GRPOConfig.importance": "@ImportanceConfig()"},
+    ),
 }
 
 
@@ -50,7 +55,7 @@ def launch(
     given |= {"LoopConfig.tensorboard": "False", **{name.replace("__", "."): value for name, value in bindings.items()}}
     if stage != "sft":
         given["POLICY"] = repr(f"{base}/sft")
-    if stage == "grpo":
+    if stage in ("grpo", "ahead"):
         given["REWARD"] = repr(f"{base}/reward")
     if stage in ("reward", "dpo"):
         given["COMPARISONS"] = repr(str(write_comparisons(root / "comparisons.jsonl")))
@@ -92,7 +97,7 @@ def write_comparisons(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage as one process with four devices: SFT from scratch, a reward model of it, PPO of it with a reward that
-    the host computes, DPO of it, GRPO of it with that reward model."""
+    the host computes, DPO of it, GRPO of it with that reward model, and the same with rollouts one step ahead."""
     root = tmp_path_factory.mktemp("one")
     for stage in STEPS:
         finish(launch(1, stage, root, root))
@@ -122,7 +127,7 @@ def test_four_processes_are_one(one: Path, tmp_path: Path) -> None:
         assert (devices["processes"], devices["count"]) == (4, DEVICES)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "grpo"])
+@pytest.mark.parametrize("stage", ["dpo", "grpo", "ahead"])
 def test_two_processes_are_one(one: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their models come from URLs, and the first keeps a copy of the run directory at one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

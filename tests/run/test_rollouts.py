@@ -1,0 +1,120 @@
+"""Which policy samples which prompts, and what a checkpoint holds, with one_step_off and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import data, learn
+from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.run.rewards import TextRewards
+from rlhf_jax.run.rollouts import Ahead, Rollouts, refuse_uncorrected, row_lengths, step_keys
+from rlhf_jax.testing import completions, prompt_batch
+from rlhf_jax.types import Completions, InputError
+
+RNG = jax.random.key(5, impl="threefry2x32")
+NO_TEXTS, TEXTS = TextRewards(None, "", None), TextRewards(lambda *_: {}, "gold", None)
+
+
+@jax.jit
+def generate(params: Any, prompts: Any, rng: Any, frozen: Any) -> Completions:
+    """Every token is the number of the policy; the log-probability comes from the key, so that it can be told."""
+    del frozen
+    rows = prompts.tokens.shape[0]
+    tokens = jnp.full((rows, 2), params["version"], jnp.int32)
+    drawn = jax.random.uniform(rng, (rows, 2))
+    return Completions(prompts, tokens, jnp.ones((rows, 2), jnp.bool_), drawn, jnp.ones(rows, jnp.bool_))
+
+
+def rollouts(one_step_off: bool) -> tuple[Rollouts, Any]:
+    items = [[7 + index] for index in range(8)]
+    batches = data.prompt_batches(items, batch_size=2, length=3, seed=0, pad_id=0)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Rollouts(generate, batches, mesh, RNG, version(0), {}, one_step_off=one_step_off), batches
+
+
+def version(number: int) -> dict[str, Any]:
+    return {"version": jnp.int32(number)}
+
+
+def prompts_of(count: int) -> list[list[int]]:
+    """The prompts of the first ``count`` batches."""
+    _, batches = rollouts(False)
+    return [next(batches).prompt_id.tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("one_step_off", [False, True])
+def test_prompts_keys_and_policies(one_step_off):
+    """Policy k samples rollout k + 1, or, one step off, k + 2; prompts and keys are the same in both."""
+    ours, _ = rollouts(one_step_off)
+    sampled_by, stale, prompts = [], [], []
+    for step in range(1, 5):
+        done = ours.take(step, version(step - 1))
+        stale.append(ours.stale)
+        ours.begin(step + 1, version(step - 1))
+        sampled_by.append(int(done.tokens[0, 0]))
+        prompts.append(done.prompts.prompt_id.tolist())
+        np.testing.assert_array_equal(done.logprobs, jax.random.uniform(step_keys(RNG, step)[0], (2, 2)))
+    assert sampled_by == ([0, 0, 1, 2] if one_step_off else [0, 1, 2, 3])
+    assert stale == ([False, True, True, True] if one_step_off else [False] * 4)
+    assert prompts == prompts_of(4)
+
+
+def test_what_is_saved_and_taken_up_again():
+    ours, batches = rollouts(True)
+    empty = ours.packed("state")
+    assert {leaf.shape for leaf in jax.tree.leaves(empty.completions)} == {(2, 3), (2, 2), (2,)}
+    assert batches.get_state()["next_batch"] == 0  # a batch was looked at, not taken
+    assert ours.unpacked(empty, keep=False) == "state" and not ours.take(1, version(0)).prompts.seed
+    ours.begin(2, version(0))
+    saved, place = ours.packed("later"), batches.get_state()
+
+    other, theirs = rollouts(True)  # a process that resumes
+    theirs.set_state(place)
+    assert other.unpacked(saved, keep=True) == "later"
+    for mine in (ours, other):
+        assert mine.take(2, version(1)).tokens.tolist() == [[0, 0]] * 2 and mine.stale
+        assert mine.take(3, version(2)).prompts.prompt_id.tolist() == prompts_of(3)[2]
+
+    ours.begin(5, version(3))  # a rollback: the rollout that had begun is dropped, with its prompts
+    assert ours.unpacked(Ahead("back", saved.completions), keep=False) == "back"
+    assert ours.take(2, version(1)).tokens.tolist() == [[1, 1]] * 2 and not ours.stale
+
+
+def test_without_it_states_are_saved_as_they_are():
+    ours, _ = rollouts(False)
+    assert ours.packed("state") == ours.unpacked("state", keep=True) == "state"
+    assert ours.within("params/policy") == "params/policy" and rollouts(True)[0].within("a") == "state/a"
+
+
+def test_row_lengths():
+    done = completions(prompt_batch([[5, 5], [5]]), [(7, 2), (7,)], length=4)
+    lengths, columns, new, most = row_lengths(done)
+    assert (lengths.tolist(), columns, new.tolist(), most) == ([4, 2], 6, [2, 1], 4)
+
+
+def test_one_step_off_needs_a_correction_and_something_to_overlap():
+    weighted = learn.PPOConfig(importance=learn.ImportanceConfig())
+    for config in (weighted, learn.GRPOConfig(old_logprobs="sampler")):
+        refuse_uncorrected(True, config, TEXTS)
+        with pytest.raises(InputError, match="run.one_step_off: without run.reward_texts or run.monitor"):
+            refuse_uncorrected(True, config, NO_TEXTS)
+    for config in (learn.PPOConfig(), learn.GRPOConfig()):
+        refuse_uncorrected(False, config, NO_TEXTS)
+        with pytest.raises(
+            InputError, match=rf"weigh them with {type(config).__name__}.importance = @ImportanceConfig\(\)"
+        ):
+            refuse_uncorrected(True, config, TEXTS)
+    with pytest.raises(InputError, match="run.one_step_off = 1: give True or False"):
+        refuse_uncorrected(1, weighted, TEXTS)
+
+
+def test_rewards_of_texts_name_what_is_missing():
+    with pytest.raises(InputError, match="run.reward, run.reward_texts: give exactly one"):
+        TextRewards.beside(None, None, "gold", None)
+    with pytest.raises(InputError, match="run.reward, run.reward_texts: give exactly one"):
+        TextRewards.beside("model", lambda *_: {}, "gold", None)
