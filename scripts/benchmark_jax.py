@@ -249,8 +249,22 @@ def grpo_ragged() -> Once:
     return group_iteration(stops(SIZES, 20), 8)
 
 
-def group_iteration(ends: tuple[int, ...], least: int) -> Once:
-    """Of GRPO: sample, score, prepare, update; 4 prompts x 4. The reward is the length, computed on the host."""
+JUDGE_SECONDS = 4.0
+
+
+def grpo_judged() -> Once:
+    """The processors have nothing to do while the judge, a service elsewhere, reads."""
+    return group_iteration((), 0, judge=JUDGE_SECONDS)
+
+
+def grpo_ahead() -> Once:
+    """Meanwhile they sample the next iteration's replies, by the policy before this one's update."""
+    return group_iteration((), 0, judge=JUDGE_SECONDS, ahead=True)
+
+
+def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ahead: bool = False) -> Once:
+    """Of GRPO: sample, score, prepare, update; 4 prompts x 4. The reward is the length, computed on the host. judge: seconds
+    that something else takes for it. ahead: sample the next replies meanwhile."""
     policy = Model(CONFIG)
     models = rollout.RolloutModels(policy, None, None, None)
     config = learn.GRPOConfig(old_logprobs="sampler")
@@ -273,8 +287,11 @@ def group_iteration(ends: tuple[int, ...], least: int) -> Once:
 
     def once() -> tuple[float, float]:
         state = held["state"]
-        done = four.generate(state.params, prompts, jax.random.key(0))
+        done = held.pop("next", None) or four.generate(state.params, prompts, jax.random.key(0))
         lengths = np.asarray(done.mask).sum(axis=1)
+        if ahead:
+            held["next"] = four.generate(state.params, prompts, jax.random.key(0))
+        time.sleep(judge)
         fold = fold_of(64 + lengths, 16, 128, lengths, 64)
         scores = to_global(lengths.astype(np.float32), MESH)
         scored = four.score(state.params, frozen, done, fold=fold).replace(scores=scores)

@@ -51,6 +51,8 @@ ROWS = (
     Row(
         "grpo_ragged", "iterations", "the same, replies of 8..64 (each token ends one with probability 1/20)", ("trl",)
     ),
+    Row("grpo_judged", "iterations", "as grpo, with a judge elsewhere that takes 4 s for the replies of an iteration"),
+    Row("grpo_ahead", "iterations", "the same, the next rollout sampled meanwhile (run.one_step_off)"),
 )
 """The table in order. A new row: a line here, and a function of its name in benchmark_jax.py and in each peer's script."""
 
