@@ -6,8 +6,8 @@ The gin file is that of a train_ppo, train_grpo, train_sft, train_reward or trai
 three), or one with the models' sizes alone, as in configs/plan. --topology: CHIP:AxB or CHIP:AxBxC, *2 appended for two
 slices; or local, the devices of this machine, without a verdict. --json=FILE, --html=FILE, --markdown=FILE: the plan there
 as well. --search=N: compile the N most promising of many mesh shapes, microbatches and rows. --show_sharding: the rules of
-every strategy, and how every parameter lies, without compiling. Exit code 3: it does not fit; the message names the nearest
-change that would.
+every strategy, and how every parameter lies, without compiling; alone, of the file and the slice above. Exit code 3: it does
+not fit; the message names the nearest change that would.
 """
 
 from __future__ import annotations
@@ -230,6 +230,9 @@ def _supervised_build(
     stage = flags.FLAGS.stage
     if stage is None:
         raise InputError("--stage: say what the file trains: --stage=sft, --stage=reward or --stage=dpo")
+    for key, trains in {"run.dpo": "dpo", "run.centring": "reward"}.items():
+        if stage != trains and _is_bound(key):
+            raise InputError(f"--stage={stage}: the file binds {key}, which --stage={trains} reads; remove one")
 
     def build(candidate: plan.Candidate) -> tuple[jax.sharding.Mesh, list[plan.Phase]]:
         grid, rng = make_mesh(candidate.mesh, devices), jax.random.key(0)
@@ -247,6 +250,14 @@ def _supervised_build(
         return grid, plan.supervised_phases(loaded.model, loaded.params, adam, grid, **sizes, **own)
 
     return build
+
+
+def _is_bound(key: str) -> bool:
+    try:
+        gin.query_parameter(key)
+    except ValueError:
+        return False
+    return True
 
 
 def _with_remat(source: ModelSource | None, remat: plan.Remat | None) -> ModelSource | None:
@@ -290,5 +301,16 @@ def _write(path: str | None, text: str) -> None:
         Path(path).write_text(text)
 
 
+def _whole(arguments: list[str]) -> list[str]:
+    """--show_sharding alone is of the docstring's example, and says so."""
+    names = {argument.lstrip("-").partition("=")[0] for argument in arguments[1:]}
+    if "show_sharding" not in names or names & {"gin_file", "gin_bindings", "topology"}:
+        return arguments
+    example = ["--gin_file=configs/plan/llama3_8b_ppo.gin", "--topology=v5p:2x2x4"]
+    print(f"of {' '.join(example)}", file=sys.stderr)
+    return [*arguments, *example]
+
+
 if __name__ == "__main__":
+    sys.argv = _whole(sys.argv)
     launch(run)

@@ -23,7 +23,7 @@ from rlhf_jax.parallel import MeshConfig, make_mesh, on_all, to_global, to_host
 from rlhf_jax.programs import PPOSettings, asleep, awake, placed
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import assemble, load_cast
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_folded, refuse_unused
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.run.rewards import TextRewards
@@ -66,6 +66,7 @@ def run(
     refuse_unused(batch, "packed")
     refuse_unused(loop, "evaluate_every")
     devices = make_mesh(mesh)
+    refuse_folded(batch, devices)
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
     # 1. Models and prompts.

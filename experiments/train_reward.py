@@ -19,7 +19,7 @@ from rlhf_jax import data, learn, ops, programs
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_folded, refuse_unused
 from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
@@ -51,6 +51,7 @@ def run(
     if not centring >= 0:
         raise InputError(f"run.centring = {centring!r}: give a number >= 0")
     devices = make_mesh(mesh)
+    refuse_folded(batch, devices)
     init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
 
     # 1. Model and data.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import gin
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
@@ -148,11 +149,7 @@ class BatchConfig:
         target_columns: int = 0,
     ) -> Fold | None:
         """For a program that reads rows with these lengths, int [rows], in ``splits`` parts, on the devices of ``model``:
-        what `models.fold_of` says; None when not ``folded``. Raises InputError where columns are split over devices."""
-        if self.folded and model.constrain.parts("act_length") > 1:
-            raise InputError(
-                "BatchConfig.folded: rows are not folded where MeshConfig.sequence splits them; remove one"
-            )
+        what `models.fold_of` says; None when not ``folded``. Where columns are split over devices: `refuse_folded`."""
         rows, left = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
         return fold_of(lengths, rows, columns, targets, target_columns) if self.folded and not left else None
 
@@ -164,6 +161,12 @@ def refuse_unused(config: Any, *names: str) -> None:
         value = getattr(config, field.name)
         if field.name in names and value != field.default:
             raise InputError(f"{type(config).__name__}.{field.name} = {value!r}: has no effect here; remove it")
+
+
+def refuse_folded(batch: BatchConfig, mesh: Mesh) -> None:
+    """Raises InputError for rows that shall be folded where the mesh splits their columns."""
+    if batch.folded and mesh.shape["sequence"] > 1:
+        raise InputError("BatchConfig.folded: rows are not folded where MeshConfig.sequence splits them; remove one")
 
 
 def _one_message(text: str) -> tuple[Message, ...]:

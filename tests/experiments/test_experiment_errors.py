@@ -103,6 +103,18 @@ CASES = {
         ["OptimizerConfig.b1 = 1.5"],
         "--gin_bindings='OptimizerConfig.b1 = 1.5': OptimizerConfig.b1 = 1.5: give a number",
     ),
+    "stage of another program": Case(
+        "plan",
+        "dpo",
+        [],
+        "--stage=sft: the file binds run.dpo, which --stage=dpo reads; remove one",
+        ("--stage=sft", "--topology=local"),
+    ),
+    "rollouts of an older policy, uncorrected": Case(
+        *PPO,
+        ["run.one_step_off = True"],
+        "run.one_step_off: rollouts are of an older policy; weigh them with PPOConfig.imp",
+    ),
     "no steps": Case(*SFT, ["run.steps = 0"], "run.steps = 0: give a whole number >= 1"),
     "negative seed": Case(*SFT, ["SEED = -1"], "seed = -1: must lie in [0, 2**32)"),
     "a policy as the reward model": Case(
@@ -196,6 +208,7 @@ PLACES = {
     "sft": {"BASE": "base"},
     "completions": {"POLICY": "sft"},
     "reward": {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
+    "dpo": {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
     "ppo": {"POLICY": "sft", "REWARD": "reward"},
     "evaluate": {"BASE": "base", "SFT": "sft", "PPO": "ppo", "REWARD": "reward"},
 }

@@ -76,9 +76,3 @@ def test_rolled_back_rollouts_are_sampled_anew(chain: Path, begin, tmp_path: Pat
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[4]["sampler_gap"] < 1e-5 < lines[3]["sampler_gap"]  # of the policy as it is after the rollback
     assert lines[5]["sampler_gap"] > 1e-3
-
-
-def test_refused_before_anything_is_written(chain: Path, begin, tmp_path: Path) -> None:
-    _, err = finish(begin("train_ppo", "ppo", "refused", **places(chain)), 2)
-    assert "run.one_step_off: rollouts are of an older policy; weigh them with PPOConfig.importance" in err
-    assert "Traceback" not in err and not (tmp_path / "refused").exists()

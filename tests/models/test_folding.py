@@ -13,7 +13,7 @@ from rlhf_jax import learn, ops, programs, rollout
 from rlhf_jax.models import Fold, Model, Picked, fold_of
 from rlhf_jax.models.folding import fold
 from rlhf_jax.parallel import ActivationConstraint
-from rlhf_jax.run.configurables import BatchConfig
+from rlhf_jax.run.configurables import BatchConfig, refuse_folded
 from rlhf_jax.testing import completions, mesh_of, prompt_batch, tiny_model
 from rlhf_jax.types import InputError, TokenBatch
 
@@ -193,6 +193,7 @@ def test_a_fold_needs_rows_that_divide() -> None:
     assert folded.fold(model, 3, lengths, 8) is None
     split = Model(model.config, ActivationConstraint(mesh_of(data=4)))
     assert folded.fold(split, 1, lengths, 8) is None
-    columns_split = Model(model.config, ActivationConstraint(mesh_of(sequence=2)))
-    with pytest.raises(InputError, match=r"MeshConfig\.sequence"):
-        folded.fold(columns_split, 1, lengths, 8)
+    refuse_folded(folded, mesh_of(data=2))
+    refuse_folded(BatchConfig(4, 8), mesh_of(sequence=2))
+    with pytest.raises(InputError, match="BatchConfig.folded: rows are not folded where MeshConfig.sequence"):
+        refuse_folded(folded, mesh_of(sequence=2))
