@@ -105,7 +105,8 @@ def test_layers_that_slide_keep_only_their_window(layers, name, windowed):
     done = run(model, params, slots)
     expected = expected if slots.cache == "compute" else all_columns(model, params, slots)
     np.testing.assert_array_equal(done.tokens, expected.tokens)
-    np.testing.assert_allclose(done.logprobs, expected.logprobs, atol=1e-5)
+    # Sums in another order; how they round depends on the CPU (1.07e-5 at -3.475 was seen).
+    np.testing.assert_allclose(done.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_columns_of_a_windowed_cache():
