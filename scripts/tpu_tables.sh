@@ -21,7 +21,7 @@ plan() { # plan NAME CONFIG TOPOLOGY MACRO=VALUE...
 
 wanted=("$@")
 v6e=(MICROBATCHES=2 ROLLOUT_TENSOR=2)
-v5e=(ROWS=512 MICROBATCHES=1 ROLLOUT_TENSOR=8)
+v5e=(ROWS=512 MICROBATCHES=1 ROLLOUT_TENSOR=8 train/MeshConfig.fsdp=64 train/MeshConfig.data=4)
 plan llama3_8b_ppo_v5p_2x2x4 llama3_8b_ppo v5p:2x2x4
 plan llama3_8b_ppo_v6e_4x8 llama3_8b_ppo v6e:4x8 "${v6e[@]}"
 plan llama3_8b_ppo_v5e_16x16 llama3_8b_ppo v5e:16x16 "${v5e[@]}"

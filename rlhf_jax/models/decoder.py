@@ -22,6 +22,7 @@ from rlhf_jax.models.cache import KVCache, restored, stored
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
 from rlhf_jax.models.layout import Constrain
+from rlhf_jax.models.lookup import look_up
 from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
@@ -87,7 +88,7 @@ class Decoder(nnx.Module):
         self, tokens: Int32[Array, "B S"], positions: Int32[Array, "B S"], constrain: Constrain
     ) -> Float[Array, "B S D"]:
         config = self._config
-        rows = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(config.dtype)
+        rows = look_up(self.embed.embedding[...], tokens, config.dtype, constrain)
         if config.scale_embeddings:
             rows = rows * jnp.asarray(config.hidden_size**0.5, config.dtype)  # rounded first, as the reference does
         if config.positions == "learned":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.layout import Constrain
+from rlhf_jax.models.layout import Constrain, axis_names, scattered_sum
 from rlhf_jax.models.weights import drawn, precision_of
 
 
@@ -109,8 +108,8 @@ def _over_mesh(
     """
     batch, columns, _ = constrain.spec(("act_batch", "act_length", "act_embed"), x.shape)
     inner = constrain.spec(("experts", "act_embed", "expert_mlp"), kernels[0].shape)
-    holders, splits = _names(inner[0]), _names(inner[2])
-    shared = tuple(axis for axis in holders if axis in _names(batch))
+    holders, splits = axis_names(inner[0]), axis_names(inner[2])
+    shared = tuple(axis for axis in holders if axis in axis_names(batch))
     rows, outer = PartitionSpec(batch, columns, None), PartitionSpec(inner[0], inner[2], None)
 
     def local(x: Array, picked: Array, weights: Array, *kernels: Array) -> Array:
@@ -121,17 +120,12 @@ def _over_mesh(
         if sums := tuple(axis for axis in (*holders, *splits) if axis not in shared):
             out = jax.lax.psum(out, sums)
         for axis in reversed(shared):
-            out = jax.lax.psum_scatter(out, axis, tiled=True)
+            out = scattered_sum(out, axis, mesh)
         return out
 
     island = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, inner, inner, outer), out_specs=rows)
     summed: Array = island(x, picked, weights, *kernels)
     return summed
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def load_balancing_loss(routing: Routing, counts: Array) -> Float[Array, ""]:

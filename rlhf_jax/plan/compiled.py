@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.plan.analytic import leaf_bytes, tree_bytes
 from rlhf_jax.plan.chips import Chip
 from rlhf_jax.plan.cost import Cost, count
-from rlhf_jax.plan.hlo import parse_module
+from rlhf_jax.plan.hlo import Module, parse_module
+from rlhf_jax.plan.memory import leaf_bytes, tree_bytes
 from rlhf_jax.plan.phases import Phase
 from rlhf_jax.plan.program import Program, compile_program, digest
 
@@ -20,18 +19,20 @@ from rlhf_jax.plan.program import Program, compile_program, digest
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of HBM a chip. resident: by kind, all that stays there during the run. batch: arguments that come and go.
-    outputs: new ones (donated buffers are not). temporaries, code: as XLA reports them."""
+    outputs: new ones (donated buffers are not). tiles: what arguments take beyond their numbers, because a chip's memory holds
+    whole tiles. temporaries, code: as XLA reports them."""
 
     resident: dict[str, int]
     batch: int
     outputs: int
+    tiles: int
     temporaries: int
     code: int
 
     @property
     def peak(self) -> int:
         """All of it together."""
-        return sum(self.resident.values()) + self.batch + self.outputs + self.temporaries + self.code
+        return sum(self.resident.values()) + self.batch + self.outputs + self.tiles + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +96,17 @@ def compile_phase(phase: Phase, mesh: Mesh, chip: Chip | None, keep: Path | None
     usable = None if chip is None else chip.hbm_usable
     lowered = phase.function.lower(*phase.arguments)
     where = f"{mesh.devices.flat[0].device_kind} {mesh.shape} {[device.id for device in mesh.devices.flat]}"
-    program = compile_program(lowered, keep, where)
+    program = compile_program(lowered, keep, where, tpu=mesh.devices.flat[0].platform == "tpu")
     sha256, seconds = digest(lowered), program.seconds
     if program.problem:
-        problem, buffers = out_of_memory(program.problem)
-        known = buffers + _largest(phase)
-        return Report(phase, mesh.size, sha256, seconds, None, None, None, usable, problem, known)
-    cost = count(parse_module(program.text), dict(mesh.shape), phase.decoding)
-    memory = _memory(phase, program)
+        known = _largest(phase, program.largest)
+        return Report(phase, mesh.size, sha256, seconds, None, None, None, usable, program.problem, known)
+    module = parse_module(program.text)
+    cost = count(module, dict(mesh.shape), phase.decoding)
+    memory = _memory(phase, program, module)
     times = None if chip is None else roofline(cost, chip)
-    return Report(phase, mesh.size, sha256, seconds, memory, cost, times, usable, "", _largest(phase, memory))
+    known = _largest(phase, program.largest or [("temporaries of the program", program.temporaries)])
+    return Report(phase, mesh.size, sha256, seconds, memory, cost, times, usable, "", known)
 
 
 def roofline(cost: Cost, chip: Chip) -> Seconds:
@@ -112,38 +114,20 @@ def roofline(cost: Cost, chip: Chip) -> Seconds:
     return Seconds(cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, cost.moved_bytes / chip.ici_bandwidth)
 
 
-def _memory(phase: Phase, program: Program) -> Memory:
+def _memory(phase: Phase, program: Program, module: Module) -> Memory:
     resident = {kind: tree_bytes(tree) for kind, tree in phase.resident.items()}
     ids = {id(leaf) for leaf in jax.tree.leaves(dict(phase.resident))}
     batch = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(phase.arguments) if id(leaf) not in ids)
     outputs = max(0, program.outputs - program.aliased)
-    return Memory(resident, batch, outputs, program.temporaries, program.code)
+    given = [one for one in module.computations[module.entry].values() if one.opcode == "parameter"]
+    tiles = max(0, program.arguments - sum(array.bytes for one in given for array in one.arrays))
+    return Memory(resident, batch, outputs, tiles, program.temporaries, program.code)
 
 
-def _largest(phase: Phase, memory: Memory | None = None, most: int = 6) -> list[tuple[str, int]]:
-    """The largest things in HBM: temporaries as one, and arrays that stay."""
-    found = [] if memory is None else [("temporaries of the program", memory.temporaries)]
+def _largest(phase: Phase, temporaries: list[tuple[str, int]], most: int = 6) -> list[tuple[str, int]]:
+    """The largest things in HBM: temporaries and arrays that stay."""
+    found = list(temporaries)
     for kind, tree in phase.resident.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             found.append((f"{kind} {jax.tree_util.keystr(path, simple=True, separator='/')}", leaf_bytes(leaf)))
     return sorted(found, key=lambda pair: -pair[1])[:most]
-
-
-_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def out_of_memory(message: str) -> tuple[str, list[tuple[str, int]]]:
-    """(the first line, [(operation and shape, bytes)]) of XLA's report that a program needs more HBM than there is. When it
-    lists no buffers, how large the temporaries are together."""
-    lines = message.strip().splitlines()
-    first = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")
-    buffers = []
-    if whole := re.search(r"HLO temporaries \(([\d.]+)([BKMGT])\)", first):
-        buffers.append(("temporaries of the program", int(float(whole[1]) * _UNITS[whole[2]])))
-    for block in re.split(r"\n\s*(?=\d+\. Size: )", message)[1:]:
-        size = re.match(r"\d+\. Size: ([\d.]+)([BKMGT])", block)
-        shape, operation = re.search(r"Shape: (\S+)", block), re.search(r'op_name="([^"]*)"', block)
-        if size:
-            named = f"{operation[1] if operation else 'unnamed'} {shape[1].split('{')[0] if shape else ''}".strip()
-            buffers.append((named, int(float(size[1]) * _UNITS[size[2]])))
-    return first, buffers[:6]

@@ -48,7 +48,8 @@ def _memory_bars(reports: Sequence[Report]) -> str:
     for r in measured:
         assert r.memory is not None
         m = r.memory
-        parts = {**m.resident, "batch and outputs": m.batch + m.outputs, "temporaries": m.temporaries, "code": m.code}
+        parts = {**m.resident, "batch, outputs and tiles": m.batch + m.outputs + m.tiles}
+        parts |= {"temporaries": m.temporaries, "code": m.code}
         kinds |= dict.fromkeys(parts)
         rows.append((r.phase.name, parts))
     if not rows:

@@ -22,7 +22,7 @@ from rlhf_jax.parallel import (
     remake_mesh,
     tree_shardings,
 )
-from rlhf_jax.plan import analytic
+from rlhf_jax.plan import analytic, memory
 from rlhf_jax.rollout import RolloutModels
 from rlhf_jax.types import Completions, PairBatch, Params, PromptBatch, Rollout, TokenBatch, TrainState
 
@@ -46,7 +46,7 @@ class Phase:
     @property
     def analytic(self) -> int:
         """Bytes a chip, without compiling: what stays, and what is known of the temporaries."""
-        return analytic.tree_bytes(dict(self.resident)) + sum(size for size in self.inside.values() if size)
+        return memory.tree_bytes(dict(self.resident)) + sum(size for size in self.inside.values() if size)
 
 
 def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
@@ -77,23 +77,10 @@ def _shards(mesh: Mesh) -> int:
 PASSING = "gathered weights, one block, logits or head"
 
 
-def _learning(
-    models: list[Model], params: Params, mesh: Mesh, microbatches: int, rows: int, length: int, heads_at: int
-) -> dict[str, int | None]:
-    """Bytes a chip within the temporaries of a training step on ``rows`` sequences a chip: float32 gradients laid out as the
-    parameters, with several microbatches their sum as well; what waits for the backward pass; what passes."""
-    gradients = (2 if microbatches > 1 else 1) * analytic.tree_bytes(
-        jax.tree.map(lambda p: _float32(p.shape, p.sharding), params)
-    )
-    saved = [analytic.saved_bytes(one.config, rows, length) for one in models]
-    passing = [analytic.passing_bytes(one, rows, length, heads_at, mesh.shape, backward=True) for one in models]
-    kept = None if None in saved else sum(filter(None, saved))
-    return {"gradients": gradients, "activations": kept, PASSING: max(passing) + analytic.end_bytes(models, mesh.shape)}
-
-
-def _float32(shape: tuple[int, ...], sharding: Any) -> Any:
-    struct: Any = jax.ShapeDtypeStruct
-    return struct(shape, jnp.float32, sharding=sharding)
+def _learning(found: memory.Learning, copied: int = 0) -> dict[str, int | None]:
+    """By kind. copied: `memory.copied_bytes`, when the step is in a loop."""
+    parts: dict[str, int | None] = {"gradients": found.gradients, "activations": found.activations}
+    return parts | {"casts and copies": found.casts + copied, PASSING: found.passing}
 
 
 def supervised_phases(
@@ -131,9 +118,9 @@ def supervised_phases(
     forward = analytic.model_flops(model, sequences, length, length) + referred
     trained = analytic.training_flops(model, sequences, length, length) + referred
     held = max(1, sequences // _shards(mesh) // microbatches)
-    learning = _learning([model], state.params, mesh, microbatches, held, length, length)
+    learning = _learning(memory.learning([model], state.params, mesh.shape, microbatches, held, length, length))
     scored = max(1, sequences // _shards(mesh))
-    passing = {PASSING: analytic.passing_bytes(model, scored, length, length, mesh.shape, backward=False)}
+    passing = {PASSING: memory.scoring_bytes([(model, length)], scored, length, mesh.shape)}
     resident = {"parameters": state.params, "optimizer": (state.opt_state, state.step, state.rng)}
     if frozen:
         resident["frozen models"] = frozen
@@ -195,16 +182,17 @@ def rollout_phases(
     learners = [one for one in (models.policy, models.value) if one is not None]
     training = sum(analytic.training_flops(one, rows, length, new) for one in learners)
     held = max(1, rows // shards // algorithm.minibatches // microbatches)
-    whole = max(1, rows // shards)
-    passed = [
-        analytic.passing_bytes(one, whole, length, read, mesh.shape, backward=False)
-        for one, read in scorers
-        if one is not None
-    ]
+    read = [(one, columns) for one, columns in scorers if one is not None]
+    scored_bytes = memory.scoring_bytes(read, max(1, rows // shards), length, mesh.shape)
+    learnt = memory.learning(learners, params, mesh.shape, microbatches, held, length, new)
     sampled_on = mesh if rollout_mesh is None else rollout_mesh
     heads = sampled_on.shape["tensor"] if config.num_kv_heads % sampled_on.shape["tensor"] == 0 else 1
+    sampled = _shards(sampled_on)
     inside: dict[str, int | None] = {
-        "KV cache": analytic.cache_bytes(config, slots.slots or rows, length) // (_shards(sampled_on) * heads)
+        "KV cache": memory.cache_bytes(config, slots.slots or rows, length) // (sampled * heads),
+        PASSING: memory.block_bytes(
+            models.policy, max(1, rows // sampled), prompt_length, sampled_on.shape, backward=False
+        ),
     }
     if rollout_mesh is not None:
         copied = jax.eval_shape(
@@ -214,14 +202,14 @@ def rollout_phases(
         )
         owner = models.policy
         where = tree_shardings(owner.abstract(), owner.logical_axes(), rollout_mesh)
-        inside["rollout copy"] = analytic.tree_bytes(abstract_arrays(copied, where))
+        inside["rollout copy"] = memory.tree_bytes(abstract_arrays(copied, where))
     attention = analytic.attention_of(models.policy)
     generated = analytic.generate_flops(config, rows, prompt_length, new, attention)
     generated += 2 * tokens * analytic.adapter_weights(models.policy)
     beside = still | {"other rollout": scored} if ahead else still
     return [
         Phase("generate", functions.generate, (params, prompts, rng, frozen), beside, tokens, generated, inside, new),
-        Phase("score", functions.score, (params, frozen, completions), still, tokens, scoring, {PASSING: max(passed)}),
+        Phase("score", functions.score, (params, frozen, completions), still, tokens, scoring, {PASSING: scored_bytes}),
         Phase("prepare", functions.prepare, (scored, *controller), still, tokens, 0, {}),
         Phase(
             "update",
@@ -230,6 +218,6 @@ def rollout_phases(
             resident,
             tokens * algorithm.epochs,
             training * algorithm.epochs,
-            _learning(learners, params, mesh, microbatches, held, length, new),
+            _learning(learnt, memory.copied_bytes((params, train.opt_state))),
         ),
     ]

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -14,22 +15,29 @@ from typing import Any
 
 import jax
 
+from rlhf_jax.plan.buffers import read_assigned
 from rlhf_jax.types import InputError
+
+FORMAT = 2
+"""Of a program that is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """text: of the compiled program ("" when it did not fit). outputs: bytes a chip, donated buffers that come back
-    included; aliased: of these. temporaries, code: bytes a chip. seconds: that it took to compile. problem: what the
-    compiler said when it ran out of HBM, "" otherwise."""
+    """text: of the compiled program ("" when it did not fit). arguments, outputs: bytes a chip, tiles filled up, donated
+    buffers that come back included; aliased: of these. temporaries, code: bytes a chip. seconds: that it took to compile.
+    problem: what the compiler said when it ran out of HBM, "" otherwise. largest: (what, bytes) of the largest temporaries,
+    of a TPU."""
 
     text: str
+    arguments: int
     outputs: int
     aliased: int
     temporaries: int
     code: int
     seconds: float
     problem: str = ""
+    largest: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 
 
 def digest(lowered: Any) -> str:
@@ -37,18 +45,20 @@ def digest(lowered: Any) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
-def compile_program(lowered: Any, keep: Path | None = None, where: str = "") -> Program:
+def compile_program(lowered: Any, keep: Path | None = None, where: str = "", *, tpu: bool = False) -> Program:
     """Of ``jit(...).lower(...)``. keep: a directory of programs that were compiled before, by what was lowered, ``where``
-    (the slice and how its devices lie in the mesh) and the versions of the compiler; a new one is added."""
+    (the slice and how its devices lie in the mesh) and the versions of the compiler; a new one is added. tpu: it is for one,
+    see `plan.buffers`."""
     if keep is None:
-        return _compile(lowered)
-    versions = [jax.__version__, *(_version(name) for name in ("jaxlib", "libtpu"))]
+        return _compile(lowered, tpu)
+    versions = [str(FORMAT), jax.__version__, *(_version(name) for name in ("jaxlib", "libtpu"))]
     key = hashlib.sha256("\n".join([digest(lowered), where, *versions]).encode()).hexdigest()
     file = keep / f"{key}.json.gz"
     if file.exists():
         with gzip.open(file, "rt") as stream:
-            return Program(**json.load(stream))
-    program = _compile(lowered)
+            told = json.load(stream)
+        return Program(**told | {"largest": [(name, size) for name, size in told["largest"]]})
+    program = _compile(lowered, tpu)
     keep.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
     with gzip.open(unfinished, "wt", compresslevel=1) as stream:
@@ -64,17 +74,26 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _compile(lowered: Any) -> Program:
+def _compile(lowered: Any, tpu: bool) -> Program:
     began = time.monotonic()
-    try:
-        executable = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Program("", 0, 0, 0, 0, time.monotonic() - began, str(error))
-    seconds = time.monotonic() - began
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"compiler_options": {"xla_dump_to": folder}} if tpu else {}
+        executable, problem = None, ""
+        try:
+            executable = lowered.compile(**options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            problem = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        seconds = time.monotonic() - began
+        assigned = read_assigned(Path(folder)) if tpu else None
+    largest = [] if assigned is None else assigned.largest
+    if executable is None:
+        return Program("", 0, 0, 0, 0, 0, seconds, problem, largest)
     stats = executable.memory_analysis()
-    if stats is None:
+    if stats is None or (tpu and assigned is None):
         raise InputError("plan: the compiler reports no memory for these devices")
-    sizes = (stats.output_size_in_bytes, stats.alias_size_in_bytes, stats.temp_size_in_bytes)
-    return Program(executable.as_text(), *sizes, stats.generated_code_size_in_bytes, seconds)
+    arguments, outputs, aliased = (getattr(stats, f"{kind}_size_in_bytes") for kind in ("argument", "output", "alias"))
+    temporaries = stats.temp_size_in_bytes if assigned is None else assigned.total - arguments - (outputs - aliased)
+    code = stats.generated_code_size_in_bytes
+    return Program(executable.as_text(), arguments, outputs, aliased, temporaries, code, seconds, "", largest)

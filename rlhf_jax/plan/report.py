@@ -55,7 +55,7 @@ def tables(reports: Sequence[Report], where: Slice | None, tried: Sequence[Tried
 def _memory(reports: Sequence[Report]) -> Table:
     kinds = list(dict.fromkeys(kind for r in reports for kind in r.phase.resident))
     inside = list(dict.fromkeys(kind for r in reports for kind in r.phase.inside))
-    header = ("phase", "fits", *kinds, "batch", "outputs", "temporaries")
+    header = ("phase", "fits", *kinds, "batch", "outputs", "tiles", "temporaries")
     header += (*(f"of these: {kind} (analytic)" for kind in inside), "code", "peak", "analytic sum", "usable")
     rows = []
     for r in reports:
@@ -67,6 +67,7 @@ def _memory(reports: Sequence[Report]) -> Table:
         parts = [_gib(m.resident[kind]) if kind in m.resident else "host" for kind in kinds] + [
             _gib(m.batch),
             _gib(m.outputs),
+            _gib(m.tiles),
             _gib(m.temporaries),
         ]
         parts += [_gib(r.phase.inside.get(kind)) for kind in inside]

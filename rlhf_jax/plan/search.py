@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from rlhf_jax.parallel import AXES, ActivationConstraint, MeshConfig
-from rlhf_jax.plan.analytic import tree_bytes
+from rlhf_jax.plan.memory import tree_bytes
 from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.compiled import Report, compile_phase
 from rlhf_jax.plan.phases import Phase

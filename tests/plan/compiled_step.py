@@ -17,7 +17,7 @@ from weak_scaling import training_step
 
 from rlhf_jax import plan
 from rlhf_jax.parallel import MeshConfig, make_mesh, remake_mesh
-from rlhf_jax.plan.analytic import leaf_bytes, tree_bytes
+from rlhf_jax.plan.memory import leaf_bytes, tree_bytes
 
 
 def step(name: str, out: Path) -> None:

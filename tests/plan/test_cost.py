@@ -14,9 +14,10 @@ from rlhf_jax import rollout
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import ActivationConstraint
 from rlhf_jax.plan import count, parse_module
-from rlhf_jax.plan.analytic import cache_bytes, generate_flops
+from rlhf_jax.plan.analytic import generate_flops
 from rlhf_jax.plan.cost import convolution_flops, group_of, replica_groups
 from rlhf_jax.plan.hlo import Trips, arrays_of, trips
+from rlhf_jax.plan.memory import cache_bytes
 from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
 
 

@@ -181,8 +181,32 @@ def test_what_does_not_fit_ends_with_3_and_names_the_nearest_change(tmp_path: Pa
     step = told["phases"][0]
     assert not step["fits"] and step["largest"]
     last = stderr.splitlines()[-1]
-    assert last.startswith("stopped: ") and "sft step does not fit" in last and "largest: " in last
+    assert last.startswith("stopped: ") and "sft step does not fit" in last and "largest: temporary " in last
     assert "Nearest change: it fits with ModelConfig.remat = 'cheap'" in last
+
+
+def test_temporaries_are_what_the_compiler_holds_against_its_limit() -> None:
+    """tanh(a b) c of matrices of 1/2 GiB: beside three arguments and the output there is one product. With matrices of 8 GiB, 24 +
+    8 + 8 GiB are too much for a v5e, and the compiler says that it needs 40."""
+    program = """
+import jax, jax.numpy as jnp
+from rlhf_jax.plan import parse_slice
+from rlhf_jax.plan.program import compile_program
+device = jax.sharding.SingleDeviceSharding(parse_slice("v5e:2x4").devices()[0])
+product = jax.jit(lambda a, b, c: jnp.tanh(a @ b) @ c, in_shardings=device, out_shardings=device)
+def compiled(width):
+    matrix = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
+    return compile_program(product.lower(matrix, matrix, matrix), tpu=True)
+small, large = compiled(2**14), compiled(2**16)
+print(small.arguments / 2**30, small.outputs / 2**30, small.temporaries / 2**30, small.largest)
+print(large.problem, large.largest)
+"""
+    small, large = run("-c", program).stdout.splitlines()
+    arguments, outputs, temporaries, largest = small.split(" ", 3)
+    assert (float(arguments), float(outputs)) == (1.5, 0.5) and float(temporaries) == pytest.approx(0.5, abs=0.01)
+    assert "dot_general bf16[16384,16384]', 536870912)" in largest
+    assert "HLO temporaries (40.00G) exceeds available HBM (15.75G)" in large
+    assert "dot_general bf16[65536,65536]', 8589934592)" in large
 
 
 def test_libtpu_knows_every_kind_of_chip() -> None:

@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax import ops, rollout
 from rlhf_jax.models import empty_cache
 from rlhf_jax.models.cache import Quantised, restored, stored
-from rlhf_jax.plan.analytic import cache_bytes
+from rlhf_jax.plan.memory import cache_bytes
 from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate, refuse_unshared
 from rlhf_jax.rollout.slots import Job, first_fill, read_prompts
 from rlhf_jax.testing import prompt_batch, tiny_model
