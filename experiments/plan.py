@@ -83,6 +83,9 @@ def run(
     bound_config()
     del run_dir, seed, records, loop, reward_texts, reward_key, monitor
     where = _slice()
+    if where is not None:
+        # Programs for a slice that is not there can be written to JAX's cache, but not read: --keep is theirs.
+        jax.config.update("jax_enable_compilation_cache", False)
     chip, devices = (None, jax.devices()) if where is None else (where.chip, where.devices())
 
     # 1. How a candidate becomes phases, as shapes. The configured one is the first.

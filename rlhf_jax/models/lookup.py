@@ -28,7 +28,7 @@ def look_up(
     if mesh is None or all(mesh.shape[axis] == 1 for axis in holders):
         return jnp.take(table, tokens, axis=0).astype(dtype)
     batch, columns = constrain.spec(("act_batch", "act_length"), tokens.shape)
-    island = _Island(
+    island = Island(
         mesh, holders, axis_names(batch), axis_names(columns), table.shape[0], table.dtype, jnp.dtype(dtype)
     )
     held, placed = PartitionSpec(words, None), PartitionSpec(batch, columns)
@@ -51,7 +51,7 @@ def look_up(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Island:
+class Island:
     """What each device does. holders: mesh axes that split the table's words; batch, columns: those that split tokens. words,
     kept: of the whole table, and the dtype that it has; dtype: of rows.
 

@@ -60,13 +60,15 @@ def block_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: b
 
 
 def head_bytes(model: Model, rows: int, heads_at: int, mesh: Axes, *, backward: bool) -> int:
-    """The gathered head, a chunk of logits and, backward, the head's whole float32 gradient (none under adapters)."""
+    """A chunk of logits, backward the head's whole float32 gradient (none under adapters), and the head when its rows come from
+    other chips as no whole tiles: it is gathered and copied into place. In whole tiles it is multiplied on its way round the
+    ring."""
     config, tensor = model.config, mesh["tensor"]
     if not config.has_lm:
         return 0
     head, size = config.vocab_size * config.hidden_size, 4 if backward and model.lora is None else 0
-    if mesh["fsdp"] > 1:  # rows that come as no whole tiles are copied into place
-        size += config.dtype.itemsize * (2 if config.vocab_size // (mesh["fsdp"] * tensor) % SUBLANES else 1)
+    if mesh["fsdp"] > 1 and config.vocab_size // (mesh["fsdp"] * tensor) % SUBLANES:
+        size += 2 * config.dtype.itemsize
     return (head * size + 4 * rows * min(config.logits_chunk, heads_at) * config.vocab_size) // tensor
 
 

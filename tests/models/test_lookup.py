@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.models.lookup import _Island, look_up
+from rlhf_jax.models.lookup import Island, look_up
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, make_mesh
 
 WORDS, WIDTH = 16, 4
@@ -59,7 +59,7 @@ def _plain(mesh) -> bool:
 
 def test_the_less_travels() -> None:
     """16 words; four devices along fsdp with 4 tokens each make 16 rows, with 5 each 20."""
-    island = _Island(make_mesh(MeshConfig(data=2, fsdp=4)), ("fsdp", "tensor"), ("data", "fsdp"), (), 16, None, None)
+    island = Island(make_mesh(MeshConfig(data=2, fsdp=4)), ("fsdp", "tensor"), ("data", "fsdp"), (), 16, None, None)
     assert [island.table_travels(jnp.zeros((1, size))) for size in (4, 5)] == [False, True]
 
 
