@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.parallel import AXES, RULES, abstract_arrays, tree_shardings
 from rlhf_jax.parallel.rules import Rules
-from rlhf_jax.plan.memory import tree_bytes
 from rlhf_jax.plan.chips import GIB
+from rlhf_jax.plan.memory import tree_bytes
 from rlhf_jax.plan.phases import Phase
 from rlhf_jax.plan.report import Table
 from rlhf_jax.types import InputError
