@@ -60,14 +60,13 @@ def block_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: b
 
 
 def head_bytes(model: Model, rows: int, heads_at: int, mesh: Axes, *, backward: bool) -> int:
-    """A chunk of logits, backward the head's whole float32 gradient (none under adapters), and the head when its rows come from
-    other chips as no whole tiles: it is gathered and copied into place. In whole tiles it is multiplied on its way round the
-    ring."""
+    """A chunk of logits, backward the head's whole float32 gradient (none under adapters), and the head twice, gathered and copied
+    into place; not where its rows come in whole tiles round a ring of all chips: there it is multiplied on its way."""
     config, tensor = model.config, mesh["tensor"]
     if not config.has_lm:
         return 0
     head, size = config.vocab_size * config.hidden_size, 4 if backward and model.lora is None else 0
-    if mesh["fsdp"] > 1 and config.vocab_size // (mesh["fsdp"] * tensor) % SUBLANES:
+    if mesh["fsdp"] > 1 and (mesh["data"] > 1 or config.vocab_size // (mesh["fsdp"] * tensor) % SUBLANES):
         size += 2 * config.dtype.itemsize
     return (head * size + 4 * rows * min(config.logits_chunk, heads_at) * config.vocab_size) // tensor
 
@@ -136,6 +135,7 @@ def learning(
             (waiting + each, 0, table),
         ]
         waiting += 0 if summed else each
+        waiting += table // 2 if mesh["fsdp"] > SCATTERED else 0  # sums of whole tables wait for the optimiser
     gradients, activations, passing = max(moments, key=sum)
     return Learning(summed + gradients, None if None in saved else activations, casts, passing)
 

@@ -51,11 +51,12 @@ def test_a_block() -> None:
 
 def test_a_head() -> None:
     """A chunk of 8 columns of 3 rows' logits; over 4 chips the head comes in whole tiles of 8 rows, over 16 it does not: it and its
-    copy; backward its gradient."""
+    copy, as with copies of the parameters; backward its gradient."""
     model = Model(tiny_config(logits_chunk=8))
     logits = 4 * 3 * 8 * 64
     found = [head_bytes(model, 3, 10, over(fsdp), backward=False) - logits for fsdp in (1, 4, 16)]
     assert found == [0, 0, 8 * HEAD]
+    assert head_bytes(model, 3, 10, over(4, data=2), backward=False) == 8 * HEAD + logits
     assert head_bytes(model, 3, 10, over(4), backward=True) == 4 * HEAD + logits
     assert head_bytes(Model(tiny_config(head="scalar")), 3, 10, over(4), backward=True) == 0
 
@@ -90,6 +91,15 @@ def test_one_model_goes_backward_after_another() -> None:
     assert [found[parts].gradients for parts in (1, 2)] == [800, 1200]
     assert all((one.activations, one.casts, one.passing) == (kept, 0, block) for one in found.values())
     assert found[2].total == 1200 + kept + block
+
+
+def test_sums_of_tables_that_are_not_scattered_wait() -> None:
+    """A ring of 256: the first model's whole float32 sum beside the second's gradient and sum; what its block needs is less."""
+    models = [Model(tiny_config(remat=True, head="scalar", vocab_size=4096))] * 2
+    params = {name: jax.ShapeDtypeStruct((100,), jnp.float32) for name in ("policy", "value")}
+    found = learning(models, params, over(256), 1, 2, 10, 5)
+    table = 4096 * 16 * 4
+    assert (found.gradients, found.activations, found.passing) == (800 + table, 0, 2 * table)
 
 
 def test_short_rows_are_copied_in_whole_tiles() -> None:
