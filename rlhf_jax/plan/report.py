@@ -123,10 +123,16 @@ def seconds_a_token(reports: Sequence[Report]) -> float:
     return sum(r.seconds.bound for r in reports if r.seconds) / reports[0].phase.tokens
 
 
+def rank(reports: Sequence[Report]) -> tuple[bool, float, float]:
+    """Smaller is better: what fits, then the time a token to three digits, then the largest peak."""
+    peaks = [float("inf") if r.memory is None else r.memory.peak for r in reports]
+    return not all(r.fits for r in reports), float(f"{seconds_a_token(reports):.3g}"), max(peaks)
+
+
 def _tried(tried: Sequence[Tried]) -> Table:
-    """The best first: what fits, by its time a token."""
+    """The best first, by `rank`."""
     rows = []
-    for one in sorted(tried, key=lambda one: (not all(r.fits for r in one.reports), seconds_a_token(one.reports))):
+    for one in sorted(tried, key=lambda one: rank(one.reports)):
         wrong = [r.phase.name for r in one.reports if not r.fits]
         sizes = [r.memory.peak if r.memory is not None else None for r in one.reports]
         peak = _gib(max(size for size in sizes if size is not None)) if None not in sizes else "too much to compile"

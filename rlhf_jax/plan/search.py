@@ -16,7 +16,7 @@ from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.compiled import Report, compile_phase
 from rlhf_jax.plan.memory import tree_bytes
 from rlhf_jax.plan.phases import Phase
-from rlhf_jax.plan.report import seconds_a_token
+from rlhf_jax.plan.report import rank, seconds_a_token
 from rlhf_jax.types import InputError
 
 Remat = bool | Literal["cheap"]
@@ -206,9 +206,8 @@ def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: i
 
 
 def better(reports: list[Report], than: list[Report]) -> bool:
-    """Fitting beats not fitting, then the shorter time a token."""
-    fits, did = all(r.fits for r in reports), all(r.fits for r in than)
-    return fits and (not did or seconds_a_token(reports) < seconds_a_token(than))
+    """Fitting beats not fitting, then the shorter time a token, then the smaller peak."""
+    return rank(reports) < rank(than)
 
 
 def verdict(reports: list[Report]) -> str:

@@ -174,6 +174,8 @@ def test_the_better_plan_fits_and_then_is_faster(peaks: dict[str, int]) -> None:
     fast = [dataclasses.replace(slow[0], seconds=Seconds(0.0, slow[0].seconds.bound / 2, 0.0))]
     assert better(fast, slow) and not better(slow, fast)
     assert better(slow, [dataclasses.replace(fast[0], usable=peaks["remat"] - 1)])
+    fat = [dataclasses.replace(slow[0], memory=dataclasses.replace(slow[0].memory, code=slow[0].memory.code + 1))]
+    assert better(slow, fat) and not better(fat, slow)  # equally fast to three digits, but larger by a byte
 
 
 def test_shapes_only() -> None:
