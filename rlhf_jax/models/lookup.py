@@ -21,7 +21,7 @@ from rlhf_jax.models.layout import Constrain, axis_names, own_part, scattered_su
 def look_up(
     table: Float[Array, "V D"], tokens: Int32[Array, "B S"], dtype: Any, constrain: Constrain
 ) -> Float[Array, "B S D"]:
-    """table[tokens] in ``dtype``; the gradient of the table is summed in float32. Tokens must be words of the table."""
+    """``jnp.take(table, tokens, axis=0)`` in ``dtype``, NaN for what is no word; the table's gradient is summed in float32."""
     mesh = constrain.mesh
     words = constrain.spec(("vocab", "embed_table"), table.shape)[0] if mesh is not None else None
     holders = axis_names(words)
@@ -85,7 +85,8 @@ class Island:
             out = jax.lax.psum(out, sums)
         for axis in self.shared:
             out = scattered_sum(out, axis, self.mesh)
-        return out
+        known = (tokens >= -self.words) & (tokens < self.words)
+        return jnp.where(known[..., None], out, jnp.nan)
 
     def gradient(self, tokens: Array, rows: Array) -> Array:
         """Of a device's words [v, D]. rows: gradient of its rows."""
@@ -128,5 +129,7 @@ class Island:
     def _mine(self, tokens: Array, size: int) -> tuple[Array, Array]:
         """All tokens along the shared axes: their places among the ``size`` words that this device holds, and whether they
         are among them."""
-        here = self._gathered(tokens) - jax.lax.axis_index(self.holders) * size
+        tokens = self._gathered(tokens)
+        tokens = jnp.where(tokens < 0, tokens + self.words, tokens)  # counted from the end
+        here = tokens - jax.lax.axis_index(self.holders) * size
         return here, (here >= 0) & (here < size)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlhf_jax.models.layout import unconstrained
 from rlhf_jax.models.lookup import Island, look_up
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, make_mesh
 
@@ -55,6 +56,27 @@ def test_rows_are_the_same_and_gradients_are_summed_in_float32(config: MeshConfi
 
 def _plain(mesh) -> bool:
     return mesh.shape["fsdp"] * mesh.shape["tensor"] == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (8, 8)], ids=["rows travel", "the table travels"])
+def test_what_is_no_word_is_as_jnp_take_has_it(shape) -> None:
+    """From the end for negative ones, NaN beyond, no gradient for these."""
+    mesh, draw = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), np.random.default_rng(1)
+    table = draw.normal(size=(WORDS, WIDTH)).astype(np.float32)
+    tokens = draw.integers(0, WORDS, shape).astype(np.int32)
+    tokens[0, :2], tokens[3, 0], tokens[5, 1] = (-1, WORDS), 2 * WORDS, -WORDS - 1
+
+    def loss(table: jax.Array, constrain) -> tuple[jax.Array, jax.Array]:
+        rows = look_up(table, tokens, jnp.float32, constrain)
+        return jnp.nansum(rows**2), rows
+
+    expected = jax.value_and_grad(loss, has_aux=True)(table, unconstrained)
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(
+        jax.device_put(table, on(mesh, ("fsdp", "tensor"))), ActivationConstraint(mesh)
+    )
+    np.testing.assert_array_equal(found[0][1], expected[0][1])
+    assert np.isnan(expected[0][1][0, 1]).all() and not np.isnan(expected[0][1][0, 0]).any()
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
 
 
 def test_the_less_travels() -> None:
