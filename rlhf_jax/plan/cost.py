@@ -17,6 +17,8 @@ from rlhf_jax.plan.hlo import Array, Computation, Instruction, Module, trips
 from rlhf_jax.plan.kernels import splash_cost
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BETWEEN = "between slices"
+"""What stands for the mesh axes where a chip hands something to its host for the other slices."""
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier", "add-dependency", "custom-call", "domain"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
@@ -40,8 +42,8 @@ class Cost:
 
     @property
     def moved_bytes(self) -> float:
-        """Over all collectives."""
-        return float(sum(self.moved.values()))
+        """Over the links between the chips of a slice."""
+        return float(sum(sent for (_, axes), sent in self.moved.items() if axes != BETWEEN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,8 @@ class _Walk:
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES and not (fused and self.again(runners, one, kind)):
             self.collective(name, body, one, kind, times)
+        if one.opcode == "send":
+            self.between(body, one, times)
         if one.opcode == "convolution":
             self.cost.flops += times * convolution_flops(body, one)
         elif one.opcode == "dot":
@@ -150,6 +154,15 @@ class _Walk:
         }.get(kind, given * (size - 1) / size)
         self.cost.moved[kind, groups.axes] += times * sent  # type: ignore[assignment]  # a Counter of floats
         self.cost.counts[kind, groups.axes] += int(times)
+
+    def between(self, body: Computation, one: Instruction, times: float) -> None:
+        """The TPU compiler writes a collective over several slices as transfers to the host, whose runtime carries it out."""
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+        if found is None:
+            return
+        kind = found[1].lower().replace("_", "-")
+        self.cost.moved[kind, BETWEEN] += times * body[one.operands[0]].arrays[0].bytes  # type: ignore[assignment]  # as above
+        self.cost.counts[kind, BETWEEN] += int(times)
 
 
 def count(module: Module, axes: dict[str, int], decoding: int = 1) -> Cost:

@@ -15,7 +15,7 @@ from rlhf_jax.models import Model
 from rlhf_jax.parallel import ActivationConstraint
 from rlhf_jax.plan import count, parse_module
 from rlhf_jax.plan.analytic import generate_flops
-from rlhf_jax.plan.cost import convolution_flops, group_of, replica_groups
+from rlhf_jax.plan.cost import BETWEEN, convolution_flops, group_of, replica_groups
 from rlhf_jax.plan.hlo import Trips, arrays_of, trips
 from rlhf_jax.plan.memory import cache_bytes
 from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
@@ -341,3 +341,32 @@ def test_sampling_leaves_the_cache_where_it_is() -> None:
     moved = count(parse_module(text), dict(mesh.shape), decoding=7).moved
     one_row = cache_bytes(model.config, 1, 5)
     assert sum(moved.values()) < one_row
+
+
+def test_what_goes_to_other_slices_is_counted_apart() -> None:
+    """As libtpu writes it: 8 x 128 float32 to the host, in a loop of three; the token's send of another handler is none."""
+    text = """HloModule jit_f, num_partitions=16
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]) parameter(0)
+  %x = f32[8,128] get-tuple-element(%p), index=1
+  %t = token[] after-all()
+  %send = (f32[8,128], u32[], token[]) send(%x, %t), channel_id=4, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %other = (f32[8,128], u32[]{:S(2)}, token[]) send(%x, %t), channel_id=5, is_host_transfer=true
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %out = (s32[], f32[8,128]) tuple(%i, %x)
+}
+
+%condition (p: (s32[], f32[8,128])) -> pred[] {
+  %p = (s32[], f32[8,128]) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+
+ENTRY %main (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]) parameter(0)
+  ROOT %w = (s32[], f32[8,128]) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+    found = count(parse_module(text), {"data": 2, "fsdp": 8})
+    assert found.moved == {("all-reduce", BETWEEN): 3 * 8 * 128 * 4} and found.counts == {("all-reduce", BETWEEN): 3}
+    assert found.moved_bytes == 0
