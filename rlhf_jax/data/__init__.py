@@ -11,9 +11,9 @@ from rlhf_jax.data.encode import (
     encode_demonstration,
     encode_prompt,
     report,
-    stop_ids,
     truncate_by_lines,
 )
+from rlhf_jax.data.ends import Ends, response_ends, sampler_ends
 from rlhf_jax.data.hh_rlhf import hh_comparisons
 from rlhf_jax.data.packing import LENGTH_BUCKETS, Row, bucket_length, pack, stack_rows
 from rlhf_jax.data.pipeline import (
@@ -42,7 +42,7 @@ from rlhf_jax.data.records import (
 )
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
-from rlhf_jax.data.stop_strings import sampler_ends, stop_table
+from rlhf_jax.data.stop_strings import stop_table
 from rlhf_jax.data.templates import Template, render_prompt, render_reply
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "Encoded",
     "EncodedPair",
     "EncodedSet",
+    "Ends",
     "Fields",
     "Message",
     "Prompt",
@@ -86,11 +87,11 @@ __all__ = [
     "render_prompt",
     "render_reply",
     "report",
+    "response_ends",
     "responses",
     "sampler_ends",
     "split_by_prompt",
     "stack_rows",
-    "stop_ids",
     "stop_table",
     "token_batches",
     "truncate_by_lines",

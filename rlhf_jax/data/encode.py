@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from rlhf_jax.data.ends import response_ends
 from rlhf_jax.data.records import Comparison, Demonstration, Message, Prompt
 from rlhf_jax.data.templates import Template, render_prompt, render_reply, render_turns
 from rlhf_jax.types import InputError
@@ -230,28 +231,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
-def _stop(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, str]:
-    """(id, text) of the token that ends a reply."""
-    if template.stop_token is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                "the tokenizer has no end-of-sequence token; set Template.stop_token or tokenizer.eos_token"
-            )
-        return int(tokenizer.eos_token_id), str(tokenizer.eos_token)
-    ids = _ids(tokenizer, template.stop_token)
-    if len(ids) != 1:
-        raise InputError(
-            f"Template.stop_token {template.stop_token!r} is {len(ids)} tokens, not one; name a special token"
-        )
-    return ids[0], template.stop_token
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
-    """The ids a sampler must stop at: the token that ends a reply and, where it is another, the tokenizer's EOS."""
-    ends = (_stop(tokenizer, template)[0], tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
-
-
 def _reply(
     messages: Sequence[Message], text: str, ended: bool, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> list[int] | Skipped:
@@ -261,14 +240,14 @@ def _reply(
     ChatML writes "Paris.<|im_end|>\\n": a sampler stops at <|im_end|>, so the "\\n" is the next prompt's, not the
     reply's.
     """
-    stop, stop_text = _stop(tokenizer, template)
-    content = text.removesuffix(stop_text)
+    ends = response_ends(tokenizer, template)
+    content = text.removesuffix(ends.text)
     if not content.strip():
         return Skipped("reply is empty")
-    if stop_text in content:
+    if ends.text in content:
         return Skipped("end token inside the reply")
     ids = _ids(tokenizer, render_reply(messages, content, tokenizer, template))
-    return (ids[: ids.index(stop)] if stop in ids else ids) + [stop] * ended
+    return (ids[: ids.index(ends.written)] if ends.written in ids else ids) + [ends.written] * ended
 
 
 def _prompt(
@@ -278,7 +257,7 @@ def _prompt(
     ids: list[int] = []
     mask: list[bool] = []
     if every_turn:
-        stop, _ = _stop(tokenizer, template)
+        stop = response_ends(tokenizer, template).written
         for piece in render_turns(messages, tokenizer, template):
             piece_ids = _ids(tokenizer, piece.text)
             learned = (piece_ids.index(stop) + 1 if stop in piece_ids else len(piece_ids)) if piece.reply else 0

@@ -13,20 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.data.encode import stop_ids
-from rlhf_jax.data.templates import Template
 from rlhf_jax.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def sampler_ends(
-    tokenizer: PreTrainedTokenizerBase, template: Template, stop_strings: Sequence[str], vocab_size: int
-) -> dict[str, Any]:
-    """How replies end, as keyword arguments of `rollout.generate`: eos_ids, pad_id, stop_table."""
-    table = stop_table(stop_strings, tokenizer, vocab_size) if stop_strings else None
-    return {"eos_ids": stop_ids(tokenizer, template), "pad_id": tokenizer.pad_token_id, "stop_table": table}
 
 
 def stop_table(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import Encoded, Template, stop_ids
+from rlhf_jax.data import Encoded, Template, response_ends
 from rlhf_jax.doctor.findings import Finding, judge
 
 Tokenizer = Any
@@ -35,7 +35,8 @@ def text_checks(
         yield judge("lengths", False, words, "most of the data is not learned from: raise BatchConfig.length")
     yield from token_checks([document.tokens for document in documents], tokenizer)
     ends = [document.tokens[-1] for document in documents if document.loss_mask[-1]]
-    stops = np.mean([token in stop_ids(tokenizer, template) for token in ends]) if ends else 0.0
+    stop_ids = response_ends(tokenizer, template).ids
+    stops = np.mean([token in stop_ids for token in ends]) if ends else 0.0
     words = f"{stops:.0%} of the documents end in a stop token that is a target"
     if pairs:  # a reply that was cut off has none, and the reward model must learn that
         yield Finding("ok" if stops else "note", "end of reply", words)

@@ -21,7 +21,7 @@ from rlhf_jax.data import (
     encode_demonstration,
     encode_prompt,
     report,
-    stop_ids,
+    response_ends,
     truncate_by_lines,
 )
 from rlhf_jax.testing import byte_tokenizer
@@ -145,10 +145,10 @@ def test_a_sampler_stops_at_what_ends_a_reply() -> None:
     """Llama-3's <|eot_id|> is not its EOS: a sampler that waits for EOS alone runs to its limit."""
     tokenizer = byte_tokenizer()
     pad, eos = tokenizer.convert_tokens_to_ids(["<|pad|>", "<|eos|>"])
-    assert stop_ids(tokenizer, Template()) == (eos,)
-    assert stop_ids(tokenizer, Template(stop_token="<|pad|>")) == (pad, eos)
+    assert response_ends(tokenizer, Template()).ids == (eos,)
+    assert response_ends(tokenizer, Template(stop_token="<|pad|>")).ids == (pad, eos)
     tokenizer.eos_token = None
-    assert stop_ids(tokenizer, Template(stop_token="<|pad|>")) == (pad,)
+    assert response_ends(tokenizer, Template(stop_token="<|pad|>")).ids == (pad,)
 
 
 def test_stop_token_other_than_eos() -> None:
