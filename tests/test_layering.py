@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "types": set(),
     "saved": {"types"},
     "command": {"types"},
+    "parent_death": set(),
     "remote": {"types", "saved"},
     "ops": {"types"},
     "data": {"types", "remote"},
@@ -39,13 +40,13 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"types"},
     "rollout": {"types", "ops", "models"},
     "learn": {"types", "ops"},
-    "rewards": {"types", "ops", "data"},
+    "rewards": {"types", "ops", "data", "parent_death"},
     "feedback": {"types", "ops", "data"},
     "evaluate": {"types", "ops", "data"},
     "programs": {"types", "models", "learn", "rollout", "parallel"},
     "plan": {"types", "models", "learn", "rollout", "parallel", "io", "programs"},
     "io": {"types", "saved", "remote", "models", "parallel", "data"},
-    "run": {"types", "saved", "command", "remote"},
+    "run": {"types", "saved", "command", "remote", "parent_death"},
     "doctor": {"types", "saved", "data", "models", "learn", "rollout", "run"},
     "testing": ALL,  # shipped for the tests of users; nothing of ours may lean on it
 }

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from rlhf_jax.parent_death import parent_variable, tied_to_parent
+
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a program that saved and left because it was told to."""
-
-
-_TIED = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-"""Becomes the program in its arguments, which gets SIGTERM (15) when its parent ends however it ends: prctl(2),
-PR_SET_PDEATHSIG = 1, outlives exec. A kill -9 of the parent forwards nothing by itself."""
-
-
-def _tied_to_parent(command: Sequence[str]) -> list[str]:
-    return [sys.executable, "-S", "-c", _TIED, *command] if sys.platform == "linux" else list(command)
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], *, output: Path | None = None) -> int:
@@ -33,7 +21,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], *, output:
     SIGTERM and SIGINT that reach this process are passed on, and the child is waited for: an experiment finishes its
     step and saves. (``subprocess.run`` kills the child 0.25 s after Ctrl-C.) A child that succeeds nevertheless still
     counts as stopped, 128 + n: whoever asked wants no more children to start.
-    When this process is killed outright the child gets SIGTERM (on Linux).
+    However this process ends, the child gets SIGTERM (`rlhf_jax.parent_death`).
     output: a file that gets stdout and stderr, appended; None: those of this process.
     """
     received: list[int] = []
@@ -55,8 +43,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], *, output:
     try:
         # A group of its own: Ctrl-C in a terminal goes to the whole group, and two signals mean "exit at once".
         with subprocess.Popen(
-            _tied_to_parent(command),
-            env=environment,
+            tied_to_parent(command),
+            env={**environment, **parent_variable()},
             process_group=0,
             stdin=subprocess.DEVNULL,
             stdout=file,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from rlhf_jax.command import asks_for_help, parse_flags, usage
+from rlhf_jax.parent_death import watch_parent
 from rlhf_jax.run.cold_start import watch
 from rlhf_jax.run.config import parse
 from rlhf_jax.run.distributed import connect
@@ -94,4 +95,5 @@ def launch(run_fn: Callable[[], object]) -> None:
     place and the remedy, exit code 2; a guard's RunStopped in one line, exit code 3; anything else is a bug and keeps
     its traceback. ``--debug`` keeps every traceback.
     """
+    watch_parent()
     sys.exit(_launch(run_fn, sys.argv))

@@ -1,0 +1,103 @@
+"""Child processes that end with their parent, however the parent ends: an exit, a crash, a deadline or ``kill -9``.
+
+The one mechanism for reward workers (`end_with_parent`) and for programs that other programs start (`tied_to_parent`). Linux
+sends the signal itself (prctl(2), PR_SET_PDEATHSIG), also to a process that holds Python's lock in one long call. Elsewhere
+a thread of the child looks every `LOOK_EVERY` seconds whether its parent is still the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PR_SET_PDEATHSIG = 1
+LOOK_EVERY = 0.5
+VARIABLE = "RLHF_JAX_PARENT"
+"""Environment variable with the parent's process id, for a program that has to watch by itself."""
+
+_TIED = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
+if os.getppid() != int(sys.argv[1]):
+    sys.exit({128 + signal.SIGTERM})
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the program in its arguments; the setting outlives exec. A parent that died before it was made is seen too."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Names a process that starts others; goes with them (it can be pickled).
+
+    pid: its process id.
+    lasting: whether the thread that starts them lives as long as the process; Linux signals the end of that *thread*.
+    """
+
+    pid: int
+    lasting: bool
+
+
+def this_process() -> Parent:
+    """Returns what a child needs to know of the calling process. Call it in the thread that starts the child."""
+    return Parent(os.getpid(), threading.current_thread() is threading.main_thread())
+
+
+def end_with_parent(parent: Parent) -> None:
+    """Makes the calling process end at once, by SIGKILL, when ``parent`` ends. The first call of a worker.
+
+    Nothing is cleaned up: a worker keeps no state that has to be saved.
+    """
+    if sys.platform == "linux" and parent.lasting:
+        _set_death_signal(signal.SIGKILL)
+    else:
+        _watch(parent.pid, signal.SIGKILL)
+    if os.getppid() != parent.pid:  # it ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tied_to_parent(command: Sequence[str]) -> list[str]:
+    """Returns a command that runs ``command`` and sends it SIGTERM when the calling process ends.
+
+    The process id stays that of the program. Elsewhere than on Linux the program watches by itself: it is started with
+    `parent_variable` and calls `watch_parent`.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-S", "-c", _TIED, str(os.getpid()), *command]
+
+
+def parent_variable() -> dict[str, str]:
+    """Returns the environment of a program that `watch_parent` is to watch over; empty on Linux, where the kernel does."""
+    return {} if sys.platform == "linux" else {VARIABLE: str(os.getpid())}
+
+
+def watch_parent() -> None:
+    """Sends the calling process SIGTERM when the parent named in its environment ends; does nothing without one.
+
+    The variable is removed: children of this process have another parent.
+    """
+    pid = os.environ.pop(VARIABLE, "")
+    if pid.isdecimal():
+        _watch(int(pid), signal.SIGTERM)
+
+
+def _set_death_signal(number: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(number)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
+
+
+def _watch(pid: int, number: int) -> None:
+    def look() -> None:
+        while os.getppid() == pid:
+            time.sleep(LOOK_EVERY)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=look, name="parent", daemon=True).start()
