@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.data.token_bytes import response_text
 from rlhf_jax.types import Completions
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ def responses(
     real = ids >= 0
     rows = [{"id": records[i].id, "prompt": prompt_column(records[i].prompt)} for i in ids[real]]
     tokens, mask = np.asarray(completions.tokens)[real], np.asarray(completions.mask)[real]
-    texts = [
-        str(tokenizer.decode([int(token) for token in row[keep]], skip_special_tokens=True))
-        for row, keep in zip(tokens, mask, strict=True)
-    ]
+    texts = [response_text(row[keep], tokenizer) for row, keep in zip(tokens, mask, strict=True)]
     return rows, texts, np.asarray(completions.ended)[real].tolist()
 
 

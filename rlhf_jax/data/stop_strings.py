@@ -7,12 +7,12 @@ complete, is never left.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhf_jax.data.token_bytes import token_bytes
 from rlhf_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -39,39 +39,6 @@ def stop_table(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab
         table[:, longer] = over_bytes[table[:, longer], byte]
     table[:-1, lengths == 0] = 0
     return table
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """What each token adds to a text, as bytes; nothing for special tokens. Byte-level tokenizers (GPT-2's alphabet) and
-    those of SentencePiece (U+2581 for a space, <0x0A> for a byte). Raises InputError for other ones."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = {} if backend is None else json.loads(backend.to_str()).get("decoder") or {}
-    kinds = {decoder.get("type"), *(step["type"] for step in decoder.get("decoders", []))}
-    added = dict(tokenizer.added_tokens_decoder)
-    size = max([len(tokenizer) - 1, *added]) + 1
-    if "ByteLevel" in kinds:
-        alphabet = {character: byte for byte, character in enumerate(_byte_level_characters())}
-
-        def read(token: str) -> bytes:
-            return bytes(alphabet[character] for character in token)
-
-    elif kinds & {"ByteFallback", "Metaspace"}:
-
-        def read(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode()
-
-    else:
-        raise InputError(f"stop strings: no table for this tokenizer (decoder {decoder.get('type')}); use stop tokens")
-    pieces = []
-    for index in range(size):
-        token: Any = tokenizer.convert_ids_to_tokens(index)
-        if index in added:
-            pieces.append(b"" if added[index].special else added[index].content.encode())
-        else:
-            pieces.append(b"" if token is None else read(token))
-    return pieces
 
 
 def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
@@ -101,14 +68,3 @@ def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
     stop = len(going)
     renamed = np.array([number.get(node, stop) for node in range(len(children))], np.int32)
     return np.concatenate([renamed[table[going]], np.full((1, 256), stop, np.int32)])
-
-
-def _byte_level_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: itself where it can be printed, else one from
-    U+0100 on, in order (Radford et al. 2019, their encoder)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    characters, shifted = [], 256
-    for byte in range(256):
-        characters.append(chr(byte if byte in printable else shifted))
-        shifted += byte not in printable
-    return characters

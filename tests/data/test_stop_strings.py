@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import stop_table
-from rlhf_jax.data.stop_strings import token_bytes
+from rlhf_jax.data.token_bytes import token_bytes
 from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
 from rlhf_jax.types import InputError
 
@@ -67,14 +67,6 @@ def test_it_stops_where_a_search_in_the_bytes_so_far_first_finds_one(kind):
         assert first_stop(table, tokens) == expected
         found += expected is not None
     assert 50 < found <= 300 and len(usual) >= 5
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_bytes_of_tokens_are_the_text(text):
-    for kind in ("bytes", "byte-level BPE"):
-        tokenizer = TOKENIZERS[kind]
-        pieces = token_bytes(tokenizer)
-        assert b"".join(pieces[token] for token in tokenizer.encode(text)).decode() == text
 
 
 def test_special_tokens_and_padded_vocabulary_begin_anew():
