@@ -37,8 +37,8 @@ class Template:
     bos: when the rendering has no beginning-of-sequence token, "auto" puts one first if the tokenizer does so by
     itself,
     "always" puts one first, "never" adds none.
-    stop_token: the token that ends a reply, None = the tokenizer's EOS. A chat template that ends turns with another
-    token needs it named here ("<end_of_turn>"), or replies end with both.
+    stop_token: the token that ends a response. None: the special token that the chat template writes after a response
+    ("<end_of_turn>"), and the tokenizer's EOS where it writes none (`data.ends`).
     """
 
     style: Literal["chat", "plain", "raw"] = "chat"
@@ -95,6 +95,11 @@ def render_reply(
         full = _chat([*messages, Message("assistant", reply)], tokenizer, generation=False)
         return _remainder(full, prompt, tokenizer)
     return _plain_reply(reply, template)
+
+
+def render_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Render a whole conversation with the chat template, nothing to follow. Raises InputError as `render_prompt` does."""
+    return _chat(messages, tokenizer, generation=False)
 
 
 def render_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[Piece]:
