@@ -31,6 +31,7 @@ from rlhf_jax.evaluate.statistics import (
     wilson_interval,
 )
 from rlhf_jax.io import locate
+from rlhf_jax.messages import behind, printable
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
@@ -176,14 +177,14 @@ def _print(evaluation: dict) -> None:
     table = Table(title=f"{evaluation['prompts']} prompts: mean [95 % interval]")
     table.add_column("score")
     for policy in evaluation["policies"]:
-        table.add_column(policy["name"])
+        table.add_column(printable(policy["name"]))
     for key in evaluation["policies"][0]["scores"]:
         cells = [policy["scores"][key] for policy in evaluation["policies"]]
-        table.add_row(key, *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
-    console = Console()
+        table.add_row(printable(key), *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
+    console = Console(markup=False, emoji=False, file=behind(sys.stdout))
     console.print(table)
     for sentence in headlines(evaluation):
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(printable(sentence), soft_wrap=True)
 
 
 if __name__ == "__main__":

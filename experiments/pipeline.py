@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 
 from rlhf_jax.evaluate.report import write_report
+from rlhf_jax.files import field, read_object
 from rlhf_jax.run import (
     STOPPED,
     bound_config,
@@ -38,6 +39,7 @@ from rlhf_jax.run import (
 )
 from rlhf_jax.run.check_bindings import Command
 from rlhf_jax.run.check_bindings import check as check_bindings
+from rlhf_jax.run.cold_start import cache_environment
 from rlhf_jax.run.mirror import asked_url
 from rlhf_jax.run.provenance import FILE, changed_inputs, write_atomically
 from rlhf_jax.types import InputError, RunStopped
@@ -76,10 +78,7 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
     with lock(directory):
         record = _read_record(directory) | {"config": bound.config}
         # What compiles once compiles for every stage and every later start; a cache of the user's own comes first.
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-        } | os.environ
+        environment = cache_environment(directory)
         for number, stage in enumerate(stages, 1):
             print(f"[{number}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
             asked = fingerprint_asked(scan([stage.gin_file], bindings(stage, Path(), seed)))
@@ -152,11 +151,14 @@ def _refuse_foreign(directory: Path, names: Sequence[str]) -> None:
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
-    file = directory / RECORD
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {"stages": {}}
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: damaged ({error}); delete it: finished stages are then looked at again") from error
+    file, remedy = directory / RECORD, "delete it: finished stages are then looked at again"
+    if not os.path.lexists(file):
+        return {"stages": {}}
+    record = read_object(file, remedy)
+    for name, entry in field(record, "stages", dict, str(file), remedy).items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("asked"), str):
+            raise InputError(f"{file}: the entry of stage {name!r} is not what was written; {remedy}")
+    return record
 
 
 def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:

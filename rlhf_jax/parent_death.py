@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PR_SET_PDEATHSIG = 1
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask a program to save and leave."""
+STOPPED = tuple(128 + number for number in STOPPING)
+"""Exit codes of a program that saved and left because it was told to."""
 LOOK_EVERY = 0.5
 VARIABLE = "RLHF_JAX_PARENT"
 """Environment variable with the parent's process id, for a program that has to watch by itself."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import fsspec
 
+from rlhf_jax.files import read_object
 from rlhf_jax.saved import hash_file
 from rlhf_jax.types import InputError
 
@@ -141,4 +142,8 @@ def _is_whole(place: Path) -> bool:
     content = place / CONTENT
     if not content.is_file():
         return False
-    return all((place / n).is_file() and hash_file(place / n) == h for n, h in json.loads(content.read_text()).items())
+    try:
+        hashes = read_object(content)
+    except InputError:  # torn by a kill or a full disk: fetched again
+        return False
+    return all((place / name).is_file() and hash_file(place / name) == kept for name, kept in hashes.items())

@@ -4,7 +4,8 @@
 
 The first process's output is shown, the others' goes to LOGS/process_I.log. When one process ends with an error the others
 are stopped, within --grace seconds, and one line says which it was; exit code: its own. A signal to any process, or to this
-one, makes all save and leave at the same step (143 or 130). The same command goes on from the last checkpoint. --devices:
+one, makes all save and leave at the same step (143, 130 or 129); a second signal makes them leave at once. However this
+program ends, they end too. The same command goes on from the last checkpoint. --devices:
 pretended devices of each process (CPU).
 """
 
@@ -18,16 +19,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from rlhf_jax.command import parse_flags, usage
+from rlhf_jax.command import error_line, exit_code_for, finish, parse_flags, usage
+from rlhf_jax.messages import steady_output
+from rlhf_jax.parent_death import STOPPED, STOPPING, parent_variable, tied_to_parent
 from rlhf_jax.types import InputError
 
 FLAGS = ("processes", "devices", "grace", "logs")
-LEFT_AFTER_A_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 flags.DEFINE_integer("processes", 2, "How many processes.", lower_bound=1)
 flags.DEFINE_integer("devices", 0, "Pretended CPU devices of each process; 0: leave the platform alone.", lower_bound=0)
 flags.DEFINE_float("grace", 30.0, "Seconds that the others get to stop before they are killed.", lower_bound=0.0)
@@ -69,7 +72,7 @@ def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
         if not any(codes):
             if None not in codes:
                 return 0
-        elif all(code in (None, 0, *LEFT_AFTER_A_SIGNAL) for code in codes):
+        elif all(code in (None, 0, *STOPPED) for code in codes):
             left = left or time.monotonic()
             index, code = next((index, code) for index, code in enumerate(codes) if code)
             if None not in codes:
@@ -80,7 +83,7 @@ def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
                 stop(processes, grace)
                 return code
         else:
-            index, code = next((i, c) for i, c in enumerate(codes) if c and c not in LEFT_AFTER_A_SIGNAL)
+            index, code = next((i, c) for i, c in enumerate(codes) if c and c not in STOPPED)
             say(f"process {index} ended with {describe(code)}; stopping the others")
             stop(processes, grace)
             return code if code > 0 else 128 - code
@@ -110,32 +113,64 @@ def stop(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
             process.wait()
 
 
-def main(argv: list[str]) -> int:
-    if "--" not in argv:
-        print(usage(__doc__ or "", FLAGS))
-        return 0 if "--help" in argv else 2
-    at = argv.index("--")
-    try:
-        parse_flags(argv[:at])
-        if not argv[at + 1 :]:
-            raise InputError("nothing after --: name a script and its flags")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def start(command: list[str], index: int, logs: Path) -> subprocess.Popen[bytes]:
+    """One process; the first one's output is shown. It ends with this program. Its group is its own: Ctrl-C in a terminal
+    goes to the whole foreground group, and with what is passed on that would be a second signal, which saves nothing."""
+    output = None if index == 0 else (logs / f"process_{index}.log").open("wb")
+    return subprocess.Popen(
+        tied_to_parent(command),
+        env={**environment(), **parent_variable()},
+        process_group=0,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+    )
+
+
+def launch(command: list[str]) -> int:
+    """Exit code; see the top of this file."""
+    if not command:
+        raise InputError("nothing after --: name a script and its flags")
     logs = Path(flags.FLAGS.logs or tempfile.mkdtemp(prefix="launch_"))
     logs.mkdir(parents=True, exist_ok=True)
     count, port = flags.FLAGS.processes, free_port()
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    for number in STOPPING:  # every process saves and leaves at the same step
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     for index in range(count):
-        command = [sys.executable, *argv[at + 1 :], f"--distributed=localhost:{port},{count},{index}"]
-        output = None if index == 0 else (logs / f"process_{index}.log").open("wb")
-        processes.append(subprocess.Popen(command, env=environment(), stdout=output, stderr=output))
-    for number in (signal.SIGTERM, signal.SIGINT):  # every process saves and leaves at the same step
-        signal.signal(number, lambda got, _: [p.send_signal(got) for p in processes if p.poll() is None])
+        words = [sys.executable, *command, f"--distributed=localhost:{port},{count},{index}"]
+        processes.append(start(words, index, logs))
+        for number in received:  # came while this one was started
+            processes[-1].send_signal(number)
     code = supervise(processes, flags.FLAGS.grace)
     if code:
         say(f"the other processes' output: {logs}")
     return code
+
+
+def main(argv: list[str]) -> int:
+    steady_output()
+    if "--" not in argv:
+        print(usage(__doc__ or "", FLAGS))
+        return finish(0 if "--help" in argv else 2)
+    at = argv.index("--")
+    try:
+        parse_flags(argv[:at])
+        return launch(argv[at + 1 :])
+    except Exception as error:
+        code = exit_code_for(error)
+        if code is None:
+            raise
+        print(error_line(error), file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

@@ -39,8 +39,11 @@ from rich.table import Table
 
 from rlhf_jax.command import run_command
 from rlhf_jax.evaluate.statistics import Interval, across_seeds
+from rlhf_jax.files import field, read_object
+from rlhf_jax.messages import behind, printable
 from rlhf_jax.run import STOPPED, fingerprint_asked, lock, make_directory, run_child, scan, settable
 from rlhf_jax.run.check_bindings import Command, check
+from rlhf_jax.run.cold_start import cache_environment
 from rlhf_jax.run.provenance import changed_inputs, write_atomically
 from rlhf_jax.run.sweep import PlannedRun, expand, final_metrics, plan
 from rlhf_jax.types import InputError
@@ -99,13 +102,9 @@ def execute(run: PlannedRun, out: Path) -> Record:
     """Run it to its end; returns its entry of sweep.json. Its output goes to logs/NAME.log."""
     log = out / "logs" / f"{run.name}.log"
     log.parent.mkdir(exist_ok=True)
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(out / "compilation_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-    } | os.environ
     began = time.monotonic()
-    code = run_child(command_of(run, out), environment, output=log)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    code = run_child(command_of(run, out), cache_environment(out), output=log)
+    lines = last_lines(log)
     return {
         "state": "done" if code == 0 else "half done" if code in STOPPED else "failed",
         "exit_code": code,
@@ -113,6 +112,14 @@ def execute(run: PlannedRun, out: Path) -> Record:
         "message": lines[-1] if code and lines else "",
         "asked": fingerprint_asked(scan(FLAGS.gin_file, bindings_of(run, None))),
     }
+
+
+def last_lines(log: Path) -> list[str]:
+    """The lines with something on them in the last 64 KiB of a log: it may be larger than memory."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        text = file.read().decode(errors="replace")
+    return [printable(line) for line in text.splitlines() if line.strip()]
 
 
 # ---- the sweep
@@ -144,11 +151,16 @@ def read_record(out: Path) -> Record:
         if found:
             raise InputError(f"{out}: not empty and not a sweep ({found[0]} is there); give another --out")
         return {"experiment": FLAGS.experiment, "runs": {}}
-    try:
-        record: Record = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: damaged ({error}); delete it: finished runs are then looked at again") from error
-    if record["experiment"] != FLAGS.experiment:
+    remedy = "delete it: finished runs are then looked at again"
+    record: Record = read_object(file, remedy)
+    runs = field(record, "runs", dict, str(file), remedy)
+    kinds = {"state": str, "exit_code": int, "seconds": (int, float), "message": str, "asked": str}
+    for name, entry in runs.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{file}: the entry of run {name!r} is no object; {remedy}")
+        for key, kind in kinds.items():
+            field(entry, key, kind, f"{file}: run {name!r}", remedy)
+    if field(record, "experiment", str, str(file), remedy) != FLAGS.experiment:
         raise InputError(f"{out}: a sweep over {record['experiment']}, not {FLAGS.experiment}; give another --out")
     return record
 
@@ -182,9 +194,12 @@ def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
 
 def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
     """Write summary.json and summary.csv, print the table. Raises InputError for a metric that there is not."""
-    done = {
+    finished = {
         run.name: final_metrics(out / run.name, FLAGS.average) for run in runs if state_of(run, out, record) == "done"
     }
+    for problem in [problem for measured in finished.values() for problem in measured.problems]:
+        print(f"warning: {problem}", file=sys.stderr)
+    done = {name: measured.metrics for name, measured in finished.items()}
     settings = []
     for name in dict.fromkeys(run.setting for run in runs):
         own = [run for run in runs if run.setting == name]
@@ -204,6 +219,9 @@ def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
     written = [s | {"metrics": {m: _as_json(found) for m, found in s["metrics"].items()}} for s in settings]
     each = [{"name": r.name, "seed": r.seed, "state": state_of(r, out, record)} for r in runs]
     each = [entry | {"metrics": done.get(entry["name"])} for entry in each]
+    for entry in each:
+        if entry["name"] in finished and finished[entry["name"]].problems:
+            entry["problems"] = finished[entry["name"]].problems
     summary = {"experiment": FLAGS.experiment, "average": FLAGS.average, "settings": written, "runs": each}
     write_atomically(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     unknown = [metric for metric in FLAGS.metrics if names and metric not in names]
@@ -226,7 +244,7 @@ def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> N
     """Settings down, metrics across: mean [95 % interval over seeds]."""
     table = Table(title=f"{FLAGS.experiment}: mean [95 % interval over seeds]")
     for column in ("setting", "runs", *metrics):
-        table.add_column(column)
+        table.add_column(printable(column))
     for setting in settings:
         cells = []
         for metric in metrics:
@@ -235,8 +253,8 @@ def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> N
         count = (
             f"{setting['done']}" if setting["done"] == setting["runs"] else f"{setting['done']} of {setting['runs']}"
         )
-        table.add_row(setting["name"], count, *(cell.replace("[nan, nan]", "") for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(printable(setting["name"]), count, *(cell.replace("[nan, nan]", "") for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, file=behind(sys.stdout)).print(table)
 
 
 # ---- command line

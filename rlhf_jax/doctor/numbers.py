@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import learn, rollout
 from rlhf_jax.doctor.findings import Finding, judge
+from rlhf_jax.files import read_object
 from rlhf_jax.models import Model
 from rlhf_jax.types import LossFn, Params, TokenBatch
 
@@ -75,7 +75,7 @@ def memory_check(state: Any, extra: Any) -> Finding:
 def probe_check(run_dir: Path, model: Model, params: Params) -> Finding:
     """A reward model must score its stored probe as it did when it was trained."""
     file = run_dir / "reward_normalisation.json"
-    numbers = json.loads(file.read_text()) if file.is_file() else {}
+    numbers = read_object(file) if file.is_file() else {}
     if "probe" not in numbers:
         return Finding("note", "reward model", f"{run_dir} keeps no probe (trained by an older version): not compared")
     probe = numbers["probe"]

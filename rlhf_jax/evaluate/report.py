@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from rlhf_jax.files import read_object
+from rlhf_jax.metric_files import read_metrics
 from rlhf_jax.types import InputError
 
+AGAIN = "run the stage again"
 _CURVES = (
     "loss",
     "heldout/loss",
@@ -43,6 +46,7 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 {% for s in stages %}<tr><td>{{ s.name }}<td>{{ s.steps }}<td>{{ s.seconds }}<td>{{ s.last }}<td>{{ s.inputs }}
 <td>{{ s.seed }}<td>{{ s.commit }}</tr>
 {% endfor %}</table>
+{% for s in stages %}{% for problem in s.problems %}<p>Problem: {{ problem }}</p>{% endfor %}{% endfor %}
 {% if policies %}<h2>{{ prompts }} prompts: mean [95 % interval]</h2><table><tr><th>score
 {% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}{% for p in policies %}
 <td>{% if key in p.scores %}{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}
@@ -61,21 +65,6 @@ v.low, v.high) }}{% if v.low > 0 or v.high < 0 %} *{% endif %}{% endif %}{% endf
 <img alt="learning curves of {{ s.name }}" src="data:image/png;base64,{{ s.picture }}">{% endif %}{% endfor %}
 </body></html>
 """)
-
-
-def _parsed(path: Path, text: str, line: int = 1) -> Any:
-    """``text``, which begins at ``line`` of ``path``; raises InputError naming them when it is not JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        remedy = "continue the run or remove the line" if path.suffix == ".jsonl" else "run the stage again"
-        raise InputError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); {remedy}") from error
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [_parsed(path, line, number) for number, line in enumerate(path.read_text().splitlines(), start=1)]
 
 
 def _picture(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -102,26 +91,38 @@ def _picture(rows: Sequence[dict[str, Any]]) -> str | None:
 
 
 def _stage(directory: Path) -> dict[str, Any]:
-    rows, timing = _lines(directory / "metrics.jsonl"), _lines(directory / "timing.jsonl")
+    finished = max((int(p.name) for p in directory.glob("checkpoints/*") if p.name.isdecimal()), default=None)
+    metrics, times = read_metrics(directory, finished)
+    rows, timing = metrics.rows, times.rows
     last: dict[str, Any] = {}
     for row in rows:
         last |= {key: row[key] for key in _CURVES if row.get(key) is not None}
     seconds, before = 0.0, 0
     for row in timing:
-        seconds += row.get("seconds", 0.0) * (row["step"] - before)
+        seconds += (row.get("seconds") or 0.0) * (row["step"] - before)
         before = row["step"]
-    provenance = directory / "provenance.json"
-    facts = _parsed(provenance, provenance.read_text()) if provenance.is_file() else {}
     return {
         "name": directory.name if directory.is_dir() else f"{directory.name} (missing)",
         "steps": rows[-1]["step"] if rows else "",
         "seconds": f"{seconds:.0f}" if timing else "",
         "last": ", ".join(f"{key} {value:.3f}" for key, value in last.items()),
-        "inputs": ", ".join(f"{entry['name']} ({entry['fingerprint'][:12]})" for entry in facts.get("inputs", [])),
-        "seed": facts.get("seed", ""),
-        "commit": ", ".join(dict.fromkeys(_commit(launch["git"]) for launch in facts.get("launches", []))),
         "picture": _picture(rows),
+        "problems": metrics.problems,
+        **_origin(directory / "provenance.json"),
     }
+
+
+def _origin(file: Path) -> dict[str, Any]:
+    """Inputs, seed and commits of a stage; empty ones when it has no provenance.json."""
+    facts = read_object(file, AGAIN) if file.is_file() else {}
+    try:
+        return {
+            "inputs": ", ".join(f"{entry['name']} ({entry['fingerprint'][:12]})" for entry in facts.get("inputs", [])),
+            "seed": facts.get("seed", ""),
+            "commit": ", ".join(dict.fromkeys(_commit(launch["git"]) for launch in facts.get("launches", []))),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not what a run writes ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 def _commit(git: dict[str, Any]) -> str:
@@ -175,15 +176,30 @@ def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
     """Write RUN_DIR/report.html from what the stages left on disk; what is missing is left out or said to be missing.
 
     The evaluation shown is that of the last stage that wrote an evaluation.json.
-    Returns its path. Raises InputError for a file that is not JSON.
+    Lines of metric files that are damaged or missing are named on the page and on stderr. Returns its path. Raises InputError
+    for another file that is not what the stage wrote.
     """
     written = [file for name in stages if (file := run_dir / name / "evaluation.json").is_file()]
-    evaluation = _parsed(written[-1], written[-1].read_text()) if written else {}
+    evaluation = read_object(written[-1], AGAIN, finite=False) if written else {}  # NaN: an interval of one response
+    described = [_stage(run_dir / name) for name in stages]
+    for problem in [problem for stage in described for problem in stage["problems"]]:
+        print(f"warning: {problem}", file=sys.stderr)
+    try:
+        page = _render(run_dir, described, evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{written[-1]}: not what evaluate.py writes ({what}); {AGAIN}") from error
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _render(run_dir: Path, stages: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     policies = evaluation.get("policies", [])
-    page = _PAGE.render(
+    return _PAGE.render(
         title=f"{run_dir.name}: from base to PPO",
         headlines=headlines(evaluation),
-        stages=[_stage(run_dir / name) for name in stages],
+        stages=stages,
         policies=policies,
         keys=list(dict.fromkeys(key for policy in policies for key in policy["scores"])),
         differences=evaluation.get("differences", []),
@@ -191,6 +207,3 @@ def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
         samples=evaluation.get("samples", []),
         turns=_turns,
     )
-    path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path

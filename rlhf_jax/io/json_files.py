@@ -1,4 +1,4 @@
-"""JSON objects in files, with errors that name the place."""
+"""JSON objects in files of models, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -7,22 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.types import InputError
+from rlhf_jax.files import read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises InputError naming file and line."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a complete checkpoint") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason}); restore the file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
-    return content
+    """Returns the JSON object of a file. Raises InputError as `rlhf_jax.files` does."""
+    return read_object(path, "give a complete checkpoint")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.files import parse_object
 from rlhf_jax.models.layer_kinds import LayerGroup, LayerKind, grouped
 from rlhf_jax.models.rope import Rope, RopeScaling
 from rlhf_jax.types import InputError
@@ -298,12 +299,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "model.json") -> ModelConfig:
         """The inverse of `to_json`; unknown or missing fields are an `InputError` that names them."""
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}:{error.lineno}: not JSON ({error.msg})") from error
-        if not isinstance(fields, dict):
-            raise InputError(f"{where}: expected a JSON object with the fields of ModelConfig")
+        fields = parse_object(text, where)
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise InputError(f"{where}: unknown fields {', '.join(unknown)}: written by another version?")

@@ -7,18 +7,21 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlhf_jax.files import field, parse_object, read_bytes
 from rlhf_jax.plan.buffers import read_assigned
 from rlhf_jax.types import InputError
 
-FORMAT = 2
+FORMAT = 3
 """Of a program that is kept."""
 
 
@@ -54,17 +57,47 @@ def compile_program(lowered: Any, keep: Path | None = None, where: str = "", *, 
     versions = [str(FORMAT), jax.__version__, *(_version(name) for name in ("jaxlib", "libtpu"))]
     key = hashlib.sha256("\n".join([digest(lowered), where, *versions]).encode()).hexdigest()
     file = keep / f"{key}.json.gz"
-    if file.exists():
-        with gzip.open(file, "rt") as stream:
-            told = json.load(stream)
-        return Program(**told | {"largest": [(name, size) for name, size in told["largest"]]})
+    if os.path.lexists(file):
+        try:
+            return _read_kept(file)
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
     program = _compile(lowered, tpu)
-    keep.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    with gzip.open(unfinished, "wt", compresslevel=1) as stream:
-        json.dump(dataclasses.asdict(program), stream)
-    unfinished.rename(file)
+    _write_kept(file, program)
     return program
+
+
+def _write_kept(file: Path, program: Program) -> None:
+    """The program and the sha256 of what is said of it; whole or not at all."""
+    text = json.dumps(dataclasses.asdict(program), sort_keys=True)
+    content = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "program": text})
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(unfinished, "wt", compresslevel=1) as stream:
+            stream.write(content)
+        unfinished.rename(file)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _read_kept(file: Path) -> Program:
+    """Raises InputError for a file that is not what `_write_kept` wrote: a damaged plan is not believed."""
+    again = "the program is compiled again"
+    try:
+        text = gzip.decompress(read_bytes(file, again)).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: damaged ({error}); {again}") from error
+    content = parse_object(text, str(file), again)
+    inner = field(content, "program", str, str(file), again)
+    if hashlib.sha256(inner.encode()).hexdigest() != content.get("sha256"):
+        raise InputError(f"{file}: not what was written; {again}")
+    values = parse_object(inner, str(file), again)
+    try:
+        return Program(**values | {"largest": [(name, size) for name, size in values["largest"]]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: written by another version; {again}") from error
 
 
 def _version(package: str) -> str:

@@ -37,7 +37,8 @@ def check(commands: Sequence[Command]) -> None:
     """Raises InputError with the message of the first command that could not be used."""
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf_jax.run.check_bindings", json.dumps(commands)],
+        [sys.executable, "-m", "rlhf_jax.run.check_bindings"],
+        input=json.dumps(commands),  # thousands of runs are more than a command line holds
         capture_output=True,
         check=False,
         text=True,
@@ -98,5 +99,5 @@ def _main(commands: Sequence[Command]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(REPOSITORY)))
-    given = [Command(e, tuple(f), tuple(b), name) for e, f, b, name in json.loads(sys.argv[1])]
+    given = [Command(e, tuple(f), tuple(b), name) for e, f, b, name in json.load(sys.stdin)]
     sys.exit(_main(given))

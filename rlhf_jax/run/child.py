@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from rlhf_jax.parent_death import parent_variable, tied_to_parent
+from rlhf_jax.parent_death import STOPPED, STOPPING, parent_variable, tied_to_parent
 
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a program that saved and left because it was told to."""
+__all__ = ["STOPPED", "STOPPING", "run_child"]
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], *, output: Path | None = None) -> int:
     """The exit code of ``command``; 128 + n when signal n ended it.
 
-    SIGTERM and SIGINT that reach this process are passed on, and the child is waited for: an experiment finishes its
+    SIGTERM, SIGINT and SIGHUP that reach this process are passed on, and the child is waited for: an experiment finishes its
     step and saves. (``subprocess.run`` kills the child 0.25 s after Ctrl-C.) A child that succeeds nevertheless still
     counts as stopped, 128 + n: whoever asked wants no more children to start.
     However this process ends, the child gets SIGTERM (`rlhf_jax.parent_death`).
@@ -38,7 +37,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], *, output:
             process.send_signal(waiting.pop())  # does nothing when it has ended
 
     main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    before = {n: signal.signal(n, forward) for n in STOPPING if not _ignored(n)} if main else {}
     file = output.open("ab") if output is not None else None
     try:
         # A group of its own: Ctrl-C in a terminal goes to the whole group, and two signals mean "exit at once".
@@ -59,3 +58,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], *, output:
             file.close()
     code = 128 - code if code < 0 else code
     return 128 + received[0] if received and code == 0 else code
+
+
+def _ignored(number: int) -> bool:
+    """Whether the program was started with SIGHUP ignored (nohup); its children then ignore it too."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

@@ -8,6 +8,7 @@ that a later start of the same run on the same devices compiles nothing; with --
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 from jax import monitoring
 
 from rlhf_jax.remote import is_remote, open_store
+from rlhf_jax.types import InputError
 
 _ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 _FOUND = "/jax/compilation_cache/cache_hits"
@@ -71,10 +73,41 @@ def watch(cache: str | None) -> None:
     _watched.append(ColdStart())
 
 
+def own_cache(directory: Path) -> None:
+    """Make a directory for compiled programs that no other user can write into: a program found under a key is run.
+
+    Raises InputError when it is there already and belongs to somebody else, or others may write into it.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.stat()
+    except OSError as error:
+        raise InputError(f"{directory}: cannot make it ({error.strerror}); remove what is there") from error
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        whose = "belongs to another user" if found.st_uid != os.geteuid() else "others may write into it"
+        raise InputError(
+            f"{directory}: {whose}, and compiled programs in it are run: remove it, or chmod 700 when you trust its content"
+        )
+
+
+def cache_environment(directory: Path) -> dict[str, str]:
+    """Returns the environment of children that share a cache below ``directory``; that of this process when it names one.
+
+    Raises InputError as `own_cache` does.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        own_cache(directory / "compilation_cache")
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    } | os.environ
+
+
 def _use_default() -> None:
     try:
-        default_directory().mkdir(parents=True, exist_ok=True)
-    except OSError:
+        own_cache(default_directory())
+    except InputError as error:
+        print(f"warning: no compilation cache: {error}", file=sys.stderr)
         return
     if os.access(default_directory(), os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(default_directory()))

@@ -21,6 +21,8 @@ import gin
 from absl import flags
 from gin import config_parser
 
+from rlhf_jax.files import read_text
+from rlhf_jax.messages import without_secrets
 from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, flatten, same_selector
 from rlhf_jax.run.gin_types import settled, wrong_type
 from rlhf_jax.types import InputError
@@ -42,7 +44,10 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class BoundConfig:
-    """What a run was asked for, as gin text. config: every binding. operative: every value in use, with defaults."""
+    """What a run was asked for, as gin text, without passwords in URLs: it is written down and compared.
+
+    config: every binding. operative: every value in use, with defaults.
+    """
 
     config: str
     operative: str
@@ -106,7 +111,7 @@ def _scan_file(file: str, asked_at: str, stack: tuple[str, ...] = ()) -> list[Bi
     if file in stack:
         raise InputError(f"{asked_at}: {file!r} includes itself; remove the include")
     found: list[Binding] = []
-    for statement, place in _statements(path.read_text(), lambda line, _: f"{file}:{line}"):
+    for statement, place in _statements(read_text(path, "give a gin file"), lambda line, _: f"{file}:{line}"):
         if isinstance(statement, config_parser.IncludeStatement):
             found += _scan_file(statement.filename, place, (*stack, file))
         elif isinstance(statement, config_parser.BindingStatement):
@@ -253,7 +258,7 @@ def bound_config() -> BoundConfig:
             dead.append(f"{sources[-1].place}: {name}" if sources else name)
     if dead:
         raise InputError(f"{'; '.join(dead)}: bound but nothing reads it; remove it or reference its object, '@...()'")
-    return BoundConfig(config, operative)
+    return BoundConfig(without_secrets(config), without_secrets(operative))
 
 
 def unread(scanned: Sequence[Binding]) -> list[Binding]:

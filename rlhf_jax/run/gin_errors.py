@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_jax.command import one_line
+from rlhf_jax.messages import one_line
 
 _GIN_PLACE = re.compile(r'\n  In (?:file "(?P<file>[^"]+)",|bindings string) line (?P<line>\d+)\n\s*(?P<content>.*)')
 _GIN_CALL = re.compile(
@@ -82,6 +82,7 @@ def explain_run(error: BaseException, scanned: Sequence[Binding], building: bool
     text = str(error)
     call = _GIN_CALL.search(text)
     message = one_line(re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", text)[0])
+    message = re.sub(r"^\[Errno -?\d+\] ", "", message)
     if not building or call is None:
         return message
     name = "/".join(filter(None, [call["scope"] or "", call["name"]]))

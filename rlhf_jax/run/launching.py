@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from rlhf_jax.command import asks_for_help, parse_flags, usage
+from rlhf_jax.command import asks_for_help, exit_code_for, explain_os_error, finish, parse_flags, usage
+from rlhf_jax.messages import steady_output
 from rlhf_jax.parent_death import watch_parent
 from rlhf_jax.run.cold_start import watch
 from rlhf_jax.run.config import parse
@@ -76,15 +77,18 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        building, stopped = not _entered(run_fn, error), isinstance(error, RunStopped)
-        if not (building or stopped or isinstance(error, InputError)):
+        building, code = not _entered(run_fn, error), exit_code_for(error)
+        if code is None and not building:
             raise
         if flags.FLAGS.debug:
             traceback.print_exception(error)
-        hint = "" if stopped or isinstance(error, InputError) else f" ({type(error).__name__}; --debug shows where)"
-        message = explain_run(error, scanned, building)
-        print(f"{'stopped' if stopped else 'error'}: {message}{hint}", file=sys.stderr)
-        return 3 if stopped else 2
+        hint = "" if isinstance(error, InputError | RunStopped) else f" ({type(error).__name__}; --debug shows where)"
+        if isinstance(error, OSError) and not building:
+            message = explain_os_error(error)
+        else:
+            message = explain_run(error, scanned, building)
+        print(f"{'stopped' if code == 3 else 'error'}: {message}{hint}", file=sys.stderr)
+        return code or 2
     return 0
 
 
@@ -92,8 +96,9 @@ def launch(run_fn: Callable[[], object]) -> None:
     """Parse the flags, parse gin, call ``run_fn()``, exit. The whole body of a script's ``__main__``.
 
     What the user can get wrong (a flag, a file, a name, a type, a value) ends in ONE line on stderr that names the
-    place and the remedy, exit code 2; a guard's RunStopped in one line, exit code 3; anything else is a bug and keeps
-    its traceback. ``--debug`` keeps every traceback.
+    place and the remedy, exit code 2, and so does an error of the operating system (path and words); a guard's RunStopped
+    and a full disk in one line, exit code 3; anything else is a bug and keeps its traceback. ``--debug`` keeps every one.
     """
     watch_parent()
-    sys.exit(_launch(run_fn, sys.argv))
+    steady_output()
+    sys.exit(finish(_launch(run_fn, sys.argv)))

@@ -22,8 +22,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.files import field, read_object
+from rlhf_jax.messages import without_secrets
 from rlhf_jax.remote import fetched, is_remote
-from rlhf_jax.saved import first_line, hash_file, latest_step
+from rlhf_jax.saved import hash_file, latest_step
 from rlhf_jax.types import InputError
 
 FILE = "provenance.json"
@@ -133,7 +135,7 @@ def launch_facts(resumed_step: int, mesh: Mesh | None = None) -> dict[str, Any]:
     status = _git("status", "--porcelain")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
         "working_directory": os.getcwd(),
         "resumed_step": resumed_step,
         "git": {"commit": _git("rev-parse", "--verify", "HEAD"), "dirty": None if status is None else bool(status)},
@@ -166,12 +168,24 @@ def write_atomically(path: Path, text: str) -> None:
 def read_provenance(run_dir: str | Path) -> dict[str, Any] | None:
     """The content of provenance.json, None when there is none. Raises InputError when it is not what was written."""
     path = Path(run_dir) / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    try:
-        content: dict[str, Any] = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({first_line(error)}); put a copy back, or use another run_dir") from error
+    remedy = "damaged: put a copy back, or use another run_dir"
+    content, place = read_object(path, remedy), str(path)
+    field(content, "stage", str, place, remedy)
+    field(content, "seed", (int, float, str), place, remedy)
+    for entry in field(content, "inputs", list, place, remedy):
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(k), str) for k in ("name", "path", "fingerprint")
+        ):
+            raise InputError(f"{path}: field 'inputs' has an entry without name, path or fingerprint; {remedy}")
+    launches = field(content, "launches", list, place, remedy)
+    facts = {"git": dict, "working_directory": str}
+    if not launches or not all(
+        isinstance(launch, dict) and all(isinstance(launch.get(k), kind) for k, kind in facts.items())
+        for launch in launches
+    ):
+        raise InputError(f"{path}: field 'launches' names no start of the run; {remedy}")
     return content
 
 

@@ -1,9 +1,10 @@
-"""SIGTERM and SIGINT of a run.
+"""SIGTERM, SIGINT and SIGHUP (a terminal or a connection that is closed) of a run.
 
-The first inside the loop: the step under way is finished and saved, the save is drained, the program exits with 143 or
-130; outside the loop nothing has to be saved and it exits at once, with the same codes. The second exits at once,
-whatever is under way. Python runs a handler only between two of its own instructions, and a step is one long call: a
-thread therefore reads the signals from a wake-up pipe and is there in the middle of a step as well.
+The first inside the loop: the step under way is finished and saved, the save is drained, the program exits with 143, 130
+or 129; outside the loop nothing has to be saved and it exits at once, with the same codes. The second exits at once,
+whatever is under way; a SIGHUP is no second signal, since kernel and shell both send it. Python runs a handler only between
+two of its own instructions, and a step is one long call: a thread therefore reads the signals from a wake-up pipe and is
+there in the middle of a step as well.
 
 JAX's preemption service (jax.distributed) would take SIGTERM for itself and choose a step of its own to stop at. It is
 not used: these handlers replace its handler, `agreed` makes every process stop at the same step, and a run of one process
@@ -24,7 +25,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+from rlhf_jax.messages import say_at_once
+from rlhf_jax.parent_death import STOPPING
 
 
 class Signals:
@@ -40,12 +42,14 @@ class Signals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received:
+            if number == signal.SIGHUP:
+                return
             os._exit(128 + number)
         self.received, self.since = number, time.monotonic()
         if not self.in_loop:
             raise SystemExit(128 + number)
-        # os.write, not print: a handler may run in the middle of another print, whose buffer is not re-entrant.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; again to exit at once\n".encode())
+        # Past the buffers: a handler may run in the middle of another print, whose buffer is not re-entrant.
+        say_at_once(f"\n{signal.Signals(number).name}: finishing the step and saving; again to exit at once")
 
     def _listen(self) -> None:
         """Sees the signals while the main thread is inside a compiled step or a compilation."""
@@ -55,8 +59,8 @@ class Signals:
                 if number not in STOPPING:
                     continue
                 self.since = self.since or time.monotonic()
-                seen += 1
-                if seen > 1:
+                again, seen = seen and number != signal.SIGHUP, seen + 1
+                if again:
                     os._exit(128 + number)
 
     def __enter__(self) -> Signals:
@@ -65,7 +69,8 @@ class Signals:
             self._old_wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._listen, name="signals", daemon=True).start()
             for number in STOPPING:
-                self._before[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup: to be ignored
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.files import read_object
+from rlhf_jax.metric_files import read_metrics
+from rlhf_jax.saved import latest_step
 from rlhf_jax.types import InputError
 
 Setting = dict[str, str]
 """{gin key: value as gin text}."""
+REMEDY = "run the evaluation again"
 LONGEST_VALUE = 40
 """Characters of a value in a directory name; a longer one is cut and told apart by its hash."""
 
@@ -145,34 +149,57 @@ def _hash(text: str) -> str:
 # ---- results
 
 
-def final_metrics(run_dir: Path, average: int = 1) -> dict[str, float]:
-    """What a finished run measured, by name.
+@dataclass(frozen=True)
+class Measured:
+    """metrics: what a finished run measured, by name. problems: what is wrong with the files that say so."""
+
+    metrics: dict[str, float]
+    problems: list[str]
+
+
+def final_metrics(run_dir: Path, average: int = 1) -> Measured:
+    """Returns what a finished run measured.
 
     metrics.jsonl: each metric's last value, or the mean of its last ``average`` ones. evaluation.json: POLICY/SCORE, and
     FROM->TO/SCORE for the paired difference, FROM->TO/gold_at_equal_length. What lies in sub-directories (the stages of
-    a pipeline) has their names in front: ppo/score, evaluation/sft->ppo/gold.
+    a pipeline) has their names in front: ppo/score, evaluation/sft->ppo/gold. Raises InputError for a damaged
+    evaluation.json.
     """
-    found = dict(_of_directory(run_dir, average))
+    whole = _of_directory(run_dir, average)
     for stage in sorted(path for path in run_dir.iterdir() if path.is_dir()):
-        found |= {f"{stage.name}/{name}": value for name, value in _of_directory(stage, average)}
-    return found
+        part = _of_directory(stage, average)
+        whole.metrics.update({f"{stage.name}/{name}": value for name, value in part.metrics.items()})
+        whole.problems.extend(part.problems)
+    return whole
 
 
-def _of_directory(directory: Path, average: int) -> Iterator[tuple[str, float]]:
-    file = directory / "metrics.jsonl"
+def _of_directory(directory: Path, average: int) -> Measured:
+    lines, _ = read_metrics(directory, latest_step(directory))
     values: dict[str, list[float]] = {}
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        for name, value in json.loads(line).items():
+    for row in lines.rows:
+        for name, value in row.items():
             if name not in ("step", "stage") and value is not None:
                 values.setdefault(name, []).append(value)
-    for name, series in values.items():
-        last = series[-average:]
-        yield name, sum(last) / len(last)
+    metrics = {name: sum(series[-average:]) / len(series[-average:]) for name, series in values.items()}
     file = directory / "evaluation.json"
-    yield from _of_evaluation(json.loads(file.read_text())) if file.is_file() else ()
+    if file.is_file():
+        metrics |= _of_evaluation(read_object(file, REMEDY, finite=False), str(file))
+    return Measured(metrics, list(lines.problems))
 
 
-def _of_evaluation(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _of_evaluation(evaluation: dict[str, Any], place: str) -> dict[str, float]:
+    try:
+        metrics = {name: value for name, value in _named_means(evaluation) if value is not None}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: not what evaluate.py writes ({type(error).__name__}: {error}); {REMEDY}") from error
+    for name, value in metrics.items():
+        if type(value) not in (int, float):
+            raise InputError(f"{place}: {name} is {type(value).__name__}, not a number; {REMEDY}")
+    return metrics
+
+
+def _named_means(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """POLICY/SCORE, FROM->TO/SCORE and FROM->TO/gold_at_equal_length of an evaluation.json."""
     for policy in evaluation["policies"]:
         yield from ((f"{policy['name']}/{score}", entry["mean"]) for score, entry in policy["scores"].items())
     for pair in evaluation["differences"]:

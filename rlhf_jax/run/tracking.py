@@ -7,14 +7,18 @@ what follows from it is `run.bad_steps`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlhf_jax.metric_files import METRICS, TIMING, MetricLines, read_lines, read_metrics
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.types import Mean
 
@@ -49,19 +53,41 @@ def not_finite(values: Mapping[str, float | None]) -> list[str]:
 def cut(path: Path, step: int) -> None:
     """Keep the lines of a .jsonl file whose step is <= ``step``: the later ones will be written again.
 
-    A last line torn by a kill goes as well.
+    A last line torn by a kill goes as well. Another line that is damaged or doubled goes too, with a warning.
     """
-    if not path.is_file():
+    lines: MetricLines = read_lines(path)
+    if not lines.rows and not lines.problems:
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+    for problem in lines.problems:
+        if not problem.endswith("the last line is torn; it does not count"):
+            print(f"warning: {problem}", file=sys.stderr)
+    kept = [json.dumps(row, allow_nan=False) + "\n" for row in lines.rows if row["step"] <= step]
     write_atomically(path, "".join(kept))
+
+
+class Events:
+    """A TensorBoard event file, written in the calling thread: tensorboardX's own thread dies on a full disk, unheard."""
+
+    def __init__(self, directory: Path, purge_step: int) -> None:
+        """purge_step: what earlier files hold of this step and later ones is hidden."""
+        from tensorboardX.event_file_writer import EventsWriter  # a slow import that programs without it need not pay
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"))
+        session = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=purge_step, session_log=session, wall_time=time.time()))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Append one number."""
+        event = self._event(summary=self._scalar(name, value), step=step, wall_time=time.time())
+        self._writer.write_event(event)
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        self._writer.close()
 
 
 class Tracker:
@@ -72,20 +98,21 @@ class Tracker:
         self.stage = stage
         self._run_dir, self._tensorboard = run_dir, tensorboard
         self._files: dict[str, Any] = {}
-        self._board: Any = None
+        self._board: Events | None = None
         self._open(resumed_step)
 
     def _open(self, step: int) -> None:
         if jax.process_index() != 0:
             return
-        for name in ("metrics", "timing"):
-            file = self._run_dir / f"{name}.jsonl"
+        for name, place in (("metrics", METRICS), ("timing", TIMING)):
+            file = self._run_dir / place
             cut(file, step or -1)  # a fresh start writes step 0 (evaluations) again too
             self._files[name] = file.open("a")
+        if step:
+            for problem in read_metrics(self._run_dir, step)[0].problems:
+                print(f"warning: {problem}", file=sys.stderr)
         if self._tensorboard:
-            from tensorboardX import SummaryWriter  # a slow import that programs without it need not pay
-
-            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+            self._board = Events(self._run_dir / "tensorboard", step + 1 if step else 0)
 
     def rewind(self, step: int) -> None:
         """Forget every line after ``step``: these steps will be done again."""
@@ -112,8 +139,10 @@ class Tracker:
             self._files[name].flush()
 
     def close(self) -> None:
-        """Close every file."""
-        for file in self._files.values():
-            file.close()
-        if self._board is not None:
-            self._board.close()
+        """Close every file, also when one of them cannot be written to its end: then the first error is raised."""
+        with contextlib.ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
+            if self._board is not None:
+                closing.callback(self._board.close)
+        self._files, self._board = {}, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 from pathlib import Path
 
 import jax
@@ -37,3 +39,45 @@ def test_another_program_or_slice_is_not(tmp_path: Path, power: int, where: str)
     compile_program(lowered(2), tmp_path, "here")
     with pytest.raises(AssertionError, match="compiled again"):
         compile_program(Uncompiled(power), tmp_path, where)
+
+
+def other_number(content: bytes) -> bytes:
+    """A plan with more memory than the compiler said, whole in every other way."""
+    return gzip.compress(gzip.decompress(content).replace(b'\\"temporaries\\": ', b'\\"temporaries\\": 9'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"x",
+        lambda content: content[:-4] + b"\0\0\0\0",
+        lambda content: gzip.compress(b"[]"),
+        lambda content: gzip.compress(b'{"a": 1}'),
+        lambda content: gzip.compress(b'{"program": 3, "sha256": "0"}'),
+        lambda content: gzip.compress(b"\xff\xfe"),
+        other_number,
+    ],
+)
+def test_a_damaged_program_is_compiled_again(tmp_path: Path, damage, capsys) -> None:
+    first = compile_program(lowered(2), tmp_path, "here")
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    again = compile_program(lowered(2), tmp_path, "here")
+    assert (
+        dataclasses.replace(again, seconds=first.seconds, text=first.text) == first
+    )  # the text names lines of callers
+    assert "the program is compiled again" in capsys.readouterr().err
+    assert compile_program(Uncompiled(2), tmp_path, "here") == again  # mended
+
+
+def test_a_directory_in_place_of_a_program(tmp_path: Path) -> None:
+    compile_program(lowered(2), tmp_path, "here")
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(IsADirectoryError):
+        compile_program(lowered(2), tmp_path, "here")
+    assert list(tmp_path.iterdir()) == [file]

@@ -94,8 +94,8 @@ def test_final_metrics(tmp_path: Path) -> None:
         {"step": 3, "stage": "ppo", "score": 6.0, "kl": 0.3},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert final_metrics(tmp_path) == {"score": 6.0, "kl": 0.3, "heldout/loss": 0.7}
-    assert final_metrics(tmp_path, 2) == pytest.approx({"score": 4.0, "kl": 0.2, "heldout/loss": 0.7})
+    assert final_metrics(tmp_path).metrics == {"score": 6.0, "kl": 0.3, "heldout/loss": 0.7}
+    assert final_metrics(tmp_path, 2).metrics == pytest.approx({"score": 4.0, "kl": 0.2, "heldout/loss": 0.7})
 
 
 def test_final_metrics_of_a_pipeline(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_final_metrics_of_a_pipeline(tmp_path: Path) -> None:
         (tmp_path / stage).mkdir()
     (tmp_path / "ppo" / "metrics.jsonl").write_text('{"step": 1, "stage": "ppo", "score": 2.0}\n')
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
-    assert final_metrics(tmp_path) == {
+    assert final_metrics(tmp_path).metrics == {
         "ppo/score": 2.0,
         "evaluation/sft/gold": 0.5,
         "evaluation/ppo/gold": 0.7,

@@ -47,7 +47,8 @@ def test_lines_are_exact_and_null_for_what_is_not_finite(tmp_path: Path) -> None
 
 
 def test_resume_removes_later_and_torn_lines(tmp_path: Path) -> None:
-    lines = [f'{{"step": {step}, "stage": "sft", "loss": 0.{step}}}\n' for step in (1, 2, 2, 3, 4)]
+    lines = [f'{{"step": {step}, "stage": "sft", "loss": 0.{step}}}\n' for step in (1, 2, 3, 4)]
+    lines.insert(2, '{"step": 2, "stage": "sft", "heldout/loss": 0.5}\n')
     for name in ("metrics.jsonl", "timing.jsonl"):
         (tmp_path / name).write_text("".join(lines) + '{"step": 5, "sta')
     tracker = Tracker(tmp_path, "sft", resumed_step=2, tensorboard=False)

@@ -115,3 +115,54 @@ def test_mistakes_are_one_line(tmp_path: Path, flags: tuple[str, ...]) -> None:
 def test_other_spellings_of_distributed_are_refused(how: str) -> None:
     with pytest.raises(InputError, match=f"--distributed={how}: "):
         connect(how)
+
+
+SAVES = """
+import pathlib, signal, sys, time
+index = sys.argv[-1].split(",")[2]
+received = []
+def leave(number, _):
+    received.append(number)
+    if len(received) > 1:
+        pathlib.Path(f"twice_{index}").touch()
+        sys.exit(134)
+    time.sleep(0.5)
+    pathlib.Path(f"saved_{index}").touch()
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, leave)
+pathlib.Path(f"ready_{index}").touch()
+time.sleep(60.0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize(("how", "code"), [("ctrl_c", 130), ("hang_up", 129), ("kill", -9)])
+def test_all_save_however_the_launcher_ends(tmp_path: Path, how: str, code: int) -> None:
+    """Ctrl-C of a terminal reaches the whole foreground group: passed on as well, it would come twice and nothing would be
+    saved. A launcher that is killed outright passes nothing on."""
+    (tmp_path / "program.py").write_text(SAVES)
+    launcher = [
+        sys.executable,
+        str(ROOT / "scripts" / "launch.py"),
+        "--grace=5",
+        f"--logs={tmp_path}",
+        "--",
+        "program.py",
+    ]
+    parent = subprocess.Popen(launcher, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(tmp_path, "ready_0", "ready_1")
+    if how == "ctrl_c":
+        os.killpg(parent.pid, signal.SIGINT)
+    else:
+        parent.send_signal(signal.SIGHUP if how == "hang_up" else signal.SIGKILL)
+    assert parent.wait(30) == code
+    wait_for(tmp_path, "saved_0", "saved_1")
+    assert not list(tmp_path.glob("twice_*"))
+
+
+def wait_for(directory: Path, *names: str) -> None:
+    deadline = time.monotonic() + 30
+    while not all((directory / name).exists() for name in names):
+        assert time.monotonic() < deadline, names
+        time.sleep(0.02)

@@ -68,6 +68,9 @@ def config_from_hf(fields: Fields, where: str) -> ModelConfig:
         return ModelConfig(**values, head=head, family=name)
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: not a configuration of {architecture} ({what}); restore the file") from error
 
 
 _OURS_ALONE = ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention")
@@ -125,7 +128,7 @@ def _architecture(fields: Fields, where: str) -> str:
     known = ", ".join(ARCHITECTURES)
     if not isinstance(named, list) or len(named) != 1:
         raise InputError(f"{where}: architectures = {named!r}: name exactly one of {known}")
-    if named[0] not in ARCHITECTURES:
+    if not isinstance(named[0], str) or named[0] not in ARCHITECTURES:
         raise InputError(f"{where}: architecture {named[0]} is not supported; supported: {known}")
     return str(named[0])
 
@@ -153,9 +156,10 @@ def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
 
 def _labels(fields: Fields) -> int:
     """How many labels a sequence classifier has; transformers' default is two."""
-    if fields.get("id2label") is not None:
-        return len(fields["id2label"])
-    return int(fields.get("num_labels") or 2)
+    named, count = fields.get("id2label"), fields.get("num_labels")
+    if named is not None:
+        return len(named) if isinstance(named, dict) else 0
+    return 2 if count is None else count if type(count) is int else 0
 
 
 def _quotient(hidden_size: Any, heads: Any, where: str) -> int:

@@ -34,12 +34,30 @@ def _window(fields: Fields, name: str, value: Any, where: str) -> int | None:
     return value
 
 
+def _count(fields: Fields, name: str, default: int, least: int, where: str) -> int:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{where}: {name} = {value!r}: must be a whole number >= {least}")
+    return value
+
+
+def _switch(fields: Fields, name: str, where: str) -> bool:
+    value = fields.get(name, False)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{where}: {name} = {value!r}: must be true or false")
+    return bool(value)
+
+
 def _typed_layers(fields: Fields, count: int, assumed: Callable[[int], bool], where: str) -> list[str]:
     """The kind of each layer from layer_types, or from ``assumed`` (layer -> whether it slides) when that is absent."""
     given = fields.get("layer_types")
     if given is None:
         return ["sliding" if assumed(layer) else "full" for layer in range(count)]
-    if not isinstance(given, list) or len(given) != count or not all(kind in _KINDS for kind in given):
+    if (
+        not isinstance(given, list)
+        or len(given) != count
+        or not all(isinstance(kind, str) and kind in _KINDS for kind in given)
+    ):
         raise InputError(f"{where}: layer_types: must name {' or '.join(_KINDS)} for each of {count} layers")
     return [_KINDS[kind] for kind in given]
 
@@ -57,7 +75,7 @@ def one_window(default: int | None, switch: str | None = None) -> Rule:
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         window = _window(fields, "sliding_window", fields.get("sliding_window", default), where)
-        if switch and not fields.get(switch, False):
+        if switch and not _switch(fields, switch, where):
             window = None
         return _told(["full" if window is None else "sliding"] * values["num_layers"], window, where)
 
@@ -70,8 +88,8 @@ def one_window(default: int | None, switch: str | None = None) -> Rule:
 
 def _qwen_layers(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
     window = _window(fields, "sliding_window", fields.get("sliding_window", 4096), where)
-    window = window if fields.get("use_sliding_window", False) else None
-    first = fields.get("max_window_layers", 28)
+    window = window if _switch(fields, "use_sliding_window", where) else None
+    first = _count(fields, "max_window_layers", 28, 0, where)
     kinds = _typed_layers(fields, values["num_layers"], lambda layer: window is not None and layer >= first, where)
     return _told(kinds, window, where)
 
@@ -97,9 +115,7 @@ def alternating(period: int, name: str | None = None) -> Rule:
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         window = _window(fields, "sliding_window", fields.get("sliding_window", 4096), where)
-        every = fields.get(name, period) if name else period
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise InputError(f"{where}: {name} = {every!r}: must be a positive whole number")
+        every = _count(fields, name, period, 1, where) if name else period
         kinds = _typed_layers(fields, values["num_layers"], lambda layer: bool((layer + 1) % every), where)
         return _told(kinds, window, where)
 
@@ -112,13 +128,13 @@ def alternating(period: int, name: str | None = None) -> Rule:
 
 def _smollm3_layers(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
     count = values["num_layers"]
-    every, rotated = fields.get("no_rope_layer_interval", 4), fields.get("no_rope_layers")
+    every, rotated = _count(fields, "no_rope_layer_interval", 4, 1, where), fields.get("no_rope_layers")
     if rotated is None:
         rotated = [int((layer + 1) % every != 0) for layer in range(count)]
     if not isinstance(rotated, list) or len(rotated) < count:
         raise InputError(f"{where}: no_rope_layers: must hold 1 (rotary positions) or 0 for each of {count} layers")
     window = _window(fields, "sliding_window", fields.get("sliding_window"), where)
-    window = window if fields.get("use_sliding_window", False) else None
+    window = window if _switch(fields, "use_sliding_window", where) else None
     kinds = _typed_layers(fields, count, lambda layer: window is not None and not rotated[layer], where)
     if window is None:
         kinds = ["full"] * count  # as transformers: the switch decides
@@ -142,7 +158,9 @@ SMOLLM3_LAYERS = Rule(
 
 def _qwen3_moe_experts(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
     count = fields.get("num_experts", fields.get("num_local_experts", 128))
-    step, dense = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers") or []
+    step, dense = _count(fields, "decoder_sparse_step", 1, 1, where), fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise InputError(f"{where}: mlp_only_layers = {dense!r}: must be a list of layer numbers")
     layers = [layer for layer in range(values["num_layers"]) if layer in dense or (layer + 1) % step]
     return {"num_experts": count, "dense_layers": tuple(layers)}
 

@@ -67,7 +67,11 @@ def rope_rule(
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         given, local = _given(fields, where, nested=sliding_theta is not None)
-        bases = [number for number in (fields.get(theta), *(one.pop("rope_theta", None) for one in given)) if number]
+        bases = [
+            number
+            for number in (fields.get(theta), *(one.pop("rope_theta", None) for one in given))
+            if number is not None
+        ]
         if len(set(bases)) > 1:
             raise InputError(f"{where}: rope_theta is given as {' and as '.join(map(str, bases))}; keep one")
         found: dict[str, Any] = {"rope_theta": _number(where, theta, bases[0] if bases else default_theta)}
@@ -135,7 +139,9 @@ def _unscaled(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(given: dict[str, Any], max_length: int, original: int | None, where: str) -> RopeScaling:
-    kind = given.get("rope_type", "default")
+    kind: Any = given.get("rope_type", "default")
+    if not isinstance(kind, str):
+        raise InputError(f"{where}: rope_scaling.rope_type = {kind!r}: must be a text")
     if original is not None and kind in ("su", "yarn"):  # Phi-3 once called it so
         kind = "longrope"
     keys = _KEYS.get(kind, {})
@@ -146,12 +152,17 @@ def _scaling(given: dict[str, Any], max_length: int, original: int | None, where
         )
     if missing := [name for name in _REQUIRED[kind] if given.get(name) is None]:
         raise InputError(f"{where}: rope_scaling = {given}: {', '.join(missing)} is missing")
+    if not all(isinstance(given.get(name, []), list) for name in ("short_factor", "long_factor")):
+        raise InputError(f"{where}: rope_scaling = {given}: short_factor and long_factor must be lists of numbers")
     for name in ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim"):
         if given.get(name) is not None:
             _number(where, f"rope_scaling.{name}", given[name])
     values: dict[str, Any] = {ours: given[name] for name, ours in keys.items() if given.get(name) is not None}
     if "original_max_position_embeddings" in keys:
-        values["original_max_length"] = original or values.get("original_max_length", max_length)
+        length = values.get("original_max_length", max_length) if original is None else original
+        if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+            raise InputError(f"{where}: original_max_position_embeddings = {length!r}: must be a whole number >= 2")
+        values["original_max_length"] = length
     if kind == "longrope":
         values.setdefault("factor", max_length / values["original_max_length"])
     if kind in ("yarn", "longrope"):
@@ -186,4 +197,7 @@ def _written(scaling: RopeScaling | None) -> dict[str, Any] | None:
 def _number(where: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where}: {name} = {value!r}: must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise InputError(f"{where}: {name}: too large for a number") from error

@@ -32,7 +32,7 @@ def _activation(name: str, default: str, known: Mapping[str, str] = _ACTIVATIONS
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         given = fields.get(name, default)
-        if given not in known:
+        if not isinstance(given, str) or given not in known:
             raise InputError(f"{where}: {name} = {given!r}: not implemented; known: {', '.join(known)}")
         return {"activation": known[given]}
 
