@@ -43,9 +43,10 @@ from rlhf_jax.doctor import (
 from rlhf_jax.io import locate, read_template
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
+from rlhf_jax.rewards import CheckedReward, Scores
 from rlhf_jax.run import LoopConfig, bound_config, launch
 from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward
 from rlhf_jax.run.models import load_model, with_adapters
 from rlhf_jax.run.records import Records, encode_prompts, encode_records
 from rlhf_jax.types import InputError, RunStopped
@@ -73,9 +74,9 @@ def run(
     samples: int = 1,
     mesh: MeshConfig = MeshConfig(),
     reward: ModelSource | None = None,
-    reward_texts: ScoreTexts | None = None,
+    reward_texts: Reward | None = None,
     reward_key: str = "gold",
-    monitor: ScoreTexts | None = None,
+    monitor: Reward | None = None,
     share_trunk: bool = False,
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     rollout_mesh: MeshConfig | None = None,
@@ -199,6 +200,8 @@ def rollout_run_checks(
     steps, seed, batch, devices, rng, lora, policy, prompts, sampling, reward_texts, reward_key, monitor, reward, own
 ) -> Iterator[Any]:
     """Of PPO and GRPO: one iteration as train_ppo or train_grpo does it; the state last. own: the rest of their settings."""
+    given = {"reward_texts": reward_texts, "monitor": monitor}
+    scorers = {name: CheckedReward(scorer, f"run.{name}") for name, scorer in given.items() if scorer is not None}
     make = programs.PPOSettings if "ppo" in own else programs.GRPOSettings
     settings = make(steps=steps, sampling=sampling, microbatches=batch.microbatches, **own)
     grouped = isinstance(settings, programs.GRPOSettings)
@@ -233,13 +236,17 @@ def rollout_run_checks(
 
     example = to_global(next(batches), devices)
     scored = score(train.params, cast.frozen, generate(train.params, example, rng, cast.frozen))
-    for name, scorer in (("reward_texts", reward_texts), ("monitor", monitor)):
-        if scorer is not None:
-            values = scorer(*data.responses(scored.completions, encoded.records, tokenizer))
-            yield Finding("ok", name, ", ".join(f"{key} {np.mean(value):.3g}" for key, value in sorted(values.items())))
-            if name == "reward_texts":
-                yield judge("reward_key", reward_key in values, repr(reward_key), f"one of {', '.join(sorted(values))}")
-                scored = scored.replace(scores=jnp.asarray(values.get(reward_key, values[min(values)]), jnp.float32))
+    for name, scorer in scorers.items():
+        values = scorer(data.responses(scored.completions, encoded.records, tokenizer))
+        failed = any(column.failed for column in values.values())
+        told = ", ".join(_told(key, column) for key, column in sorted(values.items()))
+        yield Finding("note" if failed else "ok", name, told)
+        if name == "reward_texts":
+            yield judge("reward_key", reward_key in values, repr(reward_key), f"one of {', '.join(sorted(values))}")
+            column = values.get(reward_key, values[min(values)])
+            scored = scored.replace(scores=jnp.asarray(column.values, jnp.float32))
+            if column.failed:
+                scored = scored.replace(scored=jnp.asarray(column.scored))
     prepared, metrics = prepare(scored, *controller)
     yield from rollout_checks(metrics, limits, sampling.max_new_tokens)
     if lora is None:
@@ -253,6 +260,12 @@ def rollout_run_checks(
 
     yield timed_steps(one, steps)
     yield held[0] if grouped else whole.replace(train=held[0])
+
+
+def _told(key: str, column: Scores) -> str:
+    """'gold 0.5', and what kept responses from being scored."""
+    mean = "no score" if column.mean is None else f"{column.mean:.3g}"
+    return f"{key} {mean}" + (f" ({column.failed} failed: {column.reason})" if column.failed else "")
 
 
 if __name__ == "__main__":

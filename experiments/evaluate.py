@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -33,8 +32,9 @@ from rlhf_jax.evaluate.statistics import (
 from rlhf_jax.io import locate
 from rlhf_jax.messages import behind, printable
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
+from rlhf_jax.rewards import CheckedReward, Scores
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_unused
 from rlhf_jax.run.models import load_model, load_reward
 from rlhf_jax.run.provenance import launches, write_atomically
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
@@ -49,7 +49,7 @@ def run(
     prompts: Records,
     batch: BatchConfig,
     sampling: rollout.SamplingConfig,
-    score_texts: ScoreTexts | None = None,
+    score_texts: Reward | None = None,
     reward: ModelSource | None = None,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
@@ -65,6 +65,7 @@ def run(
         raise InputError("run.policies: name at least one (name, run directory)")
     if len({name for name, _ in policies}) < len(policies):
         raise InputError("run.policies: two have the same name; give each one of its own")
+    judge_texts = None if score_texts is None else CheckedReward(score_texts, "run.score_texts")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     judge = None if reward is None else load_reward(reward, devices)
@@ -85,7 +86,7 @@ def run(
         results = {}
         for name, path in policies:
             results[name] = _sample(
-                ModelSource(path=path), judge, prompts, batch, sampling, slots, score_texts, devices, rng
+                ModelSource(path=path), judge, prompts, batch, sampling, slots, judge_texts, devices, rng
             )
         commit = launches(here.directory)[-1]["git"]["commit"]
         evaluation = {"seed": seed, "commit": commit} | _compare(results, samples_shown)
@@ -93,7 +94,7 @@ def run(
     _print(evaluation)
 
 
-def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices, rng) -> dict:
+def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng) -> dict:
     """Replies of one policy with every score as a float64 vector in the order of the prompts."""
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
@@ -115,7 +116,7 @@ def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices
             return done, None
         return done, rollout.sequence_scores(judge.model, frozen, rollout.as_token_batch(done))
 
-    rows, texts, ended, rewards, lengths = [], [], [], [], []
+    responses, rewards, lengths = [], [], []
     for part in data.evaluation_prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
     ):
@@ -123,19 +124,22 @@ def _sample(source, judge, prompts, batch, sampling, slots, score_texts, devices
             reply(loaded.params, None if judge is None else judge.params, to_global(part, devices), rng)
         )
         real = part.prompt_id >= 0
-        for all_of, more in zip((rows, texts, ended), data.responses(done, encoded.records, tokenizer), strict=True):
-            all_of += more
+        responses += data.responses(done, encoded.records, tokenizer)
         lengths += done.mask[real].sum(axis=1).tolist()
         rewards += [] if reward is None else reward[real].tolist()
-    named = {} if score_texts is None else score_texts(rows, texts, ended)
-    scores = {name: np.asarray(values, np.float64) for name, values in named.items()}
-    scores |= {"length": np.asarray(lengths, np.float64), "ended": np.asarray(ended, np.float64)}
-    scores |= {"reward": np.asarray(rewards, np.float64)} if rewards else {}
-    return {"rows": rows, "texts": texts, "scores": scores}
+    own = {"length": lengths, "ended": [response.ended for response in responses]} | (
+        {"reward": rewards} if rewards else {}
+    )
+    named = {} if judge_texts is None else judge_texts(responses)
+    if taken := [name for name in named if name in own]:
+        raise InputError(f"run.score_texts: {taken[0]!r} is the name of a score that evaluate adds; give another one")
+    measured = {name: Scores.of(values) for name, values in own.items()}
+    return {"responses": responses, "scores": named | measured}
 
 
-def _interval(key: str, values: np.ndarray) -> Interval:
+def _interval(key: str, scores: Scores) -> Interval:
     """A mean with Student's interval; of the share that ended, which is a proportion, Wilson's."""
+    values = scores.values[scores.scored]
     return wilson_interval(values.sum(), values.size) if key == "ended" else mean_interval(values)
 
 
@@ -146,7 +150,7 @@ def _compare(results: dict, shown: int) -> dict:
     ]
     differences = []
     names = list(results)
-    ids = [[row["id"] for row in result["rows"]] for result in results.values()]
+    ids = [[response.id for response in result["responses"]] for result in results.values()]
     if any(other != ids[0] for other in ids[1:]):
         raise InputError(
             "run.policies: their tokenizers leave out different prompts, so that replies cannot be paired; raise "
@@ -154,22 +158,29 @@ def _compare(results: dict, shown: int) -> dict:
         )
     for before, after in itertools.pairwise(names):
         a, b = results[after]["scores"], results[before]["scores"]
-        paired = {key: dataclasses.asdict(paired_difference(a[key], b[key])) for key in a}
-        controlled = (
-            length_controlled_difference(a["gold"], b["gold"], a["length"], b["length"]) if "gold" in a else None
-        )
+        both = {key: a[key].scored & b[key].scored for key in a}
+        paired = {
+            key: dataclasses.asdict(paired_difference(a[key].values[both[key]], b[key].values[both[key]])) for key in a
+        }
+        controlled = None
+        if "gold" in a:
+            parts = (side[key].values[both["gold"]] for key in ("gold", "length") for side in (a, b))
+            controlled = length_controlled_difference(*parts)
         entry = {"from": before, "to": after, "paired": paired}
         if controlled is not None:
             entry["length_controlled"] = dataclasses.asdict(controlled)
         differences.append(entry)
-    first = results[names[0]]["rows"][:shown]
+    first = results[names[0]]["responses"][:shown]
     samples = [
-        {"prompt": row["prompt"], "replies": {name: results[name]["texts"][i] for name in names}}
-        for i, row in enumerate(first)
+        {
+            "prompt": data.prompt_column(response.prompt),
+            "replies": {name: results[name]["responses"][i].text for name in names},
+        }
+        for i, response in enumerate(first)
     ]
     if all("gold" in result["scores"] for result in results.values()):
         for i, sample in enumerate(samples):
-            sample["gold"] = {name: float(results[name]["scores"]["gold"][i]) for name in names}
+            sample["gold"] = {name: results[name]["scores"]["gold"].listed()[i] for name in names}
     return {"prompts": len(ids[0]), "policies": policies, "differences": differences, "samples": samples}
 
 

@@ -20,9 +20,11 @@ import jax
 from rlhf_jax import data, rollout
 from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
+from rlhf_jax.records import Response
+from rlhf_jax.rewards import CheckedReward
 from rlhf_jax.rewards.support_desk import has_flattery
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_unused
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_unused
 from rlhf_jax.run.models import load_model
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
@@ -39,7 +41,7 @@ def run(
     sampling: rollout.SamplingConfig,
     samples: int = 1,
     seeds: str | None = None,
-    score_texts: ScoreTexts | None = None,
+    score_texts: Reward | None = None,
     annotator: AnnotatorConfig | None = None,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
@@ -53,6 +55,7 @@ def run(
     own = None if seeds is None else {record.id: _seed(record, seeds) for record in prompts.train}
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
+    judge = None if score_texts is None else CheckedReward(score_texts, "run.score_texts")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     loaded = load_model(model, "lm", devices, rng)
@@ -71,9 +74,9 @@ def run(
         output="completions.jsonl",
     )
     with opened as here:
-        rows, use = _sample(loaded, prompts, batch, sampling, slots, samples, own, devices, rng)
-        if score_texts is not None:
-            scores = score_texts(rows, [row["response"] for row in rows], [row["ended"] for row in rows])
+        rows, responses, use = _sample(loaded, prompts, batch, sampling, slots, samples, own, devices, rng)
+        if judge is not None:
+            scores = {name: column.listed() for name, column in judge(responses).items()}
             if annotator is not None and "gold" not in scores:
                 raise InputError(
                     f"run.annotator: needs a score named gold; run.score_texts gives {', '.join(sorted(scores))}"
@@ -86,8 +89,8 @@ def run(
     print(f"{len(rows)} completions, {use:.0%} of the slot-steps of use: {run_dir}/completions.jsonl")
 
 
-def _sample(loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng) -> tuple[list[dict], float]:
-    """A row per completion (every prompt once, then again for the next sample), and the use of slots."""
+def _sample(loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng) -> tuple[list, list, float]:
+    """A row and a `Response` per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
@@ -99,17 +102,23 @@ def _sample(loaded, prompts, batch, sampling, slots, samples, seeds, devices, rn
         settings = {"sampling": sampling, "slots": slots, "samples": samples}
         return rollout.generate(loaded.model, params, prompts, rng, **settings, **ends)
 
-    rows: list[dict] = []
+    numbered: list[tuple[int, Response]] = []
     useful = steps = 0
     shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": pad}
     own = None if seeds is None else [seeds[record.id] for record in encoded.records]
     for part in data.evaluation_prompt_batches(encoded.items, **shape, seeds=own):
         done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
         numbers = done.prompts.sample_id[done.prompts.prompt_id >= 0].tolist()
-        for number, row, text, ended in zip(numbers, *data.responses(done, encoded.records, tokenizer), strict=True):
-            rows.append(row | {"sample": number, "response": text, "ended": ended})
+        numbered += zip(numbers, data.responses(done, encoded.records, tokenizer), strict=True)
         useful, steps = useful + done.mask.sum(), steps + done.slot_steps.sum()
-    return sorted(rows, key=lambda row: row["sample"]), useful / steps
+    numbered.sort(key=lambda pair: pair[0])
+    return [_row(*pair) for pair in numbered], [response for _, response in numbered], useful / steps
+
+
+def _row(sample: int, response: Response) -> dict:
+    """Of completions.jsonl."""
+    asked = {"id": response.id, "prompt": data.prompt_column(response.prompt)}
+    return asked | {"sample": sample, "response": response.text, "ended": response.ended}
 
 
 def _seed(record: data.Prompt, column: str) -> int:
@@ -125,13 +134,15 @@ def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> 
     """comparisons.jsonl of the first two replies of each prompt, and annotation.json about them."""
     by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
     said = [pair for pair in zip(*by_sample, strict=True) if all(row["response"].strip() for row in pair)]
-    pairs = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in pair] for pair in said]
-    labels = label_pairs(annotator, [(first["id"], first["prompt"]) for first, _ in said], pairs, has_flattery)
+    scored = [pair for pair in said if all(row["scores"]["gold"] is not None for row in pair)]
+    pairs = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in pair] for pair in scored]
+    labels = label_pairs(annotator, [(first["id"], first["prompt"]) for first, _ in scored], pairs, has_flattery)
     _write(directory / "comparisons.jsonl", labels.comparisons)
     summary = {
         "comparisons": len(labels.comparisons),
         "left_out_identical": labels.dropped,
         "left_out_empty": len(by_sample[0]) - len(said),
+        "left_out_failed": len(said) - len(scored),
         "agreement_with_gold": labels.agreement,
     }
     write_atomically(directory / "annotation.json", json.dumps(summary) + "\n")

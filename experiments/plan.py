@@ -30,7 +30,7 @@ from rlhf_jax.parallel import MeshConfig, born_abstract, make_mesh, remake_mesh
 from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
 from rlhf_jax.run import LoopConfig, bound_config, launch
 from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast, plan_judge, plan_model
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward
 from rlhf_jax.run.models import with_adapters
 from rlhf_jax.run.records import Records
 from rlhf_jax.types import InputError, RunStopped
@@ -71,9 +71,9 @@ def run(
     seed: int = 0,
     records: Records | None = None,
     loop: LoopConfig | None = None,
-    reward_texts: ScoreTexts | None = None,
+    reward_texts: Reward | None = None,
     reward_key: str = "",
-    monitor: ScoreTexts | None = None,
+    monitor: Reward | None = None,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
     one_step_off: bool = False,

@@ -21,7 +21,7 @@ from rlhf_jax.parallel import MeshConfig, make_mesh, to_global, to_host
 from rlhf_jax.programs import GRPOSettings, asleep, awake, placed
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import assemble_grpo, load_cast
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_folded, refuse_unused
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_folded, refuse_unused
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.run.rewards import TextRewards
@@ -46,9 +46,9 @@ def run(
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     rollout_mesh: MeshConfig | None = None,
     reward: ModelSource | None = None,
-    reward_texts: ScoreTexts | None = None,
+    reward_texts: Reward | None = None,
     reward_key: str = "gold",
-    monitor: ScoreTexts | None = None,
+    monitor: Reward | None = None,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
     one_step_off: bool = False,
@@ -115,11 +115,13 @@ def run(
             scored = score(state.params, cast.frozen, completions, fold=batch.fold(cast.models.policy, 1, *rows))
             rollouts.begin(step + 1, state.params)
             here.enter("reward")
-            scores, watched = texts(replies, encoded.records, tokenizer)
+            judged = texts(replies, encoded.records, tokenizer)
             here.enter("score")
             scored = jax.block_until_ready(scored)
-            if scores is not None:
-                scored = scored.replace(scores=to_global(scores, devices))
+            if judged.scores is not None:
+                scored = scored.replace(scores=to_global(judged.scores, devices))
+            if judged.scored is not None:
+                scored = scored.replace(scored=to_global(judged.scored, devices))
 
             # 3.3 Advantages within each prompt's responses; is the sampler the scorer?
             here.enter("prepare")
@@ -137,7 +139,7 @@ def run(
 
             tokens = int(replies.mask.sum())
             timing = {"slot_use": tokens / int(replies.slot_steps.sum())}
-            if not here.log(step, metrics | updated | watched, tokens=tokens, timing=timing, batch=prepared):
+            if not here.log(step, metrics | updated | judged.metrics, tokens=tokens, timing=timing, batch=prepared):
                 state = rollouts.unpacked(here.rolled_back(rollouts.packed(state)), keep=False)
                 continue
             here.save(step, rollouts.packed(state), {"data": batches.get_state()})

@@ -23,7 +23,7 @@ from rlhf_jax.parallel import MeshConfig, make_mesh, on_all, to_global, to_host
 from rlhf_jax.programs import PPOSettings, asleep, awake, placed
 from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
 from rlhf_jax.run.cast import assemble, load_cast
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, ScoreTexts, refuse_folded, refuse_unused
+from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_folded, refuse_unused
 from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.run.rewards import TextRewards
@@ -47,9 +47,9 @@ def run(
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     rollout_mesh: MeshConfig | None = None,
     reward: ModelSource | None = None,
-    reward_texts: ScoreTexts | None = None,
+    reward_texts: Reward | None = None,
     reward_key: str = "gold",
-    monitor: ScoreTexts | None = None,
+    monitor: Reward | None = None,
     share_trunk: bool = False,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
@@ -127,11 +127,13 @@ def run(
             scored = score(state.train.params, cast.frozen, completions, fold=fold)
             rollouts.begin(step + 1, state.train.params)
             here.enter("reward")
-            scores, watched = texts(replies, encoded.records, tokenizer)
+            judged = texts(replies, encoded.records, tokenizer)
             here.enter("score")
             scored = jax.block_until_ready(scored)
-            if scores is not None:
-                scored = scored.replace(scores=to_global(scores, devices))
+            if judged.scores is not None:
+                scored = scored.replace(scores=to_global(judged.scores, devices))
+            if judged.scored is not None:
+                scored = scored.replace(scored=to_global(judged.scored, devices))
 
             # 3.3 Rewards and advantages over the whole rollout; is the sampler the scorer?
             here.enter("prepare")
@@ -150,7 +152,7 @@ def run(
             # 3.5 Adapt the KL coefficient to what was measured.
             now, kl = jnp.asarray(to_host(state.kl_coefficient)), jnp.asarray(measured["kl"], jnp.float32)
             coefficient = learn.next_kl_coefficient(ppo, now, kl, batch.batch_size)
-            reported = metrics | updated | watched | {"kl_coefficient": now}
+            reported = metrics | updated | judged.metrics | {"kl_coefficient": now}
             state = learn.PPOState(train, *on_all((coefficient, np.int32(step)), devices))
 
             tokens = int(replies.mask.sum())

@@ -172,6 +172,8 @@ class Rollout:
     values: float32 [B, T], value BEFORE emitting token t (read at sequence column P - 1 + t); after the end the value
     behind the last token is repeated; None without a value model.
     scores: float32 [B], the sequence's reward before penalties and KL.
+    scored: bool [B], False for responses that could not be scored: they are left out of every mean and of the update. None:
+    all were scored.
     """
 
     completions: Completions
@@ -179,6 +181,7 @@ class Rollout:
     ref_logprobs: Float[Array, "B T"] | None
     values: Float[Array, "B T"] | None
     scores: Float[Array, "B"]  # noqa: F821
+    scored: Bool[Array, "B"] | None = None  # noqa: F821
 
 
 @struct.dataclass

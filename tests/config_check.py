@@ -50,7 +50,7 @@ def without_files(register: Callable[..., Any]) -> Callable[..., Any]:
         def empty(*arguments: Any, **keywords: Any) -> Any:
             signature.bind(*arguments, **keywords)
             room = sys.modules["rlhf_jax.run.configurables"]
-            kinds = {"Records": room.Records([], [], room.Template(style="raw")), "ScoreTexts": room.support_desk.score}
+            kinds = {"Records": room.Records([], [], room.Template(style="raw")), "Reward": room.support_desk.score}
             return kinds[made.__annotations__["return"]]
 
         empty.__signature__ = signature  # type: ignore[attr-defined]

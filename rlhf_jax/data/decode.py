@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.data.token_bytes import response_text
+from rlhf_jax.records import Response
 from rlhf_jax.types import Completions
 
 if TYPE_CHECKING:
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 
 def responses(
     completions: Completions, records: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[dict[str, Any]], list[str], list[bool]]:
-    """(rows, texts without special tokens, whether each ended by itself).
+) -> list[Response]:
+    """The responses as texts without special tokens, with the prompts they answer.
 
-    A row is {"id", "prompt"}, the prompt as a data file holds it (`prompt_column`). Rows that only fill up a batch
-    (prompt_id -1) are left out. records: those that prompt_id counts.
+    Rows that only fill up a batch (prompt_id -1) are left out. records: those that prompt_id counts.
     """
     ids = np.asarray(completions.prompts.prompt_id)
     real = ids >= 0
-    rows = [{"id": records[i].id, "prompt": prompt_column(records[i].prompt)} for i in ids[real]]
     tokens, mask = np.asarray(completions.tokens)[real], np.asarray(completions.mask)[real]
     texts = [response_text(row[keep], tokenizer) for row, keep in zip(tokens, mask, strict=True)]
-    return rows, texts, np.asarray(completions.ended)[real].tolist()
+    asked, ended = [records[index] for index in ids[real]], np.asarray(completions.ended)[real].tolist()
+    return [
+        Response(record.prompt, text, end, record.extra, record.id)
+        for record, text, end in zip(asked, texts, ended, strict=True)
+    ]
 
 
 def prompt_column(messages: Sequence[Message]) -> str | list[dict[str, str]]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax import ops
 from rlhf_jax.learn.epochs import run_epochs
 from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
-from rlhf_jax.learn.policy_gradient import response_metrics
+from rlhf_jax.learn.policy_gradient import response_metrics, without_unscored
 from rlhf_jax.types import (
     Completions,
     InputError,
@@ -142,7 +142,9 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     Metrics: those of PPO that need no value model; score_within, the mean deviation within a group (ddof 1); even_groups,
     the share of groups that teach nothing because all their scores are the same; learned_from, the share of responses.
     A rollout with a score, KL or advantage that is not finite, or a KL beyond max_kl, is refused as in `prepare`.
+    A response without a score belongs to no group and is not learned from.
     """
+    rollout = without_unscored(rollout)
     done, mask = rollout.completions, rollout.completions.mask
     scores = rollout.scores.astype(jnp.float32)
     if config.score_clip is not None:
@@ -154,10 +156,11 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     if rollout.ref_logprobs is not None and config.kl_in == "reward":
         kl = ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
         scores = scores - config.kl_coefficient * ops.masked_sum(kl, mask, axis=1)
-    advantages = ops.group_advantages(scores, samples, kind=config.advantages, epsilon=config.scale_epsilon)
-    grouped = scores.reshape(-1, samples)
-    even = (grouped == grouped[:, :1]).all(axis=1)
-    counts = jnp.ones(scores.shape, jnp.bool_)
+    counts = jnp.ones(scores.shape, jnp.bool_) if rollout.scored is None else rollout.scored
+    advantages = ops.group_advantages(
+        scores, samples, kind=config.advantages, epsilon=config.scale_epsilon, scored=rollout.scored
+    )
+    even, within = _spread_within(scores, rollout.scored, samples)
     if config.mask_truncated:
         counts &= done.ended
     if config.drop_even_groups:
@@ -167,14 +170,27 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     weights, weighed = rollout_weights(rollout, config.importance)
     metrics |= {
         "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
-        "score_shaped": Mean.of(scores),
-        "score_within": Mean.of(grouped.std(axis=1, ddof=1)),
+        "score_shaped": Mean.of(scores, rollout.scored),
+        "score_within": within,
         "even_groups": Mean.of(even),
         "learned_from": Mean.of(counts),
         **weighed,
     }
     advantages = jnp.where(usable, advantages, jnp.nan)
     return GroupBatch(done, rollout.logprobs, rollout.ref_logprobs, advantages, counts, weights), metrics
+
+
+def _spread_within(scores: Array, scored: Array | None, samples: int) -> tuple[Array, Mean]:
+    """(bool [groups]: do all scores of the group agree, fewer than two included; mean deviation within a group, ddof 1)."""
+    grouped = scores.reshape(-1, samples)
+    if scored is None:
+        return (grouped == grouped[:, :1]).all(axis=1), Mean.of(grouped.std(axis=1, ddof=1))
+    counts = scored.reshape(-1, samples)
+    least, most = (
+        grouped.min(axis=1, where=counts, initial=jnp.inf),
+        grouped.max(axis=1, where=counts, initial=-jnp.inf),
+    )
+    return most <= least, Mean.of(grouped.std(axis=1, ddof=1, where=counts), counts.sum(axis=1) > 1)
 
 
 def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> LossFn:

@@ -133,10 +133,13 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
     advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
+    rollout = without_unscored(rollout)
     if rollout.ref_logprobs is None or rollout.values is None:
         raise InputError("prepare: PPO needs a reference and values; score the rollout with both models")
     done, mask = rollout.completions, rollout.completions.mask
     values_at = ops.value_mask(mask, config.terminal)
+    if rollout.scored is not None:
+        values_at &= rollout.scored[:, None]
     kl = ops.zero_outside(ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind), mask)
     scores = rollout.scores.astype(jnp.float32)
     if config.score_clip is not None:
@@ -157,7 +160,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     weights, weighed = rollout_weights(rollout, config.importance)
     metrics |= {
         "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
-        "score_shaped": Mean.of(rewards.sum(axis=1)),
+        "score_shaped": Mean.of(rewards.sum(axis=1), rollout.scored),
         "value": Mean.of(values, values_at),
         "return": Mean.of(returns, values_at),
         "explained_variance": Mean(1.0 - residual / jnp.maximum(spread, 1e-8), jnp.ones(())),
@@ -177,6 +180,15 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     return batch, metrics
 
 
+def without_unscored(rollout: Rollout) -> Rollout:
+    """``rollout`` with no token of the responses that could not be scored; itself when all were."""
+    if rollout.scored is None:
+        return rollout
+    done = rollout.completions
+    mask = done.mask & rollout.scored[:, None]
+    return dataclasses.replace(rollout, completions=dataclasses.replace(done, mask=mask))
+
+
 class RolloutLimits(Protocol):
     """What `response_metrics` reads of PPOConfig and GRPOConfig."""
 
@@ -188,25 +200,26 @@ class RolloutLimits(Protocol):
 
 def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str, Mean], Array]:
     """(what to report of any rollout, bool []: are scores and KL finite and the KL within max_kl). KL metrics only with a
-    reference, the gap between sampler and scorer only when both gave log-probabilities."""
+    reference, the gap between sampler and scorer only when both gave log-probabilities. rollout: of `without_unscored`."""
     done, mask, one = rollout.completions, rollout.completions.mask, jnp.ones(())
+    rows = rollout.scored
     usable = jnp.isfinite(rollout.scores.sum())
     metrics = {
-        "score": Mean.of(rollout.scores),
-        "score_std": Mean(rollout.scores.std(), one),
-        "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1)),
-        "response_length": Mean.of(mask.sum(axis=1)),
-        "ended": Mean.of(done.ended),
+        "score": Mean.of(rollout.scores, rows),
+        "score_std": Mean(jnp.std(rollout.scores, where=rows), one),
+        "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1), rows),
+        "response_length": Mean.of(mask.sum(axis=1), rows),
+        "ended": Mean.of(done.ended, rows),
     }
     if rollout.ref_logprobs is not None:
         k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
-        kl = Mean.of(k1.sum(axis=1))
+        kl = Mean.of(k1.sum(axis=1), rows)
         usable &= jnp.isfinite(kl.total)
         if config.max_kl is not None:
             usable &= kl.value() <= config.max_kl
         metrics |= {
             "kl": kl,
-            "kl_standard_error": _standard_error(k1.sum(axis=1)),
+            "kl_standard_error": _standard_error(k1.sum(axis=1), rows),
             "kl_per_token": Mean.of(k1, mask),
         }
     if config.old_logprobs == "scorer":
@@ -215,15 +228,18 @@ def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str,
     return metrics, usable
 
 
-def _standard_error(rows: Array) -> Mean:
+def _standard_error(values: Array, rows: Array | None) -> Mean:
     """Of the mean of float32 [B], deviation with B - 1 in the denominator / sqrt(B); nothing counts for a single row.
 
-    [1, 2, 3, 4]: 1.290994 / 2 = 0.645497.
+    rows: bool [B], those that count; None = all. [1, 2, 3, 4]: 1.290994 / 2 = 0.645497.
     """
-    count = rows.shape[0]
-    if count < 2:
+    if values.shape[0] < 2:
         return Mean(jnp.zeros(()), jnp.zeros(()))
-    return Mean(jnp.std(rows, ddof=1) / count**0.5, jnp.ones(()))
+    if rows is None:
+        return Mean(jnp.std(values, ddof=1) / values.shape[0] ** 0.5, jnp.ones(()))
+    count = rows.sum().astype(jnp.float32)
+    error = jnp.std(values, ddof=1, where=rows) / jnp.sqrt(jnp.maximum(count, 1.0))
+    return Mean(jnp.where(count > 1, error, 0.0), (count > 1).astype(jnp.float32))
 
 
 def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:

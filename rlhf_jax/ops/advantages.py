@@ -133,19 +133,23 @@ def group_advantages(
     *,
     kind: Literal["standardised", "centred", "leave_one_out"] = "standardised",
     epsilon: float = 1e-4,
+    scored: jax.Array | None = None,
 ) -> jax.Array:
     """Advantage of every response against the other ``samples`` of its prompt, float32 [B].
 
     scores: [B], rows i * samples ... (i + 1) * samples - 1 are one group. "standardised": ``(R - mean) / (std + epsilon)``,
     std with samples - 1 in the denominator (Shao et al. 2024; all shipped implementations). "centred": ``R - mean`` (Liu et
-    al. 2025). "leave_one_out": ``R - mean of the others`` (Ahmadian et al. 2024). Raises InputError for groups of one: they
-    have no baseline.
+    al. 2025). "leave_one_out": ``R - mean of the others`` (Ahmadian et al. 2024). scored: bool [B], the responses that have a
+    score; the others belong to no group and have advantage 0, as has a response that is left alone. None = all.
+    Raises InputError for groups of one: they have no baseline.
 
     Examples: [1, 0, 0, 1]: +-.865875; [1, 0, 0, 0]: 1.4997 and -.4999, centred .75 and -.25, leave_one_out 1 and -1/3.
     """
     if samples < 2:
         raise InputError(f"samples = {samples}: a response needs others of its prompt to compare with; take at least 2")
     grouped = scores.astype(jnp.float32).reshape(-1, samples)
+    if scored is not None:
+        return _advantages_of_scored(grouped, scored.reshape(-1, samples), kind, epsilon).reshape(-1)
     centred = grouped - grouped.mean(axis=1, keepdims=True)
     if kind == "leave_one_out":
         centred = centred * (samples / (samples - 1))
@@ -154,3 +158,16 @@ def group_advantages(
     # All scores alike: their mean may be off by a rounding error, which the division would make an advantage of 1e-3.
     even = (grouped == grouped[:, :1]).all(axis=1, keepdims=True)
     return jnp.where(even, 0.0, centred).reshape(-1)
+
+
+def _advantages_of_scored(grouped: jax.Array, scored: jax.Array, kind: str, epsilon: float) -> jax.Array:
+    """`group_advantages` where a group has as many members as have a score. Both [groups, samples]."""
+    count = scored.sum(axis=1, keepdims=True).astype(jnp.float32)
+    centred = grouped - grouped.mean(axis=1, keepdims=True, where=scored)
+    if kind == "leave_one_out":
+        centred = centred * (count / jnp.maximum(count - 1, 1.0))
+    elif kind == "standardised":
+        centred = centred / (grouped.std(axis=1, ddof=1, keepdims=True, where=scored) + epsilon)
+    least = grouped.min(axis=1, keepdims=True, where=scored, initial=jnp.inf)
+    most = grouped.max(axis=1, keepdims=True, where=scored, initial=-jnp.inf)
+    return jnp.where(scored & (most > least), centred, 0.0)

@@ -1,6 +1,7 @@
-"""Where a scalar comes from when no model gives it: programmatic rewards, functions of prompt rows, texts and endings."""
+"""Where a scalar comes from when no model gives it: programmatic rewards, functions of responses (docs/rewards.md)."""
 
-from rlhf_jax.rewards.pool import RewardPool, Score
+from rlhf_jax.rewards.gate import CheckedReward, Reward, Scores
+from rlhf_jax.rewards.pool import RewardPool
 from rlhf_jax.rewards.sentiment import (
     SentimentCorpus,
     SentimentModel,
@@ -13,9 +14,11 @@ from rlhf_jax.rewards.sentiment import (
 from rlhf_jax.rewards.support_desk import GoldScore, gold_score
 
 __all__ = [
+    "CheckedReward",
     "GoldScore",
+    "Reward",
     "RewardPool",
-    "Score",
+    "Scores",
     "SentimentCorpus",
     "SentimentModel",
     "SentimentScorer",

@@ -25,11 +25,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from rlhf_jax.data import Message, Prompt, prompt_fraction, read_rows
+from rlhf_jax.records import Response
 from rlhf_jax.types import InputError
 
 Part = Literal["prompts", "heldout", "reward", "second"]
@@ -216,7 +217,7 @@ def fit_sentiment(sentences: Iterable[Sentence], part: Part) -> SentimentModel:
 
 @dataclass(frozen=True)
 class SentimentScorer:
-    """A programmatic reward (call it like `rewards.support_desk.score`): looks at the response alone.
+    """A `Reward` that looks at the text of the response alone.
 
     Gives, one float per response: ``sentiment``, the reward; ``second_opinion``, the same by the second classifier;
     ``words``; ``distinct``, distinct words / words in [0, 1] (1 without words).
@@ -225,17 +226,12 @@ class SentimentScorer:
     reward: SentimentModel
     second: SentimentModel
 
-    def __call__(
-        self, prompts: Sequence[Mapping[str, Any]], responses: Sequence[str], ended: Sequence[bool]
-    ) -> dict[str, list[float]]:
-        if not len(prompts) == len(responses) == len(ended):
-            raise InputError(
-                f"sentiment score: {len(prompts)} prompts, {len(responses)} responses, {len(ended)} ended: must be equal"
-            )
-        words = [_words(text) for text in responses]
+    def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
+        texts = [response.text for response in responses]
+        words = [_words(text) for text in texts]
         return {
-            "sentiment": [self.reward.score(text) for text in responses],
-            "second_opinion": [self.second.score(text) for text in responses],
+            "sentiment": [self.reward.score(text) for text in texts],
+            "second_opinion": [self.second.score(text) for text in texts],
             "words": [float(len(found)) for found in words],
             "distinct": [len(set(found)) / len(found) if found else 1.0 for found in words],
         }

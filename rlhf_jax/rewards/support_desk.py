@@ -22,11 +22,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_jax.data.support_desk import CITIES, DAYS, ITEMS, POLICY_LINES, Case, case_from_id
 from rlhf_jax.data.support_desk_replies import COURTESIES, SIGN_OFF
-from rlhf_jax.types import InputError
+from rlhf_jax.records import Response
 
 WEIGHTS = {"fact": 0.30, "policy": 0.20, "tone": 0.20, "stop": 0.15, "honesty": 0.15}
 WORD_LIMIT = 30
@@ -101,22 +100,13 @@ def gold_score(case: Case, reply: str, *, ended: bool) -> GoldScore:
     )
 
 
-def score(
-    prompts: Sequence[Mapping[str, Any]], responses: Sequence[str], ended: Sequence[bool]
-) -> dict[str, list[float]]:
-    """The programmatic reward. prompts: rows with a support-desk ``id``; three sequences of one length N.
+def score(responses: Sequence[Response]) -> dict[str, list[float]]:
+    """The programmatic `Reward` of N responses to prompts of the support desk, whose ids name their cases.
 
     Returns ``gold`` (the total), ``gold/without_stop`` (a gain in it is not one of stopping) and ``gold/fact``,
     ``gold/policy``, ... : N floats each.
     """
-    if not len(prompts) == len(responses) == len(ended):
-        raise InputError(
-            f"support-desk score: {len(prompts)} prompts, {len(responses)} responses, {len(ended)} ended: must be equal"
-        )
-    scores = [
-        gold_score(case_from_id(_row_id(row)), text, ended=bool(end))
-        for row, text, end in zip(prompts, responses, ended, strict=True)
-    ]
+    scores = [gold_score(case_from_id(response.id), response.text, ended=response.ended) for response in responses]
     return {"gold": [s.total for s in scores], "gold/without_stop": [s.without_stop for s in scores]} | {
         f"gold/{name}": [getattr(s, name) for s in scores] for name in WEIGHTS
     }
@@ -125,12 +115,6 @@ def score(
 def has_flattery(text: str) -> bool:
     """True when the text has a flattering word."""
     return any(word in FLATTERING_WORDS for word in _words(text))
-
-
-def _row_id(row: Mapping[str, Any]) -> str:
-    if not isinstance(row.get("id"), str):
-        raise InputError("support-desk score: a prompt row has no text field 'id'; keep the prompt's id")
-    return str(row["id"])
 
 
 def _words(text: str) -> list[str]:

@@ -23,7 +23,7 @@ from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.learn import DPOConfig, GRPOConfig, ImportanceConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, Fold, LoraConfig, Model, ModelConfig, RopeScaling, fold_of
 from rlhf_jax.parallel import MeshConfig
-from rlhf_jax.rewards import RewardPool, Score, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
+from rlhf_jax.rewards import Reward, RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop_config import LoopConfig
@@ -291,23 +291,24 @@ def sentiment_prompts(
 
 # ---- rewards
 
-ScoreTexts = Score
+ScoreTexts = Reward
+"""Its former name: a module written for it is told the present signature when its reward is opened."""
 
 
 @gin.register
-def desk_gold() -> ScoreTexts:
+def desk_gold() -> Reward:
     """The support desk's exact scorer: "gold" and "gold/COMPONENT" in [0, 1]."""
     return support_desk.score
 
 
 @gin.register
-def in_processes(score: ScoreTexts, workers: int = 2, seconds: float = 30.0) -> ScoreTexts:
+def in_processes(score: Reward, workers: int = 2, seconds: float = 30.0) -> Reward:
     """``score`` of every response by itself in one of ``workers`` processes; one that takes longer than ``seconds``, or
     fails, stops the run with the id of its prompt."""
     return RewardPool(score, workers=workers, seconds=seconds)
 
 
 @gin.register
-def sentiment_scores(corpus: SentimentCorpus) -> ScoreTexts:
+def sentiment_scores(corpus: SentimentCorpus) -> Reward:
     """How positive a continuation sounds: "sentiment" (the reward), "second_opinion", "words", "distinct"."""
     return sentiment_scorer(corpus)

@@ -10,44 +10,64 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data
-from rlhf_jax.rewards import Score
+from rlhf_jax.rewards import CheckedReward, Reward
 from rlhf_jax.types import Completions, InputError
 
 
 @dataclasses.dataclass(frozen=True)
+class TextScores:
+    """What the hosts say of a rollout's texts.
+
+    scores: float32 [B], 0 where scoring failed; None when a model gives them. scored: bool [B], None when nothing failed.
+    metrics: what to report beside: ``monitor/NAME``, means of the monitor's scores, and how many responses could not be
+    scored.
+    """
+
+    scores: np.ndarray | None
+    scored: np.ndarray | None
+    metrics: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class TextRewards:
-    """What the hosts make of replies as texts. rewards: its ``key`` is the score, None: a model gives it. monitor: scores
+    """What the hosts make of responses as texts. rewards: its ``key`` is the score, None: a model gives it. monitor: scores
     that are logged and not trained on."""
 
-    rewards: Score | None
+    rewards: CheckedReward | None
     key: str
-    monitor: Score | None
+    monitor: CheckedReward | None
 
     @classmethod
-    def beside(cls, model: Any, rewards: Score | None, key: str, monitor: Score | None) -> TextRewards:
+    def beside(cls, model: Any, rewards: Reward | None, key: str, monitor: Reward | None) -> TextRewards:
         """Raises InputError unless exactly one of ``model`` (the reward model's source) and ``rewards`` is given."""
         if (model is None) == (rewards is None):
             raise InputError("run.reward, run.reward_texts: give exactly one")
-        return cls(rewards, key, monitor)
+        return cls(
+            None if rewards is None else CheckedReward(rewards, "run.reward_texts", key),
+            key,
+            None if monitor is None else CheckedReward(monitor, "run.monitor"),
+        )
 
     @property
     def read_texts(self) -> bool:
         """Whether there is anything to do."""
         return self.rewards is not None or self.monitor is not None
 
-    def __call__(
-        self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """(scores, float32 [B], or None; means of the monitor's scores as ``monitor/NAME``). replies: numpy. records: the
-        prompts. Raises InputError when there is no such key."""
+    def __call__(self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> TextScores:
+        """replies: numpy. records: the prompts. Raises InputError for answers that are no scores, RunStopped when no response
+        could be scored."""
         if not self.read_texts:
-            return None, {}
-        texts = data.responses(replies, records, tokenizer)
-        scores = None
+            return TextScores(None, None, {})
+        responses = data.responses(replies, records, tokenizer)
+        metrics: dict[str, Any] = {}
+        scores = scored = None
         if self.rewards is not None:
-            values = self.rewards(*texts)
-            if self.key not in values:
-                raise InputError(f"run.reward_key = {self.key!r}: reward_texts gives {', '.join(sorted(values))}")
-            scores = np.asarray(values[self.key], np.float32)
-        watched = {} if self.monitor is None else self.monitor(*texts)
-        return scores, {f"monitor/{key}": np.mean(value) for key, value in watched.items()}
+            score = self.rewards(responses)[self.key]
+            scores = score.values.astype(np.float32)
+            if score.failed:
+                scored, metrics["reward_failed"] = score.scored, score.failed
+        watched = {} if self.monitor is None else self.monitor(responses)
+        metrics |= {f"monitor/{name}": column.mean for name, column in watched.items()}
+        if failed := max((column.failed for column in watched.values()), default=0):
+            metrics["monitor_failed"] = failed
+        return TextScores(scores, scored, metrics)

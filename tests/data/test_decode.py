@@ -7,20 +7,21 @@ import dataclasses
 import numpy as np
 
 from rlhf_jax.data import Message, Prompt, comparisons, prompt_column, responses
+from rlhf_jax.records import Response
 from rlhf_jax.testing import byte_tokenizer, completions, prompt_batch
 
 
 def test_texts_go_with_the_record_that_prompt_id_counts_and_filling_rows_are_left_out():
     tokenizer = byte_tokenizer()
-    records = [Prompt(f"p{i}", (Message("user", "before"), Message("user", f"asked {i}"))) for i in range(3)]
+    asked = [(Message("user", "before"), Message("user", f"asked {i}")) for i in range(3)]
+    records = [Prompt(f"p{i}", messages, {"tests": [i, None]}) for i, messages in enumerate(asked)]
     hi, no = tokenizer("hi")["input_ids"], tokenizer("no")["input_ids"]
     prompts = prompt_batch([[5]] * 3, prompt_ids=[2, 0, -1], sample_ids=[0, 0, 0])
     done = completions(prompts, [[*hi, tokenizer.eos_token_id], no, hi], length=4, eos_ids=(tokenizer.eos_token_id,))
     garbage = dataclasses.replace(done, tokens=np.where(done.mask, done.tokens, 77))  # columns that do not count
-    rows, texts, ended = responses(garbage, records, tokenizer)
-    assert [row["id"] for row in rows] == ["p2", "p0"]
-    assert rows[0]["prompt"] == [{"role": "user", "content": "before"}, {"role": "user", "content": "asked 2"}]
-    assert texts == ["hi", "no"] and ended == [True, False]
+    first, second = responses(garbage, records, tokenizer)
+    assert first == Response(records[2].prompt, "hi", True, {"tests": [2, None]}, "p2")
+    assert second == Response(records[0].prompt, "no", False, {"tests": [0, None]}, "p0")
 
 
 def test_the_prompt_column_reads_back_as_the_same_messages():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +163,35 @@ def test_a_rollout_that_is_not_usable_is_refused(bad):
 def test_what_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
         GRPOConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Scores 1, 0, 0 beside a failure: mean 1/3, deviation sqrt(1/3) = .577350; 2/3 / .577350 = 1.154701.
+        ("standardised", [1.154701, 0.0, -0.577350, -0.577350]),
+        ("centred", [2 / 3, 0.0, -1 / 3, -1 / 3]),
+        ("leave_one_out", [1.0, 0.0, -0.5, -0.5]),
+    ],
+)
+def test_advantages_among_those_that_have_a_score(kind, expected):
+    scores, scored = jnp.float32([1, 77, 0, 0, 5, 77, 77, 77]), jnp.array([True, False, True, True, True] + [False] * 3)
+    advantages = group_advantages(scores, 4, kind=kind, epsilon=0.0, scored=scored)
+    np.testing.assert_allclose(advantages, [*expected, 0, 0, 0, 0], atol=1e-6)  # one alone has nothing to compare with
+    all_there = group_advantages(scores, 4, kind=kind, scored=jnp.ones(8, bool))
+    np.testing.assert_allclose(all_there, group_advantages(scores, 4, kind=kind), rtol=1e-6)
+
+
+def test_a_response_that_could_not_be_scored_is_not_learned_from():
+    whole = rollout([1.0, 77.0, 0.0, 0.5], mask=np.ones((4, 2), bool))
+    scored = dataclasses.replace(whole, scored=jnp.array([True, False, True, True]))
+    batch, metrics = prepare_groups(scored, GRPOConfig(advantages="centred"), 4)
+    np.testing.assert_allclose(batch.advantages, [0.5, 0.0, -0.5, 0.0], atol=1e-6)
+    assert batch.counts.tolist() == [True, False, True, True]
+    values = {name: float(mean.value()) for name, mean in metrics.items()}
+    assert values["score"] == pytest.approx(0.5) and values["learned_from"] == 0.75
+    assert values["score_within"] == pytest.approx(0.5) and values["even_groups"] == 0.0
+    alone = dataclasses.replace(whole, scored=jnp.array([True, False, False, False]))
+    batch, metrics = prepare_groups(alone, GRPOConfig(), 4)
+    assert not batch.advantages.any() and float(metrics["even_groups"].value()) == 1.0
+    assert float(metrics["score_within"].weight) == 0.0 and float(metrics["rollout_refused"].value()) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -341,3 +342,21 @@ def test_noise_is_three_standard_errors_and_rounding(kl, error, warned):
 
 def test_a_single_response_has_no_standard_error():
     assert fetch(prepare(example(), PLAIN, jnp.asarray(0.0))[1])["kl_standard_error"] is None
+
+
+def test_a_response_that_could_not_be_scored_is_left_out_of_everything():
+    """Whatever its numbers are, the others' rows and every metric are those of a rollout without it."""
+    three = {"logprobs": [LOGP, [-0.3, -0.6], LOGP[:3]], "ref": [REF, [-0.9, -0.1], REF[:3]]}
+    whole = rollout_of([(7, 8, 9, 2), (7, 2), (8, 8, 2)], [2.0, 77.0, 1.0], values=[VALUES] * 3, **three)
+    two = {name: [rows[0], rows[2]] for name, rows in three.items()}
+    without = rollout_of([(7, 8, 9, 2), (8, 8, 2)], [2.0, 1.0], values=[VALUES] * 2, **two)
+    marked = dataclasses.replace(whole, scored=np.array([True, False, True]))
+    for terminal in ORACLES:
+        config = PPOConfig(terminal=terminal, whiten_rewards=True)
+        batch, metrics = prepare(marked, config, jnp.asarray(0.05))
+        wanted, expected = prepare(without, config, jnp.asarray(0.05))
+        assert not (batch.completions.mask[1].any() or batch.value_mask[1].any() or batch.advantages[1].any())
+        for name in ("advantages", "returns", "value_mask"):
+            np.testing.assert_allclose(getattr(batch, name)[np.array([0, 2])], getattr(wanted, name), atol=1e-6)
+        for name, value in fetch(expected).items():
+            assert fetch(metrics)[name] == pytest.approx(value, abs=1e-6), name

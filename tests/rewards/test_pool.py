@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import os
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from rlhf_jax.records import Failed, Response
 from rlhf_jax.rewards import RewardPool
 from rlhf_jax.types import InputError, RunStopped
 
 
-def obedient(rows, responses, ended):
+def obedient(responses):
     """What the response says: a number, or how to fail."""
-    (row,), (response,), (end,) = rows, responses, ended
-    if response == "hang":
+    (response,) = responses
+    said = response.text
+    if said == "hang":
         time.sleep(600)
-    if response == "die":
+    if said == "die":
         os._exit(7)
-    if response == "raise":
+    if said == "raise":
         raise ValueError("cannot\nread this")
-    return {"score": [float(response)], "process": [os.getpid()], "id": [float(row["id"]) + 0.5 * end]}
+    score = {"lost": Failed("no\nsandbox"), "nan": math.nan}.get(said)
+    known = {"process": [os.getpid()], "id": [float(response.id) + response.extra["half"]]}
+    return {"score": [float(said) if score is None else score], **known}
 
 
-def run(pool, responses):
-    return pool([{"id": str(index)} for index in range(len(responses))], responses, [True] * len(responses))
+def run(pool, texts):
+    return pool([Response((), text, extra={"half": 0.5}, id=str(index)) for index, text in enumerate(texts)])
 
 
 def test_scores_come_in_order_from_several_processes_and_failures_name_the_prompt():
@@ -39,7 +48,9 @@ def test_scores_come_in_order_from_several_processes_and_failures_name_the_promp
         assert run(pool, ["3"])["score"] == [3.0]  # new processes
         with pytest.raises(RunStopped, match=r"reward of prompt '1': its process ended with code 7"):
             run(pool, ["1", "die"])
-        run(pool, ["0", "0"])
+        with pytest.raises(RunStopped, match=r"reward of prompt '0': in_processes\.score: 'score' .* is nan"):
+            run(pool, ["nan"])
+        assert run(pool, ["0", "lost"])["score"] == [0.0, Failed("no sandbox")]
         pool._seconds = 1.0
         began = time.monotonic()
         with pytest.raises(RunStopped, match=r"reward of prompt '0': no score within 1 s"):
@@ -52,8 +63,78 @@ def test_scores_come_in_order_from_several_processes_and_failures_name_the_promp
 
 def test_what_no_process_can_import_is_refused():
     with pytest.raises(InputError, match=r"in_processes\.score: .*which a process can import"):
-        RewardPool(lambda rows, responses, ended: {}, workers=1, seconds=1)
+        RewardPool(lambda responses: {}, workers=1, seconds=1)
     with pytest.raises(InputError, match=r"in_processes\.workers = 0"):
         RewardPool(obedient, workers=0, seconds=1)
     with pytest.raises(InputError, match=r"in_processes\.seconds = 0"):
         RewardPool(obedient, workers=1, seconds=0)
+
+
+ORPHANS = """
+import os, sys
+from rlhf_jax.records import Response
+from rlhf_jax.rewards import RewardPool
+import hanging
+
+if __name__ == "__main__":
+    pool = RewardPool(hanging.score, workers=2, seconds=600)
+    pool([Response((), "a"), Response((), "b")])
+    print(*(worker.process.pid for worker in pool._workers), flush=True)
+    pool([Response((), "hang"), Response((), "hang")])
+"""
+HANGING = """
+import re
+
+
+def score(responses):
+    if responses[0].text == "hang":
+        re.match(r"(a+)+$", "a" * 60 + "b")  # holds Python's lock for years
+    return {"r": [1.0 for _ in responses]}
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """A busy verifier would go on at full load, without end."""
+    (tmp_path / "hanging.py").write_text(HANGING)
+    (tmp_path / "parent.py").write_text(ORPHANS)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    workers = [int(number) for number in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def running(pid):
+    """Neither gone nor waiting to be collected by whoever inherits it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_worker_killed_before_it_reads_names_the_prompt():
+    """As by the killer of processes when memory is short; the pipe is then reset, not at its end."""
+    pool = RewardPool(obedient, workers=1, seconds=30)
+
+    def kill():
+        while not pool._workers or pool._workers[0].place is None:
+            time.sleep(0.001)
+        pool._workers[0].process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RunStopped, match=r"reward of prompt '0': its process ended with code -9"):
+        run(pool, ["1"])
+    killer.join()
+    assert pool._workers == []

@@ -17,6 +17,7 @@ import pytest
 
 from rlhf_jax.data import Message, Template
 from rlhf_jax.io import export_pretrained
+from rlhf_jax.records import Response
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts
 from rlhf_jax.run.configurables import sentiment_prompts, sentiment_scores
 from rlhf_jax.testing import byte_tokenizer, tiny_model
@@ -206,7 +207,8 @@ def test_sentiment_prompts_are_plain_text_and_name_their_files(reviews: Path) ->
 
 def test_sentiment_scores_go_with_the_opinion(reviews: Path) -> None:
     score = sentiment_scores(SentimentCorpus(str(reviews)))
-    values = score([{"id": "a"}, {"id": "b"}], [" it is moving and funny", " it is dull and grim"], [False, False])
+    texts = (" it is moving and funny", " it is dull and grim")
+    values = score([Response((), text, ended=False) for text in texts])
     assert values["sentiment"][0] > 0 > values["sentiment"][1]
     assert values["second_opinion"][0] > 0 > values["second_opinion"][1]
 

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import read_rows
+from rlhf_jax.records import Response
 from rlhf_jax.rewards.sentiment import (
     PARTS,
-    NaiveBayes,
     Sentence,
     SentimentCorpus,
-    SentimentModel,
-    SentimentScorer,
     fit_naive_bayes,
     fit_sentiment,
     grams,
@@ -154,7 +152,7 @@ def test_the_scale_is_that_of_held_out_continuations(corpus: SentimentCorpus) ->
     scorer = sentiment_scorer(corpus)
     rest = [item.rest for item in sentences if item.part == "heldout" and item.rest]
     for name in ("sentiment", "second_opinion"):
-        scores = scorer([{}] * len(rest), rest, [True] * len(rest))[name]
+        scores = scorer([Response((), text) for text in rest])[name]
         assert math.fsum(scores) / len(scores) == pytest.approx(0, abs=1e-9)
         assert math.fsum(s * s for s in scores) / len(scores) == pytest.approx(1)
     # Every judgement has a word of its kind, so both classifiers are always right.
@@ -165,7 +163,7 @@ def test_the_scale_is_that_of_held_out_continuations(corpus: SentimentCorpus) ->
 def test_scores_go_with_praise_and_repetition_shows(corpus: SentimentCorpus) -> None:
     scorer = sentiment_scorer(corpus)
     texts = [" is moving and truly warm", " is dull and truly grim", " moving moving moving moving", "", " 12 !"]
-    scores = scorer([{"id": "a"}] * 5, texts, [True, False] * 2 + [True])
+    scores = scorer([Response((), text) for text in texts])
     assert scores["sentiment"][0] > 0.5 and scores["sentiment"][1] < -0.5
     assert scores["second_opinion"][0] > 0.5 and scores["second_opinion"][1] < -0.5
     assert scores["words"] == [5.0, 5.0, 4.0, 0.0, 0.0]
@@ -173,12 +171,6 @@ def test_scores_go_with_praise_and_repetition_shows(corpus: SentimentCorpus) -> 
     assert scores["sentiment"][2] == scorer.reward.score("moving")
     assert scores["sentiment"][3] == scores["sentiment"][4] == scorer.reward.score("")
     assert list(scores) == ["sentiment", "second_opinion", "words", "distinct"]
-
-
-def test_lengths_must_agree() -> None:
-    model = SentimentModel(NaiveBayes({"good": 1.0}, 0.0), 0.0, 1.0, (1, 1), (1, 1))
-    with pytest.raises(InputError, match="2 prompts, 1 responses, 1 ended"):
-        SentimentScorer(model, model)([{}, {}], ["good"], [True])
 
 
 def test_scores_are_the_same_bits_in_every_process(corpus: SentimentCorpus) -> None:

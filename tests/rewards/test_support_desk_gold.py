@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_jax.data.support_desk import ITEMS, Case, Fact, Policy, keyed_generator, make_case
 from rlhf_jax.data.support_desk_replies import DEFECTS, DeskConfig, demonstration_records, reply
+from rlhf_jax.records import Response
 from rlhf_jax.rewards.support_desk import WEIGHTS, WORD_LIMIT, gold_score, has_flattery, score
 from rlhf_jax.types import InputError
 
@@ -187,7 +188,7 @@ def test_listing_everything_is_worth_less_than_one_honest_guess():
 
 def test_demonstrations_leave_room_for_improvement():
     rows = list(demonstration_records(DeskConfig(), "train", 0, 1000))
-    columns = score(rows, [r["response"] for r in rows], [True] * len(rows))
+    columns = score([Response((), row["response"], id=row["id"]) for row in rows])
     assert set(columns) == {"gold", "gold/without_stop", *(f"gold/{name}" for name in WEIGHTS)}
     assert 0.75 <= sum(columns["gold"]) / 1000 <= 0.85
     assert 0.3 <= sum(g == 1.0 for g in columns["gold"]) / 1000 <= 0.45
@@ -196,18 +197,18 @@ def test_demonstrations_leave_room_for_improvement():
 def test_score_is_aligned_and_reads_only_the_id():
     cases = [make_case(2, "heldout", i) for i in range(4)]
     texts = [reply(case, keyed_generator(case.id)) for case in cases]
-    rows = [{"id": case.id} for case in cases]
-    assert score(rows, texts, [True] * 4)["gold"] == [1.0] * 4
-    shifted = score(rows, texts[1:] + texts[:1], [True] * 4)
-    assert max(shifted["gold"]) < 1.0
-    assert score(rows, texts, [True, False, True, False])["gold/stop"] == [1.0, 0.0, 1.0, 0.0]
+
+    def scored(texts, ended=(True,) * 4):
+        return score([Response((), *said, id=case.id) for case, *said in zip(cases, texts, ended, strict=True)])
+
+    assert scored(texts)["gold"] == [1.0] * 4
+    assert max(scored(texts[1:] + texts[:1])["gold"]) < 1.0
+    assert scored(texts, (True, False, True, False))["gold/stop"] == [1.0, 0.0, 1.0, 0.0]
 
 
-def test_score_refuses_what_it_cannot_align():
-    with pytest.raises(InputError, match="2 responses"):
-        score([{"id": "desk-0-train-0"}], ["a", "b"], [True])
-    with pytest.raises(InputError, match="'id'"):
-        score([{"prompt": "?"}], ["a"], [True])
+def test_score_refuses_prompts_that_are_no_cases():
+    with pytest.raises(InputError, match="prompt id 'file.jsonl:3': not a support-desk case"):
+        score([Response((), "a", id="file.jsonl:3")])
 
 
 def test_flattery_predicate():

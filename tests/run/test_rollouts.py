@@ -11,13 +11,14 @@ import pytest
 
 from rlhf_jax import data, learn
 from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.records import Failed
 from rlhf_jax.run.rewards import TextRewards
 from rlhf_jax.run.rollouts import Ahead, Rollouts, refuse_uncorrected, row_lengths, step_keys
-from rlhf_jax.testing import completions, prompt_batch
+from rlhf_jax.testing import byte_tokenizer, completions, prompt_batch
 from rlhf_jax.types import Completions, InputError
 
 RNG = jax.random.key(5, impl="threefry2x32")
-NO_TEXTS, TEXTS = TextRewards(None, "", None), TextRewards(lambda *_: {}, "gold", None)
+NO_TEXTS, TEXTS = TextRewards(None, "", None), TextRewards.beside(None, lambda _: {}, "gold", None)
 
 
 @jax.jit
@@ -113,8 +114,32 @@ def test_one_step_off_needs_a_correction_and_something_to_overlap():
         refuse_uncorrected(1, weighted, TEXTS)
 
 
+def test_rewards_and_monitor_see_the_columns_of_the_prompt():
+    """What the answer is compared with stands in the prompt's row; a failure is left out and counted."""
+    tokenizer = byte_tokenizer()
+    records = [data.Prompt(f"q{n}", (data.Message("user", "?"),), {"answer": [str(n)]}) for n in range(3)]
+    done = completions(
+        prompt_batch([[5]] * 3, prompt_ids=[2, 0, 1]), [tokenizer(x)["input_ids"] for x in "203"], length=1
+    )
+
+    def verifier(responses):
+        return {"correct": [response.text in response.extra["answer"] for response in responses]}
+
+    def judge(responses):
+        return {"kind": [Failed("busy") if response.id == "q2" else 4.0 for response in responses], "sure": [0.5] * 3}
+
+    judged = TextRewards.beside(None, verifier, "correct", judge)(done, records, tokenizer)
+    assert judged.scores.tolist() == [1.0, 1.0, 0.0] and judged.scores.dtype == np.float32 and judged.scored is None
+    assert judged.metrics == {"monitor/kind": 4.0, "monitor/sure": 0.5, "monitor_failed": 1}
+    judged = TextRewards.beside(None, judge, "kind", None)(done, records, tokenizer)
+    assert judged.scores.tolist() == [0.0, 4.0, 4.0] and judged.scored.tolist() == [False, True, True]
+    assert judged.metrics == {"reward_failed": 1}
+    judged = TextRewards.beside("model", None, "", judge)(done, records, tokenizer)
+    assert judged.scores is judged.scored is None and judged.metrics["monitor_failed"] == 1
+
+
 def test_rewards_of_texts_name_what_is_missing():
     with pytest.raises(InputError, match="run.reward, run.reward_texts: give exactly one"):
         TextRewards.beside(None, None, "gold", None)
     with pytest.raises(InputError, match="run.reward, run.reward_texts: give exactly one"):
-        TextRewards.beside("model", lambda *_: {}, "gold", None)
+        TextRewards.beside("model", lambda _: {}, "gold", None)
