@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.ends import response_ends
 from rlhf_jax.data.records import Comparison, Demonstration, Message, Prompt
-from rlhf_jax.data.templates import Template, render_prompt, render_reply, render_turns
+from rlhf_jax.data.templates import Template
+from rlhf_jax.data.turn_tokens import LossOn, PromptTokens, Writing, prompt_tokens, response_tokens
 from rlhf_jax.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LossOn = Literal["response", "assistant", "all"]
 Overflow = Literal["drop", "keep_end", "drop_oldest"]
 """When a prompt is too long. "drop": the record is skipped and counted. "keep_end": tokens go from the left (a
 leading BOS stays). "drop_oldest": whole turns go, oldest first; a system message and the last user turn stay, or the
@@ -31,7 +30,6 @@ record is skipped. Replies are never cut: one that does not fit would lose its e
 counted."""
 _RecordT = TypeVar("_RecordT")
 _ItemT = TypeVar("_ItemT")
-_Tokens = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -112,19 +110,26 @@ def encode_demonstration(
     if loss_on not in ("response", "assistant", "all"):
         raise InputError(f"loss_on = {loss_on!r}: must be 'response', 'assistant' or 'all'")
     _check_length(max_length)
-    reply = _reply(record.prompt, record.response, record.ended, tokenizer, template)
-    if isinstance(reply, Skipped):
-        return reply
+    if loss_on == "response" and not record.learned:
+        return Skipped("the response has weight 0")
+    writing = Writing(tokenizer, template, record.tools)
 
-    def tokenise(messages: Sequence[Message]) -> _Tokens:
-        return _prompt(messages, tokenizer, template, every_turn=loss_on == "assistant")
+    def tokenise(messages: Sequence[Message]) -> PromptTokens:
+        return prompt_tokens(messages, writing, loss_on)
 
-    prompt = _fit(record.prompt, tokenise, max_length - len(reply), overflow, tokenizer.bos_token_id)
+    whole = tokenise(record.prompt)
+    message = Message("assistant", record.response, record.keys)
+    reply = response_tokens(record.prompt, message, record.ended, writing, whole.last)
+    if isinstance(reply, str):
+        return Skipped(reply)
+    prompt = _fit(record.prompt, whole, tokenise, max_length - len(reply), overflow, tokenizer.bos_token_id)
     if isinstance(prompt, Skipped):
         return prompt
     ids, mask, cut = prompt
-    loss_mask = [True] * (len(ids) + len(reply)) if loss_on == "all" else mask + [True] * len(reply)
+    loss_mask = mask + [record.learned] * len(reply)
     loss_mask[0] = False
+    if not any(loss_mask):
+        return Skipped("no turn of it is learned")
     return Encoded(ids + reply, loss_mask, len(ids), cut, record.id)
 
 
@@ -141,19 +146,25 @@ def encode_comparison(
     Raises InputError.
     """
     _check_length(max_length)
+    writing = Writing(tokenizer, template, record.tools)
+
+    def tokenise(messages: Sequence[Message]) -> PromptTokens:
+        return prompt_tokens(messages, writing, "response")
+
+    whole = tokenise(record.prompt)
     replies = []
-    for text, ended in ((record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended)):
-        reply = _reply(record.prompt, text, ended, tokenizer, template)
-        if isinstance(reply, Skipped):
-            return reply
+    for text, keys, ended in (
+        (record.chosen, record.chosen_keys, record.chosen_ended),
+        (record.rejected, record.rejected_keys, record.rejected_ended),
+    ):
+        reply = response_tokens(record.prompt, Message("assistant", text, keys), ended, writing, whole.last)
+        if isinstance(reply, str):
+            return Skipped(reply)
         replies.append(reply)
     if replies[0] == replies[1]:
         return Skipped("chosen equals rejected")
-
-    def tokenise(messages: Sequence[Message]) -> _Tokens:
-        return _prompt(messages, tokenizer, template, every_turn=False)
-
-    prompt = _fit(record.prompt, tokenise, max_length - max(map(len, replies)), overflow, tokenizer.bos_token_id)
+    room = max_length - max(map(len, replies))
+    prompt = _fit(record.prompt, whole, tokenise, room, overflow, tokenizer.bos_token_id)
     if isinstance(prompt, Skipped):
         return prompt
     ids, mask, cut = prompt
@@ -176,11 +187,13 @@ def encode_prompt(
     """The ids a reply is sampled after: exactly the prompt part of ``encode_demonstration``. Raises InputError."""
     if max_prompt_length < 1:
         raise InputError(f"max_prompt_length = {max_prompt_length}: must be at least 1")
+    writing = Writing(tokenizer, template, record.tools)
 
-    def tokenise(messages: Sequence[Message]) -> _Tokens:
-        return _prompt(messages, tokenizer, template, every_turn=False)
+    def tokenise(messages: Sequence[Message]) -> PromptTokens:
+        return prompt_tokens(messages, writing, "response")
 
-    prompt = _fit(record.prompt, tokenise, max_prompt_length, overflow, tokenizer.bos_token_id)
+    whole = tokenise(record.prompt)
+    prompt = _fit(record.prompt, whole, tokenise, max_prompt_length, overflow, tokenizer.bos_token_id)
     if isinstance(prompt, Skipped):
         return prompt
     return prompt[0] or Skipped("prompt is empty")
@@ -227,69 +240,21 @@ def _check_length(max_length: int) -> None:
         raise InputError(f"max_length = {max_length}: must be at least 2, a reply's token and its end token")
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
-
-
-def _reply(
-    messages: Sequence[Message], text: str, ended: bool, tokenizer: PreTrainedTokenizerBase, template: Template
-) -> list[int] | Skipped:
-    """Ids of a reply that end with the stop token, which occurs once (not at all in a reply that was cut off). What a
-    template writes after it is left out.
-
-    ChatML writes "Paris.<|im_end|>\\n": a sampler stops at <|im_end|>, so the "\\n" is the next prompt's, not the
-    reply's.
-    """
-    ends = response_ends(tokenizer, template)
-    content = text.removesuffix(ends.text)
-    if not content.strip():
-        return Skipped("reply is empty")
-    if ends.text in content:
-        return Skipped("end token inside the reply")
-    ids = _ids(tokenizer, render_reply(messages, content, tokenizer, template))
-    return (ids[: ids.index(ends.written)] if ends.written in ids else ids) + [ends.written] * ended
-
-
-def _prompt(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template, *, every_turn: bool
-) -> _Tokens:
-    """(ids, loss mask) of everything before the last reply, with BOS at most once."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    if every_turn:
-        stop = response_ends(tokenizer, template).written
-        for piece in render_turns(messages, tokenizer, template):
-            piece_ids = _ids(tokenizer, piece.text)
-            learned = (piece_ids.index(stop) + 1 if stop in piece_ids else len(piece_ids)) if piece.reply else 0
-            ids += piece_ids
-            mask += [True] * learned + [False] * (len(piece_ids) - learned)
-    else:
-        ids = _ids(tokenizer, render_prompt(messages, tokenizer, template))
-        mask = [False] * len(ids)
-    bos = tokenizer.bos_token_id
-    if template.bos == "always" and bos is None:
-        raise InputError(
-            "Template.bos = 'always', but the tokenizer has no beginning-of-sequence token; use bos='auto'"
-        )
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise InputError("the rendered prompt begins with two beginning-of-sequence tokens; remove one from the data")
-    adds = template.bos == "always" or (template.bos == "auto" and tokenizer("a")["input_ids"][:1] == [bos])
-    if adds and ids[:1] != [bos]:
-        return [bos, *ids], [False, *mask]
-    return ids, mask
-
-
 def _fit(
     messages: Sequence[Message],
-    tokenise: Callable[[Sequence[Message]], _Tokens],
+    tokens: PromptTokens,
+    tokenise: Callable[[Sequence[Message]], PromptTokens],
     room: int,
     overflow: Overflow,
     bos: int | None,
 ) -> tuple[list[int], list[bool], int] | Skipped:
-    """(ids, mask, tokens removed) of a prompt with at most ``room`` tokens; one that has tokens keeps at least one."""
+    """(ids, mask, tokens removed) of a prompt with at most ``room`` tokens; one that has tokens keeps at least one.
+
+    tokens: of all messages. tokenise: makes those of fewer.
+    """
     if overflow not in ("drop", "keep_end", "drop_oldest"):
         raise InputError(f"overflow = {overflow!r}: must be 'drop', 'keep_end' or 'drop_oldest'")
-    ids, mask = tokenise(messages)
+    ids, mask, _ = tokens
     whole = len(ids)
     if room < min(whole, 1):
         return Skipped("reply too long")
@@ -302,7 +267,7 @@ def _fit(
         if shorter is None:
             break
         messages = shorter
-        ids, mask = tokenise(messages)
+        ids, mask, _ = tokenise(messages)
     return Skipped("prompt too long") if len(ids) > room else (ids, mask, whole - len(ids))
 
 

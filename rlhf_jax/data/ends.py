@@ -8,6 +8,7 @@ with both would teach a model to write a line after its turn.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,16 +116,17 @@ def _chat_ends(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[
     known = _probed.setdefault(tokenizer, {})
     key = repr((template, tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map))
     if key not in known:
-        known[key] = _special_ids(tokenizer, _after_response(tokenizer))
+        known[key] = _special_ids(tokenizer, _after_response(tokenizer, template))
     return known[key]
 
 
-def _after_response(tokenizer: PreTrainedTokenizerBase) -> str:
+def _after_response(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """What the chat template writes after the response of a conversation. Raises InputError when it renders none."""
+    template = dataclasses.replace(template, date=template.date or "2000-01-01")  # no date ends a response
     refusal: InputError | None = None
     for messages in _PROBES:
         try:
-            text = render_conversation(messages, tokenizer)
+            text = render_conversation(messages, tokenizer, template)
         except InputError as error:
             refusal = refusal or error
             continue

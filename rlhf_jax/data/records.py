@@ -19,34 +19,51 @@ Row = tuple[int, Mapping[str, Any]]
 Scalar = str | float | int
 Unusable = Literal["error", "drop"]
 """What to do with a row that is well formed but teaches nothing (empty reply, chosen equal to rejected)."""
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+SAYING_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+"""Keys of a message that are part of what it says; the last three are names of one thing."""
 _ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
 _RecordT = TypeVar("_RecordT")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. role: "system", "user" or "assistant"."""
+    """One turn. role: "system", "user", "assistant" or "tool" (the result of a call).
+
+    keys: what else the data says of it (reasoning_content, tool_calls, tool_call_id, name, ...), for the chat template; a
+    "content" of None there says that the message has calls and no content. learned: False for a turn that no loss counts.
+    """
 
     role: str
     content: str
+    keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learned: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InputError(f"message role {self.role!r}: must be one of {', '.join(ROLES)}")
+
+    @property
+    def says_more(self) -> bool:
+        """Whether the message says something besides its content: it calls a tool, or reasons."""
+        return any(self.keys.get(key) for key in SAYING_KEYS)
 
 
 @dataclass(frozen=True)
 class Demonstration:
     """A prompt with the reply to imitate. An empty ``prompt`` means plain text to continue from nothing.
 
-    ended: False for a reply that was cut off: it gets no end token.
+    ended: False for a reply that was cut off: it gets no end token. keys, learned: as of a `Message`. tools: JSON schemas
+    of the functions that the messages may call.
     """
 
     id: str
     prompt: tuple[Message, ...]
     response: str
     ended: bool = True
+    keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learned: bool = True
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,8 @@ class Comparison:
     """Two replies to one prompt: ``chosen`` was preferred. margin: by how much, in units of reward (0 = unknown).
 
     chosen_ended, rejected_ended: False for a reply that was cut off. It gets no end token: PPO scores its cut replies
-    without one, and a reward model that saw an end there could not learn that stopping matters.
+    without one, and a reward model that saw an end there could not learn that stopping matters. chosen_keys,
+    rejected_keys: as of a `Message`. tools: as of a `Demonstration`.
     """
 
     id: str
@@ -64,6 +82,9 @@ class Comparison:
     margin: float = 0.0
     chosen_ended: bool = True
     rejected_ended: bool = True
+    chosen_keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rejected_keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class Prompt:
     id: str
     prompt: tuple[Message, ...]
     extra: Mapping[str, Scalar] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
 
 @dataclass(frozen=True)
@@ -209,7 +231,8 @@ def comparison_of(
     _require_text(rejected, "rejected")
     if chosen == rejected:
         raise Unlearnable("chosen equals rejected", "remove the row")
-    return Comparison(identity, prompt, chosen, rejected, margin, *ended)
+    chosen_ended, rejected_ended = ended or (True, True)
+    return Comparison(identity, prompt, chosen, rejected, margin, chosen_ended, rejected_ended)
 
 
 def _require_text(text: str, name: str) -> None:

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
 from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
-from rlhf_jax.data.encode import LossOn
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
+from rlhf_jax.data.turn_tokens import LossOn
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.learn import DPOConfig, GRPOConfig, ImportanceConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, Fold, LoraConfig, Model, ModelConfig, RopeScaling, fold_of

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data
 from rlhf_jax.data import Prompt, Template
-from rlhf_jax.data.encode import LossOn
+from rlhf_jax.data.turn_tokens import LossOn
 from rlhf_jax.remote import is_remote
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError

@@ -177,5 +177,5 @@ def test_prompts_of_keeps_the_first_of_equal_prompts() -> None:
 
 
 def test_message_role_is_checked() -> None:
-    with pytest.raises(InputError, match="role 'tool'"):
-        Message("tool", "x")
+    with pytest.raises(InputError, match="role 'critic'"):
+        Message("critic", "x")

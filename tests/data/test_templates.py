@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import Message, Template, render_prompt, render_reply
-from rlhf_jax.data.templates import Piece, render_turns
+from rlhf_jax.data.templates import turns_of
 from rlhf_jax.testing import byte_tokenizer
 from rlhf_jax.types import InputError
 
@@ -28,23 +29,24 @@ def test_chat_reply_is_what_the_template_appends() -> None:
     assert render_reply(TALK[:2], " b ", tokenizer, Template()) == "b<|eos|>\n"
 
 
+def spans(messages: list[Message], tokenizer: PreTrainedTokenizerFast, template: Template) -> list[str]:
+    text = render_prompt(messages, tokenizer, template)
+    return [text[turn.begin : turn.end] for turn in turns_of(messages, tokenizer, template)]
+
+
 def test_chat_turns() -> None:
     tokenizer = byte_tokenizer(CHATML)
-    pieces = render_turns(TALK, tokenizer, Template())
-    assert pieces == [
-        Piece("<system>s<|eos|>\n<user>a<|eos|>\n<assistant>", False),
-        Piece("b<|eos|>\n", True),
-        Piece("<user>c<|eos|>\n<assistant>", False),
-    ]
-    assert "".join(piece.text for piece in pieces) == render_prompt(TALK, tokenizer, Template())
+    assert spans(TALK, tokenizer, Template()) == ["b<|eos|>\n"]
+    expected = "<system>s<|eos|>\n<user>a<|eos|>\n<assistant>b<|eos|>\n<user>c<|eos|>\n<assistant>"
+    assert render_prompt(TALK, tokenizer, Template()) == expected
 
 
-def test_template_that_rewrites_earlier_turns_is_refused_where_it_matters() -> None:
+def test_template_that_rewrites_turns_is_refused_where_it_matters() -> None:
     tokenizer = byte_tokenizer(FORGETFUL)
     # The last reply alone is fine: the prompt's text does not change when it is added.
     assert render_reply(TALK[1:], "d", tokenizer, Template()) == "d"
     with pytest.raises(InputError, match="not prefix-stable"):
-        render_turns(TALK[1:], tokenizer, Template())
+        turns_of(TALK[1:], tokenizer, Template())
     with pytest.raises(InputError, match="not prefix-stable"):
         render_reply(TALK[1:2], "x", byte_tokenizer("{{ messages | length }}"), Template())
 
@@ -66,7 +68,7 @@ def test_plain() -> None:
     assert render_reply(TALK[1:2], " b", tokenizer, template) == " b"
     expected = "s\n\nQuestion: a\nAnswer: b\n\nQuestion: c\nAnswer:"
     assert render_prompt(TALK, tokenizer, template) == expected
-    assert [piece.text for piece in render_turns(TALK, tokenizer, template) if piece.reply] == [" b"]
+    assert spans(TALK, tokenizer, template) == [" b"]
 
 
 def test_plain_can_write_hh_dialogues_and_leaves_braces_alone() -> None:

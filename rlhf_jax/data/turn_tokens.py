@@ -1,0 +1,133 @@
+"""Prompts and responses to tokens.
+
+A prompt is tokenised as one text, whoever asks for it: for sampling, for a loss on the response, for one on every turn. A
+response is tokenised apart from its prompt, as text that continues it (``encode`` says why).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from rlhf_jax.data.ends import response_ends
+from rlhf_jax.data.quotes import unmarked
+from rlhf_jax.data.records import Message
+from rlhf_jax.data.row_problems import UnusableRecord
+from rlhf_jax.data.templates import (
+    Template,
+    check_written,
+    prompt_rendering,
+    quotes_for,
+    response_rendering,
+    turns_of,
+)
+from rlhf_jax.data.tokenise import learned_tokens, tokenise, tokenise_with_ends
+from rlhf_jax.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossOn = Literal["response", "assistant", "all"]
+
+
+class Writing(NamedTuple):
+    """How a record's messages are written down. tools: JSON schemas of the functions that they may call."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+class PromptTokens(NamedTuple):
+    """Everything before a response. mask: True for targets. last: the last token of its text, None for no text."""
+
+    ids: list[int]
+    mask: list[bool]
+    last: int | None
+
+
+def prompt_tokens(messages: Sequence[Message], writing: Writing, loss_on: LossOn) -> PromptTokens:
+    """Tokenise what comes before a response, with BOS at most once. Raises InputError."""
+    tokenizer, template, _ = writing
+    messages = _without_ends(messages, tokenizer, template)
+    rendering = prompt_rendering(messages, *writing)
+    if loss_on == "all":
+        for message in messages:
+            check_written(message, rendering, f"turn ({message.role})")
+    masked = loss_on == "assistant" or (loss_on == "all" and not all(message.learned for message in messages))
+    quotes = quotes_for(*writing)
+    ids, ends = tokenise_with_ends(rendering, tokenizer, quotes, wants_ends=masked)
+    mask = [loss_on == "all"] * len(ids)
+    if masked:
+        _mark_turns(mask, ids, ends, messages, writing, unmarked(rendering))
+    last = ids[-1] if ids else None
+    if _adds_bos(ids, tokenizer, template):
+        return PromptTokens([tokenizer.bos_token_id, *ids], [False, *mask], last)
+    return PromptTokens(ids, mask, last)
+
+
+def response_tokens(
+    messages: Sequence[Message], response: Message, ended: bool, writing: Writing, after: int | None
+) -> list[int] | str:
+    """Tokenise a response; it ends with the stop token, which occurs once (not at all in one that was cut off). What a
+    template writes after it is left out: ChatML writes "Paris.<|im_end|>\\n", and a sampler stops at <|im_end|>, so the
+    "\\n" is the next prompt's.
+
+    after: `PromptTokens.last`. Gives the reason for a response that teaches nothing. Raises InputError.
+    """
+    tokenizer, template, _ = writing
+    end = response_ends(tokenizer, template)
+    content = response.content.removesuffix(end.text)
+    if not content.strip() and not response.says_more:
+        return "reply is empty"
+    if end.text in content:
+        return "end token inside the reply"
+    response = dataclasses.replace(response, content=content)
+    rendering = response_rendering(_without_ends(messages, tokenizer, template), response, *writing)
+    ids = tokenise(rendering, tokenizer, quotes_for(*writing), after=after)
+    return (ids[: ids.index(end.written)] if end.written in ids else ids) + [end.written] * ended
+
+
+def _mark_turns(
+    mask: list[bool], ids: list[int], ends: list[int], messages: Sequence[Message], writing: Writing, text: str
+) -> None:
+    """Makes targets of the turns that are learned, through the token that ends them, and none of the others."""
+    stop = response_ends(writing.tokenizer, writing.template).written
+    for turn in turns_of(messages, *writing):
+        if turn.message.learned:
+            check_written(turn.message, text[turn.begin : turn.end], "turn (assistant)")
+        places = learned_tokens(ends, turn.begin, turn.end)
+        through = next((number for number, place in enumerate(places, start=1) if ids[place] == stop), len(places))
+        for place in places[:through]:
+            mask[place] = turn.message.learned
+
+
+def _without_ends(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template
+) -> Sequence[Message]:
+    """``messages`` without the end token that some data writes after what the assistant says: the template writes it."""
+    if template.style == "raw" or not any(message.role == "assistant" for message in messages):
+        return messages
+    end = response_ends(tokenizer, template).text
+    return [
+        dataclasses.replace(message, content=message.content.removesuffix(end))
+        if message.role == "assistant" and message.content.endswith(end)
+        else message
+        for message in messages
+    ]
+
+
+def _adds_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
+    """Whether BOS comes before the text of a prompt. Raises InputError."""
+    bos = tokenizer.bos_token_id
+    if template.bos == "always" and bos is None:
+        raise InputError(
+            "Template.bos = 'always', but the tokenizer has no beginning-of-sequence token; use bos='auto'"
+        )
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        raise UnusableRecord(
+            "the rendered prompt begins with two beginning-of-sequence tokens", "remove one from the data"
+        )
+    adds = template.bos == "always" or (template.bos == "auto" and tokenizer("a")["input_ids"][:1] == [bos])
+    return adds and list(ids[:1]) != [bos]
