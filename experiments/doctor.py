@@ -49,6 +49,7 @@ from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward
 from rlhf_jax.run.models import load_model, with_adapters
 from rlhf_jax.run.records import Records, encode_prompts, encode_records
+from rlhf_jax.run.template_date import with_date
 from rlhf_jax.types import InputError, RunStopped
 
 
@@ -88,7 +89,8 @@ def run(
     del offload_optimizer, one_step_off  # the same programs; the latter on numbers of an older policy
     bound_config()
     devices, rng = make_mesh(mesh), jax.random.key(seed, impl="threefry2x32")
-    given: dict[str, Any] = {"steps": steps, "seed": seed, "batch": batch, "devices": devices, "rng": rng, "lora": lora}
+    given: dict[str, Any] = {"run_dir": run_dir, "steps": steps, "seed": seed, "batch": batch, "lora": lora}
+    given |= {"devices": devices, "rng": rng}
     if ppo is not None or grpo is not None:
         if ppo is not None:
             adams = _all({"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer})
@@ -130,13 +132,14 @@ def _all(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def supervised_checks(
-    steps, seed, batch, devices, rng, lora, model, records, optimizer, centring, dpo
+    run_dir, steps, seed, batch, devices, rng, lora, model, records, optimizer, centring, dpo
 ) -> Iterator[Any]:
     """Of SFT and, when the records are comparisons, of the reward model or of DPO; the state last."""
     pairs = isinstance((*records.train, *records.heldout)[0], Comparison)
     loaded = with_adapters(
         load_model(model, "scalar" if pairs and dpo is None else "lm", devices, rng), lora, devices, rng
     )
+    records = with_date(records, loaded, run_dir)
     yield vocabulary_check(len(loaded.tokenizer), loaded.model.config.vocab_size)
 
     def encode(record):
@@ -197,7 +200,21 @@ def supervised_checks(
 
 
 def rollout_run_checks(
-    steps, seed, batch, devices, rng, lora, policy, prompts, sampling, reward_texts, reward_key, monitor, reward, own
+    run_dir,
+    steps,
+    seed,
+    batch,
+    devices,
+    rng,
+    lora,
+    policy,
+    prompts,
+    sampling,
+    reward_texts,
+    reward_key,
+    monitor,
+    reward,
+    own,
 ) -> Iterator[Any]:
     """Of PPO and GRPO: one iteration as train_ppo or train_grpo does it; the state last. own: the rest of their settings."""
     given = {"reward_texts": reward_texts, "monitor": monitor}
@@ -213,6 +230,7 @@ def rollout_run_checks(
     yield Finding("ok", "tokenizers", f"one vocabulary: {', '.join(models)}")
     if cast.judge is not None and cast.judge.input is not None:
         yield probe_check(locate(cast.judge.input).path, cast.judge.model, cast.judge.params)
+    prompts = with_date(prompts, cast.policy, run_dir)
     tokenizer, template = cast.policy.tokenizer, prompts.template
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 

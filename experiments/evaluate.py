@@ -38,6 +38,7 @@ from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_
 from rlhf_jax.run.models import load_model, load_reward
 from rlhf_jax.run.provenance import launches, write_atomically
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
+from rlhf_jax.run.template_date import keep_date, with_date
 from rlhf_jax.types import InputError, require_whole
 
 
@@ -86,7 +87,16 @@ def run(
         results = {}
         for name, path in policies:
             results[name] = _sample(
-                ModelSource(path=path), judge, prompts, batch, sampling, slots, judge_texts, devices, rng
+                ModelSource(path=path),
+                judge,
+                prompts,
+                batch,
+                sampling,
+                slots,
+                judge_texts,
+                devices,
+                rng,
+                here.directory,
             )
         commit = launches(here.directory)[-1]["git"]["commit"]
         evaluation = {"seed": seed, "commit": commit} | _compare(results, samples_shown)
@@ -94,7 +104,7 @@ def run(
     _print(evaluation)
 
 
-def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng) -> dict:
+def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng, directory) -> dict:
     """Replies of one policy with every score as a float64 vector in the order of the prompts."""
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
@@ -104,6 +114,8 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
         )
     for each in filter(None, (loaded, judge)):
         each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
+    prompts = with_date(prompts, loaded, directory)
+    keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
     tell_left_out(prompts, encoded, none)

@@ -28,6 +28,7 @@ from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_
 from rlhf_jax.run.models import load_model
 from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
+from rlhf_jax.run.template_date import keep_date, with_date
 from rlhf_jax.types import InputError, PromptBatch, require_whole
 
 
@@ -74,7 +75,9 @@ def run(
         output="completions.jsonl",
     )
     with opened as here:
-        rows, responses, use = _sample(loaded, prompts, batch, sampling, slots, samples, own, devices, rng)
+        rows, responses, use = _sample(
+            here.directory, loaded, prompts, batch, sampling, slots, samples, own, devices, rng
+        )
         if judge is not None:
             scores = {name: column.listed() for name, column in judge(responses).items()}
             if annotator is not None and "gold" not in scores:
@@ -89,9 +92,13 @@ def run(
     print(f"{len(rows)} completions, {use:.0%} of the slot-steps of use: {run_dir}/completions.jsonl")
 
 
-def _sample(loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng) -> tuple[list, list, float]:
+def _sample(
+    directory, loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng
+) -> tuple[list, list, float]:
     """A row and a `Response` per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    prompts = with_date(prompts, loaded, directory)
+    keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
     tell_left_out(prompts, encoded, none)

@@ -26,6 +26,7 @@ from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.run.rewards import TextRewards
 from rlhf_jax.run.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
+from rlhf_jax.run.template_date import with_date
 from rlhf_jax.types import InputError, require_whole
 
 
@@ -70,6 +71,7 @@ def run(
     # 1. Models and prompts.
     anchored = grpo.kl_coefficient > 0
     cast = load_cast(policy, reward, False, devices, init_rng, lora=lora, critic=False, reference=anchored)
+    prompts = with_date(prompts, cast.policy, run_dir)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer = cast.policy.tokenizer
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)

@@ -28,6 +28,7 @@ from rlhf_jax.run.models import write_model_card
 from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
 from rlhf_jax.run.rewards import TextRewards
 from rlhf_jax.run.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
+from rlhf_jax.run.template_date import with_date
 
 
 @gin.configurable
@@ -71,6 +72,7 @@ def run(
 
     # 1. Models and prompts.
     cast = load_cast(policy, reward, share_trunk, devices, init_rng, lora=lora)
+    prompts = with_date(prompts, cast.policy, run_dir)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer, pad = cast.policy.tokenizer, cast.policy.tokenizer.pad_token_id
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)

@@ -23,6 +23,7 @@ from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_folded, 
 from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
+from rlhf_jax.run.template_date import with_date
 from rlhf_jax.types import InputError
 
 
@@ -56,6 +57,7 @@ def run(
 
     # 1. Model and data.
     loaded = with_adapters(load_model(model, "scalar", devices, init_rng), lora, devices, init_rng)
+    records = with_date(records, loaded, run_dir)
     tokenizer, network = loaded.tokenizer, loaded.model
 
     def encode(record: data.Comparison) -> data.EncodedPair | data.Skipped:

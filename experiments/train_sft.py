@@ -20,6 +20,7 @@ from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
+from rlhf_jax.run.template_date import with_date
 from rlhf_jax.types import InputError, Mean
 
 
@@ -46,6 +47,7 @@ def run(
 
     # 1. Model and data.
     loaded = with_adapters(load_model(model, "lm", devices, init_rng), lora, devices, init_rng)
+    records = with_date(records, loaded, run_dir)
     tokenizer, network = loaded.tokenizer, loaded.model
 
     def encode(record: data.Demonstration) -> data.Encoded | data.Skipped:

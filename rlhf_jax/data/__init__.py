@@ -43,7 +43,7 @@ from rlhf_jax.data.records import (
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
 from rlhf_jax.data.stop_strings import stop_table
-from rlhf_jax.data.templates import Template, render_prompt, render_reply
+from rlhf_jax.data.templates import Template, render_prompt, render_reply, writes_date
 
 __all__ = [
     "GSM8K_FIELDS",
@@ -95,4 +95,5 @@ __all__ = [
     "stop_table",
     "token_batches",
     "truncate_by_lines",
+    "writes_date",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import weakref
 from collections.abc import Mapping, Sequence
@@ -196,8 +197,7 @@ def response_rendering(
     form = _format(tokenizer, template, tools)
     message = Message("assistant", response) if isinstance(response, str) else response
     if template.style == "chat":
-        prompt = _chat(messages, form, generation=True)
-        text = _remainder(_chat([*messages, message], form, generation=False), prompt, tokenizer)
+        text = _chat_response(messages, message, form)
     else:
         text = _plain_response(message, form)
     check_written(message, text, "response")
@@ -318,6 +318,31 @@ def _chat(messages: Sequence[Message], form: _Format, *, generation: bool) -> st
         raise UnusableRecord(
             f"{_name(tokenizer)}: chat template refuses [{roles}] ({error})", "use style='plain'"
         ) from None
+
+
+def _chat_response(messages: Sequence[Message], message: Message, form: _Format) -> str:
+    """What a chat template writes of a response, after the prompt that a sampler continues.
+
+    Some templates put an empty "<think></think>" at the end of a prompt and leave it out of a conversation: the response
+    is then what follows the header that both have.
+    """
+    prompt = _chat(messages, form, generation=True)
+    full = _chat([*messages, message], form, generation=False)
+    before = "" if full.startswith(prompt) else _chat(messages, form, generation=False)
+    if before and full.startswith(before) and prompt.startswith(before):
+        header, rest = prompt[len(before) :], full[len(before) :]
+        content = str(_marked(message.content, form, is_response=True))
+        shared = len(os.path.commonprefix([header, rest]))  # noqa: RUF071  (of characters, as meant)
+        begin = rest.rfind(content, 0, shared + len(content)) if content.strip() else -1
+        if begin >= 0 and header.startswith(rest[:begin]) and _closes_its_tags(header[begin:]):
+            return rest[begin:]
+    return _remainder(full, prompt, form.tokenizer)
+
+
+def _closes_its_tags(text: str) -> bool:
+    """Whether ``text`` is whole: "<think></think>" is, and after "<think>" a thought is to follow."""
+    opened, closed = (sorted(re.findall(pattern, text)) for pattern in (r"<(\w+)>", r"</(\w+)>"))
+    return opened == closed
 
 
 def _source(form: _Format) -> str:

@@ -5,7 +5,7 @@ from rlhf_jax.io.export import export_pretrained, read_generation
 from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.peft_files import export_adapter, read_adapter
-from rlhf_jax.io.run_directory import read_model_card, read_template
+from rlhf_jax.io.run_directory import read_model_card, read_template, template_from
 from rlhf_jax.io.tokenizers import load_tokenizer
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "read_generation",
     "read_model_card",
     "read_template",
+    "template_from",
 ]

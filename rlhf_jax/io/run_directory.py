@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import Template
+from rlhf_jax.files import parse_object
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.saved import find_step, layout, read_state, refuse_other_layout, verify
 from rlhf_jax.types import InputError, Params
 
 CARD = "model.json"
+TEMPLATE = "template.json"
+"""Of an export, and of a run that makes no model."""
 NORMALISATION = "reward_normalisation.json"
 
 
@@ -31,18 +34,29 @@ def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
 
 
 def read_template(path: str | Path) -> Template | None:
-    """The template that a run's model was trained with; None when ``path`` is no run, or one of a version that kept none.
+    """Read the template that a model was trained with, from its run directory or its export; None when ``path`` is neither,
+    or of a version that kept none.
 
     Raises InputError for fields that are no template's.
     """
-    card = Path(path) / CARD
-    fields = read_json(card).get("template") if card.is_file() else None
+    card, export = Path(path) / CARD, Path(path) / TEMPLATE
+    if card.is_file():
+        return _template(read_json(card).get("template"), str(card))
+    return _template(read_json(export), str(export)) if export.is_file() else None
+
+
+def template_from(text: str, where: str) -> Template | None:
+    """`read_template` of the text of a model.json. Raises InputError."""
+    return _template(parse_object(text, where).get("template"), where)
+
+
+def _template(fields: Any, where: str) -> Template | None:
     if fields is None:
         return None
     try:
         return Template(**fields)
     except (TypeError, InputError) as error:
-        raise InputError(f"{card}: template: {error}; train again or restore the file") from error
+        raise InputError(f"{where}: template: {error}; train again or restore the file") from error
 
 
 def read_parameters(

@@ -218,6 +218,24 @@ def test_arguments_reach_the_template() -> None:
         render_prompt(user("q"), tokenizer, Template(arguments={"enable_thinkin": False}))
 
 
+@pytest.mark.parametrize("response", ["Oak.", "<thicket>", "assistant", " x <think></think>"])
+def test_a_response_follows_the_prompt_that_is_sampled(response: str) -> None:
+    """The prompt ends with an empty thought that the template leaves out of a conversation: a sampler continues it."""
+    tokenizer = byte_tokenizer(SWITCH)
+    off = Template(arguments={"enable_thinking": False})
+    item = encode_demonstration(Demonstration("d", user("q"), response), tokenizer, off, max_length=999)
+    assert isinstance(item, Encoded)
+    assert tokenizer.decode(item.tokens) == f"<user>q<|eos|>\n<assistant><think></think>{response}<|eos|>"
+    prompt = encode_prompt(Prompt("p", user("q")), tokenizer, off, max_prompt_length=999)
+    assert item.tokens[: item.prompt_length] == prompt
+
+
+def test_a_response_without_the_thought_that_is_begun_is_refused() -> None:
+    """After "<think>" a sampler writes a thought: an answer there would be learned as one."""
+    with pytest.raises(UnusableRecord, match="not prefix-stable"):
+        learned(Demonstration("d", user("q"), "Oak."), chatml(end="<think>"))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
