@@ -56,11 +56,10 @@ def say_at_once(text: str) -> None:
         os.write(2, f"{message(text)}\n".encode())
 
 
-class Messages:
-    """A text stream in front of stdout or stderr. What is written is made fit for a message (`message`); a reader that is
-    gone or a full disk loses what follows and does not end the program.
+class Steady:
+    """A text stream in front of another. A reader that is gone, a terminal that was closed or a full disk loses what follows and
+    does not end the program.
 
-    stream: the stream behind it, for what draws by control characters (a progress bar).
     lost: why something was lost, None when nothing was.
     """
 
@@ -69,9 +68,8 @@ class Messages:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        bar = text.startswith("\r")  # as progress bars of libraries begin; a message of ours never does
         try:
-            self.stream.write("\r" * bar + message(text[bar:]))
+            self.stream.write(text)
         except OSError as error:
             self._lose(error)
         return len(text)
@@ -97,9 +95,17 @@ class Messages:
             self.stream.flush()
 
 
+class Messages(Steady):
+    """A steady stream whose texts are made fit for a message first (`message`)."""
+
+    def write(self, text: str) -> int:
+        bar = text.startswith("\r")  # as progress bars of libraries begin; a message of ours never does
+        return super().write("\r" * bar + message(text[bar:]))
+
+
 def behind(stream: TextIO) -> TextIO:
-    """Returns the stream behind `Messages`, for what draws by control characters (rich) texts that are printable already."""
-    return stream.stream if isinstance(stream, Messages) else stream
+    """Returns a steady stream that takes control characters, for what draws with them (rich) texts that are printable."""
+    return cast(TextIO, Steady(stream.stream) if isinstance(stream, Messages) else stream)
 
 
 def steady_output() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Kill:
 
 @dataclass
 class Trial:
-    """A run and what became of it. verdict: 'same', 'different: ...' or 'lost: ...'."""
+    """A run and what became of it. verdict: 'same', 'different: ...', 'lost: ...' or 'orphan: ...'."""
 
     number: int
     directory: Path
@@ -52,9 +52,26 @@ def table(stage: str, phases: Sequence[str], seconds: float, trials: Sequence[Tr
         if not trial.kills:
             lines.append(f"| {trial.number} | not killed | | | | | {trial.verdict} |")
     counted = hit(trials, phases)
-    verdicts = Counter(trial.verdict.split(":")[0] for trial in trials)
     kills = sum(len(trial.kills) for trial in trials)
     lines += ["", f"{stage}: {len(trials)} trials, {kills} kills over {seconds:.1f} s of an unbroken run. "]
     lines += ["Phases hit: " + ", ".join(f"{phase} {counted[phase]}" for phase in phases) + ". "]
-    lines += [f"lost = {verdicts['lost']}, different = {verdicts['different']}, same = {verdicts['same']}"]
+    lines += [counts(trials)]
+    return "\n".join(lines) + "\n"
+
+
+def counts(trials: Sequence[Trial]) -> str:
+    """'lost = 0, different = 0, orphan = 0, same = 3'."""
+    verdicts = Counter(trial.verdict.split(":")[0] for trial in trials)
+    return ", ".join(f"{name} = {verdicts[name]}" for name in ("lost", "different", "orphan", "same"))
+
+
+def sums(trials: Mapping[str, Sequence[Trial]]) -> str:
+    """Markdown: a line for each stage, and one for all of them."""
+    lines = ["| stage | trials | kills | lost | different | orphan | same |", "|---|---|---|---|---|---|---|"]
+    whole = [trial for made in trials.values() for trial in made]
+    for name, made in (*trials.items(), ("all", whole)):
+        verdicts = Counter(trial.verdict.split(":")[0] for trial in made)
+        cells = [name, len(made), sum(len(trial.kills) for trial in made)]
+        cells += [verdicts[verdict] for verdict in ("lost", "different", "orphan", "same")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

@@ -15,12 +15,13 @@ from subprocess import PIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKING = """
-import gc, json, os, runpy, sys, traceback
+import gc, json, os, runpy, signal, sys, traceback
 gc.freeze()  # what was imported is shared with every child, untouched
 for line in sys.stdin:
     cwd, argv = json.loads(line)
     child = os.fork()
     if not child:
+        signal.alarm(600)  # what waits for ever ends with SIGALRM
         os.chdir(cwd)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)

@@ -10,9 +10,12 @@ written); 3 a guard stopped the run; 130 / 143 stopped by SIGINT / SIGTERM after
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from absl import flags
 
@@ -58,6 +61,22 @@ def _usage(run_fn: Callable[..., object]) -> str:
     return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync"))
 
 
+def _keep_failed_saves_to_one_line() -> None:
+    """Leaves out what Orbax's threads write of a failed save before the run ends with RunStopped, which names the failure:
+    tracebacks in the log, and those of tensorstore, which reports to event loops that Orbax has closed by then."""
+
+    def of_another(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or "orbax" not in record.pathname
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        late = kind is RuntimeError and str(error) == "Event loop is closed"
+        if not late or threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(kind, error, trace)
+
+    logging.getLogger("absl").addFilter(of_another)
+    sys.excepthook = hook
+
+
 def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         print(_usage(run_fn))
@@ -67,6 +86,8 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not flags.FLAGS.debug:
+        _keep_failed_saves_to_one_line()
     scanned: list[Binding] = []
     try:
         if flags.FLAGS.distributed is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from rlhf_jax.messages import Messages, behind
 
 SHOWN = ("loss", "reward", "score", "kl", "accuracy")
 """Metrics whose name holds one of these words are worth a place on the line, four at most."""
@@ -48,11 +51,13 @@ class Display:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[shown]}"),
+                TextColumn("{task.fields[shown]}", markup=False),
             )
-            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+            console = Console(file=behind(sys.stderr))
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
             self._task = self._bar.add_task(stage, total=total, completed=start, shown="")
             self._bar.start()
+            sys.stderr = cast(TextIO, Messages(sys.stderr))  # rich puts a stream of its own there, until the bar stops
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """Show that ``step`` is done, with its metrics."""

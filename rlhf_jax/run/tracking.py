@@ -140,9 +140,10 @@ class Tracker:
 
     def close(self) -> None:
         """Close every file, also when one of them cannot be written to its end: then the first error is raised."""
-        with contextlib.ExitStack() as closing:
-            for file in self._files.values():
-                closing.callback(file.close)
-            if self._board is not None:
-                closing.callback(self._board.close)
+        files, board = self._files, self._board
         self._files, self._board = {}, None
+        with contextlib.ExitStack() as closing:
+            for file in files.values():
+                closing.callback(file.close)
+            if board is not None:
+                closing.callback(board.close)

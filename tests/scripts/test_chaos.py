@@ -34,6 +34,11 @@ def chaos() -> Any:
     return module
 
 
+@pytest.fixture(scope="module")
+def kills(chaos: Any) -> Any:
+    return sys.modules["chaos_kills"]
+
+
 def make_run(directory: Path, *, steps: int = 3, weight: float = 1.0, row: int = 6, loss: float = 0.5) -> Path:
     directory.mkdir()
     lines = [json.dumps({"step": step, "loss": loss}) for step in range(1, steps + 1)]
@@ -78,29 +83,81 @@ def test_damage_is_not_the_same(unbroken: Path, tmp_path: Path) -> None:
         difference(unbroken, broken)
 
 
-def test_the_phase_is_that_of_the_process_itself(chaos: Any, tmp_path: Path) -> None:
-    assert chaos.where(tmp_path, 7) == ("start", 0)
+def test_the_phase_is_that_of_the_process_itself(kills: Any, tmp_path: Path) -> None:
+    assert kills.where(tmp_path, 7) == ("start", 0)
     (tmp_path / "status.json").write_text('{"pid": 7, "step": 3, "phase": "train", "saving": "hash 2"}   \n')
-    assert chaos.where(tmp_path, 7) == ("train + hash", 3)
-    assert chaos.where(tmp_path, 8) == ("start", 0)  # an older process left it
+    assert kills.where(tmp_path, 7) == ("train + hash", 3)
+    assert kills.where(tmp_path, 8) == ("start", 0)  # an older process left it
 
 
 def test_table_counts_both_phases_of_a_kill_and_every_verdict(chaos: Any, tmp_path: Path) -> None:
     kills = [chaos.Kill(1.5, "train + hash", 3, 3, 2), chaos.Kill(0.5, "start", 0, 3, 2)]
     trials = [chaos.Trial(1, tmp_path, kills, "same"), chaos.Trial(2, tmp_path, kills[:1], "lost: exit code 1")]
 
-    text = chaos.table("sft", chaos.PHASES["sft"], 9.0, trials)
+    text = chaos.table("sft", ("start", *chaos.STAGES["sft"].phases), 9.0, trials)
     assert "| 1 | 1.50 s | train + hash | 3 | 2 | 1 | killed again |" in text
     assert "start 1, train 2" in text and "hash 2" in text
-    assert text.endswith("lost = 1, different = 0, same = 1\n")
+    assert text.endswith("lost = 1, different = 0, orphan = 0, same = 1\n")
+    assert "| all | 2 | 3 | 1 | 0 | 0 | 1 |" in chaos.sums({"sft": trials})
+
+
+def test_every_stage_has_its_command_and_what_it_needs(chaos: Any) -> None:
+    """All programs, and every way of training; what a stage needs is made before it."""
+    scripts = {stage.script for stage in chaos.STAGES.values()}
+    assert {
+        f"experiments/{name}.py" for name in ("train_sft", "train_reward", "train_dpo", "train_ppo", "train_grpo")
+    } < scripts
+    assert {
+        "experiments/generate.py",
+        "experiments/evaluate.py",
+        "experiments/pipeline.py",
+        "scripts/export.py",
+    } < scripts
+    assert chaos.inputs_of("ppo") == ["base", "sft", "completions", "reward"] and chaos.inputs_of("export") == [
+        "base",
+        "sft",
+    ]
+    for name in chaos.KILLED:
+        words = chaos.command(name, Path("/in"), Path("/out/run"))
+        assert (ROOT / words[1].removeprefix(f"{ROOT}/")).is_file() and any("/out/run" in word for word in words)
+    assert {name for plan in chaos.SIZES.values() for name in plan} == set(chaos.KILLED)
+
+
+HOOKED = """
+import os
+for number in range(3):
+    open("a", "w").close()
+    os.replace("a", f"b{number}")
+"""
+
+
+@pytest.mark.parametrize(("when", "made"), [("before", ["b0"]), ("after", ["b0", "b1"])])
+def test_the_hook_kills_at_the_second_rename(kills: Any, when: str, made: list[str], tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(kills.HOOK),
+        "CHAOS_COUNT": str(count),
+        "CHAOS_KILL_AT": f"rename 2 {when}",
+    }
+    done = subprocess.run([sys.executable, "-c", HOOKED], cwd=tmp_path, env=environment)
+    assert done.returncode == -9 and kills.calls(count) == {"rename": 2}
+    assert sorted(path.name for path in tmp_path.glob("b*")) == made
+
+
+def test_what_runs_on_is_an_orphan_and_is_ended(kills: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kills, "LEAVE_WITHIN", 0.3)
+    assert kills.left_running(tmp_path) == []
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)]) as process:
+        while str(tmp_path).encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            pass
+        assert kills.left_running(tmp_path) == [process.pid]
+        assert process.wait(10) == -9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_three_killed_runs(stage: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What comes before the stage is made once for all three."""
-    out = tmp_path_factory.getbasetemp() / "chaos_runs"
-    command = [sys.executable, str(SCRIPT), f"--stage={stage}", "--trials=3", "--noaimed", f"--out={out}"]
+def test_killed_programs_end_as_the_unbroken_ones(tmp_path: Path) -> None:
+    """SFT, generate and a sweep: moments, the first second, renames and fsyncs. Other stages: --size=nightly."""
+    command = [sys.executable, str(SCRIPT), "--size=ci", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("lost = 0, different = 0, same = 3")

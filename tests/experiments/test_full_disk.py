@@ -1,0 +1,91 @@
+"""A disk that is full, wherever a run meets it: one line, exit code 3, no traceback; the same command goes on later."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from experiment_processes import IMPORTS, ROOT, environment
+from forked_programs import Call, forked_programs
+from test_bad_files import CONFIG, GOOD, STAGES, lines, models
+
+from rlhf_jax.command import exit_code_for
+from rlhf_jax.run.status import Status
+from rlhf_jax.run.tracking import Events, Tracker
+from rlhf_jax.run.watchdog import Watchdog
+
+__all__ = ["models"]  # the fixture of test_bad_files
+FULL = Path("/dev/full")
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+LIMITED = """
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""No file may grow beyond the limit: EFBIG, which is what a full disk is to the program that writes."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Call]:
+    with forked_programs(IMPORTS, environment()) as call:
+        yield call
+
+
+@pytest.mark.parametrize("limit", [12_000, pytest.param(1500, marks=pytest.mark.slow)])
+def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path: Path, server: Call) -> None:
+    """The small limit is met by the files of the run itself, the larger one by the arrays of a checkpoint."""
+    (tmp_path / "limited.py").write_text(LIMITED)
+    (tmp_path / "data.jsonl").write_text(lines(GOOD["train_sft"]))
+    config = CONFIG + STAGES["train_sft"].replace("tensorboard = False", "tensorboard = True").replace(
+        "steps = 1", "steps = 4"
+    )
+    (tmp_path / "config.gin").write_text(config)
+    places = {"RUN_DIR": tmp_path / "run", "MODEL": models / "run", "DATA": tmp_path / "data.jsonl"}
+    command = [str(ROOT / "experiments" / "train_sft.py"), f"--gin_file={tmp_path / 'config.gin'}"]
+    command += [f"--gin_bindings={name} = {str(path)!r}" for name, path in places.items()]
+    done = server(tmp_path, [str(tmp_path / "limited.py"), str(limit), *command])
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("stopped: "), done.stderr
+    again = server(tmp_path, command)
+    assert again.returncode == 0, again.stderr
+
+
+def test_closing_metric_files_raises_once_and_closes_all(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "sft", resumed_step=0, tensorboard=True)
+    files = dict(tracker._files)
+    tracker._files["metrics"].close()
+    tracker._files["metrics"] = FULL.open("a")
+    with pytest.raises(OSError) as met:
+        tracker.write(1, {"loss": 1.0})
+    assert exit_code_for(met.value) == 3 and met.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        tracker.close()
+    assert files["timing"].closed
+    tracker.close()  # nothing is left to close
+
+
+def test_tensorboard_reports_to_the_run_itself(tmp_path: Path) -> None:
+    events = Events(tmp_path, 0)
+    events._writer._py_recordio_writer._writer.close()
+    events._writer._py_recordio_writer._writer = FULL.open("wb")
+    events.add_scalar("loss", 1.0, 1)
+    with pytest.raises(OSError, match="No space left") as met:
+        events.close()
+    assert exit_code_for(met.value) == 3
+
+
+def test_status_on_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "status.json").symlink_to(FULL)
+    with pytest.raises(OSError) as met:
+        Status(tmp_path)
+    assert exit_code_for(met.value) == 3
+
+
+def test_stacks_that_cannot_be_written_do_not_keep_a_hang_alive(tmp_path: Path) -> None:
+    (tmp_path / "stacks.txt").symlink_to(FULL)
+    dog = Watchdog(tmp_path, {}, 1.0, lambda: 0.0)
+    assert "could not be written (No space left on device)" in dog._write_stacks("step 1: took longer")
