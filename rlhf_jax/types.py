@@ -67,10 +67,13 @@ class Mean:
 
     @classmethod
     def of(cls, values: Array, mask: Array | None = None) -> Mean:
-        """The mean of ``values`` over True entries of ``mask`` (all entries when None)."""
+        """The mean of ``values`` over True entries of ``mask`` (all entries when None). Raises InputError for a mask that is
+        not boolean."""
         values = values.astype(jnp.float32)
         if mask is None:
             return cls(values.sum(), jnp.asarray(values.size, jnp.float32))
+        if mask.dtype != jnp.bool_:
+            raise InputError(f"Mean.of: mask of dtype {mask.dtype}: give booleans, True = counts")
         counted = jnp.broadcast_to(mask, values.shape)
         return cls(jnp.where(counted, values, 0.0).sum(), counted.sum().astype(jnp.float32))
 

@@ -108,7 +108,7 @@ def sampler(batches, ends):
             with torch.no_grad():
                 out = model.generate(prompt, attention_mask=mask.long(), **settings)[:, 64:]
             is_end = torch.isin(out, stop)
-            is_end[:, : settings.get("min_new_tokens", 0) - 1] = False
+            is_end[:, : settings.get("min_new_tokens", 0)] = False
             first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, torch.tensor(out.shape[1]))
             new += int(first.sum())
         return new, SIZES.sampling_flops(16 * batches, 64, new)

@@ -13,8 +13,9 @@ from rlhf_jax.ops.advantages import (
     terminal_mask,
     value_mask,
 )
+from rlhf_jax.ops.arguments import require_same_shape, require_threefry
 from rlhf_jax.ops.importance import ImportanceUnit, OutsideBounds, bounded_importance, importance_weights
-from rlhf_jax.ops.kl import KLKind, adaptive_kl_coefficient, kl_estimate
+from rlhf_jax.ops.kl import KLKind, KLTermKind, adaptive_kl_coefficient, kl_estimate, kl_term
 from rlhf_jax.ops.logprobs import Unembed, entropy_from_logits, hidden_logprobs, logprobs_and_entropy, token_logprobs
 from rlhf_jax.ops.losses import (
     best_of_k_loss,
@@ -32,6 +33,7 @@ from rlhf_jax.ops.losses import (
 )
 from rlhf_jax.ops.masking import (
     end_mask,
+    first_true,
     last_true_index,
     masked_mean,
     masked_sum,
@@ -48,6 +50,7 @@ __all__ = [
     "Convention",
     "ImportanceUnit",
     "KLKind",
+    "KLTermKind",
     "MissingEos",
     "OutsideBounds",
     "PreferenceKind",
@@ -59,11 +62,13 @@ __all__ = [
     "centring_penalty",
     "end_mask",
     "entropy_from_logits",
+    "first_true",
     "gae",
     "group_advantages",
     "hidden_logprobs",
     "importance_weights",
     "kl_estimate",
+    "kl_term",
     "kwise_loss",
     "last_true_index",
     "logprobs_and_entropy",
@@ -81,6 +86,8 @@ __all__ = [
     "positions_from_mask",
     "preference_loss",
     "rating_loss",
+    "require_same_shape",
+    "require_threefry",
     "sample_tokens",
     "shape_rewards",
     "terminal_index",

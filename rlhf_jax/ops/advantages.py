@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.arguments import require_mask, require_rows, require_same_shape, require_within
 from rlhf_jax.ops.masking import last_true_index, zero_outside
 from rlhf_jax.types import InputError
 
@@ -40,6 +41,9 @@ def gae(
     Example: rewards [0, 0, 1], values [.5, .6, .7], discount 1, lam .95: A_2 = 1 - .7 = .3; A_1 = .7 - .6 + .95 * .3 =
     .385; A_0 = .6 - .5 + .95 * .385 = .46575; returns [.96575, .985, 1].
     """
+    require_same_shape("gae", rewards=rewards, values=values, response_mask=response_mask)
+    require_within("gae", "discount", discount, 0.0, 1.0)
+    require_within("gae", "lam", lam, 0.0, 1.0)
     rewards, values = rewards.astype(jnp.float32), zero_outside(values, response_mask)
 
     def step(carry: Carry, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
@@ -83,6 +87,7 @@ def value_mask(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
 
     "eos": the response mask. "after_eos": with the terminal column added. "last_column": every column.
     """
+    require_mask("value_mask", mask=mask)
     if convention == "last_column":
         return jnp.ones_like(mask)
     return mask | terminal_mask(mask, convention)
@@ -103,6 +108,10 @@ def shape_rewards(
 
     Example: kl [.2, -.1, .5, -.1], coefficient .05, score 2, "eos": [-.01, .005, -.025, 2.005].
     """
+    require_mask("shape_rewards", mask=mask)
+    require_same_shape("shape_rewards", kl=kl, mask=mask)
+    require_rows("shape_rewards", mask, scores=scores)
+    require_within("shape_rewards", "kl_coefficient", kl_coefficient, 0.0)
     penalty = jnp.where(mask, -kl_coefficient * kl.astype(jnp.float32), 0.0)
     bonus = jnp.where(terminal_mask(mask, convention), scores.astype(jnp.float32)[..., None], 0.0)
     return penalty + bonus
@@ -117,6 +126,8 @@ def penalise_missing_eos(
     1: a reward model only means something on finished text). "subtract": ``score - penalty`` (TRL). penalty: >= 0, in
     units of the score.
     """
+    require_mask("penalise_missing_eos", ended=ended)
+    require_same_shape("penalise_missing_eos", scores=scores, ended=ended)
     if not penalty >= 0:
         raise InputError(f"missing-EOS penalty={penalty}: give its size, 0 or more (it is subtracted or negated)")
     scores = scores.astype(jnp.float32)
@@ -141,14 +152,21 @@ def group_advantages(
     std with samples - 1 in the denominator (Shao et al. 2024; all shipped implementations). "centred": ``R - mean`` (Liu et
     al. 2025). "leave_one_out": ``R - mean of the others`` (Ahmadian et al. 2024). scored: bool [B], the responses that have a
     score; the others belong to no group and have advantage 0, as has a response that is left alone. None = all.
-    Raises InputError for groups of one: they have no baseline.
+    Raises InputError for groups of one, which have no baseline, and for scores that are no whole number of groups.
 
     Examples: [1, 0, 0, 1]: +-.865875; [1, 0, 0, 0]: 1.4997 and -.4999, centred .75 and -.25, leave_one_out 1 and -1/3.
     """
     if samples < 2:
         raise InputError(f"samples = {samples}: a response needs others of its prompt to compare with; take at least 2")
+    if scores.ndim != 1 or scores.shape[0] % samples:
+        raise InputError(f"group_advantages: scores {list(scores.shape)} are no groups of samples = {samples}")
+    if kind not in ("standardised", "centred", "leave_one_out"):
+        raise InputError(f"advantages = {kind!r}: use 'standardised', 'centred' or 'leave_one_out'")
+    require_within("group_advantages", "epsilon", epsilon, 0.0)
     grouped = scores.astype(jnp.float32).reshape(-1, samples)
     if scored is not None:
+        require_mask("group_advantages", scored=scored)
+        require_same_shape("group_advantages", scores=scores, scored=scored)
         return _advantages_of_scored(grouped, scored.reshape(-1, samples), kind, epsilon).reshape(-1)
     centred = grouped - grouped.mean(axis=1, keepdims=True)
     if kind == "leave_one_out":

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.arguments import require_same_shape, require_within
 from rlhf_jax.ops.losses import MAX_LOG_RATIO
 from rlhf_jax.ops.masking import masked_mean, masked_sum, zero_outside
 from rlhf_jax.types import InputError
@@ -28,6 +29,7 @@ def importance_weights(
     Example: policy [-1, -2, -.3], sampled [-1.1, -3, -.25]: tokens [1.105171, 2.718282, .951229], sequence exp(1.05) =
     2.857651, geometric exp(.35) = 1.419068.
     """
+    require_same_shape("importance_weights", logprobs=logprobs, sampled=sampled, mask=mask)
     logs = zero_outside(jax.lax.stop_gradient(logprobs.astype(jnp.float32) - sampled.astype(jnp.float32)), mask)
     if unit == "sequence":
         logs = jnp.broadcast_to(masked_sum(logs, mask, axis=1)[:, None], mask.shape)
@@ -40,10 +42,12 @@ def importance_weights(
 
 def bounded_importance(weights: jax.Array, low: float, high: float, outside: OutsideBounds) -> jax.Array:
     """``weights`` within [low, high]: those outside are put to the bound ("clip"; low 0: truncated importance sampling) or
-    to 0 ("drop": of tokens IcePop, of sequences masked importance sampling). Same shape.
+    to 0 ("drop": of tokens IcePop, of sequences masked importance sampling). Same shape. Raises InputError unless 0 <= low
+    <= high.
 
     Example, bounds .5 and 2: [.4, 1.1, 2.7] -> clip [.5, 1.1, 2], drop [0, 1.1, 0].
     """
+    require_within("bounded_importance", "low", low, 0.0, high)
     if outside == "clip":
         return jnp.clip(weights, low, high)
     if outside == "drop":

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from rlhf_jax.ops.arguments import require_ids, require_mask, require_rows, require_same_shape
 from rlhf_jax.ops.masking import zero_outside
 from rlhf_jax.types import InputError
 
@@ -23,11 +24,13 @@ Unembed = Callable[[jax.Array], jax.Array]
 def token_logprobs(logits: jax.Array, targets: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
     """Log-probability of ``targets`` under ``softmax(logits / temperature)``.
 
-    logits: any float [..., V]; -inf marks a token that cannot occur (padded vocabulary). targets: int [...].
+    logits: any float [..., V]; -inf marks a token that cannot occur (padded vocabulary). targets: int [...]; one outside
+    the vocabulary (-100 marks what is ignored elsewhere) has the log-probability NaN: mask it.
     Returns float32 [...]: ``logit[target] - logsumexp(logits)``, without a [..., V] array of log-probabilities.
     """
+    _check_targets("token_logprobs", logits, targets)
     scaled = _scaled(logits, temperature)
-    chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
+    chosen = _picked(scaled, targets)
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
@@ -56,8 +59,8 @@ def hidden_logprobs(
     """Log-probabilities and entropies from hidden states; the [B, S, V] logits never exist, nor does their gradient.
 
     hidden: [B, S, D]. unembed: hidden slice -> float32 logits (it may close over parameters being differentiated).
-    targets: int [B, S]. mask: bool [B, S] or None; where False the hidden state is replaced by 0 and both results are
-    0, so garbage there reaches neither values nor gradients. Returns two float32 [B, S].
+    targets: int [B, S], see `token_logprobs`. mask: bool [B, S] or None; where False the hidden state is replaced by
+    0 and both results are 0, so garbage there reaches neither values nor gradients. Returns two float32 [B, S].
 
     Runs over slices of ``chunk_size`` COLUMNS, so that one [B, chunk_size, V] block of logits exists at a time, and in
     the backward pass the block and its gradient. The backward pass computes the logits of a block again (one more
@@ -67,6 +70,10 @@ def hidden_logprobs(
     """
     if chunk_size < 1:
         raise InputError(f"hidden_logprobs: chunk_size={chunk_size}: set it to 1 or more columns")
+    _check_targets("hidden_logprobs", hidden, targets)
+    if mask is not None:
+        require_mask("hidden_logprobs", mask=mask)
+        require_same_shape("hidden_logprobs", targets=targets, mask=mask)
     length = targets.shape[1]
     counted = jnp.ones(targets.shape, jnp.bool_) if mask is None else mask
     hidden = jnp.where(counted[..., None], hidden, jnp.zeros((), hidden.dtype))
@@ -99,13 +106,15 @@ overflows to -inf when an incoming gradient above 1 multiplies it."""
 def logprobs_and_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``token_logprobs`` and ``entropy_from_logits`` at temperature 1 in one pass, with a gradient in one pass.
 
-    logits: float32 [..., V], a row of which is not all -inf. targets: int [...]. Returns two float32 [...].
+    logits: float32 [..., V], a row of which is not all -inf. targets: int [...], see `token_logprobs`. Returns two float32
+    [...].
 
     Forward, with m the largest logit and s = sum exp(l - m): logprob = l[target] - m - log s, entropy = log s -
     sum p (l - m), in which nothing large cancels. Backward, for incoming gradients g and h of the two:
     ``dl = g (onehot - p) - h p (log p + entropy)``, an array of V per token where automatic differentiation of the two
     functions makes several.
     """
+    _check_targets("logprobs_and_entropy", logits, targets)
     return _forward(logits, targets)[0]
 
 
@@ -120,7 +129,7 @@ def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, ja
     mixed = (weights * jnp.maximum(shifted, _IMPOSSIBLE)).sum(axis=-1)
     entropy = jnp.log(total) - mixed / total
     normaliser = jnp.log(total) + logits.max(axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    chosen = _picked(logits, targets)
     normaliser, entropy = checkpoint_name((normaliser, entropy), _KEPT)
     return (chosen - normaliser, entropy), (logits, targets, normaliser, entropy)
 
@@ -135,6 +144,17 @@ def _backward(kept: _Statistics, incoming: tuple[jax.Array, jax.Array]) -> tuple
 
 
 logprobs_and_entropy.defvjp(_forward, _backward)
+
+
+def _picked(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The logit of each target, NaN for a target outside the vocabulary (negative ones would count from its end)."""
+    inside = jnp.where(targets < 0, logits.shape[-1], targets)
+    return jnp.take_along_axis(logits, inside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+
+
+def _check_targets(function: str, logits: jax.Array, targets: jax.Array) -> None:
+    require_ids(function, targets=targets)
+    require_rows(function, logits, targets=targets)
 
 
 def _scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.arguments import require_ids, require_mask, require_rows, require_same_shape, require_within
 from rlhf_jax.ops.masking import masked_mean, zero_outside
+from rlhf_jax.types import InputError
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before ``exp``: e^20 = 4.9e8 is far beyond any clip range and still finite in float32;
@@ -26,6 +28,9 @@ def pairwise_loss(chosen: jax.Array, rejected: jax.Array, margin: float | jax.Ar
     softplus form, finite for any gap (``log(1 + exp(rejected - chosen))`` overflows at 89). margin: Llama 2 (Touvron et
     al. 2023, eq. 2). Examples: chosen 1, rejected 0: .313262; with margin .5: .474077; equal rewards: log 2.
     """
+    require_same_shape("pairwise_loss", chosen=chosen, rejected=rejected)
+    if jnp.ndim(margin):
+        require_same_shape("pairwise_loss", chosen=chosen, margin=margin)
     return jax.nn.softplus(-(chosen.astype(jnp.float32) - rejected.astype(jnp.float32) - margin))
 
 
@@ -34,17 +39,21 @@ def centring_penalty(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
 
     The pairwise loss leaves them free by a constant (Eisenstein et al. 2023, "Helping or herding?").
     """
+    require_same_shape("centring_penalty", chosen=chosen, rejected=rejected)
     return jnp.square(chosen.astype(jnp.float32) + rejected.astype(jnp.float32))
 
 
 def best_of_k_loss(rewards: jax.Array, best: jax.Array) -> jax.Array:
     """Softmax cross-entropy of the response picked out of K (Ziegler et al. 2019, eq. 1).
 
-    rewards: [..., K]. best: int [...], the column picked. Returns float32 [...].
+    rewards: [..., K]. best: int [...], the column picked; NaN for one that is none. Returns float32 [...].
     Example: rewards [.1, .4, -.2, .3], best 1: 1.161420.
     """
     rewards = rewards.astype(jnp.float32)
-    picked = jnp.take_along_axis(rewards, best[..., None], axis=-1)[..., 0]
+    require_ids("best_of_k_loss", best=best)
+    require_rows("best_of_k_loss", rewards, best=best)
+    inside = jnp.where(best < 0, rewards.shape[-1], best)[..., None]
+    picked = jnp.take_along_axis(rewards, inside, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     return jax.nn.logsumexp(rewards, axis=-1) - picked
 
 
@@ -54,7 +63,7 @@ def plackett_luce_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax
     rewards: [..., K] in ranked order, best first. mask: bool [..., K], False for missing items (rankings of different
     length). Returns float32 [...]. K = 2 equals ``pairwise_loss``. Example: [1.2, .3, -.5]: .834365.
     """
-    counted = jnp.ones(rewards.shape, jnp.bool_) if mask is None else mask
+    counted = _ranked("plackett_luce_loss", rewards, mask)
     # -1e30 instead of -inf, so that no -inf - -inf = NaN is computed below, not even in an entry that is masked afterwards.
     ranked = jnp.where(counted, rewards.astype(jnp.float32), -1e30)
     remaining = jax.lax.cumlogsumexp(ranked, axis=ranked.ndim - 1, reverse=True)
@@ -68,7 +77,7 @@ def kwise_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     All pairs of a prompt stay in one batch element: shuffled across batches the same completions are seen K - 1 times
     and overfit. Example: [1.2, .3, -.5]: pairs .341154 (1, 2), .167786 (1, 3), .371101 (2, 3); mean .293347.
     """
-    counted = jnp.ones(rewards.shape, jnp.bool_) if mask is None else mask
+    counted = _ranked("kwise_loss", rewards, mask)
     rewards = zero_outside(rewards, counted)
     gaps = rewards[..., :, None] - rewards[..., None, :]
     better = jnp.triu(jnp.ones(gaps.shape[-2:], jnp.bool_), k=1)
@@ -76,8 +85,18 @@ def kwise_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     return masked_mean(jax.nn.softplus(-gaps), pairs, axis=(-2, -1))
 
 
+def _ranked(function: str, rewards: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The items of a ranking that exist, bool like ``rewards``."""
+    if mask is None:
+        return jnp.ones(rewards.shape, jnp.bool_)
+    require_mask(function, mask=mask)
+    require_same_shape(function, rewards=rewards, mask=mask)
+    return mask
+
+
 def rating_loss(rewards: jax.Array, ratings: jax.Array) -> jax.Array:
     """``(reward - rating)^2`` for absolute ratings; same shape, float32 (lm-human-preferences, ``ScalarRating``)."""
+    require_same_shape("rating_loss", rewards=rewards, ratings=ratings)
     return jnp.square(rewards.astype(jnp.float32) - ratings.astype(jnp.float32))
 
 
@@ -86,12 +105,15 @@ def magnitude_loss(first: jax.Array, second: jax.Array, difference: jax.Array) -
 
     difference > 0 means that the SECOND is better by that much: the sign of lm-human-preferences' ``ScalarComparison``.
     """
+    require_same_shape("magnitude_loss", first=first, second=second, difference=difference)
     gap = second.astype(jnp.float32) - first.astype(jnp.float32)
     return jnp.square(gap - difference.astype(jnp.float32))
 
 
 def binary_label_loss(rewards: jax.Array, labels: jax.Array) -> jax.Array:
     """``-log sigmoid(reward)`` where ``labels`` is True (good), ``-log sigmoid(-reward)`` where False; float32."""
+    require_mask("binary_label_loss", labels=labels)
+    require_same_shape("binary_label_loss", rewards=rewards, labels=labels)
     rewards = rewards.astype(jnp.float32)
     return jax.nn.softplus(jnp.where(labels, -rewards, rewards))
 
@@ -101,8 +123,13 @@ def normalising_gain_bias(
 ) -> tuple[jax.Array, jax.Array]:
     """(gain, bias) such that ``gain * reward + bias`` has the target statistics (Ziegler et al. 2019).
 
-    mean, std: of the rewards before. Example: mean .3, std 2 -> gain .5, bias -.15.
+    mean, std: of the rewards before. Raises InputError for a plain std of 0: rewards that are all alike have no
+    scale. Example: mean .3, std 2 -> gain .5, bias -.15.
     """
+    if isinstance(std, int | float) and not std > 0:
+        raise InputError(
+            f"normalising_gain_bias: std = {std}: rewards that are all alike (or not finite) have no scale"
+        )
     gain = jnp.asarray(target_std, jnp.float32) / std
     return gain, target_mean - gain * mean
 
@@ -126,6 +153,11 @@ def policy_loss(
     Example, both clips .2: ratio 1.35, A = 1: max(-1.35, -1.2) = -1.2, clipped. Ratio 5, A = -1: 5, with dual_clip 3:
     3.
     """
+    require_same_shape("policy_loss", logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    require_within("policy_loss", "clip_low", clip_low, 0.0)
+    require_within("policy_loss", "clip_high", clip_high, 0.0)
+    if dual_clip is not None:
+        require_within("policy_loss", "dual_clip", dual_clip, 1.0)
     advantages = jax.lax.stop_gradient(advantages.astype(jnp.float32))
     old_logprobs = jax.lax.stop_gradient(old_logprobs.astype(jnp.float32))
     log_ratio = jnp.clip(logprobs.astype(jnp.float32) - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -150,6 +182,9 @@ def value_loss(
 
     Example: V [1, 0], V_old [.5, .1], R [.2, 1], clip .2: squares [.64, 1], loss [.32, .5], mean .41, nothing clipped.
     """
+    require_same_shape("value_loss", values=values, old_values=old_values, returns=returns)
+    if clip is not None:
+        require_within("value_loss", "clip", clip, 0.0)
     values = values.astype(jnp.float32)
     old_values = jax.lax.stop_gradient(old_values.astype(jnp.float32))
     returns = jax.lax.stop_gradient(returns.astype(jnp.float32))

@@ -1,7 +1,8 @@
 """Statistics over the entries that count, and masks made from tokens.
 
-Masks are boolean and True means *counts*. What lies outside a mask may be anything, NaN included: it is replaced before
-any arithmetic, because ``0 * NaN`` is NaN both in a value and in a gradient.
+Masks are boolean and True means *counts*; one of another dtype raises InputError when it is traced. What lies outside
+a mask may be anything, NaN included: it is replaced before any arithmetic, because ``0 * NaN`` is NaN both in a value
+and in a gradient.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from rlhf_jax.ops.arguments import require_ids, require_mask
 
 Axis = int | tuple[int, ...] | None
 
@@ -20,6 +23,7 @@ def zero_outside(x: jax.Array, mask: jax.Array) -> jax.Array:
     Apply it to the INPUTS of a per-token loss, not only to its output: with d = NaN at a padding column,
     ``where(mask, exp(d), 0)`` has the value 0 and the gradient ``0 * exp(NaN) = NaN``.
     """
+    require_mask("zero_outside", mask=mask)
     return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
 
@@ -101,6 +105,7 @@ def end_mask(tokens: jax.Array, eos_ids: int | Sequence[int]) -> jax.Array:
     never from a pad id, so a model whose pad is its end token is handled: [7, 2, 2, 2] with eos = pad = 2 gives
     [True, True, False, False].
     """
+    require_ids("end_mask", tokens=tokens)
     ids = jnp.atleast_1d(jnp.asarray(eos_ids, dtype=jnp.int32))
     is_end = (tokens[..., None] == ids).any(axis=-1).astype(jnp.int32)
     ends_before = jnp.cumsum(is_end, axis=-1) - is_end
@@ -113,8 +118,15 @@ def positions_from_mask(mask: jax.Array) -> jax.Array:
     Works for left, right and inner padding (openai/lm-human-preferences @ cbfd210, ``language/model.py``). Example:
     [token, pad, pad] followed by three response tokens gives [0, 1, 1, 1, 2, 3].
     """
+    require_mask("positions_from_mask", mask=mask)
     counts = mask.astype(jnp.int32)
     return jnp.cumsum(counts, axis=-1) - counts
+
+
+def first_true(mask: jax.Array) -> jax.Array:
+    """True at the first True entry of every row, for what is counted once a row. bool [..., T] -> bool [..., T]."""
+    require_mask("first_true", mask=mask)
+    return mask & (jnp.cumsum(mask.astype(jnp.int32), axis=-1) == 1)
 
 
 def last_true_index(mask: jax.Array) -> jax.Array:
@@ -122,5 +134,6 @@ def last_true_index(mask: jax.Array) -> jax.Array:
 
     -1 matches no column in ``columns == index[:, None]``; clamp it before using it as an index, where it would wrap.
     """
+    require_mask("last_true_index", mask=mask)
     columns = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     return jnp.where(mask, columns, -1).max(axis=-1)

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.types import InputError
+
 PreferenceKind = Literal["sigmoid", "robust", "hinge", "ipo"]
 PREFERENCE_KINDS: tuple[str, ...] = get_args(PreferenceKind)
 
@@ -27,8 +29,17 @@ def preference_loss(
     - "ipo": ``(D - 1 / (2 beta))^2`` (Azar et al. 2024, eq. 17).
 
     Example, D = (-10 + 11) - (-12 + 11.5) = 1.5, beta .1: sigmoid .620957, with s = .1 .635957, robust .602207, hinge .85,
-    ipo 12.25. D = 0 gives log 2 (sigmoid, robust).
+    ipo 12.25. D = 0 gives log 2 (sigmoid, robust). Raises InputError for another kind, and for a label_smoothing of half or
+    more, which "robust" divides by 0 for.
     """
+    if kind not in PREFERENCE_KINDS:
+        raise InputError(f"preference_loss: kind = {kind!r}: one of {', '.join(map(repr, PREFERENCE_KINDS))}")
+    if not beta > 0:
+        raise InputError(f"preference_loss: beta = {beta!r}: give a number above 0")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and kind not in ("sigmoid", "robust")):
+        raise InputError(
+            f"preference_loss: label_smoothing = {label_smoothing!r}: give a share in [0, 0.5), and 0 with 'hinge' and 'ipo'"
+        )
     margins = margins.astype(jnp.float32)
     scaled = beta * margins
     if kind == "sigmoid":

@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.arguments import require_mask, require_rows, require_same_shape, require_threefry
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.types import InputError
 
@@ -27,6 +28,9 @@ def token_keys(rng: jax.Array, prompt_id: jax.Array, sample_id: jax.Array, posit
     (non-negative). position: int32 [B] or [], the column of the response that is being sampled, from 0. Returns keys
     [B].
     """
+
+    require_threefry("token_keys", rng)
+    require_same_shape("token_keys", prompt_id=prompt_id, sample_id=sample_id)
 
     def one(prompt: jax.Array, sample: jax.Array, column: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(rng, prompt), sample), column)
@@ -55,11 +59,13 @@ def sample_tokens(
     recomputes from the same logits. The token was drawn from the adjusted, truncated, renormalised distribution: with
     any of these on, importance ratios of the raw ones are biased. Raises InputError for settings out of range.
     """
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
-        raise InputError(
-            f"sampling: temperature={temperature}, top_k={top_k}, top_p={top_p}, min_p={min_p}: "
-            "need temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
-        )
+    _check_truncation(top_k, top_p, min_p)
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"sampling: temperature={temperature}: need a number >= 0")
+    require_threefry("sample_tokens", keys)
+    require_rows("sample_tokens", logits, keys=keys)
+    if adjusted is not None:
+        require_same_shape("sample_tokens", logits=logits, adjusted=adjusted)
     logits = logits.astype(jnp.float32)
     drawn = logits if adjusted is None else adjusted.astype(jnp.float32)
     if temperature == 0:
@@ -90,8 +96,9 @@ def truncate_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0, mi
     top_k keeps the k largest. top_p keeps the smallest set of most likely tokens whose probability reaches top_p, the
     crossing token INCLUDED: probabilities [.5, .3, .2], top_p .6 keeps two. min_p keeps tokens at least min_p times as
     likely as the most likely one (Nguyen et al. 2024): min_p .5 keeps [.5, .3]. Tokens tied with the last kept one are
-    kept.
+    kept. Raises InputError for settings out of range.
     """
+    _check_truncation(top_k, top_p, min_p)
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
@@ -107,8 +114,20 @@ def truncate_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0, mi
     return logits
 
 
+def _check_truncation(top_k: int, top_p: float, min_p: float) -> None:
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool)
+    if not (whole and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
+        raise InputError(
+            f"sampling: top_k={top_k}, top_p={top_p}, min_p={min_p}: need a whole top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
+        )
+
+
 def penalise_repetition(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
     """``logits`` [B, V] with those of tokens ``seen`` (bool [B, V]) divided by ``penalty`` when positive and multiplied
     when not, so that they always become less likely (Keskar et al. 2019, CTRL, section 4.1; the sign rule as in
-    transformers). Example: penalty 2 makes [2, -1] to [1, -2]."""
+    transformers). Example: penalty 2 makes [2, -1] to [1, -2]. Raises InputError for a penalty of 0 or less."""
+    require_mask("penalise_repetition", seen=seen)
+    require_same_shape("penalise_repetition", logits=logits, seen=seen)
+    if not 0 < penalty < math.inf:
+        raise InputError(f"penalise_repetition: penalty = {penalty!r}: give a number above 0")
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -19,8 +19,10 @@ def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
 class SamplingConfig:
     """temperature: 0 = greedy. top_k (0 = off), top_p (1 = off), min_p (0 = off), repetition_penalty (1 = off, of tokens
     of prompt and response): these change what is drawn from, which biases PPO's ratio; leave them off there.
-    max_new_tokens: columns of the response. min_new_tokens: nothing ends a response before. A completion ends at a stop
-    token (of the tokenizer and template), and with the token that completes one of ``stop_strings``."""
+    max_new_tokens: columns of the response. min_new_tokens: tokens before a stop token, which is barred until then, as
+    transformers counts them: a response that ends by one has at least one token more. A stop string that is completed
+    earlier ends nothing (in transformers it does). A completion ends at a stop token (of the tokenizer and template), and
+    with the token that completes one of ``stop_strings``."""
 
     temperature: float = 1.0
     top_k: int = 0

@@ -309,7 +309,7 @@ def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:
     if work.seen is not None:
         adjusted = ops.penalise_repetition(logits, work.seen, sampling.repetition_penalty)
     if sampling.min_new_tokens and job.eos_ids:
-        early = (work.count + 1 < sampling.min_new_tokens)[:, None]
+        early = (work.count < sampling.min_new_tokens)[:, None]
         barred = early & jnp.zeros((logits.shape[1],), bool).at[stops].set(True)
         adjusted = jnp.where(barred, -jnp.inf, logits if adjusted is None else adjusted)
     token, logprob, sampled_logprob = ops.sample_tokens(

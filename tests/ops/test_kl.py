@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops import adaptive_kl_coefficient, kl_estimate
+from rlhf_jax.ops import adaptive_kl_coefficient, kl_estimate, kl_term
 from rlhf_jax.types import InputError
 
 POLICY, REFERENCE = jnp.array([0.7, 0.3]), jnp.array([0.5, 0.5])
@@ -37,6 +37,19 @@ def test_expected_gradients_on_two_arms(kind, expected):
         return (POLICY * kl_estimate(jax.nn.log_softmax(logits), jnp.log(REFERENCE), kind)).sum()
 
     np.testing.assert_allclose(jax.grad(term)(jnp.log(POLICY)), expected, atol=1e-6)
+
+
+def test_weighted_k3_by_hand():
+    """d = .5: k3 .106531; the policy moved by .2 since it sampled: e^.2 = 1.221403; product .130117."""
+    found = kl_term(jnp.array(-1.0), jnp.array(-1.2), jnp.array(-1.5), "weighted_k3")
+    np.testing.assert_allclose(found, 0.130117, atol=1e-6)
+    for kind in ("k1", "k2", "k3"):
+        np.testing.assert_allclose(
+            kl_term(jnp.array(-1.0), jnp.array(-1.2), jnp.array(-1.5), kind),
+            kl_estimate(jnp.array(-1.0), jnp.array(-1.5), kind),
+        )
+    with pytest.raises(InputError, match="'k3\\+'"):
+        kl_term(jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), "k3+")
 
 
 def test_k2_has_the_true_gradient():

@@ -93,6 +93,19 @@ def test_where_it_stops_does_not_change_what_comes_before(sampled):
         assert counted.sum() == (ends[0] + 1 if ends.size else LENGTH)
 
 
+def test_min_new_tokens_counts_tokens_before_the_end():
+    """As transformers' MinNewTokensLengthLogitsProcessor, which bars the ends while fewer than min_new_tokens tokens stand:
+    with all tokens but four ending a response, 3 of those come first, then an end as the fourth."""
+    ends = tuple(range(4, 64))
+    done = sample(PROMPTS, KEY, sampling(min_new_tokens=3), ends)
+    for row, count, ended in zip(np.asarray(done.tokens), done.mask.sum(axis=1), done.ended, strict=True):
+        generated = next((place for place in range(3, LENGTH) if row[place] in ends), LENGTH - 1)
+        assert not np.isin(row[:3], ends).any() and count == generated + 1 and bool(ended) == (row[count - 1] in ends)
+    assert done.mask.sum(axis=1).min() == 4  # the first end that may come does
+    whole = sample(PROMPTS, KEY, sampling(min_new_tokens=LENGTH), ends)
+    assert whole.mask.all() and not whole.ended.any()
+
+
 def test_pad_may_be_an_end_token(sampled):
     """pad = end: the mask comes from where the sampler stopped, not from the token (B3)."""
     same = sample(PROMPTS, KEY, sampling(), STOPS, STOPS[0])

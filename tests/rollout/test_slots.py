@@ -222,7 +222,7 @@ def test_penalty_bar_and_truncation_follow_a_loop_over_positions():
             drawn = logits[row, column].astype(np.float64)
             for token in seen:
                 drawn[token] = drawn[token] / 1.7 if drawn[token] > 0 else drawn[token] * 1.7
-            if column < 3:
+            if column < 4:
                 barred += drawn.argmax() in STOPS
                 drawn[list(STOPS)] = -np.inf
             drawn = numpy_log_softmax(drawn / 0.8)
