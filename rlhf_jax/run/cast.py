@@ -33,6 +33,7 @@ from rlhf_jax.run.models import (
     load_model,
     load_reward,
     refuse_tokenizer,
+    set_pad_token,
     with_adapters,
     with_base_dtype,
 )
@@ -121,7 +122,7 @@ def assemble(
 ) -> tuple[PPOState, PPOFunctions]:
     """PPO's state at step 0 and the four functions of an iteration. template: of the prompts, it says what ends a reply.
     rng: the run's key. born: `parallel.born_abstract` for a plan."""
-    optimizer = ppo_optimizer(settings)
+    optimizer = ppo_optimizer(settings, cast.models)
     state = born(ppo_beginning(optimizer, settings, rng), _shardings(cast, mesh), mesh, cast.trainable)
     ends = _ends(cast, template, settings)
     return state, ppo_functions(cast.models, optimizer, state, mesh, settings, ends)
@@ -137,7 +138,7 @@ def assemble_grpo(
     born: Callable[..., TrainState] = born_sharded,
 ) -> tuple[TrainState, PPOFunctions]:
     """As `assemble`, of GRPO."""
-    optimizer = grpo_optimizer(settings)
+    optimizer = grpo_optimizer(settings, cast.models)
     begin = functools.partial(initial_state, optimizer=optimizer, rng=rng)
     state = born(begin, _shardings(cast, mesh), mesh, cast.trainable)
     ends = _ends(cast, template, settings)
@@ -168,6 +169,7 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
         assert source.path is not None
         saved, tokenizer = describe_pretrained(source.path, max_length=source.max_length)
         config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
+        set_pad_token(tokenizer, source)
     refuse_tokenizer(config, tokenizer)
     model = Model(config, ActivationConstraint(mesh))
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)

@@ -38,6 +38,7 @@ from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.signals import Signals
 from rlhf_jax.run.status import Status
 from rlhf_jax.run.tracking import Metrics, Tracker, fetch
+from rlhf_jax.run.unchecked import Unchecked
 from rlhf_jax.run.watchdog import Watchdog
 from rlhf_jax.saved import checkpoint_dir, latest_step
 from rlhf_jax.types import InputError, RunStopped
@@ -70,7 +71,7 @@ class Run:
     _offered: bool = False
     _going_back: bool = False
     _nan: bool = False
-    _unchecked: list[tuple[int, Metrics, Any]] = field(default_factory=list)
+    _unchecked: Unchecked = field(default_factory=Unchecked)
     _values: dict[str, float | None] = field(default_factory=dict)
     _measured: tuple[int, dict[str, float | None]] = (0, {})
     _known: set[str] = field(default_factory=set)
@@ -176,7 +177,7 @@ class Run:
         self._enter("log")
         metrics = {**metrics, sorted(metrics)[0]: math.nan} if self._nan else metrics
         self._tokens += tokens
-        self._unchecked.append((step, metrics, batch))
+        self._unchecked.add(step, metrics, batch)
         written = due(step, self.loop.log_every, self.total)
         if not written and self.loop.on_bad_step == "stop":
             return True  # nobody waits for the devices here; the step is looked at before anything is written or saved
@@ -197,8 +198,7 @@ class Run:
 
         but: the step that its caller writes before it stops the run for it.
         """
-        looked = [(step, fetch(metrics), batch) for step, metrics, batch in self._unchecked]
-        self._unchecked.clear()
+        looked = self._unchecked.take()
         for step, values, batch in looked:
             if wrong := bad_steps.what_is_wrong(values):
                 bad_steps.keep(self.directory, step, wrong, self.loop.on_bad_step, values, batch)

@@ -101,12 +101,18 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
         source.path, mesh=mesh, head=head, param_dtype=source.param_dtype, max_length=source.max_length, rng=rng
     )
     model = dataclasses.replace(model, config=adapted(model.config, source))
-    if source.pad_token is not None:
-        if source.pad_token not in tokenizer.get_vocab():
-            raise InputError(f"ModelSource.pad_token = {source.pad_token!r}: not in the vocabulary of {source.path}")
-        tokenizer.pad_token = source.pad_token
+    set_pad_token(tokenizer, source)
     refuse_tokenizer(model.config, tokenizer)
     return Loaded(model, params, tokenizer, source.path, location.revision)
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    """Make ``source.pad_token``, when it is given, the padding token. Raises InputError for one outside the vocabulary."""
+    if source.pad_token is None:
+        return
+    if source.pad_token not in tokenizer.get_vocab():
+        raise InputError(f"ModelSource.pad_token = {source.pad_token!r}: not in the vocabulary of {source.path}")
+    tokenizer.pad_token = source.pad_token
 
 
 def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:

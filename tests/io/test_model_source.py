@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_jax.io import locate
 from rlhf_jax.io.location import _download
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.run import fingerprint_path
+from rlhf_jax.run.cast import plan_model
 from rlhf_jax.run.configurables import ModelSource
 from rlhf_jax.run.models import Loaded, load_model
 from rlhf_jax.run.provenance import describe, write_provenance
@@ -81,9 +83,12 @@ def test_a_tokenizer_without_padding_needs_a_word(tmp_path: Path) -> None:
     tokenizer.save_pretrained(hf)
     with pytest.raises(InputError, match="a padding token; set .*ModelSource.pad_token"):
         load(hf)
+    plan = functools.partial(plan_model, head="lm", mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     assert load(hf, pad_token="<|bos|>").tokenizer.pad_token_id == 1
-    with pytest.raises(InputError, match="ModelSource.pad_token = '<pad>': not in the vocabulary"):
-        load(hf, pad_token="<pad>")
+    assert plan(ModelSource(path=str(hf), pad_token="<|bos|>")).tokenizer.pad_token_id == 1
+    for made in (lambda: load(hf, pad_token="<pad>"), lambda: plan(ModelSource(path=str(hf), pad_token="<pad>"))):
+        with pytest.raises(InputError, match="ModelSource.pad_token = '<pad>': not in the vocabulary"):
+            made()
 
 
 def test_a_source_says_one_thing() -> None:

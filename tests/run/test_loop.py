@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,26 @@ def test_not_finite_in_a_step_that_nobody_looks_at(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match="step 3: not finite: loss=nan"):
         train(tmp_path / "r", 9, metric=lambda step: float("nan") if step == 3 else 1.0, loop={"log_every": 9})
     assert saved_steps(tmp_path / "r") == [2]
+
+
+def test_a_log_line_every_hundred_steps_keeps_no_hundred_batches(tmp_path: Path) -> None:
+    """A batch is kept until its step's numbers have arrived and are fine; that of a bad step until it is recorded."""
+    batches, alive = [], []
+    loop = LoopConfig(log_every=100, save_every=100, tensorboard=False, progress=False)
+    double = jax.jit(lambda x: 2 * x)
+    with (
+        pytest.raises(RunStopped, match="step 3: not finite"),
+        open_run(tmp_path / "r", stage="toy", bound=bound(run__steps=9), seed=0, loop=loop) as run,
+    ):
+        for step in run.steps(0, 9):
+            batch = {"x": double(jnp.full(4, np.nan if step == 3 else 1.0))}
+            batches.append(weakref.ref(batch["x"]))
+            run.log(step, {"loss": jax.block_until_ready(double(batch["x"].sum()))}, batch=batch)
+            del batch
+            alive.append([number for number, kept in enumerate(batches, 1) if kept() is not None])
+            run.save(step, {"w": jnp.zeros(())}, {})
+    assert alive == [[], [], [3], [3], [3], [3], [3], [3]]  # the ninth line is due and stops the run
+    assert np.isnan(np.load(tmp_path / "r" / "bad_steps" / "step_3.npz")["x"]).all()
 
 
 # ---- bad steps: w grows by the batch's number; the loss is w
