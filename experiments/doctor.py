@@ -168,7 +168,7 @@ def supervised_checks(
     yield arithmetic_check(len(rows), batch.batch_size, steps)
 
     example = to_global(next(batches), devices)
-    adam = learn.make_optimizer(optimizer, steps)
+    adam = learn.make_optimizer(optimizer, steps, matrices=loaded.model.matrices())
     network, frozen, settings = loaded.model, loaded.frozen, {"microbatches": batch.microbatches}
     if dpo is not None:
         reference = load_model(model, "lm", devices, rng) if lora is None else loaded.base("lm")

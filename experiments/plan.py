@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
-import optax
 from absl import flags
 
 from rlhf_jax import data, learn, plan, programs
@@ -108,8 +107,7 @@ def run(
         settings = programs.GRPOSettings(**shared, samples=samples, grpo=grpo, optimizer=optimizer)
         build = _rollout_build(settings, policy, reward, **common)
     elif model is not None and optimizer is not None:
-        adam = learn.make_optimizer(optimizer, steps)
-        build = _supervised_build(model, adam, centring, dpo, lora, batch.length, devices)
+        build = _supervised_build(model, (optimizer, steps), centring, dpo, lora, batch.length, devices)
     else:
         raise InputError(
             "run: give policy, sampling, ppo, policy_optimizer and value_optimizer (PPO), policy, sampling, grpo and "
@@ -222,7 +220,7 @@ def _rollout_build(
 
 def _supervised_build(
     source: ModelSource,
-    adam: optax.GradientTransformation,
+    optimizer: tuple[learn.OptimizerConfig, int],
     centring: float,
     dpo: learn.DPOConfig,
     lora: LoraConfig | None,
@@ -250,6 +248,7 @@ def _supervised_build(
             reference = plan_model(chosen, "lm", grid) if lora is None else loaded.base("lm")
             own |= {"dpo": dpo, "reference": reference.model}
             own["frozen"] = loaded.frozen | {"reference": reference.params}
+        adam = learn.make_optimizer(*optimizer, matrices=loaded.model.matrices())
         return grid, plan.supervised_phases(loaded.model, loaded.params, adam, grid, **sizes, **own)
 
     return build

@@ -12,9 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
-import numpy as np
 
-from rlhf_jax import data, learn, ops, programs
+from rlhf_jax import data, learn, programs
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
@@ -62,17 +61,19 @@ def run(
 
     train, heldout = encode_records(records, data.Comparison, encode)
     loaded.refuse_longer(batch.length, "BatchConfig.length")
+    if any(pair.margin for pair in (*train.items, *heldout.items)):
+        raise InputError("Fields.margin: the losses of DPO have no margins; unset it (train_reward reads them)")
     if loop.evaluate_every and not heldout.items:
         raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
     shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
     batches = data.pair_batches(train.items, seed=seed, **shape)
 
     # 2. State and step.
-    adam = learn.make_optimizer(optimizer, steps)
+    adam = learn.make_optimizer(optimizer, steps, matrices=network.matrices())
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
     settings = {"microbatches": batch.microbatches, "dpo": dpo}
-    train_step, score_pairs = programs.dpo_functions(network, reference.model, adam, state, devices, **settings)
+    train_step, evaluate = programs.dpo_functions(network, reference.model, adam, state, devices, **settings)
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
@@ -90,11 +91,8 @@ def run(
                 state = here.rolled_back(state)
                 continue
             if here.evaluation_due(step):
-                rewards = heldout_scores(score_pairs, state.params, frozen, heldout.items, devices, **shape)
-                margins = (rewards[0] - rewards[1]) / dpo.beta
-                kind = {"kind": dpo.loss, "label_smoothing": dpo.label_smoothing}
-                losses = np.asarray(ops.preference_loss(margins, beta=dpo.beta, **kind))
-                here.record(step, heldout_metrics(rewards, losses))
+                scored = heldout_scores(evaluate, state.params, frozen, heldout.items, devices, **shape)
+                here.record(step, heldout_metrics(*scored))
             here.save(step, state, {"data": batches.get_state()})
 
 

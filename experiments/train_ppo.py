@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax import data, learn, rollout
 from rlhf_jax.models import LoraConfig
@@ -155,7 +154,7 @@ def run(
             now, kl = jnp.asarray(to_host(state.kl_coefficient)), jnp.asarray(measured["kl"], jnp.float32)
             coefficient = learn.next_kl_coefficient(ppo, now, kl, batch.batch_size)
             reported = metrics | updated | judged.metrics | {"kl_coefficient": now}
-            state = learn.PPOState(train, *on_all((coefficient, np.int32(step)), devices))
+            state = learn.PPOState(train, on_all(coefficient, devices))
 
             tokens = int(replies.mask.sum())
             timing = {"slot_use": tokens / int(replies.slot_steps.sum())}

@@ -24,7 +24,7 @@ from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, Term
 
 
 @gin.configurable
@@ -73,14 +73,14 @@ def run(
     batches = data.pair_batches(train.items, seed=seed, **shape)
 
     # 2. State and step.
-    adam = learn.make_optimizer(optimizer, steps)
+    adam = learn.make_optimizer(optimizer, steps, matrices=network.matrices())
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
     settings = {"microbatches": batch.microbatches, "centring": centring}
-    train_step, score_pairs = programs.reward_functions(network, adam, state, devices, **settings)
+    train_step, evaluate = programs.reward_functions(network, adam, state, devices, **settings)
 
-    def evaluated(params) -> np.ndarray:
-        return heldout_scores(score_pairs, params, loaded.frozen, heldout.items, devices, **shape)
+    def evaluated(params) -> tuple[np.ndarray, dict[str, Term]]:
+        return heldout_scores(evaluate, params, loaded.frozen, heldout.items, devices, **shape)
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
@@ -100,12 +100,11 @@ def run(
                 state = here.rolled_back(state)
                 continue
             if here.evaluation_due(step):
-                scores = evaluated(state.params)
-                chosen, rejected = scores.astype(np.float64)
-                here.record(step, heldout_metrics(scores, np.logaddexp(0.0, rejected - chosen)))
+                scores, terms = evaluated(state.params)
+                here.record(step, heldout_metrics(scores, terms))
             here.save(step, state, {"data": batches.get_state()})
         # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
-        rewards = evaluated(state.params) if scores is None else scores
+        rewards = evaluated(state.params)[0] if scores is None else scores
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
         probe = {"tokens": heldout.items[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
         numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items), "probe": probe}

@@ -18,10 +18,11 @@ from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
 from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
+from rlhf_jax.run.heldout import heldout_terms, loss_metrics
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError, Mean
+from rlhf_jax.types import InputError
 
 
 @gin.configurable
@@ -65,15 +66,14 @@ def run(
     batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)
 
     # 2. State and step.
-    adam = learn.make_optimizer(optimizer, steps)
+    adam = learn.make_optimizer(optimizer, steps, matrices=network.matrices())
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
     state = born_sharded(lambda params: learn.initial_state(params, adam, train_rng), shardings, devices, loaded.params)
     train_step, evaluate = programs.sft_functions(network, adam, state, devices, microbatches=batch.microbatches)
 
-    def heldout_loss(params) -> Mean:
+    def heldout_loss(params) -> dict[str, float | None]:
         held = data.evaluation_batches(held_rows, batch_size=batch.batch_size, length=batch.length, pad_id=pad)
-        parts = [evaluate(params, to_global(part, devices), loaded.frozen) for part in held]
-        return sum(parts[1:], parts[0])
+        return loss_metrics(heldout_terms(evaluate, params, loaded.frozen, held, devices))
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
@@ -83,7 +83,7 @@ def run(
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
         if here.resumed_step == 0 and loop.evaluate_every:  # before any training, to compare with
-            here.record(0, {"heldout/loss": heldout_loss(state.params)})
+            here.record(0, heldout_loss(state.params))
         for step in here.steps(here.resumed_step, steps):
             tokens = next(batches)
             state, metrics = train_step(state, loaded.frozen, to_global(tokens, devices))
@@ -91,7 +91,7 @@ def run(
                 state = here.rolled_back(state)
                 continue
             if here.evaluation_due(step):
-                here.record(step, {"heldout/loss": heldout_loss(state.params)})
+                here.record(step, heldout_loss(state.params))
             here.save(step, state, {"data": batches.get_state()})
 
 

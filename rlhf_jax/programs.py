@@ -30,17 +30,21 @@ from rlhf_jax.parallel import (
     replicated,
     tree_shardings,
 )
-from rlhf_jax.types import LossFn, Mean, Params, Rng, TokenBatch, TrainState
+from rlhf_jax.types import LossFn, PairBatch, Params, Rng, Term, TokenBatch, TrainState
 
 
 class SupervisedFunctions(NamedTuple):
     """train_step(state, frozen, batch, fold=) -> (state, metrics), the state donated; fold: static, how rows of
-    different lengths are read (`models.folding`). evaluate(params, batch, frozen): SFT gives
-    the `Mean` loss of a batch, the reward model its scores, DPO its implicit rewards (chosen, rejected), float32 [B] each.
+    different lengths are read (`models.folding`). evaluate(params, batch, frozen) -> the terms of the training loss on a
+    batch, {name: Term}; of pairs (terms, (chosen, rejected)), the rewards, of DPO the implicit ones, float32 [B] each.
     params: what is trained; frozen: {"base": ...} with adapters (`models.lora`), of DPO also {"reference": ...}."""
 
     train_step: Callable[..., Any]
     evaluate: Callable[..., Any]
+
+
+PairEvaluation = tuple[dict[str, Term], tuple[jax.Array, jax.Array]]
+"""(terms of the loss, (rewards of the chosen replies, of the rejected ones))."""
 
 
 def placed(tree: Any) -> Any:
@@ -64,15 +68,12 @@ def sft_functions(
     model: Model, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh, *, microbatches: int
 ) -> SupervisedFunctions:
     """Of supervised fine-tuning."""
-    routed = model.config.router_coefficient > 0
-    logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
 
     def loss(fold: Fold | None) -> LossFn:
-        return learn.make_sft_loss(functools.partial(logprobs, model.folded(fold)))
+        return learn.make_sft_loss(_policy_logprobs(model.folded(fold)))
 
-    def evaluate(params: Params, tokens: TokenBatch, frozen: Params | None = None) -> Mean:
-        nll = loss(None)(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]["nll"]  # the loss draws nothing
-        return Mean(nll.total, nll.weight)
+    def evaluate(params: Params, tokens: TokenBatch, frozen: Params | None = None) -> dict[str, Term]:
+        return loss(None)(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]  # the loss draws nothing
 
     train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
@@ -92,8 +93,9 @@ def reward_functions(
     def loss(fold: Fold | None) -> LossFn:
         return learn.make_reward_loss(functools.partial(rollout.sequence_scores, model.folded(fold)), centring=centring)
 
-    def evaluate(params: Params, pairs: Any, frozen: Params | None = None) -> tuple[jax.Array, jax.Array]:
-        return learn.pair_scores(functools.partial(rollout.sequence_scores, model), lora.whole(params, frozen), pairs)
+    def evaluate(params: Params, pairs: PairBatch, frozen: Params | None = None) -> PairEvaluation:
+        scores = learn.pair_scores(functools.partial(rollout.sequence_scores, model), lora.whole(params, frozen), pairs)
+        return learn.reward_terms(*scores, pairs, centring), scores
 
     train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
@@ -110,14 +112,12 @@ def dpo_functions(
     dpo: learn.DPOConfig,
 ) -> SupervisedFunctions:
     """Of direct preference optimisation. reference: with adapters the base itself (`run.models.Loaded.base`)."""
-    referred = _reference_logprobs(reference)
 
-    def evaluate(params: Params, pairs: Any, frozen: Params) -> tuple[jax.Array, jax.Array]:
-        def reward(whole: Params, tokens: TokenBatch) -> jax.Array:
-            found, _ = rollout.sequence_logprobs(model, whole, tokens)
-            return learn.implicit_rewards(found, referred(frozen, tokens), tokens, dpo)
-
-        return learn.pair_scores(reward, lora.whole(params, frozen), pairs)
+    def evaluate(params: Params, pairs: PairBatch, frozen: Params) -> PairEvaluation:
+        terms_of = learn.make_dpo_terms(_policy_logprobs(model), _reference_logprobs(reference), dpo)
+        terms, rewards, _ = terms_of(lora.whole(params, frozen), frozen, pairs)
+        half = rewards.shape[0] // 2
+        return terms, (rewards[:half], rewards[half:])
 
     def loss(fold: Fold | None) -> LossFn:
         return dpo_loss(model.folded(fold), reference.folded(fold), dpo)
@@ -128,10 +128,13 @@ def dpo_functions(
 
 def dpo_loss(model: Model, reference: Model, dpo: learn.DPOConfig) -> LossFn:
     """Of the training step, over parameters that are whole (`models.lora.whole`)."""
+    return learn.make_dpo_loss(_policy_logprobs(model), _reference_logprobs(reference), dpo)
+
+
+def _policy_logprobs(model: Model) -> Callable[[Params, TokenBatch], tuple[jax.Array, ...]]:
+    """What a supervised loss reads of the model that is trained; with experts also the loss of their routers."""
     routed = model.config.router_coefficient > 0
-    logprobs = rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs
-    mine = functools.partial(logprobs, model)
-    return learn.make_dpo_loss(mine, _reference_logprobs(reference), dpo)
+    return functools.partial(rollout.sequence_logprobs_and_router_loss if routed else rollout.sequence_logprobs, model)
 
 
 def _reference_logprobs(reference: Model) -> Callable[[Params, TokenBatch], jax.Array]:
@@ -193,11 +196,19 @@ class PPOSettings:
     rollout_mesh: MeshConfig | None = None
 
 
-def ppo_optimizer(settings: PPOSettings) -> optax.GradientTransformation:
+def matrices_of(models: rollout.RolloutModels) -> Params:
+    """`Model.matrices` of what a rollout's update can train, {"policy"[, "value"]}."""
+    value = {} if models.value is None else {"value": models.value.matrices()}
+    return {"policy": models.policy.matrices(), **value}
+
+
+def ppo_optimizer(settings: PPOSettings, models: rollout.RolloutModels) -> optax.GradientTransformation:
     """One optimiser for the policy's leaves, one for the value model's."""
-    updates = settings.ppo.epochs * settings.ppo.minibatches
+    updates, matrices = settings.ppo.epochs * settings.ppo.minibatches, matrices_of(models)
     each = {"policy": settings.policy_optimizer, "value": settings.value_optimizer}
-    optimizers = {name: learn.make_optimizer(config, settings.steps, updates) for name, config in each.items()}
+    optimizers = {
+        name: learn.make_optimizer(config, settings.steps, updates, matrices=matrices) for name, config in each.items()
+    }
     return optax.partition(optimizers, learn.ppo_optimizer_labels)
 
 
@@ -212,7 +223,7 @@ def ppo_beginning(
             head = jax.tree.map(jnp.zeros_like, params["policy"]["scalar_head"])
             params = params | {"policy": params["policy"] | {"scalar_head": head}}
         train = learn.initial_state(params, optimizer, rng)
-        return learn.PPOState(train, jnp.asarray(settings.ppo.kl_coefficient, jnp.float32), jnp.zeros((), jnp.int32))
+        return learn.PPOState(train, jnp.asarray(settings.ppo.kl_coefficient, jnp.float32))
 
     return begin
 
@@ -306,9 +317,10 @@ class GRPOSettings:
     rollout_mesh: MeshConfig | None = None
 
 
-def grpo_optimizer(settings: GRPOSettings) -> optax.GradientTransformation:
+def grpo_optimizer(settings: GRPOSettings, models: rollout.RolloutModels) -> optax.GradientTransformation:
     """Of the policy."""
-    return learn.make_optimizer(settings.optimizer, settings.steps, settings.grpo.epochs * settings.grpo.minibatches)
+    updates = settings.grpo.epochs * settings.grpo.minibatches
+    return learn.make_optimizer(settings.optimizer, settings.steps, updates, matrices=matrices_of(models))
 
 
 def grpo_functions(

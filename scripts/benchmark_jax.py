@@ -216,7 +216,7 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
     config = learn.PPOConfig(epochs=4, minibatches=1, old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
     settings = programs.PPOSettings(1000, sampling, config, rate, rate, microbatches=2, slots=HALVED if ends else SLOTS)
-    optimizer = programs.ppo_optimizer(settings)
+    optimizer = programs.ppo_optimizer(settings, models)
     begin = programs.ppo_beginning(optimizer, settings, jax.random.key(2))
     held = {"state": born_sharded(begin, {name: each for name, (_, each) in both.items()}, MESH, params)}
     del params, both
@@ -232,7 +232,7 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
         new = int(done.mask.sum())
         fold = fold_of(64 + replies, 8, 128, replies, 64)
         train, metrics = four.update(state.train, prepared, jax.random.key(1), fold=fold)
-        held["state"] = dataclasses.replace(state, train=train, iteration=state.iteration + 1)
+        held["state"] = dataclasses.replace(state, train=train)
         jax.block_until_ready((train, metrics))
         return 1, SIZES.ppo_flops(new)
 
@@ -271,7 +271,7 @@ def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ah
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
     rate = learn.OptimizerConfig(learning_rate=1e-6)
     settings = programs.GRPOSettings(1000, 4, sampling, config, rate, slots=HALVED if ends else SLOTS)
-    optimizer = programs.grpo_optimizer(settings)
+    optimizer = programs.grpo_optimizer(settings, models)
     params, shardings = drawn(policy)
 
     def begin(params: Params) -> Any:

@@ -90,13 +90,14 @@ def look_into(arguments: dict[str, Any]) -> None:
     """Models and optimisers as shapes. Raises where they do not fit together."""
     steps, batch, ppo = arguments.get("steps", 1), arguments.get("batch"), arguments.get("ppo")
     params: Any = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
+    matrices: Any = {"kernel": True}
     for source in arguments.values():
         if isinstance(source, configurables.ModelSource) and source.config is not None:
             refuse_tokenizer(source.config, source.tokenizer)
-            params = models.Model(source.config).abstract()
+            params, matrices = models.Model(source.config).abstract(), models.Model(source.config).matrices()
     for optimizer in arguments.values():
         if isinstance(optimizer, learn.OptimizerConfig):
-            jax.eval_shape(learn.make_optimizer(optimizer, steps).init, params)
+            jax.eval_shape(learn.make_optimizer(optimizer, steps, matrices=matrices).init, params)
     if ppo is not None:
         jax.eval_shape(lambda rng: learn.minibatch_indices(rng, batch.batch_size, ppo), jax.random.key(0))
 

@@ -14,8 +14,8 @@ from rlhf_jax.learn.policy_gradient import (
     prepare,
     update,
 )
-from rlhf_jax.learn.preference import DPOConfig, implicit_rewards, make_dpo_loss
-from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores
+from rlhf_jax.learn.preference import DPOConfig, implicit_rewards, make_dpo_loss, make_dpo_terms
+from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores, reward_terms
 from rlhf_jax.learn.sft import make_sft_loss
 from rlhf_jax.learn.step import gradients, initial_state, make_train_step
 
@@ -31,6 +31,7 @@ __all__ = [
     "implicit_rewards",
     "initial_state",
     "make_dpo_loss",
+    "make_dpo_terms",
     "make_grpo_loss",
     "make_optimizer",
     "make_ppo_loss",
@@ -45,6 +46,7 @@ __all__ = [
     "ppo_optimizer_labels",
     "prepare",
     "prepare_groups",
+    "reward_terms",
     "scale_by_adam_tf",
     "stop_if_not_identity",
     "stop_if_sampler_differs",

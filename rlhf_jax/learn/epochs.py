@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from rlhf_jax import ops
 from rlhf_jax.types import InputError, Mean, Params, Rng, TrainState, TrainStep
 
 
@@ -35,6 +36,7 @@ def minibatch_indices(rng: Rng, rows: int, config: EpochsConfig) -> Array:
     if rows % config.minibatches:
         name = f"{type(config).__name__}.minibatches"
         raise InputError(f"a rollout of {rows} rows does not divide into {name} = {config.minibatches}")
+    ops.require_threefry("minibatch_indices", rng)
     orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(rng, config.epochs))
     return orders.reshape(config.epochs * config.minibatches, -1).astype(jnp.int32)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax import ops
 from rlhf_jax.learn.epochs import run_epochs
 from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
+from rlhf_jax.learn.kl import require_kl_kind
 from rlhf_jax.learn.policy_gradient import response_metrics, without_unscored
 from rlhf_jax.types import (
     Completions,
@@ -35,24 +36,29 @@ LogprobsOfResponsesFn = Callable[[Params, Completions], tuple[Array, Array]]
 
 Advantages = Literal["standardised", "centred", "leave_one_out"]
 Reduction = Literal["tokens", "sequences", "columns"]
+Divisor = Literal["learned_from", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig:
-    """GRPO's own numbers; defaults as in TRL (the loss of DAPO, no KL). The papers' settings:
+    """GRPO's own numbers; defaults as in TRL 1.16.0 (the loss of DAPO, no KL). The papers' settings:
 
-    GRPO (Shao et al. 2024): reduction "sequences", kl_coefficient .04. DAPO (Yu et al. 2025): clip_high .28, "tokens",
-    drop_even_groups. Dr. GRPO (Liu et al. 2025): advantages "centred", "columns". GSPO (Zheng et al. 2025): ratio
-    "sequence", "sequences", clip_low 3e-4, clip_high 4e-4. RLOO (Ahmadian et al. 2024): advantages "leave_one_out",
-    kl_in "reward", kl_coefficient .05.
+    GRPO (Shao et al. 2024): reduction "sequences", kl_coefficient .04, kl_kind "k3". DAPO (Yu et al. 2025): clip_high .28,
+    "tokens", drop_even_groups. Dr. GRPO (Liu et al. 2025): advantages "centred", "columns". GSPO (Zheng et al. 2025): ratio
+    "sequence", "sequences", clip_low 3e-4, clip_high 4e-4. RLOO (Ahmadian et al. 2024): advantages "leave_one_out", kl_in
+    "reward", kl_coefficient .05.
 
     epochs, minibatches: passes over a rollout and updates per pass. clip_low, clip_high, dual_clip: of the ratio. ratio: of
-    each "token" or one for the "sequence", exp of the mean log ratio. advantages: see `ops.group_advantages`;
-    scale_epsilon: beside the deviation. reduction: mean over all "tokens", mean over "sequences" of their token means, or
-    sum over all ``max_new_tokens`` "columns" of every response divided by their number. kl_coefficient, kl_kind: against the
-    reference, in the "loss" of every token or summed over the response in the "reward" (kl_in); 0: no reference is loaded,
-    no KL measured. mask_truncated: responses cut at the limit are not learned from. drop_even_groups: neither are groups
-    whose scores are all the same; without it they count with advantage 0. missing_eos_penalty, missing_eos, score_clip,
+    each "token" or one for the "sequence", exp of the mean log ratio. advantages: see `ops.group_advantages`; scale_epsilon:
+    beside the deviation. reduction: mean over all "tokens", mean over "sequences" of their token means, or sum over all
+    ``max_new_tokens`` "columns" of every response divided by their number. kl_coefficient: of the KL to the reference, in the
+    "loss" of every token or summed over the response in the "reward" (kl_in); 0: no reference is loaded, no KL measured.
+    kl_kind: its estimator; None: "k1" in the reward, "weighted_k3" in the loss, whose expected gradients are that of the KL
+    (see `ops.kl`; the loss also takes "k3", GRPO's, and "k2"). The weight of "weighted_k3" is the token's own ratio, also with
+    ratio "sequence" (TRL then takes the sequence's, which is biased). biased_kl: permits the others, to replicate a run.
+    divisor: how many responses "sequences" and "columns" divide by: those that are learned from, or "all", as TRL does with
+    mask_truncated. mask_truncated: responses cut at the limit are not learned from. drop_even_groups: neither are groups whose
+    scores are all the same; without it they count with advantage 0. missing_eos_penalty, missing_eos, score_clip,
     max_sampler_gap, max_identity_gap, max_kl, old_logprobs, importance: as in PPOConfig.
     """
 
@@ -65,9 +71,11 @@ class GRPOConfig:
     advantages: Advantages = "standardised"
     scale_epsilon: float = 1e-4
     reduction: Reduction = "tokens"
+    divisor: Divisor = "learned_from"
     kl_coefficient: float = 0.0
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_kind: ops.KLTermKind | None = None
     kl_in: Literal["loss", "reward"] = "loss"
+    biased_kl: bool = False
     mask_truncated: bool = False
     drop_even_groups: bool = False
     missing_eos_penalty: float | None = None
@@ -84,7 +92,7 @@ class GRPOConfig:
             "ratio": ("token", "sequence"),
             "advantages": get_args(Advantages),
             "reduction": get_args(Reduction),
-            "kl_kind": ("k1", "k2", "k3"),
+            "divisor": get_args(Divisor),
             "kl_in": ("loss", "reward"),
             "mask_truncated": (True, False),
             "drop_even_groups": (True, False),
@@ -101,15 +109,27 @@ class GRPOConfig:
         least |= {name: low for name, low in optional.items() if getattr(self, name) is not None}
         for name, low in least.items():
             require_number(f"GRPOConfig.{name}", getattr(self, name), low)
+        require_kl_kind("GRPOConfig", self.kl_estimator, self.kl_in, self.biased_kl)
         refuse_double_counting("GRPOConfig", self.importance, self.old_logprobs)
         if self.ratio == "sequence" and self.reduction != "sequences":
             raise InputError(
                 "GRPOConfig.ratio = 'sequence': its loss is one number a response and needs reduction = 'sequences'"
             )
+        if self.divisor == "all" and self.reduction == "tokens":
+            raise InputError(
+                "GRPOConfig.divisor = 'all': reduction = 'tokens' divides by tokens; remove it, or take another reduction"
+            )
         if self.max_kl is not None and not self.kl_coefficient:
             raise InputError(
                 "GRPOConfig.max_kl: without kl_coefficient there is no reference to measure the KL against"
             )
+
+    @property
+    def kl_estimator(self) -> ops.KLTermKind:
+        """``kl_kind``, or what None stands for."""
+        if self.kl_kind is not None:
+            return self.kl_kind
+        return "k1" if self.kl_in == "reward" else "weighted_k3"
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -154,7 +174,7 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
             scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
         )
     if rollout.ref_logprobs is not None and config.kl_in == "reward":
-        kl = ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
+        kl = ops.kl_term(rollout.logprobs, rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
         scores = scores - config.kl_coefficient * ops.masked_sum(kl, mask, axis=1)
     counts = jnp.ones(scores.shape, jnp.bool_) if rollout.scored is None else rollout.scored
     advantages = ops.group_advantages(
@@ -196,7 +216,8 @@ def _spread_within(scores: Array, scored: Array | None, samples: int) -> tuple[A
 def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> LossFn:
     """Clipped surrogate with one advantage a response, plus kl_coefficient times the KL estimate, reduced as configured.
 
-    Metrics: as PPO's without the value's. With ratio "sequence" ratio and clip_fraction are those of the responses.
+    Metrics: as PPO's without the value's. With ratio "sequence" ratio and clip_fraction are means over responses, each of
+    which counts once however long it is.
     """
 
     def loss(params: Params, frozen: Params, batch: GroupBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
@@ -219,15 +240,17 @@ def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> Lo
         parts = {"policy": policy if batch.importance is None else batch.importance * policy}
         if "kl" in config.coefficients:
             assert batch.ref_logprobs is not None
-            parts["kl"] = ops.kl_estimate(logprobs, ops.zero_outside(batch.ref_logprobs, mask), config.kl_kind)
+            reference = ops.zero_outside(batch.ref_logprobs, mask)
+            parts["kl"] = ops.kl_term(logprobs, old, reference, config.kl_estimator)
         terms = {
-            name: reduced(each, mask, batch.counts, config.reduction, config.coefficients[name])
+            name: reduced(each, mask, batch.counts, config.reduction, config.coefficients[name], config.divisor)
             for name, each in parts.items()
         }
+        once = ops.first_true(mask) if config.ratio == "sequence" else mask
         metrics = {
-            "ratio": Mean.of(ratio, mask),
+            "ratio": Mean.of(ratio, once),
             "identity_gap": Mean(jnp.abs(logprobs - old).max(), jnp.ones(())),
-            "clip_fraction": Mean.of(clipped, mask),
+            "clip_fraction": Mean.of(clipped, once),
             "entropy": Mean.of(entropy, mask),
             **{f"approx_kl_{k}": Mean.of(ops.kl_estimate(old, logprobs, k), mask) for k in ("k1", "k2", "k3")},
         }
@@ -236,13 +259,23 @@ def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> Lo
     return loss
 
 
-def reduced(values: Array, mask: Array, counts: Array, reduction: Reduction, coefficient: float) -> Term:
-    """values: [B, T] per token, mask: those that count, counts: bool [B], the rows that do.
+def reduced(
+    values: Array,
+    mask: Array,
+    counts: Array,
+    reduction: Reduction,
+    coefficient: float,
+    divisor: Divisor = "learned_from",
+) -> Term:
+    """Sum values per token to a term of the loss. values: [B, T], mask: tokens that count, counts: bool [B], rows that do.
 
     Losses [1, 1] and [2, 2, 2, 2] in rows of 8 columns: tokens 10 / 6 = 1.666667, sequences (1 + 2) / 2 = 1.5, columns
-    10 / 16 = .625.
+    10 / 16 = .625. When a third row was cut and is not learned from, divisor "all" makes them 3 / 3 = 1 and 10 / 24 =
+    .416667.
     """
-    rows = counts.sum().astype(jnp.float32)
+    require_one_of("reduction", reduction, get_args(Reduction))
+    require_one_of("divisor", divisor, get_args(Divisor))
+    rows = (counts if divisor == "learned_from" else jnp.ones_like(counts)).sum().astype(jnp.float32)
     if reduction == "tokens":
         mean = Mean.of(values, mask)
         return Term(mean.total, mean.weight, coefficient)

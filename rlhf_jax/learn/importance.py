@@ -20,7 +20,7 @@ class ImportanceConfig:
 
     unit, outside, low, high: see `ops.importance_weights` and `ops.bounded_importance`. As published: truncated importance
     sampling (TIS) unit "token", "clip", 0 ... 2 (the default); IcePop "token", "drop", .5 ... 5; masked importance sampling
-    "sequence", "drop", 0 ... 3 (TRL's default). What is dropped still counts in the loss's mean.
+    "sequence", "drop", 0 ... 3 (the default of TRL 1.16.0). What is dropped still counts in the loss's mean.
     """
 
     unit: ops.ImportanceUnit = "token"

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, Params, require_one_of, require_whole
 
 SCHEDULES = ("constant", "linear", "cosine")
+Warmup = Literal["from_above_zero", "from_zero"]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """learning_rate: peak. schedule: after the warm-up, over the rest of the run down to ``final_fraction`` of the peak.
-    warmup_steps: linear from 0. adam: "optax" adds epsilon after bias correction (PyTorch, optax), "tf" before it
-    (TensorFlow, as in Ziegler et al. 2019; with epsilon 1e-5 the early steps differ up to 16-fold). weight_decay:
-    decoupled, on matrices only. max_grad_norm: clip by global norm, None for none. spike: refuse an update whose loss or
-    gradient norm lies more than that many standard deviations above its running mean over spike_memory updates (6 is
-    usual), None for none. Moments are float32 whatever the parameters' dtype.
+    warmup_steps: of a linear warm-up. warmup: "from_above_zero" has (k + 1) / (w + 1) of the peak at step k of w, so that
+    no step is lost on a rate of 0; "from_zero" k / w, as transformers' schedules. adam: "optax" adds epsilon after bias
+    correction (PyTorch, optax), "tf" before it (TensorFlow, as in Ziegler et al. 2019; with epsilon 1e-5 the early steps
+    differ up to 16-fold). weight_decay: decoupled, on matrices only (embeddings, experts, routers and adapters among
+    them). max_grad_norm: clip by global norm, None for none. spike: refuse an update whose loss or gradient norm lies
+    more than that many standard deviations above its running mean over spike_memory updates (6 is usual), None for none.
+    Moments are float32 whatever the parameters' dtype.
     """
 
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
+    warmup: Warmup = "from_above_zero"
     final_fraction: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -57,6 +62,7 @@ class OptimizerConfig:
                 )  # 1 never forgets: 0 / 0
         if self.schedule not in SCHEDULES:
             raise InputError(f"OptimizerConfig.schedule = {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        require_one_of("OptimizerConfig.warmup", self.warmup, get_args(Warmup))
         if self.adam not in ("optax", "tf"):
             raise InputError(f"OptimizerConfig.adam = {self.adam!r}: 'optax' or 'tf'")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
@@ -78,6 +84,8 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
 
     Linear over 4 steps without warm-up: 1, .75, .5, .25 of the peak.
     """
+    require_whole("make_schedule: steps", steps, 1)
+    require_whole("make_schedule: updates_per_step", updates_per_step, 1)
     decay = max(steps - config.warmup_steps, 1)
 
     def schedule(count: Any) -> Any:
@@ -91,7 +99,10 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
             shape = jnp.ones(())
         if config.schedule != "constant":
             shape = config.final_fraction + (1.0 - config.final_fraction) * shape
-        warmup = jnp.minimum(1.0, (step + 1.0) / (config.warmup_steps + 1.0))
+        if config.warmup == "from_zero":
+            warmup = jnp.minimum(1.0, step / max(config.warmup_steps, 1)) if config.warmup_steps else jnp.ones(())
+        else:
+            warmup = jnp.minimum(1.0, (step + 1.0) / (config.warmup_steps + 1.0))
         return config.learning_rate * shape * warmup
 
     return schedule
@@ -117,17 +128,24 @@ def scale_by_adam_tf(b1: float, b2: float, epsilon: float) -> optax.GradientTran
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay, learning rate. See `make_schedule` for steps and updates_per_step."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, updates_per_step: int = 1, *, matrices: Params | None = None
+) -> optax.GradientTransformation:
+    """Make clip, Adam, decoupled weight decay, learning rate. See `make_schedule` for steps and updates_per_step.
+
+    matrices: which parameters are matrices, a tree of bools with a leaf for every trained parameter and perhaps others
+    (`Model.matrices`). Raises InputError for a weight decay without it.
+    """
+    if config.weight_decay and matrices is None:
+        raise InputError("make_optimizer: weight_decay acts on matrices: say which parameters are (Model.matrices)")
     if config.adam == "tf":
         adam = scale_by_adam_tf(config.b1, config.b2, config.epsilon)
     else:
         adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     parts = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm is not None else []
     parts.append(optax.GradientTransformation(lambda params: adam.init(_as_float32(params)), adam.update))
-    if config.weight_decay:
-        # Norm scales are [D], or [L, D] when stacked; kernels have at least one axis more.
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_matrices))
+    if config.weight_decay and matrices is not None:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_flags_of(matrices)))
     adamw = optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)))
     return adamw if config.spike is None else refuse_spikes(adamw, config.spike, config.spike_memory)
 
@@ -184,7 +202,13 @@ def _as_float32(params: Any) -> Any:
     return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
-def _matrices(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding", "lora_a", "lora_b"), params
-    )
+def _flags_of(tree: Params) -> Callable[[Any], Any]:
+    """The function params -> bools that `optax` calls with a part of the parameters: adapters, or one model of several."""
+    flags = dict(jax.tree_util.tree_leaves_with_path(tree))
+
+    def flag(path: Any, _: Any) -> bool:
+        if path not in flags:
+            raise InputError(f"make_optimizer: matrices has no leaf {jax.tree_util.keystr(path)}, which is trained")
+        return bool(flags[path])
+
+    return lambda params: jax.tree_util.tree_map_with_path(flag, params)

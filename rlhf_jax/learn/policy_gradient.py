@@ -14,6 +14,7 @@ from jaxtyping import Array
 from rlhf_jax import ops
 from rlhf_jax.learn.epochs import run_epochs
 from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
+from rlhf_jax.learn.kl import require_kl_kind
 from rlhf_jax.types import (
     Completions,
     InputError,
@@ -39,16 +40,17 @@ PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
 class PPOConfig:
     """PPO's own numbers. Defaults: TL;DR of Huang et al. 2024 (N+), with the score paid at EOS.
 
-    epochs, minibatches: passes over a rollout, each with a fresh permutation, and updates per pass. clip_low, clip_high,
-    dual_clip: of the ratio. value_clip: None = off. value_coefficient, entropy_coefficient: weights in the loss.
-    discount, lam: GAE. kl_coefficient: initial; kl_kind: estimator in the reward; kl_target: None = fixed coefficient,
-    else nats per response for the adaptive controller with kl_horizon (episodes). terminal: where the score is paid.
-    missing_eos_penalty (None = off) and missing_eos: "replace" or "subtract". whiten_rewards: scale the shaped rewards
-    (mean kept). whiten_advantages: over the whole "rollout", per "minibatch" or "none"; whiten_ddof: 0 or 1.
-    score_clip: bound on |score|, None = off. max_sampler_gap: mean |sampler - scorer| log-probability, nats, beyond
-    which the run stops. max_identity_gap: largest |log ratio| allowed before the first update. max_kl: nats per response,
-    mean over a rollout, beyond which the rollout is not learned from; None = no limit. old_logprobs: the policy's at the
-    rollout, recomputed by the "scorer", or the "sampler"'s own, which saves a forward pass; the identity gap then is that
+    epochs, minibatches: passes over a rollout, each with a fresh permutation, and updates per pass. clip_low,
+    clip_high, dual_clip: of the ratio. value_clip: None = off. value_coefficient, entropy_coefficient: weights in the
+    loss. discount, lam: GAE. kl_coefficient: initial; kl_kind: estimator in the reward, "k1" (see `ops.kl`; "k2" and
+    "k3" only with biased_kl = True, to replicate a run); kl_target: None = fixed coefficient, else nats per response
+    for the adaptive controller with kl_horizon (episodes). terminal: where the score is paid. missing_eos_penalty (None
+    = off) and missing_eos: "replace" or "subtract". whiten_rewards: scale the shaped rewards (mean kept).
+    whiten_advantages: over the whole "rollout", per "minibatch" or "none"; whiten_ddof: 0 or 1. score_clip: bound on
+    |score|, None = off. max_sampler_gap: mean |sampler - scorer| log-probability, nats, beyond which the run stops.
+    max_identity_gap: largest |log ratio| allowed before the first update. max_kl: nats per response, mean over a
+    rollout, beyond which the rollout is not learned from; None = no limit. old_logprobs: the policy's at the rollout,
+    recomputed by the "scorer", or the "sampler"'s own, which saves a forward pass; the identity gap then is that
     between sampler and update. importance: weights for samples that are not the scored policy's own; None = they are.
     """
 
@@ -63,7 +65,8 @@ class PPOConfig:
     discount: float = 1.0
     lam: float = 0.95
     kl_coefficient: float = 0.05
-    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    kl_kind: ops.KLKind = "k1"
+    biased_kl: bool = False
     kl_target: float | None = None
     kl_horizon: float = 10000.0
     terminal: Literal["eos", "after_eos", "last_column"] = "eos"
@@ -81,7 +84,6 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "kl_kind": ("k1", "k2", "k3"),
             "terminal": ("eos", "after_eos", "last_column"),
             "missing_eos": ("replace", "subtract"),
             "whiten_advantages": ("rollout", "minibatch", "none"),
@@ -104,6 +106,7 @@ class PPOConfig:
             require_number(f"PPOConfig.{name}", getattr(self, name), low)
         for name in ("discount", "lam"):
             require_number(f"PPOConfig.{name}", getattr(self, name), 0.0, 1.0)
+        require_kl_kind("PPOConfig", self.kl_kind, "reward", self.biased_kl)
         refuse_double_counting("PPOConfig", self.importance, self.old_logprobs)
         if self.kl_target == 0:
             raise InputError("PPOConfig.kl_target = 0: give nats above 0, or None for a fixed kl_coefficient")
@@ -118,11 +121,10 @@ class PPOConfig:
 @struct.dataclass
 class PPOState:
     """What a PPO run is at the end of an iteration. train: params {"policy"[, "value"]} with their optimiser.
-    kl_coefficient: float32 []. iteration: int32 []."""
+    kl_coefficient: float32 []."""
 
     train: TrainState
     kl_coefficient: Array
-    iteration: Array
 
 
 def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple[PolicyBatch, dict[str, Mean]]:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from rlhf_jax import ops
 from rlhf_jax.learn.reward import pair_mask
 from rlhf_jax.learn.sft import LogprobsFn
-from rlhf_jax.types import InputError, LossFn, Mean, PairBatch, Params, Rng, Term, TokenBatch
+from rlhf_jax.types import InputError, LossFn, Mean, PairBatch, Params, Rng, Term, TokenBatch, require_number
 
 ReferenceFn = Callable[[Params, TokenBatch], Array]
 """(frozen, batch) -> the reference's log-probability of the token at each column, float32 [B, S]."""
@@ -20,7 +20,7 @@ ReferenceFn = Callable[[Params, TokenBatch], Array]
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig:
-    """DPO's own numbers; defaults as in TRL and Tunix.
+    """DPO's own numbers; defaults as in TRL 1.16.0.
 
     beta: how strongly the policy is held to its reference. loss: "sigmoid", "robust", "hinge" or "ipo", see
     `ops.preference_loss`. label_smoothing: the share of labels taken to be flipped, in [0, 0.5) ("sigmoid" and "robust").
@@ -38,6 +38,8 @@ class DPOConfig:
         if self.loss not in ops.PREFERENCE_KINDS:
             allowed = ", ".join(map(repr, ops.PREFERENCE_KINDS))
             raise InputError(f"DPOConfig.loss = {self.loss!r}: one of {allowed}")
+        for name in ("beta", "label_smoothing", "sft_coefficient"):
+            require_number(f"DPOConfig.{name}", getattr(self, name), 0.0)
         if not isinstance(self.average, bool):
             raise InputError(f"DPOConfig.average = {self.average!r}: True or False")
         if not 0 < self.beta < float("inf"):
@@ -46,19 +48,51 @@ class DPOConfig:
             raise InputError(f"DPOConfig.label_smoothing = {self.label_smoothing!r}: give a share in [0, 0.5)")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise InputError(f"DPOConfig.label_smoothing: has no effect on loss = {self.loss!r}; remove it")
-        if not 0 <= self.sft_coefficient < float("inf"):
-            raise InputError(f"DPOConfig.sft_coefficient = {self.sft_coefficient!r}: give a number >= 0")
+        if self.sft_coefficient == float("inf"):
+            raise InputError("DPOConfig.sft_coefficient = inf: give a finite number")
 
 
 def implicit_rewards(logprobs: Array, reference: Array, batch: TokenBatch, config: DPOConfig) -> Array:
     """``beta (log pi - log reference)`` of the reply of each row, float32 [B]: the reward that the policy would be optimal
     for, up to a constant of the prompt (Rafailov et al. 2023, eq. 5). logprobs, reference: [B, S]."""
+    ops.require_same_shape("implicit_rewards", logprobs=logprobs, reference=reference, tokens=batch.tokens)
     return config.beta * _reply(ops.zero_outside(logprobs - reference, batch.loss_mask), batch.loss_mask, config)
 
 
 def _reply(values: Array, mask: Array, config: DPOConfig) -> Array:
     """Over the columns of the reply, [B, S] -> [B]."""
     return ops.masked_mean(values, mask, axis=1) if config.average else ops.masked_sum(values, mask, axis=1)
+
+
+def make_dpo_terms(
+    logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig
+) -> Callable[[Params, Params, PairBatch], tuple[dict[str, Term], Array, Array]]:
+    """(params, frozen, batch) -> (the terms of `make_dpo_loss`, implicit rewards [2 B], log-probabilities [2 B, S]); rows are
+    the chosen replies and then the rejected ones."""
+
+    def terms_of(params: Params, frozen: Params, batch: PairBatch) -> tuple[dict[str, Term], Array, Array]:
+        both: TokenBatch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+        logprobs, _, *router = logprobs_fn(params, both)
+        reference = jax.lax.stop_gradient(reference_fn(frozen, both))
+        rewards = implicit_rewards(logprobs, reference, both, config)
+        half = rewards.shape[0] // 2
+        losses = ops.preference_loss(
+            (rewards[:half] - rewards[half:]) / config.beta,
+            beta=config.beta,
+            kind=config.loss,
+            label_smoothing=config.label_smoothing,
+        )
+        preference = Mean.of(losses, pair_mask(batch))
+        terms = {"preference": Term(preference.total, preference.weight)}
+        if config.sft_coefficient:
+            nll = Mean.of(-logprobs[:half], batch.chosen.loss_mask)
+            terms["nll"] = Term(nll.total, nll.weight, config.sft_coefficient)
+        if router:
+            tokens = (both.segment_ids > 0).sum().astype(jnp.float32)
+            terms["router"] = Term(router[0] * tokens, tokens)
+        return terms, rewards, logprobs
+
+    return terms_of
 
 
 def make_dpo_loss(logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig) -> LossFn:
@@ -68,30 +102,15 @@ def make_dpo_loss(logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DP
     Metrics: accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected of the implicit rewards, and
     logprob_chosen, logprob_rejected: nats a reply, those of the chosen one fall too when beta is small.
     """
+    terms_of = make_dpo_terms(logprobs_fn, reference_fn, config)
 
     def loss(params: Params, frozen: Params, batch: PairBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
         del rng
-        both: TokenBatch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
-        logprobs, _, *router = logprobs_fn(params, both)
-        reference = jax.lax.stop_gradient(reference_fn(frozen, both))
-        rewards = implicit_rewards(logprobs, reference, both, config)
+        terms, rewards, logprobs = terms_of(params, frozen, batch)
         half, counts = rewards.shape[0] // 2, pair_mask(batch)
         chosen, rejected = rewards[:half], rewards[half:]
-        each = ops.preference_loss(
-            (chosen - rejected) / config.beta,
-            beta=config.beta,
-            kind=config.loss,
-            label_smoothing=config.label_smoothing,
-        )
-        preference = Mean.of(each, counts)
-        terms = {"preference": Term(preference.total, preference.weight)}
-        if config.sft_coefficient:
-            nll = Mean.of(-logprobs[:half], batch.chosen.loss_mask)
-            terms["nll"] = Term(nll.total, nll.weight, config.sft_coefficient)
-        if router:
-            tokens = (both.segment_ids > 0).sum().astype(jnp.float32)
-            terms["router"] = Term(router[0] * tokens, tokens)
-        totals = ops.masked_sum(logprobs, both.loss_mask, axis=1)
+        targets = jnp.concatenate([batch.chosen.loss_mask, batch.rejected.loss_mask])
+        totals = ops.masked_sum(logprobs, targets, axis=1)
         metrics = {
             "accuracy": Mean.of(chosen > rejected, counts),
             "reward_gap": Mean.of(chosen - rejected, counts),

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from rlhf_jax.types import InputError, LossFn, Mean, Params, Rng, Term, TrainState, TrainStep
+from rlhf_jax import ops
+from rlhf_jax.types import InputError, LossFn, Mean, Params, Rng, Term, TrainState, TrainStep, require_whole
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, rng: Rng) -> TrainState:
     """Step 0. rng: the run's key."""
+    ops.require_threefry("initial_state", rng)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng)
 
 
@@ -48,6 +50,7 @@ def gradients(
     Each weight is taken over the whole batch before any gradient is divided by it: losses per token [1, 1] and [2, 2,
     2, 2] in two microbatches give 10 / 6 = 1.667, not the mean of means 1.5.
     """
+    require_whole("microbatches", microbatches, 1)
     batches = _split(batch, microbatches)
     keys = jax.random.split(rng, microbatches)
     weights = _whole_step_weights(loss_fn, params, frozen, batches, keys)
@@ -81,6 +84,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
     back as it was (only the step has advanced) and ``refused`` is 1: nothing bad was committed, and the run's loop decides
     what follows.
     """
+    require_whole("make_train_step: microbatches", microbatches, 1)
     extended = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Mean]]:

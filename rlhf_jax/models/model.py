@@ -19,6 +19,7 @@ from rlhf_jax.models.folding import Fold
 from rlhf_jax.models.layout import Constrain, unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.moe import Routing, load_balancing_loss
+from rlhf_jax.models.weights import Matrix
 from rlhf_jax.types import InputError, Params, Rng
 
 nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logical names are only labels
@@ -70,6 +71,12 @@ class Model:
         specs = nnx.to_pure_dict(nnx.get_partition_spec(_abstract(self.config, self.lora, int8=self.int8)[1]))
         axes: Params = jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
         return axes
+
+    def matrices(self) -> Params:
+        """Which parameters are matrices (`models.weights.Matrix`): a tree like the parameters with a bool per leaf."""
+        state = _abstract(self.config, self.lora, int8=self.int8)[1]
+        flags = {path: isinstance(leaf, Matrix) for path, leaf in nnx.to_flat_state(state)}
+        return dict(nnx.traversals.unflatten_mapping(flags))
 
     def init(self, rng: Rng) -> Params:
         """Freshly drawn parameters (`models.weights` and `models.parts` give the distributions)."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layout import Constrain, axis_names, scattered_sum
-from rlhf_jax.models.weights import drawn, precision_of
+from rlhf_jax.models.weights import Matrix, drawn, precision_of
 
 
 @struct.dataclass
@@ -36,11 +36,11 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, activation: Callable[[Array], Array], *, rngs: nnx.Rngs):
         d, e, f = config.hidden_size, config.num_experts, config.expert_ffn_size
-        self.router = nnx.Param(drawn(config, (d, e), d, rngs), sharding_names=("embed", "expert_logits"))
+        self.router = Matrix(drawn(config, (d, e), d, rngs), sharding_names=("embed", "expert_logits"))
         inner, outer = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
-        self.gate = nnx.Param(drawn(config, (e, d, f), d, rngs), sharding_names=inner)
-        self.up = nnx.Param(drawn(config, (e, d, f), d, rngs), sharding_names=inner)
-        self.down = nnx.Param(drawn(config, (e, f, d), f, rngs), sharding_names=outer)
+        self.gate = Matrix(drawn(config, (e, d, f), d, rngs), sharding_names=inner)
+        self.up = Matrix(drawn(config, (e, d, f), d, rngs), sharding_names=inner)
+        self.down = Matrix(drawn(config, (e, f, d), f, rngs), sharding_names=outer)
         self._config, self._activation = config, activation
 
     def __call__(self, x: Float[Array, "B S D"], constrain: Constrain) -> tuple[Float[Array, "B S D"], Routing]:

@@ -16,7 +16,7 @@ from rlhf_jax.models.layer_kinds import LayerKind
 from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.moe import Experts, Routing
 from rlhf_jax.models.rope import rotary
-from rlhf_jax.models.weights import Kernel
+from rlhf_jax.models.weights import Kernel, Matrix
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -156,7 +156,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, rows: int, axis: str, *, rngs: nnx.Rngs):
         draw = 0.02 * jax.random.normal(rngs.params(), (rows, config.hidden_size), jnp.float32)
-        self.embedding = nnx.Param(draw.astype(config.param_dtype), sharding_names=(axis, "embed_table"))
+        self.embedding = Matrix(draw.astype(config.param_dtype), sharding_names=(axis, "embed_table"))
 
 
 class ScalarHead(nnx.Module):
@@ -165,7 +165,7 @@ class ScalarHead(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         std = (config.hidden_size + 1) ** -0.5
         draw = std * jax.random.normal(rngs.params(), (config.hidden_size, 1), jnp.float32)
-        self.kernel = nnx.Param(draw.astype(config.param_dtype), sharding_names=("norm", "scalar"))
+        self.kernel = Matrix(draw.astype(config.param_dtype), sharding_names=("norm", "scalar"))
         self.bias = nnx.Param(jnp.zeros((1,), config.param_dtype), sharding_names=("scalar",))
 
     def __call__(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,11 @@ def weights_first(
     return jnp.moveaxis(jax.lax.optimization_barrier(product), -1, 0)
 
 
+class Matrix(nnx.Param[Any]):
+    """A parameter that multiplies or is looked up, one a layer or one an expert: what weight decay acts on, unlike a bias or
+    the scale of a norm. `Model.matrices` tells them apart by this type."""
+
+
 class Kernel(nnx.Module):
     """A weight matrix, `drawn`, and a bias (zeros) when asked for, applied by an einsum over rows (``n`` = B * S).
 
@@ -69,7 +75,7 @@ class Kernel(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(drawn(config, shape, math.prod(shape[:inputs]), rngs), sharding_names=axes)
+        self.kernel = Matrix(drawn(config, shape, math.prod(shape[:inputs]), rngs), sharding_names=axes)
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
         self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
@@ -82,7 +88,7 @@ class Kernel(nnx.Module):
         self.kernel_scale = nnx.Param(
             jnp.ones((self.kernel.shape[0], *outs), jnp.float32), sharding_names=("layers", *self._axes[self._inputs :])
         )
-        self.kernel = nnx.Param(jnp.zeros(self.kernel.shape, jnp.int8), sharding_names=("layers", *self._axes))
+        self.kernel = Matrix(jnp.zeros(self.kernel.shape, jnp.int8), sharding_names=("layers", *self._axes))
         self._int8 = True
 
     def adapt(self, config: ModelConfig, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs) -> None:
@@ -92,8 +98,8 @@ class Kernel(nnx.Module):
         draw = jax.random.uniform(rngs.params(), (*shape[:at], rank), jnp.float32, -bound, bound)
         zeros = jnp.zeros((shape[0], rank, *shape[at:]), config.param_dtype)
         ins, outs = self._axes[: self._inputs], self._axes[self._inputs :]
-        self.lora_a = nnx.Param(draw.astype(config.param_dtype), sharding_names=("layers", *ins, "lora_rank"))
-        self.lora_b = nnx.Param(zeros, sharding_names=("layers", "lora_rank", *outs))
+        self.lora_a = Matrix(draw.astype(config.param_dtype), sharding_names=("layers", *ins, "lora_rank"))
+        self.lora_b = Matrix(zeros, sharding_names=("layers", "lora_rank", *outs))
         if dropout:
             self.dropout_key = nnx.Param(jnp.zeros((shape[0], 2), jnp.uint32), sharding_names=("layers", "lora_rank"))
         self._adapted, self._scaling, self._dropout = True, scaling, dropout
@@ -101,7 +107,7 @@ class Kernel(nnx.Module):
     def turn(self) -> None:
         """Keep the weights [outputs, inputs] from now on, for products with few rows on a CPU (see `weights_first`)."""
         kernel = self.kernel[...].astype(self._dtype)
-        self.kernel = nnx.Param(kernel.transpose(*range(self._inputs, kernel.ndim), *range(self._inputs)))
+        self.kernel = Matrix(kernel.transpose(*range(self._inputs, kernel.ndim), *range(self._inputs)))
         self._turned = True
 
     def keep_columns(self) -> None:

@@ -126,12 +126,12 @@ def trained():
         return PairBatch(*sides, np.zeros(rows, np.float32))
 
     held, history = draw(32), []
-    before = jax.device_get(evaluate(state.params, held, frozen))
+    before = jax.device_get(evaluate(state.params, held, frozen)[1])
     for _ in range(steps):
         state, metrics = step(state, frozen, draw(16))
         history.append({name: float(mean.value()) for name, mean in metrics.items()})
     logprobs = rollout.sequence_logprobs(model, state.params, held.chosen)[0]
-    return history, before, jax.device_get(evaluate(state.params, held, frozen)), logprobs
+    return history, before, jax.device_get(evaluate(state.params, held, frozen)[1]), logprobs
 
 
 def test_the_first_step_is_at_the_reference():

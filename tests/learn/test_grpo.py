@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.learn import GRPOConfig, gradients, make_grpo_loss, prepare_groups
+from rlhf_jax.learn.group import reduced
 from rlhf_jax.ops import group_advantages
 from rlhf_jax.types import Completions, InputError, PromptBatch, Rollout
 
@@ -104,9 +105,33 @@ def test_gspo_ratio_is_the_geometric_mean():
     assert float(found["loss"].value()) == pytest.approx((-0.5 * 1.086904 + 0.5) / 2, abs=1e-6)
 
 
+def test_gspo_counts_every_response_once():
+    """Ratios 1.5 of two tokens and 1 of four, clips .2: mean ratio 1.25 and half the responses clipped. A mean over tokens
+    would be 7 / 6 and 1 / 3."""
+    config = GRPOConfig(advantages="centred", ratio="sequence", reduction="sequences")
+    for microbatches in (1, 2):
+        found = measured(config, [[np.log(1.5)] * 4, [0.0] * 4], microbatches=microbatches)
+        assert float(found["ratio"].value()) == pytest.approx(1.25, abs=1e-6)
+        assert float(found["clip_fraction"].value()) == 0.5
+
+
+def test_a_response_that_does_not_count_has_no_ratio():
+    config = GRPOConfig(advantages="centred", ratio="sequence", reduction="sequences", mask_truncated=True)
+    found = measured(config, [[np.log(1.5)] * 4, [0.0] * 4], ended=[False, True])
+    assert float(found["ratio"].value()) == 1.0 and float(found["ratio"].weight) == 1.0
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_response():
+    """Ratio 5, advantages .5 and -.5, clips .2, bound 3: -.5 x 1.2 on two tokens and .5 x 3 on four, not .5 x 5."""
+    logprobs = np.full((2, 4), np.log(5.0))
+    for dual_clip, worst in ((None, 2.5), (3.0, 1.5)):
+        found = measured(GRPOConfig(advantages="centred", dual_clip=dual_clip), logprobs)
+        assert float(found["loss"].value()) == pytest.approx((-0.6 * 2 + worst * 4) / 6, abs=1e-6)
+
+
 def test_kl_in_the_loss_by_hand():
     """k3 of policy 0 against reference .2 at every token: e^.2 - .2 - 1 = .021403, coefficient .04."""
-    config = GRPOConfig(advantages="centred", kl_coefficient=0.04)
+    config = GRPOConfig(advantages="centred", kl_coefficient=0.04, kl_kind="k3")
     reference = np.full((2, 4), 0.2)
     found = measured(config, np.zeros((2, 4)), reference=reference)
     assert float(found["loss/kl"].value()) == pytest.approx(0.021403, abs=1e-6)
@@ -115,7 +140,7 @@ def test_kl_in_the_loss_by_hand():
 
 def test_kl_in_the_reward_by_hand():
     """RLOO: scores 1 and 0 minus .1 x summed k1, .3 x 2 = .6 and .3 x 4 = 1.2: .94 and -.12, advantages +-1.06."""
-    config = GRPOConfig(advantages="leave_one_out", kl_in="reward", kl_kind="k1", kl_coefficient=0.1)
+    config = GRPOConfig(advantages="leave_one_out", kl_in="reward", kl_coefficient=0.1)
     batch, metrics = prepare_groups(rollout([1, 0], reference=np.full((2, 4), -0.3)), config, 2)
     assert batch.advantages.tolist() == pytest.approx([1.06, -1.06], abs=1e-6)
     assert float(metrics["kl"].value()) == pytest.approx((0.6 + 1.2) / 2, abs=1e-6)
@@ -128,6 +153,38 @@ def test_what_is_not_learned_from_counts_nowhere():
         config = GRPOConfig(advantages="centred", mask_truncated=True, reduction=reduction)
         found = measured(config, RAISED, ended=[False, True])
         assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
+
+
+def test_trl_divides_by_the_responses_that_were_cut_too():
+    """As above with divisor "all": the mean .525 of row 1 over two responses; its sum 2.1 over 2 x 4 columns."""
+    for reduction, expected in (("sequences", 0.525 / 2), ("columns", 2.1 / 8)):
+        config = GRPOConfig(advantages="centred", mask_truncated=True, reduction=reduction, divisor="all")
+        for microbatches in (1, 2):
+            found = measured(config, RAISED, ended=[False, True], microbatches=microbatches)
+            assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
+
+
+@pytest.mark.parametrize(
+    ("reduction", "divisor", "expected"),
+    [
+        ("sequences", "all", 1.0),
+        ("columns", "all", 10 / 24),
+        ("sequences", "learned_from", 1.5),
+        ("tokens", "all", 10 / 6),
+    ],
+)
+def test_reduced_by_hand(reduction, divisor, expected):
+    values, mask = np.zeros((3, 8), np.float32), np.zeros((3, 8), bool)
+    values[0, :2], values[1, :4], mask[0, :2], mask[1, :4] = 1, 2, True, True
+    counts = jnp.array([True, True, False])
+    term = reduced(jnp.asarray(values), jnp.asarray(mask), counts, reduction, 1.0, divisor)
+    assert float(term.total / term.weight) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("token", "all"), ("columns", "rows")])
+def test_unknown_reductions_are_refused(reduction, divisor):
+    with pytest.raises(InputError, match="one of"):
+        reduced(jnp.ones((1, 2)), jnp.ones((1, 2), bool), jnp.ones(1, bool), reduction, 1.0, divisor)
 
 
 def test_even_groups_are_told_and_dropped_on_request():
@@ -154,6 +211,8 @@ def test_a_rollout_that_is_not_usable_is_refused(bad):
     [
         ({"advantages": "mean"}, "GRPOConfig.advantages = 'mean': one of 'standardised'"),
         ({"ratio": "sequence"}, "needs reduction = 'sequences'"),
+        ({"divisor": "all"}, "GRPOConfig.divisor = 'all': reduction = 'tokens' divides by tokens"),
+        ({"divisor": "rows", "reduction": "columns"}, "GRPOConfig.divisor = 'rows': one of 'learned_from', 'all'"),
         ({"max_kl": 1.0}, "GRPOConfig.max_kl: without kl_coefficient"),
         ({"minibatches": 0}, "GRPOConfig.minibatches = 0: give a whole number >= 1"),
         ({"kl_coefficient": float("nan")}, "GRPOConfig.kl_coefficient = nan: give a number >= 0.0"),

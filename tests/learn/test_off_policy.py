@@ -78,6 +78,29 @@ def test_what_is_told_of_the_weights():
     assert unweighted.importance is None and not any(name.startswith("importance") for name in silent)
 
 
+def test_weights_below_the_bounds_and_padding():
+    """Bounds .5 ... 1.6: below lie 5 weights of .4, above 3 of 5/3: 8 of 10 outside. Clipped: .5 x 5 + 1.6 x 3 + 1.5 x 2 =
+    10.3, squares 1.25 + 7.68 + 4.5 = 13.43, sample size 106.09 / 134.3 = .789948. A column of padding beside every token
+    changes none of it, whatever it holds."""
+    config = PPOConfig(**PLAIN, importance=ImportanceConfig(low=0.5, high=1.6))
+
+    def padded(x):
+        return np.pad(np.asarray(x), ((0, 0), (0, 1)), constant_values=np.asarray(9, np.asarray(x).dtype))
+
+    short = bandit()
+    done = short.completions
+    mask = np.pad(np.asarray(done.mask), ((0, 0), (0, 1)))
+    wide = done.replace(tokens=padded(done.tokens), mask=mask, logprobs=padded(done.logprobs))
+    fields = {name: padded(getattr(short, name)) for name in ("logprobs", "ref_logprobs", "values")}
+    for rollout in (short, short.replace(completions=wide, **fields)):
+        batch, metrics = learn.prepare(rollout, config, 0.0)
+        found = {name: float(mean.value()) for name, mean in metrics.items() if name.startswith("importance")}
+        expected = {"importance": 1.0, "importance_outside": 0.8, "importance_sample_size": 0.789948}
+        assert found == pytest.approx(expected, abs=1e-6)
+        np.testing.assert_allclose(batch.importance[:, 0], [0.5] * 5 + [1.6] * 3 + [1.5] * 2, rtol=1e-6)
+        assert not batch.importance[:, 1:].any()
+
+
 @pytest.mark.parametrize("config", [PPOConfig, GRPOConfig])
 def test_weights_beside_a_ratio_that_holds_them_are_refused(config):
     with pytest.raises(InputError, match=f"{config.__name__}.importance: .* it would count twice"):

@@ -10,7 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.learn import OptimizerConfig, initial_state, make_optimizer, make_schedule, make_train_step
+from rlhf_jax.learn import (
+    OptimizerConfig,
+    initial_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    ppo_optimizer_labels,
+)
 from rlhf_jax.testing import tiny_model
 from rlhf_jax.types import InputError, Term
 
@@ -47,6 +54,17 @@ def test_the_rate_stands_still_within_a_rollout():
     assert got == pytest.approx(np.repeat([1.0, 0.75, 0.5, 0.25], 8).tolist())
 
 
+def test_warm_up_from_zero_is_that_of_transformers():
+    """get_linear_schedule_with_warmup(3, 7) and get_cosine_schedule_with_warmup(2, 4) of transformers 5.23: 0, 1/3, 2/3,
+    then (7 - k) / 4; 0, 1/2, then (1 + cos(pi (k - 2) / 2)) / 2."""
+    assert rates(7, schedule="linear", warmup_steps=3, warmup="from_zero") == pytest.approx(
+        [0, 1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]
+    )
+    assert rates(4, schedule="cosine", warmup_steps=2, warmup="from_zero") == pytest.approx([0, 0.5, 1, 0.5])
+    assert rates(2, warmup_steps=5, warmup="from_zero") == pytest.approx([0, 0.2])
+    assert rates(2, warmup="from_zero") == [1.0, 1.0]  # without a warm-up no step is lost
+
+
 def test_past_the_end_the_rate_stays_where_it_ended():
     schedule = make_schedule(OptimizerConfig(learning_rate=2.0, schedule="cosine", final_fraction=0.5), 4)
     assert float(schedule(4)) == float(schedule(1000)) == pytest.approx(1.0)
@@ -71,7 +89,7 @@ def numpy_adam(gradients: np.ndarray, *, learning_rate, b1, b2, epsilon, tf, wei
 def test_adam_equals_the_slow_one(adam, size):
     gradients = size * np.random.default_rng(0).standard_normal(50)
     config = OptimizerConfig(learning_rate=0.1, epsilon=1e-5, adam=adam, b2=0.99, weight_decay=0.3, max_grad_norm=None)
-    optimizer = make_optimizer(config, steps=50)
+    optimizer = make_optimizer(config, steps=50, matrices={"kernel": True})
 
     def one(carry, g):
         params, state = carry
@@ -109,9 +127,16 @@ def test_clipping_by_the_global_norm():
         assert (float(adam.mu["a"]), float(adam.mu["b"])) == pytest.approx((0.3 * factor, 0.4 * factor))
 
 
-def test_weight_decay_touches_matrices_only():
-    _, params = tiny_model("lm+scalar", tie_embeddings=False)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, weight_decay=0.5), steps=1)
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 16}
+BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": "head"}
+
+
+@pytest.mark.parametrize("kinds", [{}, EXPERTS, BIASES], ids=["plain", "experts", "biases"])
+def test_weight_decay_touches_matrices_only(kinds):
+    """Experts [L, E, D, F] and routers [L, D, E] are matrices; the biases of attention, [L, heads, head_dim], are none."""
+    model, params = tiny_model("lm+scalar", tie_embeddings=False, **kinds)
+    config = OptimizerConfig(learning_rate=1.0, weight_decay=0.5)
+    optimizer = make_optimizer(config, steps=1, matrices=model.matrices())
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params))(zeros, params)
     decayed = {
@@ -122,10 +147,30 @@ def test_weight_decay_touches_matrices_only():
     np.testing.assert_allclose(updates["embed"]["embedding"], -0.5 * params["embed"]["embedding"], rtol=1e-6)
 
 
+def test_weight_decay_of_a_part_of_the_parameters():
+    """One optimiser of several, as in PPO: its mask sees the other's leaves as absent."""
+    params = {"policy": {"w": jnp.ones(2), "b": jnp.ones(2)}, "value": {"w": jnp.ones(2)}}
+    matrices = {"policy": {"w": True, "b": False}, "value": {"w": True}, "base": {"w": True}}
+    config = OptimizerConfig(learning_rate=1.0, weight_decay=0.5)
+    parts = {name: make_optimizer(config, 1, matrices=matrices) for name in params}
+    optimizer = optax.partition(parts, ppo_optimizer_labels)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert jax.tree.map(lambda x: x[0].item(), updates) == {"policy": {"w": -0.5, "b": 0.0}, "value": {"w": -0.5}}
+
+
+def test_weight_decay_needs_to_know_what_is_a_matrix():
+    config = OptimizerConfig(weight_decay=0.5)
+    with pytest.raises(InputError, match="weight_decay acts on matrices: say which"):
+        make_optimizer(config, 1)
+    with pytest.raises(InputError, match=r"matrices has no leaf \['w'\], which is trained"):
+        make_optimizer(config, 1, matrices={"v": True}).init({"w": jnp.ones(2)})
+
+
 @pytest.mark.parametrize("adam", ["optax", "tf"])
 def test_moments_are_float32_whatever_the_parameters_are(adam):
     params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.1, adam=adam), steps=2)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, adam=adam)
+    optimizer = make_optimizer(config, steps=2, matrices={"kernel": True})
     state = optimizer.init(params)
     types = jax.tree.map(lambda leaf: leaf.dtype, state)
     updates, after = optimizer.update({"kernel": jnp.full((2, 2), 0.1)}, state, params)
@@ -144,6 +189,7 @@ def test_moments_are_float32_whatever_the_parameters_are(adam):
         ("schedule", "polynomial"),
         ("warmup_steps", 1.5),
         ("warmup_steps", -1),
+        ("warmup", "zero"),
         ("final_fraction", 1.5),
         ("b1", 1.0),
         ("b2", 1.0),

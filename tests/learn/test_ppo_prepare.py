@@ -87,7 +87,7 @@ def test_a_response_without_room_after_its_end():
 )
 def test_kl_estimators_in_the_reward(kind, penalties):
     """d = .2, -.1, .5, -.1; values 0 and lam 1: the return of a token is what is still to come."""
-    config = PPOConfig(kl_kind=kind, lam=1.0, whiten_advantages="none")
+    config = PPOConfig(kl_kind=kind, biased_kl=True, lam=1.0, whiten_advantages="none")
     rollout = rollout_of([(7, 8, 9, 2)], [2.0], logprobs=[LOGP], ref=[REF])
     batch, metrics = prepare(rollout, config, jnp.asarray(0.1))
     expected = 2 - 0.1 * np.cumsum(penalties[::-1])[::-1]
@@ -271,6 +271,7 @@ def test_the_score_after_whitening_is_the_rollouts_own():
     [
         ("epochs", 0), ("minibatches", 1.0), ("clip_low", -0.1), ("clip_high", "0.2"), ("dual_clip", 0.5),
         ("value_clip", -1.0), ("discount", 1.1), ("lam", float("nan")), ("kl_coefficient", -0.1), ("kl_kind", "k4"),
+        ("kl_kind", "weighted_k3"), ("biased_kl", "yes"),
         ("kl_target", 0.0), ("kl_horizon", 0), ("terminal", "end"), ("missing_eos_penalty", -1.0),
         ("missing_eos", "multiply"), ("whiten_rewards", "False"), ("whiten_advantages", "batch"), ("whiten_ddof", 2),
         ("score_clip", True), ("max_sampler_gap", None),

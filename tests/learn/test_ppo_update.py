@@ -346,8 +346,9 @@ def test_every_field_of_the_configuration_is_known_here():
         "entropy_coefficient",
     }
     there = {
-        "discount", "lam", "kl_coefficient", "kl_kind", "kl_target", "kl_horizon", "terminal", "missing_eos_penalty",
-        "missing_eos", "whiten_rewards", "whiten_advantages", "whiten_ddof", "score_clip", "max_sampler_gap", "max_identity_gap",
+        "discount", "lam", "kl_coefficient", "kl_kind", "biased_kl", "kl_target", "kl_horizon", "terminal",
+        "missing_eos_penalty", "missing_eos", "whiten_rewards", "whiten_advantages", "whiten_ddof",
+        "score_clip", "max_sampler_gap", "max_identity_gap",
         "max_kl", "old_logprobs", "importance",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(PPOConfig)} == here | there

@@ -215,7 +215,8 @@ def test_every_microbatch_draws_its_own_numbers():
 
 def test_bfloat16_parameters_keep_their_dtype_and_float32_moments():
     model, params = tiny_model(param_dtype="bfloat16", num_layers=1)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.05, weight_decay=0.1), steps=4)
+    config = OptimizerConfig(learning_rate=0.05, weight_decay=0.1)
+    optimizer = make_optimizer(config, steps=4, matrices=model.matrices())
     step = step_of(make_sft_loss(functools.partial(sequence_logprobs, model)), optimizer)
     state = initial_state(params, optimizer, jax.random.key(0))
     types = jax.tree.map(lambda leaf: leaf.dtype, state)

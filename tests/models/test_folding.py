@@ -169,7 +169,7 @@ def test_ppo_scores_and_updates_the_same() -> None:
     rate = learn.OptimizerConfig(learning_rate=1e-3)
     config = learn.PPOConfig(epochs=2)
     settings = programs.PPOSettings(10, rollout.SamplingConfig(max_new_tokens=4), config, rate, rate)
-    optimizer = programs.ppo_optimizer(settings)
+    optimizer = programs.ppo_optimizer(settings, models)
     mesh = mesh_of()
     begin = programs.ppo_beginning(optimizer, settings, jax.random.key(0))
 

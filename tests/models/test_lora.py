@@ -198,7 +198,8 @@ def test_targets_that_name_nothing_are_refused_with_the_names():
 
 def test_weight_decay_takes_adapters_too():
     _, adapters = lora.split(PARAMS)
-    adam = learn.make_optimizer(learn.OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    config, matrices = learn.OptimizerConfig(learning_rate=0.1, weight_decay=0.5), MODEL.matrices()
+    adam = learn.make_optimizer(config, 10, matrices=matrices)
     zero = jax.tree.map(jnp.zeros_like, adapters)
     updates, _ = adam.update(zero, adam.init(adapters), adapters)
     for change, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(adapters), strict=True):

@@ -47,7 +47,7 @@ def test_parameters_and_moments_shrink_as_predicted(name):
     model = Model(tiny_config())
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
     params = jax.device_put(random_params(model, 0), shardings)
-    optimizer = learn.make_optimizer(learn.OptimizerConfig(weight_decay=0.1), steps=10)
+    optimizer = learn.make_optimizer(learn.OptimizerConfig(weight_decay=0.1), steps=10, matrices=model.matrices())
     state = born_sharded(functools.partial(adam_state, model, optimizer), shardings, mesh, params)
 
     one = parameter_bytes(model.config, fsdp, tensor)
