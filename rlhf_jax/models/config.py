@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "qk_norm": ("none", "head", "width"),
     "activation": ("silu", "gelu", "gelu_tanh"),
 }
+_MOST, _MOST_LAYERS = 2**31 - 1, 100_000
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -146,6 +147,8 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 wanted = "a positive whole number" if least else "a whole number >= 0"
                 raise InputError(f"ModelConfig.{name} = {value!r}: give {wanted}")
+            if value > (most := _MOST_LAYERS if name == "num_layers" else _MOST):
+                raise InputError(f"ModelConfig.{name} = {value!r}: give at most {most}")
         for name in (*_POSITIVE, *_POSITIVE_OR_NONE):
             value = getattr(self, name)
             if value is None and name in _POSITIVE_OR_NONE:
@@ -178,7 +181,7 @@ class ModelConfig:
             return
         if self.head_dim % 2:
             raise InputError(f"ModelConfig.head_dim = {self.head_dim}: rotary positions need an even head_dim")
-        if self.rotary_size < 2 or self.rotary_size % 2 or self.rope_fraction > 1:
+        if self.rope_fraction > 1 or self.rotary_size < 2 or self.rotary_size % 2:
             raise InputError(
                 f"ModelConfig.rope_fraction = {self.rope_fraction}: of head_dim = {self.head_dim} an even number of "
                 "dimensions must be rotated, at least 2"

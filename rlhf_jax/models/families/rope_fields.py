@@ -67,17 +67,14 @@ def rope_rule(
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         given, local = _given(fields, where, nested=sliding_theta is not None)
-        bases = [
-            number
-            for number in (fields.get(theta), *(one.pop("rope_theta", None) for one in given))
-            if number is not None
-        ]
+        stated = (fields.get(theta), *(one.pop("rope_theta", None) for one in given))
+        bases = [_number(where, theta, number) for number in stated if number is not None]
         if len(set(bases)) > 1:
             raise InputError(f"{where}: rope_theta is given as {' and as '.join(map(str, bases))}; keep one")
         found: dict[str, Any] = {"rope_theta": _number(where, theta, bases[0] if bases else default_theta)}
         if fraction:
             parts = [fields.get(fraction), *(one.pop("partial_rotary_factor", None) for one in given)]
-            told = {part for part in parts if part is not None}
+            told = {_number(where, fraction, part) for part in parts if part is not None}
             if len(told) > 1:
                 raise InputError(f"{where}: {fraction} is given as {' and as '.join(map(str, sorted(told)))}; keep one")
             found["rope_fraction"] = _number(where, fraction, told.pop() if told else default_fraction)
