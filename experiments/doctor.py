@@ -40,7 +40,7 @@ from rlhf_jax.doctor import (
     token_checks,
     vocabulary_check,
 )
-from rlhf_jax.io import locate, read_template
+from rlhf_jax.io import largest_token, locate, read_template
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.rewards import CheckedReward, Scores
@@ -140,7 +140,7 @@ def supervised_checks(
         load_model(model, "scalar" if pairs and dpo is None else "lm", devices, rng), lora, devices, rng
     )
     records = with_date(records, loaded, run_dir)
-    yield vocabulary_check(len(loaded.tokenizer), loaded.model.config.vocab_size)
+    yield vocabulary_check(largest_token(loaded.tokenizer)[0] + 1, loaded.model.config.vocab_size)
 
     def encode(record):
         if pairs:
@@ -154,14 +154,14 @@ def supervised_checks(
     yield from text_checks(
         documents, sum(train.dropped.values()), loaded.tokenizer, records.template, batch.length, pairs
     )
-    needed = pairs and dpo is None
-    yield judge("held-out records", not needed or bool(heldout.items), str(len(heldout.items)), "they scale the reward")
+    scaled = "; the training pairs scale the reward" if pairs and dpo is None and not heldout.items else ""
+    yield Finding("note" if scaled else "ok", "held-out records", f"{len(heldout.items)}{scaled}")
     loaded.refuse_longer(max(len(document.tokens) for document in documents), "BatchConfig.length")
     shape = {
         "batch_size": batch.batch_size,
         "length": batch.length,
         "seed": seed,
-        "pad_id": loaded.tokenizer.pad_token_id,
+        "pad_id": data.padding_id(loaded.tokenizer),
     }
     rows = data.pack(train.items, batch.length) if batch.packed else train.items
     batches = data.pair_batches(rows, **shape) if pairs else data.token_batches(rows, **shape)
@@ -177,10 +177,10 @@ def supervised_checks(
         loss = programs.dpo_loss(network, reference.model, dpo)
     elif pairs:
         build = functools.partial(programs.reward_functions, network, centring=centring)
-        loss = learn.make_reward_loss(lambda p, t: rollout.sequence_scores(network, p, t), centring=centring)
+        loss = programs.reward_loss(network, centring)
     else:
         build = functools.partial(programs.sft_functions, network)
-        loss = learn.make_sft_loss(lambda p, t: rollout.sequence_logprobs(network, p, t))
+        loss = programs.sft_loss(network)
     if lora is None:
         yield gradient_check(loss, loaded.params, example, batch.microbatches, rng, frozen)
     shardings = tree_shardings(network.abstract(), network.logical_axes(), devices)
@@ -225,7 +225,7 @@ def rollout_run_checks(
     limits, samples = (settings.grpo, settings.samples) if grouped else (settings.ppo, 1)
     needed = {"critic": False, "reference": limits.kl_coefficient > 0} if grouped else {}
     cast = load_cast(policy, reward, not grouped and settings.share_trunk, devices, rng, lora=lora, **needed)
-    yield vocabulary_check(len(cast.policy.tokenizer), cast.models.policy.config.vocab_size)
+    yield vocabulary_check(largest_token(cast.policy.tokenizer)[0] + 1, cast.models.policy.config.vocab_size)
     models = [field.name for field in dataclasses.fields(cast.models) if getattr(cast.models, field.name) is not None]
     yield Finding("ok", "tokenizers", f"one vocabulary: {', '.join(models)}")
     if cast.judge is not None and cast.judge.input is not None:
@@ -239,7 +239,7 @@ def rollout_run_checks(
     encoded, _ = encode_prompts(prompts, tokenizer, batch.length)
     yield from token_checks(encoded.items, tokenizer)
     asked = batch.batch_size // samples
-    shape = {"batch_size": asked, "length": batch.length, "seed": seed, "pad_id": tokenizer.pad_token_id}
+    shape = {"batch_size": asked, "length": batch.length, "seed": seed, "pad_id": data.padding_id(tokenizer)}
     batches = data.prompt_batches(encoded.items, samples=samples, **shape)
     yield arithmetic_check(len(encoded.items), asked, steps)
 

@@ -107,7 +107,7 @@ def run(
 def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng, directory) -> dict:
     """Replies of one policy with every score as a float64 vector in the order of the prompts."""
     loaded = load_model(source, "lm", devices, rng)
-    tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
     if judge is not None and judge.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"{judge.input}: its tokenizer is not that of {source.path}; ids of one mean nothing to the other"

@@ -96,7 +96,7 @@ def _sample(
     directory, loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng
 ) -> tuple[list, list, float]:
     """A row and a `Response` per completion (every prompt once, then again for the next sample), and the use of slots."""
-    tokenizer, pad = loaded.tokenizer, loaded.tokenizer.pad_token_id
+    tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
     prompts = with_date(prompts, loaded, directory)
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)

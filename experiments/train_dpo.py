@@ -65,7 +65,7 @@ def run(
         raise InputError("Fields.margin: the losses of DPO have no margins; unset it (train_reward reads them)")
     if loop.evaluate_every and not heldout.items:
         raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
-    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
+    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": data.padding_id(tokenizer)}
     batches = data.pair_batches(train.items, seed=seed, **shape)
 
     # 2. State and step.

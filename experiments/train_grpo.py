@@ -75,7 +75,7 @@ def run(
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer = cast.policy.tokenizer
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
-    shape = {"batch_size": batch.batch_size // samples, "length": batch.length, "pad_id": tokenizer.pad_token_id}
+    shape = {"batch_size": batch.batch_size // samples, "length": batch.length, "pad_id": data.padding_id(tokenizer)}
     batches = data.prompt_batches(encoded.items, samples=samples, seed=seed, **shape)
 
     # 2. State, and the four jitted functions.

@@ -73,7 +73,7 @@ def run(
     cast = load_cast(policy, reward, share_trunk, devices, init_rng, lora=lora)
     prompts = with_date(prompts, cast.policy, run_dir)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
-    tokenizer, pad = cast.policy.tokenizer, cast.policy.tokenizer.pad_token_id
+    tokenizer, pad = cast.policy.tokenizer, data.padding_id(cast.policy.tokenizer)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
     batches = data.prompt_batches(

@@ -44,8 +44,9 @@ def run(
     """steps: optimiser steps. centring: weight of (chosen + rejected)^2. lora: train adapters and the scalar head, the rest
     frozen. Everything else: rlhf_jax/run/configurables.py.
 
-    At the end reward_normalisation.json holds the gain and bias that give held-out rewards mean 0 and deviation 1; whoever
-    loads this run as a reward model gets them, so that a KL coefficient means the same for every reward model.
+    At the end reward_normalisation.json holds the gain and bias that give held-out rewards (the training pairs' where nothing
+    is held out) mean 0 and deviation 1; whoever loads this run as a reward model gets them, so that a KL coefficient means the
+    same for every reward model.
     """
     bound = bound_config()
     refuse_unused(batch, "packed")
@@ -65,11 +66,10 @@ def run(
 
     train, heldout = encode_records(records, data.Comparison, encode)
     loaded.refuse_longer(batch.length, "BatchConfig.length")
-    if not heldout.items:
-        raise InputError(
-            "run.records: no held-out comparisons; the builder's heldout must leave some (they scale the reward)"
-        )
-    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": tokenizer.pad_token_id}
+    if loop.evaluate_every and not heldout.items:
+        raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
+    scaling = heldout.items or train.items
+    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": data.padding_id(tokenizer)}
     batches = data.pair_batches(train.items, seed=seed, **shape)
 
     # 2. State and step.
@@ -80,7 +80,7 @@ def run(
     train_step, evaluate = programs.reward_functions(network, adam, state, devices, **settings)
 
     def evaluated(params) -> tuple[np.ndarray, dict[str, Term]]:
-        return heldout_scores(evaluate, params, loaded.frozen, heldout.items, devices, **shape)
+        return heldout_scores(evaluate, params, loaded.frozen, scaling, devices, **shape)
 
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
@@ -106,8 +106,8 @@ def run(
         # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
         rewards = evaluated(state.params)[0] if scores is None else scores
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
-        probe = {"tokens": heldout.items[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
-        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(heldout.items), "probe": probe}
+        probe = {"tokens": scaling[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
+        numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(scaling), "probe": probe}
         here.write(normalisation.name, json.dumps(numbers) + "\n")
 
 

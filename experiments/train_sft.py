@@ -62,7 +62,7 @@ def run(
     longest = max((len(item.tokens) for item in (*train.items, *heldout.items)), default=0)
     loaded.refuse_longer(longest, "BatchConfig.length")
     rows, held_rows = (data.pack(side.items, batch.length) if batch.packed else side.items for side in (train, heldout))
-    pad = tokenizer.pad_token_id
+    pad = data.padding_id(tokenizer)
     batches = data.token_batches(rows, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad)
 
     # 2. State and step.

@@ -70,13 +70,18 @@ def sft_functions(
     """Of supervised fine-tuning."""
 
     def loss(fold: Fold | None) -> LossFn:
-        return learn.make_sft_loss(_policy_logprobs(model.folded(fold)))
+        return sft_loss(model.folded(fold))
 
     def evaluate(params: Params, tokens: TokenBatch, frozen: Params | None = None) -> dict[str, Term]:
         return loss(None)(lora.whole(params, frozen), {}, tokens, jax.random.key(0))[0]  # the loss draws nothing
 
     train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
+
+
+def sft_loss(model: Model) -> LossFn:
+    """Of the training step, over parameters that are whole (`models.lora.whole`)."""
+    return learn.make_sft_loss(_policy_logprobs(model))
 
 
 def reward_functions(
@@ -91,7 +96,7 @@ def reward_functions(
     """Of the pairwise reward model. centring: weight of (chosen + rejected)^2."""
 
     def loss(fold: Fold | None) -> LossFn:
-        return learn.make_reward_loss(functools.partial(rollout.sequence_scores, model.folded(fold)), centring=centring)
+        return reward_loss(model.folded(fold), centring)
 
     def evaluate(params: Params, pairs: PairBatch, frozen: Params | None = None) -> PairEvaluation:
         scores = learn.pair_scores(functools.partial(rollout.sequence_scores, model), lora.whole(params, frozen), pairs)
@@ -99,6 +104,11 @@ def reward_functions(
 
     train_step = _train_step(loss, model.lora, optimizer, state, mesh, microbatches)
     return SupervisedFunctions(train_step, jax.jit(evaluate, out_shardings=replicated(mesh)))
+
+
+def reward_loss(model: Model, centring: float) -> LossFn:
+    """As `sft_loss`, of the reward model."""
+    return learn.make_reward_loss(functools.partial(rollout.sequence_scores, model), centring=centring)
 
 
 def dpo_functions(
@@ -127,7 +137,7 @@ def dpo_functions(
 
 
 def dpo_loss(model: Model, reference: Model, dpo: learn.DPOConfig) -> LossFn:
-    """Of the training step, over parameters that are whole (`models.lora.whole`)."""
+    """As `sft_loss`, of DPO."""
     return learn.make_dpo_loss(_policy_logprobs(model), _reference_logprobs(reference), dpo)
 
 

@@ -76,6 +76,7 @@ FORBIDDEN: dict[str, set[str]] = {
 EXCEPTIONS = {
     "run/configurables.py": ALL | {"run", "testing"},
     "run/heldout.py": {"types", "data", "evaluate", "parallel"},
+    "run/record_files.py": {"types", "data"},
     "run/records.py": {"types", "remote", "data"},
     "run/rewards.py": {"records", "types", "data", "rewards"},
     "run/template_date.py": {"data", "io", "remote"},

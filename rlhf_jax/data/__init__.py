@@ -16,6 +16,8 @@ from rlhf_jax.data.encode import (
 from rlhf_jax.data.ends import Ends, response_ends, sampler_ends
 from rlhf_jax.data.hh_rlhf import hh_comparisons
 from rlhf_jax.data.packing import LENGTH_BUCKETS, Row, bucket_length, pack, stack_rows
+from rlhf_jax.data.padding import padding_id
+from rlhf_jax.data.pairs import comparisons
 from rlhf_jax.data.pipeline import (
     Batches,
     evaluation_batches,
@@ -31,10 +33,10 @@ from rlhf_jax.data.records import (
     GSM8K_FIELDS,
     Comparison,
     Demonstration,
+    Dropped,
     Fields,
     Message,
     Prompt,
-    comparisons,
     demonstrations,
     prompt_key,
     prompts,
@@ -51,6 +53,7 @@ __all__ = [
     "Batches",
     "Comparison",
     "Demonstration",
+    "Dropped",
     "Encoded",
     "EncodedPair",
     "EncodedSet",
@@ -74,6 +77,7 @@ __all__ = [
     "fingerprint",
     "hh_comparisons",
     "pack",
+    "padding_id",
     "pair_batches",
     "pair_lengths",
     "pair_targets",

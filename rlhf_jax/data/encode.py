@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.records import Comparison, Demonstration, Message, Prompt
+from rlhf_jax.data.records import Comparison, Demonstration, Message, Prompt, Unusable
+from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.turn_tokens import LossOn, PromptTokens, Writing, prompt_tokens, response_tokens
 from rlhf_jax.types import InputError
@@ -73,15 +74,25 @@ class EncodedSet(Generic[_RecordT, _ItemT]):
 
 
 def encode_all(
-    records: Iterable[_RecordT], encode: Callable[[_RecordT], _ItemT | Skipped]
+    records: Iterable[_RecordT], encode: Callable[[_RecordT], _ItemT | Skipped], *, unusable: Unusable = "error"
 ) -> EncodedSet[_RecordT, _ItemT]:
     """Encodes every record and counts the skipped ones. Raises InputError when none is left.
+
+    unusable: "drop" skips and counts a record that cannot be encoded (`UnusableRecord`: a template refuses it); "error"
+    raises InputError with its id.
 
     encode_all(records, lambda record: encode_demonstration(record, tokenizer, template, max_length=512))
     """
     result: EncodedSet[_RecordT, _ItemT] = EncodedSet([], [], Counter())
+    first = ""
     for record in records:
-        item = encode(record)
+        try:
+            item = encode(record)
+        except UnusableRecord as error:
+            message = f"record {record.id}: {error}"  # type: ignore[attr-defined]
+            if unusable == "error":
+                raise InputError(f"{message}, or drop such records with unusable='drop'") from None
+            item, first = Skipped(error.reason), first or message
         if isinstance(item, Skipped):
             result.dropped[item.reason] += 1
         else:
@@ -89,7 +100,8 @@ def encode_all(
             result.records.append(record)
     if not result.items:
         why = ", ".join(f"{reason} ({count})" for reason, count in result.dropped.items()) or "the data set is empty"
-        raise InputError(f"no example left to learn from: {why}; raise the length limit or give other data")
+        remedy = f"the first: {first}" if first else "raise the length limit or give other data"
+        raise InputError(f"no example left to learn from: {why}; {remedy}")
     return result
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_jax.data.padding import padding_id
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.stop_strings import stop_table
 from rlhf_jax.data.templates import Template, render_conversation
@@ -77,7 +78,7 @@ def sampler_ends(
     """Make the keyword arguments of `rollout.generate` that say how responses end: eos_ids, pad_id, stop_table."""
     table = stop_table(stop_strings, tokenizer, vocab_size) if stop_strings else None
     ids = response_ends(tokenizer, template, generation).ids
-    return {"eos_ids": ids, "pad_id": tokenizer.pad_token_id, "stop_table": table}
+    return {"eos_ids": ids, "pad_id": padding_id(tokenizer), "stop_table": table}
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rlhf_jax.data.records import (
-    Comparison,
-    Fields,
-    Message,
-    Row,
-    Unlearnable,
-    Unusable,
-    collect,
-    comparison_of,
-    id_of,
-    text_of,
-)
+from rlhf_jax.data.pairs import comparison_of
+from rlhf_jax.data.records import Comparison, Dropped, Fields, Message, Row, Unusable, collect, id_of, text_of
+from rlhf_jax.data.row_problems import Unlearnable
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def hh_comparisons(
     rows: Iterable[Row], *, source: str, unusable: Unusable = "drop"
-) -> tuple[list[Comparison], Counter[str]]:
+) -> tuple[list[Comparison], Dropped]:
     """(records, number of dropped rows by reason) of hh-rlhf dialogues (Bai et al. 2022; anthropics/hh-rlhf).
 
     ``chosen`` and ``rejected`` are "\\n\\nHuman: ...\\n\\nAssistant: ..." texts that begin alike. The prompt runs
@@ -37,7 +27,7 @@ def hh_comparisons(
     fields = Fields()
 
     def make(place: str, row: Mapping[str, Any]) -> Comparison:
-        chosen, rejected = (text_of(row, name, place, fields) for name in (fields.chosen, fields.rejected))
+        chosen, rejected = (text_of(row, fields, key) for key in ("chosen", "rejected"))
         if chosen == rejected:
             raise Unlearnable("chosen equals rejected", "remove the row")
         shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters, as meant)

@@ -1,7 +1,7 @@
 """What an example says, before any tokenizer: demonstrations, comparisons and prompts made from rows of a file.
 
-A row is ``(line_number, mapping)`` as ``sources.read_rows`` yields it. Nothing here decides where a prompt ends in
-tokens: that is ``encode``'s.
+A row is ``(line_number, mapping)`` as ``sources.read_rows`` yields it. Comparisons are made in ``pairs``. Nothing here
+decides where a prompt ends in tokens: that is ``encode``'s.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
+from rlhf_jax.data.row_problems import FaultyObject, Unlearnable, check_value
 from rlhf_jax.types import InputError
 
 Row = tuple[int, Mapping[str, Any]]
 Scalar = str | float | int
 Unusable = Literal["error", "drop"]
-"""What to do with a row that is well formed but teaches nothing (empty reply, chosen equal to rejected)."""
+"""What to do with a row that gives no record (an empty or null response, a missing field, chosen equal to rejected)."""
 ROLES = ("system", "user", "assistant", "tool")
 SAYING_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 """Keys of a message that are part of what it says; the last three are names of one thing."""
@@ -127,57 +128,43 @@ GSM8K_FIELDS = Fields(prompt="question", response="answer", extra=("answer",))
 """openai/grade-school-math @ grade_school_math/data: the answer's last line is "#### 72"."""
 
 
-class Unlearnable(Exception):
-    """A row is well formed but teaches nothing. args: (reason to count it under, remedy)."""
+class Dropped(Counter[str]):
+    """Number of dropped rows by reason. first: the message of the first one, with its place and the remedy."""
+
+    first: str = ""
 
 
 def demonstrations(
     rows: Iterable[Row], fields: Fields | None = None, *, source: str, unusable: Unusable = "error"
-) -> tuple[list[Demonstration], Counter[str]]:
+) -> tuple[list[Demonstration], Dropped]:
     """(records, number of dropped rows by reason). source: the file's name for messages and ids. Raises InputError."""
     fields = fields or Fields()
 
     def make(place: str, row: Mapping[str, Any]) -> Demonstration:
         if fields.messages is None:
-            prompt, response = _prompt(row, fields, place), text_of(row, fields.response, place, fields)
+            prompt, response = prompt_of(row, fields), text_of(row, fields, "response")
         else:
-            *context, last = _messages(_value(row, fields.messages, place), fields.messages, place, fields)
+            *context, last = messages_of(value_of(row, fields.messages, "messages"), fields.messages, fields)
             if last.role != "assistant":
                 raise Unlearnable(
                     "last message is not a reply", f"end field {fields.messages!r} with an assistant message"
                 )
             prompt, response = tuple(context), last.content
-        _require_text(response, fields.response if fields.messages is None else fields.messages)
-        return Demonstration(id_of(row, fields, place), prompt, response, _flag(row, fields.ended, place))
-
-    return collect(rows, make, source, unusable)
-
-
-def comparisons(
-    rows: Iterable[Row], fields: Fields | None = None, *, source: str, unusable: Unusable = "error"
-) -> tuple[list[Comparison], Counter[str]]:
-    """(records, number of dropped rows by reason). Replies are texts, or one message each. Raises InputError."""
-    fields = fields or Fields()
-
-    def make(place: str, row: Mapping[str, Any]) -> Comparison:
-        prompt = _prompt(row, fields, place)
-        chosen, rejected = (text_of(row, name, place, fields) for name in (fields.chosen, fields.rejected))
-        margin = _margin(row, fields, place)
-        ended = [_flag(row, f"{side}_{fields.ended}", place) for side in ("chosen", "rejected")]
-        return comparison_of(id_of(row, fields, place), prompt, (chosen, rejected), margin, *ended)
+        require_text(response, fields.response if fields.messages is None else fields.messages)
+        return Demonstration(id_of(row, fields, place), prompt, response, flag_of(row, fields.ended))
 
     return collect(rows, make, source, unusable)
 
 
 def prompts(
     rows: Iterable[Row], fields: Fields | None = None, *, source: str, unusable: Unusable = "error"
-) -> tuple[list[Prompt], Counter[str]]:
+) -> tuple[list[Prompt], Dropped]:
     """(records, number of dropped rows by reason). Raises InputError."""
     fields = fields or Fields()
 
     def make(place: str, row: Mapping[str, Any]) -> Prompt:
-        extra = {name: _scalar(_value(row, name, place), name, place) for name in fields.extra}
-        return Prompt(id_of(row, fields, place), _prompt(row, fields, place), extra)
+        extra = {name: scalar_of(value_of(row, name, "extra"), name) for name in fields.extra}
+        return Prompt(id_of(row, fields, place), prompt_of(row, fields), extra)
 
     return collect(rows, make, source, unusable)
 
@@ -197,105 +184,126 @@ def prompt_key(messages: Sequence[Message]) -> str:
 
 def collect(
     rows: Iterable[Row], make: Callable[[str, Mapping[str, Any]], _RecordT], source: str, unusable: Unusable
-) -> tuple[list[_RecordT], Counter[str]]:
+) -> tuple[list[_RecordT], Dropped]:
     """What ``make(place, row)`` makes of each row, and how many it could not (`Unlearnable`), by reason. Raises InputError."""
     if unusable not in ("error", "drop"):
         raise InputError(f"unusable = {unusable!r}: must be 'error' or 'drop'")
     records: list[_RecordT] = []
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
     line_of: dict[str, int] = {}
     for line, row in rows:
         place = f"{source}:{line}"
         try:
+            if isinstance(row, FaultyObject):
+                raise row.problem
             record = make(place, row)
         except Unlearnable as problem:
-            reason, remedy = problem.args
+            reason, remedy, *detail = problem.args
+            message = f"{place}: {reason}{''.join(detail)}; {remedy}"
             if unusable == "error":
-                raise InputError(f"{place}: {reason}; {remedy}, or drop such rows with unusable='drop'") from None
+                raise InputError(f"{message}, or drop such rows with unusable='drop'") from None
             dropped[reason] += 1
+            dropped.first = dropped.first or message
             continue
         identity: str = record.id  # type: ignore[attr-defined]
         if identity in line_of:
-            raise InputError(f"{place}: id {identity!r} is also that of line {line_of[identity]}; make ids unique")
+            raise InputError(
+                f"{place}: id {identity!r} is also that of line {line_of[identity]}; make ids unique, or name another "
+                "column with Fields.id"
+            )
         line_of[identity] = line
         records.append(record)
     return records, dropped
 
 
-def comparison_of(
-    identity: str, prompt: tuple[Message, ...], replies: tuple[str, str], margin: float, *ended: bool
-) -> Comparison:
-    """replies: (chosen, rejected). ended: of each. Raises Unlearnable when there is nothing to tell them apart by."""
-    chosen, rejected = replies
-    _require_text(chosen, "chosen")
-    _require_text(rejected, "rejected")
-    if chosen == rejected:
-        raise Unlearnable("chosen equals rejected", "remove the row")
-    chosen_ended, rejected_ended = ended or (True, True)
-    return Comparison(identity, prompt, chosen, rejected, margin, chosen_ended, rejected_ended)
-
-
-def _require_text(text: str, name: str) -> None:
+def require_text(text: str, name: str) -> None:
+    """Raises Unlearnable for nothing but white space."""
     if not text.strip():
         raise Unlearnable(f"field {name!r} is empty", "fill it in or remove the row")
 
 
-def _value(row: Mapping[str, Any], name: str, place: str) -> Any:
-    if name not in row or row[name] is None:
-        present = ", ".join(repr(key) for key in row)
-        raise InputError(
-            f"{place}: field {name!r} is missing; the row has {present or 'no fields'}: set Fields accordingly"
+def value_of(row: Mapping[str, Any], name: str, key: str) -> Any:
+    """The value of a column. key: of `Fields`, which names the column. Raises Unlearnable for none and for null."""
+    if name not in row:
+        present = ", ".join(repr(column) for column in row)
+        raise Unlearnable(
+            f"field {name!r} is missing", f"the row has {present or 'no fields'}: set Fields.{key} accordingly"
         )
-    return row[name]
+    value = row[name]
+    if value is None:
+        raise Unlearnable(f"field {name!r} is null", "fill it in or remove the row")
+    check_value(value, name)
+    return value
 
 
-def text_of(row: Mapping[str, Any], name: str, place: str, fields: Fields) -> str:
-    """A text, or the content of a single message (a mapping, or a list with one)."""
-    value = _value(row, name, place)
+def text_of(row: Mapping[str, Any], fields: Fields, key: str) -> str:
+    """A text, or the content of a single message (a mapping, or a list with one). key: of `Fields`."""
+    name = getattr(fields, key)
+    value = value_of(row, name, key)
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
         value = [value]
-    if isinstance(value, Sequence) and len(value) == 1:
-        return _messages(value, name, place, fields)[0].content
-    raise InputError(
-        f"{place}: field {name!r} is {type(value).__name__}, not text or one message; convert it to a string"
+    if isinstance(value, Sequence) and len(value) < 2:
+        return messages_of(value, name, fields)[0].content
+    if isinstance(value, bool | int | float):
+        raise _not_text(name, value, "text or one message")
+    conversation = isinstance(value, Sequence) and bool(value) and key == "response"
+    remedy = (
+        f"set Fields.messages = {name!r} for whole conversations" if conversation else "write a text or one message"
+    )
+    raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or one message", remedy)
+
+
+def _not_text(name: str, value: Any, wanted: str) -> Unlearnable:
+    return Unlearnable(
+        f"field {name!r} is {type(value).__name__}, not {wanted}", "write it in quotes, as text", f" ({value!r})"
     )
 
 
-def _prompt(row: Mapping[str, Any], fields: Fields, place: str) -> tuple[Message, ...]:
+def prompt_of(row: Mapping[str, Any], fields: Fields) -> tuple[Message, ...]:
+    """The messages before the response: () with ``Fields.prompt`` None."""
     if fields.prompt is None:
         return ()
-    value = _value(row, fields.prompt, place)
+    value = value_of(row, fields.prompt, "prompt")
     if isinstance(value, str):
-        _require_text(value, fields.prompt)
+        require_text(value, fields.prompt)
         return (Message("user", value),)
-    messages = _messages(value, fields.prompt, place, fields)
-    if messages[-1].role != "user":
-        raise Unlearnable(
-            "last message of the prompt is not the user's", f"end field {fields.prompt!r} with a user message"
-        )
-    _require_text(messages[-1].content, fields.prompt)
+    messages = messages_of(value, fields.prompt, fields)
+    require_question(messages, fields.prompt)
     return messages
 
 
-def _messages(value: Any, name: str, place: str, fields: Fields) -> tuple[Message, ...]:
+def require_question(messages: Sequence[Message], name: str) -> None:
+    """Raises Unlearnable unless the messages of a prompt end with a user's."""
+    if not messages or messages[-1].role != "user":
+        raise Unlearnable("last message of the prompt is not the user's", f"end field {name!r} with a user message")
+    require_text(messages[-1].content, name)
+
+
+def messages_of(value: Any, name: str, fields: Fields) -> tuple[Message, ...]:
+    """The messages of a column, at least one."""
+    if isinstance(value, bool | int | float):
+        raise _not_text(name, value, "text or messages")
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise InputError(f"{place}: field {name!r} is {type(value).__name__}, not text or messages; convert it")
+        raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or messages", "write a list of messages")
     if not value:
         raise Unlearnable(f"field {name!r} is empty", "fill it in or remove the row")
     messages = []
     for number, item in enumerate(value, start=1):
-        at = f"{place}: field {name!r}, message {number}"
+        at = f"field {name!r}, message {number}"
         if not isinstance(item, Mapping) or fields.role not in item or fields.content not in item:
-            raise InputError(
-                f"{at}: must be an object with {fields.role!r} and {fields.content!r}; set Fields.role and content"
+            raise Unlearnable(
+                f"{at}: must be an object with {fields.role!r} and {fields.content!r}",
+                "set Fields.role and Fields.content",
             )
         role, content = item[fields.role], item[fields.content]
         if role not in _ROLE_NAMES:
-            raise InputError(f"{at}: role {role!r} is unknown; use {', '.join(_ROLE_NAMES)}")
+            raise Unlearnable(f"{at}: role {role!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
+        if content is None:
+            raise Unlearnable(f"{at}: content is null", "fill it in or remove the row")
         if not isinstance(content, str):
-            raise InputError(f"{at}: content is {type(content).__name__}, not text; convert it to a string")
+            raise Unlearnable(f"{at}: content is {type(content).__name__}, not text", "write it as one text")
         messages.append(Message(_ROLE_NAMES[role], content))
     return tuple(messages)
 
@@ -303,40 +311,28 @@ def _messages(value: Any, name: str, place: str, fields: Fields) -> tuple[Messag
 def id_of(row: Mapping[str, Any], fields: Fields, place: str) -> str:
     """Of ``fields.id``, the column "id", or else "file name:line"."""
     if fields.id is not None:
-        return str(_scalar(_value(row, fields.id, place), fields.id, place))
+        return str(scalar_of(value_of(row, fields.id, "id"), fields.id))
     if row.get("id") is not None:
-        return str(_scalar(row["id"], "id", place))
+        return str(scalar_of(value_of(row, "id", "id"), "id"))
     return PurePath(place).name
 
 
-def _flag(row: Mapping[str, Any], name: str, place: str) -> bool:
-    """A truth value; True where the row has none."""
+def flag_of(row: Mapping[str, Any], name: str) -> bool:
+    """A truth value, in a file of tables written as text; True where the row has none."""
     value = row.get(name)
     if value is None:
         return True
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
     if not isinstance(value, bool):
-        raise InputError(
-            f"{place}: field {name!r} is {type(value).__name__}, not true or false; name another Fields.ended"
-        )
+        raise Unlearnable(f"field {name!r} is {type(value).__name__}, not true or false", "name another Fields.ended")
     return value
 
 
-def _scalar(value: Any, name: str, place: str) -> Scalar:
+def scalar_of(value: Any, name: str) -> Scalar:
+    """A text or a finite number."""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Unlearnable(f"field {name!r} is {value!r}, not a finite number", "give a number or remove the row")
         return value
-    raise InputError(f"{place}: field {name!r} is {type(value).__name__}, not text or a number; convert it")
-
-
-def _margin(row: Mapping[str, Any], fields: Fields, place: str) -> float:
-    if fields.margin is None:
-        return 0.0
-    value = _scalar(_value(row, fields.margin, place), fields.margin, place)
-    try:
-        margin = float(value)
-    except ValueError:
-        margin = math.nan
-    if not math.isfinite(margin):
-        raise InputError(
-            f"{place}: field {fields.margin!r} is {value!r}, not a finite number; give a number or unset Fields.margin"
-        )
-    return margin
+    raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or a number", "write it as text")

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -14,34 +15,77 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rlhf_jax.data.row_problems import FaultyObject, parse_json
 from rlhf_jax.remote import fetched, is_remote
 from rlhf_jax.types import InputError
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
+_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 Row = tuple[int, Mapping[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class TextFormat:
+    """How a file is read. format: one of FORMATS; None infers it from the ending, before which ".gz" may stand after it.
+
+    encoding: of text files; a byte order mark (UTF-8, UTF-16, UTF-32) at the beginning of the file wins over it.
+    delimiter: between cells of csv and tsv; None = a comma, a tab.
+    quotes: cells of csv and tsv may stand in double quotes, with a quote inside them doubled (as pandas, Excel and R's
+    write.csv write them). False: a quote is text.
+    """
+
+    format: str | None = None
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+    quotes: bool = True
+
+    def __post_init__(self) -> None:
+        if self.format not in (None, *FORMATS):
+            raise InputError(f"format {self.format!r} is unknown; use one of {', '.join(FORMATS)}")
+        try:
+            "a".encode(self.encoding)
+        except LookupError:
+            raise InputError(f"encoding {self.encoding!r} is unknown; use 'utf-8' or 'latin-1'") from None
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise InputError(f"delimiter {self.delimiter!r}: give one character, for instance ';'")
+        if not isinstance(self.quotes, bool):
+            raise InputError(f"quotes = {self.quotes!r}: give True or False")
+
+
 def read_rows(
-    location: str | Path, *, split: str | None = None, format: str | None = None, encoding: str = "utf-8"
+    location: str | Path,
+    *,
+    split: str | None = None,
+    format: str | None = None,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+    quotes: bool = True,
 ) -> Iterator[Row]:
     """Yields ``(number, row)``: number is the line where the row begins (json, parquet: the row's number), from 1.
 
     location: a file, its URL (copied to this machine first), or the name of a hub data set ("openai/gsm8k", with a configuration
     "openai/gsm8k:main").
     split: the hub split ("train", "train[:100]"); files have none.
-    format: one of FORMATS; None infers it from the ending, before which ".gz" may stand after it ("a.jsonl.gz").
-    encoding: of text files, any that extends ASCII; a UTF-8 byte order mark is skipped.
-    jsonl and txt skip blank lines; txt yields {"text": line}; csv and tsv need a header; tsv knows no quotes.
+    format, encoding, delimiter, quotes: as in `TextFormat`.
+    jsonl and txt skip blank lines; txt yields {"text": line}; csv and tsv need a header. Cells are kept as they are written,
+    line ends inside them too.
     Raises InputError with file and line: missing file, truncated gzip, bad JSON, wrong encoding, row unlike the header.
     """
+    settings = TextFormat(format, encoding, delimiter, quotes)
     path = fetched(str(location)) if is_remote(location) else Path(location).expanduser()
     if path.is_file():
         if split is not None:
             raise InputError(
                 f"{location}: split = {split!r} is for hub data sets; a file has no splits: leave split unset"
             )
-        return _read_file(path, format or _format_of(path), _check_encoding(encoding))
+        return _read_file(path, settings)
     text = str(location)
     if path.exists():
         raise InputError(f"{text}: is a directory; name one file in it")
@@ -74,36 +118,27 @@ def _format_of(path: Path) -> str:
     ending = _ending(path)
     if ending not in FORMATS:
         raise InputError(
-            f"{path}: format not known from the ending {ending!r}; set format to one of {', '.join(FORMATS)}"
+            f"{path}: format not known from the ending {ending!r}; set format='jsonl' (one of {', '.join(FORMATS)})"
         )
     return ending
 
 
-def _check_encoding(encoding: str) -> str:
-    try:
-        name = codecs.lookup(encoding).name
-        splits_on_newline = "a\n".encode(name) == b"a\n"
-    except LookupError:
-        raise InputError(f"encoding {encoding!r} is unknown; use 'utf-8' or 'latin-1'") from None
-    if not splits_on_newline:
-        raise InputError(f"encoding {encoding!r} does not extend ASCII; convert the file to utf-8")
-    return "utf-8-sig" if name == "utf-8" else name
-
-
-def _read_file(path: Path, format: str, encoding: str) -> Iterator[Row]:
-    match format:
+def _read_file(path: Path, settings: TextFormat) -> Iterator[Row]:
+    match format := settings.format or _format_of(path):
         case "jsonl":
-            return _read_jsonl(path, encoding)
+            return _read_jsonl(path, settings.encoding)
         case "json":
-            return _read_json(path, encoding)
+            return _read_json(path, settings.encoding)
         case "csv" | "tsv":
-            return _read_table(path, encoding, format)
+            delimiter = settings.delimiter or ("," if format == "csv" else "\t")
+            return _read_table(path, dataclasses.replace(settings, format=format, delimiter=delimiter))
         case "txt":
-            return ((number, {"text": line}) for number, line in _lines(path, encoding) if line.strip())
+            lines = _lines(path, settings.encoding, newline="\n")
+            return ((number, {"text": line.rstrip("\r\n")}) for number, line in lines if line.strip())
         case "parquet":
             return _read_parquet(path)
         case _:
-            raise InputError(f"{path}: format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+            raise AssertionError(format)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -112,20 +147,45 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """(line number, text without its line end). Lines end at \\n alone: texts may hold \\x85 or U+2028."""
+def _marked(file: BinaryIO, encoding: str) -> str:
+    """The encoding that a byte order mark at the beginning of ``file`` tells, read past the mark; else ``encoding``."""
+    beginning = file.read(4)
+    mark, name = next(((mark, name) for mark, name in _MARKS if beginning.startswith(mark)), (b"", encoding))
+    file.seek(len(mark))
+    return name
+
+
+def _lines(path: Path, encoding: str, *, newline: str = "") -> Iterator[tuple[int, str]]:
+    """(line number, text with its line end). newline: "" ends lines at \\n, \\r\\n and \\r, "\\n" at \\n alone: as
+    `io.TextIOWrapper`. Texts may hold \\x85 or U+2028."""
     number = 0
+    name = encoding
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, raw.decode(encoding if number == 1 else encoding.removesuffix("-sig")).rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.object[error.start]:#04x} is not {encoding.removesuffix('-sig')}"
-        raise InputError(f"{path}:{number}: {problem}; set encoding (often 'latin-1') or convert the file") from None
+            name = _marked(file, encoding)
+            for number, line in enumerate(io.TextIOWrapper(file, name, newline=newline), start=1):
+                if "\0" in line:
+                    raise InputError(
+                        f"{path}:{number}: holds a NUL character; set encoding ('utf-16-le' for UTF-16 without its mark) "
+                        "or write the file again as text"
+                    )
+                yield number, line
+    except UnicodeError as error:
+        raise _undecodable(path, number, name, error) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: damaged gzip ({error}); copy or download the file again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file's permissions") from None
+
+
+def _undecodable(path: Path, lines_before: int, encoding: str, error: UnicodeError) -> InputError:
+    """The error for bytes that are not ``encoding``. lines_before: whole lines read before the chunk of bytes with the error."""
+    remedy = "set encoding (often 'latin-1') or convert the file"
+    if not isinstance(error, UnicodeDecodeError):
+        return InputError(f"{path}: not {encoding} ({error}); {remedy}")
+    chunk = error.object
+    line = lines_before + chunk[: error.start].decode(encoding, "replace").count("\n") + 1
+    return InputError(f"{path}:{line}: byte {chunk[error.start]:#04x} is not {encoding}; {remedy}")
 
 
 def _read_jsonl(path: Path, encoding: str) -> Iterator[Row]:
@@ -133,21 +193,29 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); repair the line, one object a line") from None
+            row = parse_json(line)
+        except json.JSONDecodeError as error:
+            remedy = "repair the line, one object a line"
+            if number == 1 and line.lstrip()[0] in "[{" and len(line.strip()) < 3:
+                remedy = "set format='json' for a list over several lines, or write one object a line"
+            raise InputError(f"{path}:{number}: not JSON ({error}); {remedy}") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: a JSON {type(row).__name__}, not an object; write one {{...}} a line")
+            raise InputError(
+                f"{path}:{number}: a JSON {type(row).__name__}, not an object; write one {{...}} a line, or set "
+                "format='json' for a list of objects"
+            )
         yield number, row
 
 
 def _read_json(path: Path, encoding: str) -> Iterator[Row]:
-    text = "\n".join(line for _, line in _lines(path, encoding))
+    text = "".join(line for _, line in _lines(path, encoding))
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         hint = "repair it, or set format='jsonl' when each line is an object"
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); {hint}") from None
+    if isinstance(rows, FaultyObject):
+        raise InputError(f"{path}: {rows.problem.args[0]}; write a list of objects, or one a line into a .jsonl file")
     if not isinstance(rows, list):
         raise InputError(f"{path}: a JSON {type(rows).__name__}, not a list of objects; rewrite it as a list")
     for number, row in enumerate(rows, start=1):
@@ -158,32 +226,46 @@ def _read_json(path: Path, encoding: str) -> Iterator[Row]:
         yield number, row
 
 
-def _read_table(path: Path, encoding: str, format: str) -> Iterator[Row]:
+def _read_table(path: Path, settings: TextFormat) -> Iterator[Row]:
+    """settings: with format and delimiter."""
+    assert settings.delimiter is not None
+    csv.field_size_limit(2**31 - 1)  # a cell may be as long as a document
     begin = 1  # line where the present row begins; a quoted field may span lines
-    text = (line + "\n" for _, line in _lines(path, encoding))
-    if format == "csv":
-        reader = csv.reader(text, strict=True)
-    else:
-        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    text = (line for _, line in _lines(path, settings.encoding))
+    quoting: Any = csv.QUOTE_MINIMAL if settings.quotes else csv.QUOTE_NONE
+    reader = csv.reader(text, delimiter=settings.delimiter, quoting=quoting, strict=True)
     header: list[str] | None = None
     try:
         for cells in reader:
             line, begin = begin, reader.line_num + 1
             if header is None:
                 header = cells
-                repeated = {name for name in header if header.count(name) > 1}
-                if repeated:
-                    raise InputError(f"{path}:1: column {sorted(repeated)[0]!r} occurs twice; rename one")
+                _check_header(path, header, settings.delimiter)
             elif cells and len(cells) != len(header):
-                raise InputError(
-                    f"{path}:{line}: {len(cells)} cells under a header of {len(header)}; quote or repair the row"
-                )
+                raise InputError(f"{path}:{line}: {len(cells)} cells under a header of {len(header)}; {_CELLS}")
             elif cells:
                 yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
+        raise InputError(f"{path}:{begin}: not {settings.format} ({error}); {_QUOTES}") from None
+
+
+_CELLS = "quote or repair the row (R: row.names = FALSE)"
+_QUOTES = (
+    "write a quote inside a quoted cell twice (R: qmethod = 'double'), set quotes=False where quotes are text, or convert "
+    "the file to jsonl"
+)
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    """Raises InputError for a repeated column, and for one column that another delimiter would split."""
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise InputError(f"{path}:1: column {sorted(repeated)[0]!r} occurs twice; rename one")
+    other = next((mark for mark in ";\t|," if len(header) == 1 and mark in header[0] and mark != delimiter), None)
+    if other is not None:
         raise InputError(
-            f"{path}:{begin}: not {format} ({error}); repair the row, or convert the file to jsonl"
-        ) from None
+            f"{path}:1: one column, {header[0]!r}, with {delimiter!r} between cells; set delimiter={other!r}"
+        )
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -196,7 +278,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise InputError(
             f"{path}: row {number + 1}: not readable as parquet ({_line(error)}); write the file again"
         ) from None

@@ -20,6 +20,14 @@ class HasPrompt(Protocol):
 _RecordT = TypeVar("_RecordT", bound=HasPrompt)
 
 
+class EmptySide(InputError):
+    """A split that leaves no record on one side. side: "training" or "held-out"."""
+
+    def __init__(self, side: str, message: str) -> None:
+        super().__init__(message)
+        self.side = side
+
+
 def prompt_fraction(messages: Sequence[Message], salt: str = "") -> float:
     """A number in [0, 1) that depends on the prompt's ``prompt_key`` and the salt only: the first 53 bits of a sha256.
 
@@ -29,10 +37,15 @@ def prompt_fraction(messages: Sequence[Message], salt: str = "") -> float:
     return float(int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
 
 
+def split_key(record: HasPrompt) -> tuple[Message, ...]:
+    """What decides a record's side: its prompt; of plain text to learn from, which has no prompt, the text itself."""
+    return record.prompt or (Message("assistant", getattr(record, "response", "")),)
+
+
 def split_by_prompt(
     records: Iterable[_RecordT], *, held_out: float, salt: str = ""
 ) -> tuple[list[_RecordT], list[_RecordT]]:
-    """(training, held out), each in the given order. A prompt with ``prompt_fraction < held_out`` is held out.
+    """(training, held out), both in the given order. A prompt with ``prompt_fraction < held_out`` is held out.
 
     A record's side does not depend on the other records: adding data moves nothing, and duplicates (also those that
     differ in case or white space) stay together. held_out: the expected fraction, 0 < held_out < 1.
@@ -42,12 +55,10 @@ def split_by_prompt(
         raise InputError(f"held_out = {held_out}: must lie strictly between 0 and 1")
     sides: tuple[list[_RecordT], list[_RecordT]] = ([], [])
     for record in records:
-        # Plain text to learn from has no prompt: the text itself decides.
-        text = record.prompt or (Message("assistant", getattr(record, "response", "")),)
-        sides[prompt_fraction(text, salt) < held_out].append(record)
+        sides[prompt_fraction(split_key(record), salt) < held_out].append(record)
     if not all(sides):
         side = "held-out" if sides[0] else "training"
-        raise InputError(
-            f"held_out = {held_out}: the {side} side is empty; give more distinct prompts or another fraction"
+        raise EmptySide(
+            side, f"held_out = {held_out}: the {side} side is empty; give more distinct prompts or another fraction"
         )
     return sides

@@ -14,7 +14,7 @@ from rlhf_jax import learn, rollout
 from rlhf_jax.doctor.findings import Finding, judge
 from rlhf_jax.files import read_object
 from rlhf_jax.models import Model
-from rlhf_jax.types import LossFn, Params, TokenBatch
+from rlhf_jax.types import LossFn, Mean, Params, Rng, Term, TokenBatch
 
 GRADIENT_GAP = 1e-3
 """Largest relative difference of a gradient between microbatches and none, float32 sums in another order."""
@@ -25,13 +25,20 @@ PROBE_GAP = 1e-3
 def gradient_check(
     loss: LossFn, params: Any, example: Any, microbatches: int, rng: jax.Array, frozen: Any = None
 ) -> Finding:
-    """Accumulated over microbatches the gradient must be the one of the whole batch."""
+    """Accumulated over microbatches the gradient must be the one of the whole batch.
+
+    The loss of routers is left out: it balances the experts' loads within every microbatch, so that it depends on the cut.
+    """
     parts = microbatches if microbatches > 1 else 2
     rows = jax.tree.leaves(example)[0].shape[0]
     if rows % parts:
         return Finding("note", "gradient accumulation", f"{rows} rows do not divide into {parts}; not compared")
+    additive, has_routers = (
+        _without_routers(loss),
+        "router" in jax.eval_shape(loss, params, frozen or {}, example, rng)[0],
+    )
     whole, other = (
-        jax.jit(lambda p, f, b, n=n: learn.gradients(loss, p, f, b, rng, n)[0])(params, frozen or {}, example)
+        jax.jit(lambda p, f, b, n=n: learn.gradients(additive, p, f, b, rng, n)[0])(params, frozen or {}, example)
         for n in (1, parts)
     )
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole))
@@ -39,7 +46,16 @@ def gradient_check(
         return Finding("note", "gradient accumulation", "every gradient is 0; not compared")
     gap = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True))
     words = f"{parts} microbatches against one: {gap / largest:.1e} of the largest gradient"
+    words += ", without the routers' loss" if has_routers else ""
     return judge("gradient accumulation", gap <= GRADIENT_GAP * largest, words, "the loss is not a sum over rows")
+
+
+def _without_routers(loss: LossFn) -> LossFn:
+    def additive(params: Params, frozen: Params, batch: Any, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
+        terms, metrics = loss(params, frozen, batch, rng)
+        return {name: term for name, term in terms.items() if name != "router"}, metrics
+
+    return additive
 
 
 def timed_steps(step: Callable[[], Any], steps: int) -> Finding:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import Encoded, Template, response_ends
+from rlhf_jax.data import Encoded, Template, padding_id, response_ends
 from rlhf_jax.doctor.findings import Finding, judge
 
 Tokenizer = Any
@@ -65,17 +66,12 @@ def template_check(trained: Template | None, used: Template) -> Finding:
 
 def token_checks(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Iterator[Finding]:
     """BOS, padding, unknown tokens."""
-    bos, pad, eos = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    bos, pad, eos = tokenizer.bos_token_id, padding_id(tokenizer), tokenizer.eos_token_id
     if bos is not None and bos != eos:
-        counts = np.array([list(tokens).count(bos) for tokens in sequences])
-        inside = bos in tokenizer.encode("x", add_special_tokens=False)
-        words = f"{counts.min()} to {counts.max()} a sequence"
-        yield judge(
-            "BOS",
-            counts.max() <= 1 or inside,
-            words,
-            "written twice: set Template.bos = 'never', or take it out of the text",
-        )
+        # Twice in a row: a chat template may begin every turn with this token (SmolLM2's <|im_start|>).
+        doubled = sum((bos, bos) in itertools.pairwise(tokens) for tokens in sequences)
+        words = f"token {bos}, twice in a row in {doubled} of {len(sequences)} sequences"
+        yield judge("BOS", not doubled, words, "set Template.bos = 'never', or take it out of the text")
     words = f"padding is token {pad}, the end is {eos}"
     same = "; the same token: masks come from lengths here, so the end stays a target" if pad == eos else ""
     yield Finding("note" if same else "ok", "pad and EOS", words + same)
@@ -90,10 +86,10 @@ def token_checks(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> It
         )
 
 
-def vocabulary_check(tokens: int, rows: int) -> Finding:
-    """Every id of the tokenizer (of so many ``tokens``) is a row of the embedding."""
+def vocabulary_check(ids: int, rows: int) -> Finding:
+    """Every id of the tokenizer, all below ``ids``, is a row of the embedding."""
     return judge(
-        "vocabulary", tokens <= rows, f"{tokens} tokens, {rows} rows", "set ModelConfig.vocab_size to at least that"
+        "vocabulary", ids <= rows, f"token ids below {ids}, {rows} rows", "set ModelConfig.vocab_size to at least that"
     )
 
 

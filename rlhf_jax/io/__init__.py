@@ -6,16 +6,18 @@ from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.peft_files import export_adapter, read_adapter
 from rlhf_jax.io.run_directory import read_model_card, read_template, template_from
-from rlhf_jax.io.tokenizers import load_tokenizer
+from rlhf_jax.io.tokenizers import check_vocabulary, largest_token, load_tokenizer
 
 __all__ = [
     "Adapter",
     "Location",
     "Pretrained",
     "adapter_card",
+    "check_vocabulary",
     "describe_pretrained",
     "export_adapter",
     "export_pretrained",
+    "largest_token",
     "load_adapter",
     "load_pretrained",
     "load_tokenizer",

@@ -19,7 +19,7 @@ from rlhf_jax.io.json_files import read_json, write_json
 from rlhf_jax.io.layout import parse
 from rlhf_jax.io.placing import names_of, stacked
 from rlhf_jax.io.tensors import INDEX, SINGLE, listed
-from rlhf_jax.io.tokenizers import save_tokenizer
+from rlhf_jax.io.tokenizers import largest_token, save_tokenizer
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.models.families import Weight, config_to_hf, dimensions, weights_of
 from rlhf_jax.types import InputError, Params
@@ -113,8 +113,10 @@ def _make_readable(directory: Path) -> None:
 
 def _special_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     """Beginning, end and padding of the tokenizer. Raises InputError when the model cannot be used with it."""
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(f"tokenizer: its {len(tokenizer)} tokens do not fit vocab_size = {config.vocab_size}")
+    if (largest := largest_token(tokenizer)[0]) >= config.vocab_size:
+        raise InputError(
+            f"tokenizer: its {len(tokenizer)} tokens do not fit vocab_size = {config.vocab_size}: the largest id is {largest}"
+        )
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if eos is None:
         raise InputError("tokenizer: has no end-of-sequence token; set tokenizer.eos_token")

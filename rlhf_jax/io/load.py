@@ -20,7 +20,7 @@ from rlhf_jax.io.peft_files import is_adapter, read_adapter
 from rlhf_jax.io.placing import check_tensors, place, with_base_names
 from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tensors import Tensors, listed, open_safetensors
-from rlhf_jax.io.tokenizers import load_tokenizer, tokenizer_from_gguf
+from rlhf_jax.io.tokenizers import check_vocabulary, load_tokenizer, tokenizer_from_gguf
 from rlhf_jax.models import Head, Model, ModelConfig, lora, unconstrained
 from rlhf_jax.models.families import config_from_hf, weights_of
 from rlhf_jax.parallel import RULES, ActivationConstraint, MeshConfig, born_sharded, make_mesh, tree_shardings
@@ -57,6 +57,7 @@ def load_pretrained(
     Raises InputError naming file, field or tensors, and the remedy.
     """
     opened = _open(locate(path))
+    check_vocabulary(opened.tokenizer, opened.config.vocab_size, str(path), every_id=False)
     config = opened.config.replace(
         head=_chosen_head(opened.config.head, head, rng, path),
         param_dtype=param_dtype or opened.config.param_dtype,
@@ -85,6 +86,7 @@ def describe_pretrained(
     Raises InputError as `load_pretrained` does.
     """
     opened = _open(locate(path))
+    check_vocabulary(opened.tokenizer, opened.config.vocab_size, str(path), every_id=False)
     return opened.config.replace(max_length=_chosen_length(opened.config, max_length, path)), opened.tokenizer
 
 
@@ -158,10 +160,6 @@ def _open_foreign(
 ) -> _Opened:
     """A checkpoint of Hugging Face's layout. where: what holds ``fields``."""
     saved = config_from_hf(fields, where)
-    if len(tokenizer) > saved.vocab_size:
-        raise InputError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only vocab_size = {saved.vocab_size}"
-        )
     tensors = with_base_names(tensors, saved)
     check_tensors(tensors, saved)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,31 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
                 f"{file}: transformers loads another {part} than the file describes; the texts would differ"
             )
     return tokenizer
+
+
+def largest_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """(largest token id that the tokenizer can produce, added tokens included, its token). Ids may have holes: their number
+    says nothing about the largest."""
+    token, index = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return int(index), str(token)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str, *, every_id: bool = True) -> None:
+    """Raises InputError for a tokenizer that produces ids beyond the ``rows`` of the embedding. where: the model's path.
+
+    every_id: False warns of a tokenizer whose tokens are no more than the rows and only some ids lie beyond them: texts
+    without those tokens can be read.
+    """
+    index, token = largest_token(tokenizer)
+    if index < rows:
+        return
+    message = (
+        f"{where}: the tokenizer has {len(tokenizer)} tokens with ids up to {index} ({token!r}), the model only "
+        f"vocab_size = {rows}; use the tokenizer that the model was trained with"
+    )
+    if every_id or len(tokenizer) > rows:
+        raise InputError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -170,7 +170,7 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
         saved, tokenizer = describe_pretrained(source.path, max_length=source.max_length)
         config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
         set_pad_token(tokenizer, source)
-    refuse_tokenizer(config, tokenizer)
+    refuse_tokenizer(config, tokenizer, source.path)
     model = Model(config, ActivationConstraint(mesh))
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
     return Loaded(model, abstract_arrays(model.abstract(), shardings), tokenizer, source.path)

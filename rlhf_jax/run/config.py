@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import inspect
 import os
+import sys
 import tokenize
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,8 @@ from gin import config_parser
 
 from rlhf_jax.files import read_text
 from rlhf_jax.messages import without_secrets
-from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, flatten, same_selector
+from rlhf_jax.run.gin_errors import Binding, Name, explain_parse, same_selector
+from rlhf_jax.run.gin_reach import Read, reached
 from rlhf_jax.run.gin_types import settled, wrong_type
 from rlhf_jax.types import InputError
 
@@ -188,11 +190,7 @@ def _returns(reference: Name) -> Any:
 def _refuse_wrong_types(scanned: Sequence[Binding]) -> None:
     """Raises InputError at the first binding whose value is not of its parameter's type."""
 
-    def full(selector: str) -> str | None:
-        found = gin.config._REGISTRY.get_match(selector)
-        return str(found.selector) if found else None
-
-    bindings, macros = settled(scanned, full)
+    bindings, macros = settled(scanned, _full)
     for binding in bindings:
         message = wrong_type(binding, macros, _hints(binding.selector).get(binding.argument, Any), _returns)
         if message:
@@ -202,18 +200,25 @@ def _refuse_wrong_types(scanned: Sequence[Binding]) -> None:
 def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     """Parse and lock the gin configuration; returns its bindings with their places.
 
-    Unknown names are errors, never skipped; so are values of another type than the parameter's annotation. Raises
-    InputError (one line).
+    Unknown names are errors, never skipped; so are values of another type than the parameter's annotation. Keys that
+    `replaced` names are left out and reported on stderr. Raises InputError (one line).
     """
     scanned = scan(files, bindings)
     gin.add_config_file_search_path(str(REPOSITORY))
     # Files only: gin also takes 'configs/x.gin' for a resource of a Python package "configs", and fails on our folder.
     gin.config._FILE_READERS = [(open, os.path.isfile)]
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=True, skip_unknown=False)
+        gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False, skip_unknown=False)
+        unused = replaced(scanned)
+        for b in unused:
+            gin.config._CONFIG[b.scope, _full(b.selector)].pop(b.argument)  # gin takes no binding back
+        gin.finalize()
     except Exception as error:
         raise InputError(explain_parse(str(error), scanned, _configurables(), _parameters)) from error
     _refuse_wrong_types(scanned)
+    if unused:
+        names = "; ".join(f"{b.place}: {'/'.join(filter(None, (b.scope, b.selector)))}.{b.argument}" for b in unused)
+        print(f"left out, since what they belong to was replaced: {names}", file=sys.stderr)
     return scanned
 
 
@@ -266,41 +271,36 @@ def unread(scanned: Sequence[Binding]) -> list[Binding]:
 
     Only eager references are used, so what is read is what can be reached from ``run`` through references and macros.
     """
-
-    def full(selector: str) -> str:
-        found = gin.config._REGISTRY.get_match(selector)
-        return str(found.selector) if found else selector
-
-    bindings, macros = settled(scanned, full)
-    read: set[int] = set()
-    read_macros: set[str] = set()
-    seen: set[tuple[str, str]] = set()
-    waiting = [("", full("run"))]
-
-    def follow(value: Any) -> None:
-        for leaf in flatten(value):
-            if not isinstance(leaf, Name):
-                continue
-            scope, _, name = leaf.text[1:].removesuffix("()").rpartition("/")
-            if leaf.text[0] == "@":
-                waiting.append((scope, full(name)))
-            elif leaf.text[1:] in macros and leaf.text[1:] not in read_macros:
-                read_macros.add(leaf.text[1:])
-                follow(macros[leaf.text[1:]])
-
-    while waiting:
-        reached = waiting.pop()
-        if reached in seen:
-            continue
-        seen.add(reached)
-        scope, selector = reached
-        for index, b in enumerate(bindings):
-            if full(b.selector) == selector and (not b.scope or f"{scope}/".startswith(b.scope + "/")):
-                read.add(index)
-                follow(b.value)
-    dead = [b for index, b in enumerate(bindings) if index not in read]
+    bindings, _ = settled(scanned, _full)
+    read = _read(scanned)
+    left_out = replaced(scanned)
+    dead = [b for b in bindings if b not in read.bindings and b not in left_out]
     own = {"/".join(filter(None, (b.scope, b.selector))): b for b in scanned if not b.argument and not b.included}
-    return dead + [b for name, b in own.items() if name not in read_macros]
+    return dead + [b for name, b in own.items() if name not in read.macros]
+
+
+def replaced(scanned: Sequence[Binding]) -> list[Binding]:
+    """The keys of included files for builders that would be read if no later binding had replaced a reference to them
+    (``run.records = @other()``): nobody has to unbind them one by one."""
+    macros: dict[str, list[Any]] = {}
+    for b in scanned:
+        if not b.argument:
+            macros.setdefault("/".join(filter(None, (b.scope, b.selector))), []).append(b.value)
+    referenced = reached([b for b in scanned if b.argument], macros, _full).bindings
+    read = _read(scanned).bindings
+    return [b for b in settled(scanned, _full)[0] if b.included and b in referenced and b not in read]
+
+
+def _read(scanned: Sequence[Binding]) -> Read:
+    """What a run reads."""
+    bindings, macros = settled(scanned, _full)
+    return reached(bindings, {name: [value] for name, value in macros.items()}, _full)
+
+
+def _full(selector: str) -> str:
+    """The complete selector of a partial one; itself when unknown."""
+    match = gin.config._REGISTRY.get_match(selector)
+    return str(match.selector) if match else selector
 
 
 def forget_bindings() -> None:

@@ -7,7 +7,7 @@ touches a device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from typing import Any, Literal
 
 import gin
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data as data_room
 from rlhf_jax.data import Demonstration, Fields, Message, Prompt, Template
+from rlhf_jax.data.records import Unusable
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.data.turn_tokens import LossOn
 from rlhf_jax.feedback import AnnotatorConfig
@@ -27,6 +28,7 @@ from rlhf_jax.rewards import Reward, RewardPool, SentimentCorpus, opening_prompt
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop_config import LoopConfig
+from rlhf_jax.run.record_files import HeldOut, RecordFile, read_sides
 from rlhf_jax.run.records import Records
 from rlhf_jax.testing import byte_tokenizer as _byte_tokenizer
 from rlhf_jax.testing import train_bpe_tokenizer
@@ -66,7 +68,7 @@ class ModelSource:
     name/model@revision).
     The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
     remat, logits_chunk, attention: as in ModelConfig. max_length: shorter than the checkpoint's. pad_token: a token
-    of the vocabulary to pad with, for tokenizers that name none.
+    of the vocabulary to pad with, kept with the tokenizer; training and sampling need none, exports of reward models do.
     """
 
     path: str | None = None
@@ -214,39 +216,35 @@ def _require_cases(builder: str, start: int, count: int) -> None:
     require_whole(f"{builder}.count", count, 1)
 
 
-def _require_side(builder: str, heldout: float | None, limit: int | None) -> None:
-    """Before any file is read."""
-    if heldout is not None and not 0.0 < heldout < 1.0:
-        raise InputError(f"{builder}.heldout = {heldout!r}: give a fraction between 0 and 1")
-    if limit is not None:
-        require_whole(f"{builder}.limit", limit, 1)
-
-
-def _split(records: Sequence[Any], heldout: float, limit: int | None) -> tuple[list[Any], list[Any]]:
-    train, held = data_room.split_by_prompt(records, held_out=heldout)
-    return train[:limit], held[:limit]
-
-
 @gin.register
 def demonstration_file(
     path: str,
     template: Template,
     fields: Fields | None = None,
-    heldout: float = 0.05,
+    heldout: float | None = 0.05,
     limit: int | None = None,
     split: str | None = None,
     loss_on: LossOn = "response",
+    heldout_path: str | None = None,
+    heldout_split: str | None = None,
+    unusable: Unusable = "drop",
+    format: str | None = None,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+    quotes: bool = True,
 ) -> Records:
     """Demonstrations from a file, its URL or a hub data set, then with its ``split``.
 
-    ``heldout`` of the prompts are kept for checking, at most ``limit`` records a side. loss_on: "response" learns the
-    last reply of a conversation, "assistant" every assistant turn, "all" everything.
+    ``heldout`` of the prompts are kept for checking (0: none), or those of ``heldout_path`` or ``heldout_split`` are; at
+    most ``limit`` records a side. loss_on: "response" learns the last response of a conversation, "assistant" every
+    assistant turn, "all" everything. unusable: "drop" leaves out and counts rows that give no example, "error" stops at
+    the first. format, encoding, delimiter, quotes: as in `data.sources.TextFormat`.
     """
-    _require_side("demonstration_file", heldout, limit)
-    records, unusable = data_room.demonstrations(
-        data_room.read_rows(path, split=split), fields, source=path, unusable="drop"
-    )
-    return Records(*_split(records, heldout, limit), template, loss_on, files=(path,), unusable=unusable)
+    held = HeldOut("demonstration_file", heldout, heldout_path, heldout_split, 0.05)
+    make = functools.partial(data_room.demonstrations, fields=fields)
+    reading = {"format": format, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
+    sides = read_sides(RecordFile(path, make, unusable, split, reading), held, limit)
+    return Records(**vars(sides), template=template, loss_on=loss_on, on_unusable=unusable)
 
 
 @gin.register
@@ -254,29 +252,47 @@ def comparison_file(
     path: str,
     template: Template,
     fields: Fields | None = None,
-    heldout: float = 0.1,
+    heldout: float | None = 0.1,
     hh_dialogues: bool = False,
     limit: int | None = None,
     split: str | None = None,
+    heldout_path: str | None = None,
+    heldout_split: str | None = None,
+    unusable: Unusable = "drop",
+    format: str | None = None,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+    quotes: bool = True,
 ) -> Records:
-    """Comparisons from a file, its URL or a hub data set, then with its ``split``; hh_dialogues: rows are Anthropic's hh-rlhf."""
-    _require_side("comparison_file", heldout, limit)
-    rows = data_room.read_rows(path, split=split)
-    if hh_dialogues:
-        records, unusable = data_room.hh_comparisons(rows, source=path)
-    else:
-        records, unusable = data_room.comparisons(rows, fields, source=path, unusable="drop")
-    return Records(*_split(records, heldout, limit), template, files=(path,), unusable=unusable)
+    """Comparisons, as `demonstration_file`; hh_dialogues: rows are Anthropic's hh-rlhf."""
+    held = HeldOut("comparison_file", heldout, heldout_path, heldout_split, 0.1)
+    if hh_dialogues and fields is not None:
+        raise InputError("comparison_file.fields: has no effect with hh_dialogues; remove one")
+    make = data_room.hh_comparisons if hh_dialogues else functools.partial(data_room.comparisons, fields=fields)
+    reading = {"format": format, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
+    sides = read_sides(RecordFile(path, make, unusable, split, reading), held, limit)
+    return Records(**vars(sides), template=template, on_unusable=unusable)
 
 
 @gin.register
 def prompt_file(
-    path: str, template: Template, fields: Fields | None = None, limit: int | None = None, split: str | None = None
+    path: str,
+    template: Template,
+    fields: Fields | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+    unusable: Unusable = "error",
+    format: str | None = None,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+    quotes: bool = True,
 ) -> Records:
-    """Prompts from a file, its URL or a hub data set, then with its ``split`` (as ``train``)."""
-    _require_side("prompt_file", None, limit)
-    records, unusable = data_room.prompts(data_room.read_rows(path, split=split), fields, source=path)
-    return Records(records[:limit], [], template, files=(path,), unusable=unusable)
+    """Prompts (as ``train``) from a file, its URL or a hub data set, then with its ``split``; as `demonstration_file`."""
+    make = functools.partial(data_room.prompts, fields=fields)
+    reading = {"format": format, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
+    none = HeldOut("prompt_file", None, None, None, 0.0)
+    sides = read_sides(RecordFile(path, make, unusable, split, reading), none, limit)
+    return Records(**vars(sides), template=template, on_unusable=unusable)
 
 
 @gin.register

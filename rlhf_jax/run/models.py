@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import Template
-from rlhf_jax.io import adapter_card, load_pretrained, locate
+from rlhf_jax.io import adapter_card, check_vocabulary, largest_token, load_pretrained, locate
 from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, tree_shardings
 from rlhf_jax.run.configurables import ModelSource
@@ -73,16 +73,21 @@ def write_model_card(
     tokenizer.save_pretrained(run_dir / "tokenizer")
 
 
-def refuse_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError for a tokenizer that the model cannot be trained with."""
-    if len(tokenizer) > config.vocab_size:
+def refuse_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> None:
+    """Raises InputError for a tokenizer that the model cannot be trained with. It needs no padding token (`padding_id`).
+
+    path: of a model that exists; None for a new one, whose vocabulary can be chosen.
+    """
+    if path is not None:
+        check_vocabulary(tokenizer, config.vocab_size, path)
+    index, token = largest_token(tokenizer)
+    if index >= config.vocab_size:
         raise InputError(
-            f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens; set at least that"
+            f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has token id {index} ({token!r}); set at least "
+            f"{index + 1}"
         )
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError(
-            "tokenizer: needs an end-of-sequence and a padding token; set eos_token, and pad_token or ModelSource.pad_token"
-        )
+    if tokenizer.eos_token_id is None:
+        raise InputError("tokenizer: has no end-of-sequence token; name one as eos_token in its tokenizer_config.json")
 
 
 def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> Loaded:
@@ -102,7 +107,7 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     )
     model = dataclasses.replace(model, config=adapted(model.config, source))
     set_pad_token(tokenizer, source)
-    refuse_tokenizer(model.config, tokenizer)
+    refuse_tokenizer(model.config, tokenizer, source.path)
     return Loaded(model, params, tokenizer, source.path, location.revision)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data
 from rlhf_jax.data import Prompt, Template
+from rlhf_jax.data.records import Unusable
 from rlhf_jax.data.turn_tokens import LossOn
 from rlhf_jax.remote import is_remote
 from rlhf_jax.run.provenance import Input
@@ -21,8 +22,11 @@ from rlhf_jax.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints. unusable: rows of
-    the files that became no record, by reason."""
+    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints.
+
+    unusable, heldout_unusable: rows of the files that became no record, by reason, of the two sides (of one file that was
+    split: all under unusable). on_unusable: what is done with a record that cannot be encoded.
+    """
 
     train: Sequence[Any]
     heldout: Sequence[Any]
@@ -30,6 +34,8 @@ class Records:
     loss_on: LossOn = "response"
     files: tuple[str, ...] = ()
     unusable: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    heldout_unusable: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    on_unusable: Unusable = "error"
 
     def of(self, kind: type) -> Records:
         """Itself. Raises InputError when a record is not a ``kind``: a builder of another experiment was bound."""
@@ -58,8 +64,13 @@ def encode_records(
 ) -> tuple[data.EncodedSet[Any, Any], data.EncodedSet[Any, Any]]:
     """(train, heldout) encoded; all must be of ``kind``; heldout is empty when there is none."""
     records.of(kind)
-    heldout = data.encode_all(records.heldout, encode) if records.heldout else data.EncodedSet([], [], Counter())
-    return data.encode_all(records.train, encode), heldout
+    train = data.encode_all(records.train, encode, unusable=records.on_unusable)
+    if not records.heldout:
+        return train, data.EncodedSet([], [], Counter())
+    try:
+        return train, data.encode_all(records.heldout, encode, unusable=records.on_unusable)
+    except InputError as error:
+        raise InputError(f"held-out records: {error}") from None
 
 
 def encode_prompts(
@@ -76,9 +87,14 @@ def encode_prompts(
 def tell_left_out(records: Records, train: data.EncodedSet[Any, Any], heldout: data.EncodedSet[Any, Any]) -> None:
     """Nothing is left out silently: a line on stderr for each side of which something is. Call it when the run is open, so
     that a mistake of the user's stays one line."""
-    for side, encoded, unusable in (("training", train, records.unusable), ("held-out", heldout, {})):
+    for side, encoded, unusable in (
+        ("training", train, records.unusable),
+        ("held-out", heldout, records.heldout_unusable),
+    ):
         reasons = Counter(encoded.dropped) + Counter(unusable)
         if reasons:
             told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+            first = getattr(unusable, "first", "")
+            told += f"; the first: {first}" if first else ""
             total = len(encoded.items) + sum(reasons.values())
             print(f"{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -48,8 +49,75 @@ def test_csv_line_is_where_the_row_begins(tmp_path: Path) -> None:
     ]
 
 
-def test_tsv_takes_quotes_as_text(tmp_path: Path) -> None:
-    assert list(read_rows(write(tmp_path / "a.tsv", 'text\tlabel\n"so\t1\n'))) == [(2, {"text": '"so', "label": "1"})]
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_tables_give_back_what_pandas_was_given(ending: str, line_end: str, tmp_path: Path) -> None:
+    """Excel and R's write.csv write cells alike: quoted where needed, quotes inside doubled."""
+    texts = [
+        'He said "hi".',
+        '"',
+        "a\tb, c",
+        "two\nlines",
+        "two\r\nlines",
+        ' spaces "',
+        "\\",
+        'ends with \\"',
+        "caf\xe9 \u2028",
+    ]
+    if line_end == "\r":  # pandas quotes a cell with the file's own line end only
+        texts = [text for text in texts if "\n" not in text]
+    frame = pandas.DataFrame({"prompt": texts, "response": texts[::-1]})
+    path = tmp_path / f"a.{ending}"
+    frame.to_csv(path, sep="," if ending == "csv" else "\t", index=False, lineterminator=line_end)
+    assert [row["prompt"] for _, row in read_rows(path)] == texts
+    assert [row["response"] for _, row in read_rows(path)] == texts[::-1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "txt"])
+def test_a_byte_order_mark_tells_the_encoding(encoding: str, ending: str, tmp_path: Path) -> None:
+    content = {
+        "jsonl": '{"text": "caf\xe9 \u010a"}\n{"text": "b"}\n',
+        "json": '[{"text": "caf\xe9 \u010a"}, {"text": "b"}]',
+        "csv": "text\r\ncaf\xe9 \u010a\r\nb\r\n",
+        "tsv": "text\ncaf\xe9 \u010a\nb",
+        "txt": "caf\xe9 \u010a\nb\n",
+    }[ending]
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    path = write(tmp_path / f"a.{ending}", (mark + content).encode(encoding))
+    assert [row for _, row in read_rows(path)] == [{"text": "caf\xe9 \u010a"}, {"text": "b"}]
+    assert [row for _, row in read_rows(path, encoding="latin-1")] == [{"text": "caf\xe9 \u010a"}, {"text": "b"}]
+    packed = write(tmp_path / f"a.{ending}.gz", gzip.compress(path.read_bytes()))
+    assert len(list(read_rows(packed))) == 2
+
+
+def test_text_that_is_utf16_without_its_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"x": 1}\n{"x": 2}\n'.encode("utf-16-le"))
+    assert "a.jsonl:1: holds a NUL character; set encoding ('utf-16-le'" in error_of(path)
+    assert list(read_rows(path, encoding="utf-16-le")) == [(1, {"x": 1}), (2, {"x": 2})]
+    odd = write(tmp_path / "b.jsonl", '{"x": 1}\n'.encode("utf-16") + b"\x00")
+    assert "b.jsonl:2: byte 0x00 is not utf-16-le" in error_of(odd)
+
+
+def test_delimiters_and_quotes_can_be_told(tmp_path: Path) -> None:
+    german = write(tmp_path / "a.csv", 'prompt;response\n"a;b";c\n')
+    assert "a.csv:1: one column, 'prompt;response', with ',' between cells; set delimiter=';'" in error_of(german)
+    assert list(read_rows(german, delimiter=";")) == [(2, {"prompt": "a;b", "response": "c"})]
+    raw = write(tmp_path / "a.tsv", 'text\tlabel\n"so\t1\n"no" he said\t0\n')
+    assert "a.tsv:2: not tsv" in error_of(raw) and "set quotes=False" in error_of(raw)
+    assert [row["text"] for _, row in read_rows(raw, quotes=False)] == ['"so', '"no" he said']
+    # R's write.table(sep = "\t"): quotes inside a cell are escaped, and row names have no header.
+    escaped = write(tmp_path / "r.tsv", '"text"\t"label"\n"say \\"hi\\" now"\t1\n')
+    assert "r.tsv:2: not tsv" in error_of(escaped) and "R: qmethod = 'double'" in error_of(escaped)
+    names = write(tmp_path / "n.tsv", '"text"\t"label"\n"1"\t"a"\t1\n')
+    assert "n.tsv:2: 3 cells under a header of 2" in error_of(names) and "row.names = FALSE" in error_of(names)
+    assert "delimiter '::': give one character" in error_of(raw, delimiter="::")
+
+
+def test_a_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
+    """The csv module stops at 131072 characters by itself."""
+    path = write(tmp_path / "a.csv", "text,label\n" + "x" * 200_000 + ",1\n")
+    assert len(next(iter(read_rows(path)))[1]["text"]) == 200_000
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -97,7 +165,7 @@ def test_places_that_are_not_files(tmp_path: Path) -> None:
     assert "format 'xml' is unknown" in error_of(tmp_path / "a.dat", format="xml")
     assert "a file has no splits" in error_of(write(tmp_path / "a.txt", "x"), split="train")
     assert "encoding 'klingon' is unknown" in error_of(tmp_path / "a.txt", encoding="klingon")
-    assert "does not extend ASCII" in error_of(tmp_path / "a.txt", encoding="utf-16")
+    assert "encoding 'hex' is unknown" in error_of(tmp_path / "a.txt", encoding="hex")
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:

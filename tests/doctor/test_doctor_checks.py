@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import doctor
+from rlhf_jax import doctor, programs
 from rlhf_jax.data import Encoded, Template
 from rlhf_jax.learn import PPOConfig
-from rlhf_jax.testing import byte_tokenizer
+from rlhf_jax.models import Model
+from rlhf_jax.testing import byte_tokenizer, tiny_config, token_batch
 from rlhf_jax.types import Mean, Term
 
 TOKENIZER = byte_tokenizer()
@@ -45,6 +46,19 @@ def test_a_beginning_written_twice() -> None:
     assert "Template.bos = 'never'" in wrong(doctor.token_checks([[bos, bos, 5, END]], TOKENIZER))["BOS"]
 
 
+def test_a_beginning_that_opens_every_turn_is_right() -> None:
+    """SmolLM2's BOS is <|im_start|>, which its chat template writes before each message."""
+    bos = TOKENIZER.bos_token_id
+    assert wrong(doctor.token_checks([[bos, 5, END, bos, 6, END, bos, 7]], TOKENIZER)) == {}
+    assert "1 of 2" in wrong(doctor.token_checks([[bos, 5, END], [bos, 5, bos, bos, 6]], TOKENIZER))["BOS"]
+
+
+def test_a_tokenizer_without_a_padding_token() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    assert wrong(doctor.token_checks([[5, END]], tokenizer)) == {}
+
+
 def test_the_template_of_the_policy() -> None:
     plain = Template(style="plain")
     assert doctor.template_check(plain, Template(style="plain")).verdict == "ok"
@@ -74,6 +88,26 @@ def test_a_loss_that_is_no_sum_over_rows_is_found() -> None:
 
     assert gradient(sound).verdict == "ok"
     assert gradient(unsound).verdict == "WRONG" and "4.8e-01" in gradient(unsound).words
+
+
+def test_the_loss_of_routers_depends_on_the_cut() -> None:
+    """Loads are balanced within each microbatch: its square of a sum, as above, is no fault; the rest is compared."""
+
+    def routed(params, frozen, batch, rng):
+        rows = jnp.asarray(float(batch["x"].shape[0]))
+        nll, router = (params["w"] * batch["x"]).sum(), (params["w"] * batch["x"]).sum() ** 2
+        return {"l": Term(nll, rows), "router": Term(router, rows)}, {}
+
+    finding = gradient(routed)
+    assert finding.verdict == "ok" and "without the routers' loss" in finding.words
+
+
+def test_the_loss_that_is_checked_is_the_one_that_trains() -> None:
+    """With experts it has a term of their routers, which a loss of log-probabilities alone lacks."""
+    experts = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "router_coefficient": 0.5}
+    model, batch = Model(tiny_config(**experts)), token_batch([[3, 4, 5, 2]])
+    terms = jax.eval_shape(programs.sft_loss(model), model.abstract(), {}, batch, jax.random.key(0))[0]
+    assert set(terms) == {"nll", "router"}
 
 
 @pytest.mark.parametrize(

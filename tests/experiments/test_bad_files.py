@@ -52,9 +52,10 @@ LoopConfig.progress = False
 """
 STAGES = {
     "train_sft": "run.records = @demonstration_file()\ndemonstration_file.path = %DATA\n"
-    "demonstration_file.template = @Template()\ndemonstration_file.heldout = 0.5" + TRAIN,
+    "demonstration_file.template = @Template()\ndemonstration_file.heldout = 0.5\ndemonstration_file.unusable = 'error'"
+    + TRAIN,
     "train_reward": "run.records = @comparison_file()\ncomparison_file.path = %DATA\n"
-    "comparison_file.template = @Template()\ncomparison_file.heldout = 0.5" + TRAIN,
+    "comparison_file.template = @Template()\ncomparison_file.heldout = 0.5\ncomparison_file.unusable = 'error'" + TRAIN,
     "generate": "run.model = @ModelSource()\nModelSource.path = %MODEL\nrun.prompts = @prompt_file()\n"
     "prompt_file.path = %DATA\nprompt_file.template = @Template()\nrun.sampling = @SamplingConfig()\n"
     "SamplingConfig.max_new_tokens = 4",
@@ -93,7 +94,7 @@ DATA: dict[str, tuple[str, str, Content, str]] = {
     "directory": (SFT, ".", "", "is a directory"),
     "no response": (SFT, "data.jsonl", with_row(SFT, lambda r: r.pop("response") and None), r"data\.jsonl:3: field 'response' is missing"),
     "response a number": (SFT, "data.jsonl", with_row(SFT, lambda r: r | {"response": 3}), r":3: field 'response' is int"),
-    "response null": (SFT, "data.jsonl", with_row(SFT, lambda r: r | {"response": None}), r":3: field 'response' is missing"),
+    "response null": (SFT, "data.jsonl", with_row(SFT, lambda r: r | {"response": None}), r":3: field 'response' is null"),
     "prompt a list of texts": (SFT, "data.jsonl", with_row(SFT, lambda r: r | {"prompt": ["a"]}), r":3: field 'prompt', message 1"),
     "unknown role": (
         SFT, "data.jsonl", with_row(SFT, lambda r: r | {"prompt": [{"role": "wizard", "content": "a"}]}), "role 'wizard' is unknown",
@@ -116,8 +117,8 @@ DATA: dict[str, tuple[str, str, Content, str]] = {
     "parquet of text": (SFT, "data.parquet", "not parquet", r"data\.parquet"),
     "text has no prompts": (SFT, "data.txt", "one\ntwo\n", "field 'prompt' is missing"),
     "no rejected": (RM, "data.jsonl", with_row(RM, lambda r: r.pop("rejected") and None), r":3: field 'rejected' is missing"),
-    "chosen a list": (RM, "data.jsonl", with_row(RM, lambda r: r | {"chosen": ["a", "b"]}), r":3: field 'chosen' is list"),
-    "chosen equals rejected everywhere": (RM, "data.jsonl", lines([{**r, "rejected": r["chosen"]} for r in GOOD[RM]]), "empty|no example"),
+    "chosen a list": (RM, "data.jsonl", with_row(RM, lambda r: r | {"chosen": ["a", "b"]}), r":3: one of chosen and rejected is a conv"),
+    "chosen equals rejected everywhere": (RM, "data.jsonl", lines([{**r, "rejected": r["chosen"]} for r in GOOD[RM]]), ":1: chosen equals"),
     "demonstrations for comparisons": (RM, "data.jsonl", lines(GOOD[SFT]), r":1: field 'chosen' is missing"),
     "no prompt": (GEN, "data.jsonl", with_row(GEN, lambda r: r.pop("prompt") and None), r":3: field 'prompt' is missing"),
     "prompt a number": (GEN, "data.jsonl", with_row(GEN, lambda r: r | {"prompt": 1}), r":3: field 'prompt' is int"),

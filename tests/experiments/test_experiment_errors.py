@@ -146,7 +146,9 @@ CASES = {
     ),
     "annotator with one sample": Case(*GENERATE, ["run.samples = 1"], "run.annotator: compares two scored replies"),
     "nothing held out": Case(
-        *REWARD, ["comparison_file.heldout = 1e-9"], "comparison_file: held_out = 1e-09: the held-out side is empty"
+        *REWARD,
+        ["comparison_file.heldout = 1e-9"],
+        "--gin_bindings='comparison_file.heldout = 1e-9': comparison_file.heldout = 1e-09: the held-out side is empty",
     ),
     "one name twice": Case(
         *EVALUATE,

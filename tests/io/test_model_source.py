@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from llama_files import llama_fields, llama_tensors, write_checkpoint
 from test_gguf import FIELDS, write_gguf
 from test_run_directory import make_run
 
-from rlhf_jax.io import locate
+from rlhf_jax.data import padding_id
+from rlhf_jax.io import describe_pretrained, load_pretrained, locate
 from rlhf_jax.io.location import _download
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.run import fingerprint_path
 from rlhf_jax.run.cast import plan_model
 from rlhf_jax.run.configurables import ModelSource
-from rlhf_jax.run.models import Loaded, load_model
+from rlhf_jax.run.models import Loaded, load_model, refuse_tokenizer
 from rlhf_jax.run.provenance import describe, write_provenance
 from rlhf_jax.testing import byte_tokenizer, tiny_config
 from rlhf_jax.types import InputError
@@ -30,6 +32,10 @@ from rlhf_jax.types import InputError
 def load(path: Path | str, head: Any = "lm", **fields: Any) -> Loaded:
     source = ModelSource(path=str(path), **fields)
     return load_model(source, head, make_mesh(MeshConfig(fsdp=4, tensor=2)), jax.random.key(0))
+
+
+def plan(path: Path) -> Loaded:
+    return plan_model(ModelSource(path=str(path)), "lm", make_mesh(MeshConfig(fsdp=4, tensor=2)))
 
 
 def recorded(loaded: Loaded) -> str:
@@ -76,19 +82,54 @@ def test_a_run_started_from_a_checkpoint_is_loaded_as_a_run(tmp_path: Path) -> N
         load(tmp_path / "scorer", "lm")
 
 
-def test_a_tokenizer_without_padding_needs_a_word(tmp_path: Path) -> None:
+def test_a_tokenizer_needs_no_padding_token(tmp_path: Path) -> None:
     hf = write_checkpoint(tmp_path / "hf", llama_fields(), llama_tensors(llama_fields()))
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(hf)
-    with pytest.raises(InputError, match="a padding token; set .*ModelSource.pad_token"):
-        load(hf)
+    assert padding_id(load(hf).tokenizer) == tokenizer.eos_token_id
     plan = functools.partial(plan_model, head="lm", mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     assert load(hf, pad_token="<|bos|>").tokenizer.pad_token_id == 1
     assert plan(ModelSource(path=str(hf), pad_token="<|bos|>")).tokenizer.pad_token_id == 1
     for made in (lambda: load(hf, pad_token="<pad>"), lambda: plan(ModelSource(path=str(hf), pad_token="<pad>"))):
         with pytest.raises(InputError, match="ModelSource.pad_token = '<pad>': not in the vocabulary"):
             made()
+
+
+def with_hole(tokenizer: Any, directory: Path, index: int) -> None:
+    """Saves the tokenizer with its token "z" far behind the others: 259 tokens, the largest id is ``index``."""
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["z"] = index
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("index", [400, 272])
+def test_a_token_id_beyond_the_embedding_is_refused(index: int, tmp_path: Path) -> None:
+    """The number of tokens, 259, is below the 272 rows; an index beyond them would be NaN or another token's row."""
+    fields = llama_fields(vocab_size=272)
+    hf = write_checkpoint(tmp_path / "hf", fields, llama_tensors(fields))
+    with_hole(byte_tokenizer(), hf, index)
+    message = rf"259 tokens with ids up to {index} \('z'\), .*vocab_size = 272; use the"
+    for read in (load_pretrained, describe_pretrained):
+        with pytest.warns(UserWarning, match=message):
+            read(hf)
+    for refuse in (load, plan):
+        with pytest.warns(UserWarning, match=message), pytest.raises(InputError, match=message):
+            refuse(hf)
+    with_hole(byte_tokenizer(), hf, 271)
+    assert load(hf).tokenizer("z")["input_ids"] == [271]
+
+
+def test_added_tokens_count_among_the_ids_of_a_new_model() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(
+        InputError, match=r"vocab_size = 259: the tokenizer has token id 259 \('<more>'\); set at least 260"
+    ):
+        refuse_tokenizer(tiny_config(vocab_size=259), tokenizer)
+    refuse_tokenizer(tiny_config(vocab_size=260), tokenizer)
 
 
 def test_a_source_says_one_thing() -> None:

@@ -180,6 +180,44 @@ def test_one_line_and_exit_code_2(program, text: str, arguments: list[str], mess
     assert lines[0].startswith("error: " + message)
 
 
+SHARED = """\
+run.optimizer = @OptimizerConfig()
+OptimizerConfig.learning_rate = 1.0
+run.other = %OTHER
+OTHER = @small/built()
+small/built.size = %UNDEFINED
+"""
+
+
+@pytest.mark.parametrize("other", ["run.other = None", "run.other = @built()", "OTHER = @built()"])
+def test_keys_of_a_replaced_builder_are_reported(program, tmp_path: Path, other: str) -> None:
+    """A file that includes another and replaces one of its builders need not unbind the builder's keys, nor define macros
+    that only they use."""
+    (tmp_path / "base.gin").write_text(SHARED)
+    done = program(f'include "base.gin"\n{other}\n')
+    assert (done.returncode, done.stdout) == (0, "operative: True 1.0 3\n"), done.stderr
+    assert done.stderr == "left out, since what they belong to was replaced: base.gin:5: small/built.size\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'include "base.gin"\nrun.other = None\nsmall/built.size = 2\n',
+            "x.gin:3: small/built.size: bound but nothing",
+        ),
+        ('include "typo.gin"\n', "typo.gin:3: smal/built.size: bound but nothing reads it"),
+        (SHARED + "run.other = None\nUNDEFINED = 2\n", "x.gin:5: small/built.size: bound but nothing reads it"),
+    ],
+    ids=["the file's own key", "a builder that nothing ever referenced", "not included"],
+)
+def test_other_keys_without_a_reader_are_refused(program, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "base.gin").write_text(SHARED)
+    (tmp_path / "typo.gin").write_text(GOOD.replace("%LR", "1.0").replace("LR = 0.5\n", "") + "smal/built.size = 3\n")
+    done = program(text)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
 def test_missing_file(program) -> None:
     done = program(GOOD, file="y.gin")
     assert done.returncode == 2

@@ -1,0 +1,132 @@
+"""Comparisons made from rows: a prompt with a chosen and a rejected response, as texts or as whole conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_jax.data.records import (
+    Comparison,
+    Dropped,
+    Fields,
+    Message,
+    Row,
+    Unusable,
+    collect,
+    flag_of,
+    id_of,
+    messages_of,
+    prompt_of,
+    require_question,
+    require_text,
+    scalar_of,
+    text_of,
+    value_of,
+)
+from rlhf_jax.data.row_problems import Unlearnable
+
+
+def comparisons(
+    rows: Iterable[Row], fields: Fields | None = None, *, source: str, unusable: Unusable = "error"
+) -> tuple[list[Comparison], Dropped]:
+    """(records, number of dropped rows by reason). Raises InputError.
+
+    Responses are texts, one message each, or whole conversations that differ in their last message alone: the turns that
+    both share are then the prompt, and a prompt column, where there is one, says the same.
+    """
+    fields = fields or Fields()
+
+    def make(place: str, row: Mapping[str, Any]) -> Comparison:
+        sides = _sides(row, fields)
+        margin = _margin(row, fields)
+        ended = [flag_of(row, f"{side}_{fields.ended}") for side in ("chosen", "rejected")]
+        texts = (sides.chosen.content, sides.rejected.content)
+        record = comparison_of(id_of(row, fields, place), sides.prompt, texts, margin, *ended)
+        return dataclasses.replace(record, chosen_keys=sides.chosen.keys, rejected_keys=sides.rejected.keys)
+
+    return collect(rows, make, source, unusable)
+
+
+def comparison_of(
+    identity: str, prompt: tuple[Message, ...], responses: tuple[str, str], margin: float, *ended: bool
+) -> Comparison:
+    """responses: (chosen, rejected). ended: of both. Raises Unlearnable when there is nothing to tell them apart by."""
+    chosen, rejected = responses
+    require_text(chosen, "chosen")
+    require_text(rejected, "rejected")
+    if chosen == rejected:
+        raise Unlearnable("chosen equals rejected", "remove the row")
+    chosen_ended, rejected_ended = ended or (True, True)
+    return Comparison(identity, prompt, chosen, rejected, margin, chosen_ended, rejected_ended)
+
+
+class _Sides(NamedTuple):
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+
+
+def _sides(row: Mapping[str, Any], fields: Fields) -> _Sides:
+    columns = {key: value_of(row, getattr(fields, key), key) for key in ("chosen", "rejected")}
+    conversations = [_is_conversation(value) for value in columns.values()]
+    if not any(conversations):
+        prompt, texts = prompt_of(row, fields), [text_of(row, fields, key) for key in columns]
+        return _Sides(prompt, Message("assistant", texts[0]), Message("assistant", texts[1]))
+    if not all(conversations):
+        raise Unlearnable("one of chosen and rejected is a conversation, the other is not", "write both alike")
+    chosen, rejected = (messages_of(value, getattr(fields, key), fields) for key, value in columns.items())
+    if chosen == rejected:
+        raise Unlearnable("chosen equals rejected", "remove the row")
+    if chosen[:-1] != rejected[:-1]:
+        raise Unlearnable("the conversations part before their last message", "keep only the turns both share")
+    for key, side in (("chosen", chosen), ("rejected", rejected)):
+        if side[-1].role != "assistant":
+            name = getattr(fields, key)
+            raise Unlearnable(
+                f"last message of field {name!r} is not a response", f"end field {name!r} with an assistant message"
+            )
+    shared = chosen[:-1]
+    require_question(shared, fields.chosen)
+    _require_same_prompt(row, fields, shared)
+    return _Sides(shared, chosen[-1], rejected[-1])
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a column holds several messages: a prompt with the response."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 1
+
+
+def _require_same_prompt(row: Mapping[str, Any], fields: Fields, shared: tuple[Message, ...]) -> None:
+    """Raises Unlearnable for a prompt column that is not what the conversations begin with. As text it is one of the
+    user's messages."""
+    if fields.prompt is None or row.get(fields.prompt) is None:
+        return
+    prompt = row[fields.prompt]
+    if isinstance(prompt, str):
+        same = prompt.strip() in [message.content.strip() for message in shared if message.role == "user"]
+    else:
+        same = messages_of(prompt, fields.prompt, fields) == shared
+    if not same:
+        raise Unlearnable(
+            f"field {fields.prompt!r} is not what the conversations begin with",
+            "set Fields.prompt = None to take the turns that both share",
+        )
+
+
+def _margin(row: Mapping[str, Any], fields: Fields) -> float:
+    if fields.margin is None:
+        return 0.0
+    value = value_of(row, fields.margin, "margin")
+    try:
+        margin = math.nan if isinstance(value, bool) else float(scalar_of(value, fields.margin))
+    except (ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise Unlearnable(
+            f"field {fields.margin!r} is not a finite number",
+            "give a number or unset Fields.margin",
+            f" ({value!r:.40})",
+        )
+    return margin

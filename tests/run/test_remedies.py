@@ -1,0 +1,87 @@
+"""A setting that an error message names can be bound: every message of data, io and run is read for such names."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import gin
+import pytest
+
+from rlhf_jax.run import configurables
+
+ROOT = Path(__file__).resolve().parents[2]
+ERRORS = {"InputError", "Unlearnable", "UnusableRecord", "RunStopped"}
+FILES = (configurables.demonstration_file, configurables.comparison_file, configurables.prompt_file)
+"""The builders behind every message about a row or a file: what such a message names must be a parameter of all of them."""
+BARE = re.compile(r"\b(?:set|use|with|unset|leave|drop such (?:rows|records) with) ([a-z_]+)(?: ?= ?| unset\b| \()")
+"""A setting without its owner: "set encoding (", "use style='plain'", "leave split unset"."""
+
+
+def text_of(node: ast.AST) -> str:
+    """The texts below a node in order of the source; "{}" for what is filled in."""
+    parts = [
+        (n.lineno, n.col_offset, n.value if isinstance(n, ast.Constant) else "{}")
+        for n in ast.walk(node)
+        if isinstance(n, ast.FormattedValue) or (isinstance(n, ast.Constant) and isinstance(n.value, str))
+    ]
+    return "".join(str(part[2]) for part in sorted(parts, key=lambda part: part[:2]))
+
+
+def messages(*rooms: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of every error that is made in the packages, and of texts kept under a name for them."""
+    for path in (path for room in rooms for path in sorted((ROOT / "rlhf_jax" / room).glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            made = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
+            named = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr | ast.IfExp)
+            if made or named:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", text_of(node)
+
+
+def parameters(name: str) -> set[str]:
+    match = gin.config._REGISTRY.get_match(name)
+    return set(inspect.signature(match.wrapped).parameters) if match else set()
+
+
+def run_parameters() -> set[str]:
+    names: set[str] = set()
+    for path in (ROOT / "experiments").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "run":
+                names |= {argument.arg for argument in node.args.args}
+    return names
+
+
+def test_named_settings_of_an_object_are_its_parameters() -> None:
+    """`Fields.prompt`, `run.lora`, `demonstration_file.heldout`: the object can be bound and has that parameter."""
+    runs, wrong, seen = run_parameters(), [], 0
+    for place, text in messages("data", "io", "run"):
+        for owner, name in re.findall(r"\b([A-Z][a-z]+[A-Za-z]*|run|[a-z]+_file)\.([a-z][a-z_]+)\b(?![.(/])", text):
+            known = runs if owner == "run" else parameters(owner)
+            seen += 1
+            if name not in known and name not in ("gin", "json", "safetensors"):
+                wrong.append(f"{place}: {owner}.{name}")
+    assert wrong == [] and seen > 30
+
+
+def test_bare_settings_are_parameters_of_every_file_builder() -> None:
+    """`set encoding` (often latin-1): whichever program reads the file, its builder takes it; or it is the template's."""
+    file_settings = set.intersection(*(set(inspect.signature(builder).parameters) for builder in FILES))
+    allowed = file_settings | parameters("Template") | {"heldout", "held_out"}
+    wrong, seen = [], set()
+    for place, text in messages("data", "io"):
+        for name in BARE.findall(text):
+            seen.add(name)
+            if name not in allowed:
+                wrong.append(f"{place}: {name}")
+    assert wrong == []
+    assert {"format", "encoding", "delimiter", "quotes", "split", "unusable", "style"} <= seen
+
+
+@pytest.mark.parametrize("name", ["heldout", "heldout_path", "heldout_split"])
+def test_heldout_settings_are_parameters_of_what_splits(name: str) -> None:
+    for builder in FILES[:2]:
+        assert name in inspect.signature(builder).parameters
