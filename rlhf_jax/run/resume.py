@@ -14,6 +14,7 @@ from typing import IO, Any
 from rlhf_jax.remote import is_remote
 from rlhf_jax.run.config import Change, bound_values, changes
 from rlhf_jax.run.provenance import read_provenance
+from rlhf_jax.saved import MANIFEST, checkpoint_dir
 from rlhf_jax.types import InputError
 
 OURS = {"config.gin", "operative_config.gin", "provenance.json"}
@@ -74,13 +75,16 @@ def refuse_foreign(directory: Path, stage: str) -> None:
 
 
 def refuse_steps(directory: Path, operative: str, step: int) -> None:
-    """Raises InputError when the steps asked for are none, or fewer than the run has done already."""
+    """Raises InputError when the steps asked for are none, or fewer than the run has done already.
+
+    step: the newest by its name. A directory without a manifest is no step that was done; opening the run sets it aside.
+    """
     for key, asked in bound_values(operative).items():
         if key not in STEPS or not isinstance(asked, int):
             continue
         if asked < 1:
             raise InputError(f"{key} = {asked}: give a whole number >= 1")
-        if asked < step:
+        if asked < step and os.path.lexists(checkpoint_dir(directory) / str(step) / MANIFEST):
             raise InputError(
                 f"{directory}: already at step {step}, asked for {asked} ({key}): ask for more, or a new run_dir"
             )

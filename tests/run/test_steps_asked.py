@@ -1,0 +1,18 @@
+"""What is said of steps that a run has done already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.run.resume import refuse_steps
+from rlhf_jax.types import InputError
+
+
+def test_an_empty_directory_is_no_step_that_was_done(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "999").mkdir(parents=True)
+    refuse_steps(tmp_path, "run.steps = 3\n", 999)
+    (tmp_path / "checkpoints" / "999" / "manifest.json").touch()
+    with pytest.raises(InputError, match="already at step 999, asked for 3 "):
+        refuse_steps(tmp_path, "run.steps = 3\n", 999)
