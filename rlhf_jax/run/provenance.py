@@ -7,6 +7,7 @@ the first start and each resume. ``lineage`` follows the inputs back.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -156,13 +157,18 @@ def launch_facts(resumed_step: int, mesh: Mesh | None = None) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write and rename: a reader sees the old file or the new one, never half of one."""
+    """Write and rename: a reader sees the old file or the new one, never half of one; a full disk leaves nothing of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_provenance(run_dir: str | Path) -> dict[str, Any] | None:

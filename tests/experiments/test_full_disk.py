@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from forked_programs import Call, forked_programs
 from test_bad_files import CONFIG, GOOD, STAGES, lines, models
 
 from rlhf_jax.command import exit_code_for
+from rlhf_jax.run.provenance import write_atomically
 from rlhf_jax.run.status import Status
 from rlhf_jax.run.tracking import Events, Tracker
 from rlhf_jax.run.watchdog import Watchdog
@@ -52,6 +54,17 @@ def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path
     assert done.stderr.splitlines()[-1].startswith("stopped: "), done.stderr
     again = server(tmp_path, command)
     assert again.returncode == 0, again.stderr
+
+
+def test_an_atomic_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_atomically(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "a", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
 def test_closing_metric_files_raises_once_and_closes_all(tmp_path: Path) -> None:
