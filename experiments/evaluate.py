@@ -2,14 +2,12 @@
 
     python experiments/evaluate.py --gin_file=configs/support_desk/evaluate.gin
 
-Writes RUN_DIR/evaluation.json (with seed and commit) and prints a table.
+Writes RUN_DIR/evaluation.json (with seed and commit) and every response with its scores to RUN_DIR/completions.jsonl; prints
+the scores, and the paired differences of all of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -18,19 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf_jax import data, rollout
-from rlhf_jax.evaluate.report import headlines
-from rlhf_jax.evaluate.statistics import (
-    Interval,
-    length_controlled_difference,
-    mean_interval,
-    paired_difference,
-    wilson_interval,
-)
+from rlhf_jax.evaluate import Evaluated, compare, completion_rows, headlines, number_cell
+from rlhf_jax.files import json_text
 from rlhf_jax.io import locate
-from rlhf_jax.messages import behind, printable
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.rewards import CheckedReward, Scores
 from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
@@ -99,13 +91,15 @@ def run(
                 here.directory,
             )
         commit = launches(here.directory)[-1]["git"]["commit"]
-        evaluation = {"seed": seed, "commit": commit} | _compare(results, samples_shown)
-        write_atomically(here.directory / "evaluation.json", json.dumps(evaluation, indent=1, sort_keys=True) + "\n")
+        evaluation = {"seed": seed, "commit": commit} | compare(results, samples_shown)
+        rows = [json_text(row, sort_keys=True) for row in completion_rows(results)]
+        write_atomically(here.directory / "completions.jsonl", "".join(rows))
+        write_atomically(here.directory / "evaluation.json", json_text(evaluation, indent=1, sort_keys=True))
     _print(evaluation)
 
 
-def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng, directory) -> dict:
-    """Replies of one policy with every score as a float64 vector in the order of the prompts."""
+def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng, directory) -> Evaluated:
+    """Of one policy."""
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
     if judge is not None and judge.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -135,6 +129,9 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
         done, reward = jax.device_get(
             reply(loaded.params, None if judge is None else judge.params, to_global(part, devices), rng)
         )
+        rollout.stop_if_not_finite(done, source.path)
+        if reward is not None:
+            rollout.stop_if_scores_not_finite(reward, "run.reward")
         real = part.prompt_id >= 0
         responses += data.responses(done, encoded.records, tokenizer)
         lengths += done.mask[real].sum(axis=1).tolist()
@@ -146,68 +143,33 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
     if taken := [name for name in named if name in own]:
         raise InputError(f"run.score_texts: {taken[0]!r} is the name of a score that evaluate adds; give another one")
     measured = {name: Scores.of(values) for name, values in own.items()}
-    return {"responses": responses, "scores": named | measured}
-
-
-def _interval(key: str, scores: Scores) -> Interval:
-    """A mean with Student's interval; of the share that ended, which is a proportion, Wilson's."""
-    values = scores.values[scores.scored]
-    return wilson_interval(values.sum(), values.size) if key == "ended" else mean_interval(values)
-
-
-def _compare(results: dict, shown: int) -> dict:
-    policies = [
-        {"name": name, "scores": {key: dataclasses.asdict(_interval(key, v)) for key, v in result["scores"].items()}}
-        for name, result in results.items()
-    ]
-    differences = []
-    names = list(results)
-    ids = [[response.id for response in result["responses"]] for result in results.values()]
-    if any(other != ids[0] for other in ids[1:]):
-        raise InputError(
-            "run.policies: their tokenizers leave out different prompts, so that replies cannot be paired; raise "
-            "BatchConfig.length until no prompt is left out"
-        )
-    for before, after in itertools.pairwise(names):
-        a, b = results[after]["scores"], results[before]["scores"]
-        both = {key: a[key].scored & b[key].scored for key in a}
-        paired = {
-            key: dataclasses.asdict(paired_difference(a[key].values[both[key]], b[key].values[both[key]])) for key in a
-        }
-        controlled = None
-        if "gold" in a:
-            parts = (side[key].values[both["gold"]] for key in ("gold", "length") for side in (a, b))
-            controlled = length_controlled_difference(*parts)
-        entry = {"from": before, "to": after, "paired": paired}
-        if controlled is not None:
-            entry["length_controlled"] = dataclasses.asdict(controlled)
-        differences.append(entry)
-    first = results[names[0]]["responses"][:shown]
-    samples = [
-        {
-            "prompt": data.prompt_column(response.prompt),
-            "replies": {name: results[name]["responses"][i].text for name in names},
-        }
-        for i, response in enumerate(first)
-    ]
-    if all("gold" in result["scores"] for result in results.values()):
-        for i, sample in enumerate(samples):
-            sample["gold"] = {name: results[name]["scores"]["gold"].listed()[i] for name in names}
-    return {"prompts": len(ids[0]), "policies": policies, "differences": differences, "samples": samples}
+    return Evaluated(responses, named | measured)
 
 
 def _print(evaluation: dict) -> None:
-    table = Table(title=f"{evaluation['prompts']} prompts: mean [95 % interval]")
-    table.add_column("score")
-    for policy in evaluation["policies"]:
-        table.add_column(printable(policy["name"]))
-    for key in evaluation["policies"][0]["scores"]:
-        cells = [policy["scores"][key] for policy in evaluation["policies"]]
-        table.add_row(printable(key), *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
-    console = Console(markup=False, emoji=False, file=behind(sys.stdout))
-    console.print(table)
+    """Scores of every policy, the paired differences of all scores, and a sentence for each pair of policies."""
+    policies, differences = evaluation["policies"], evaluation["differences"]
+    scored = [(policy["name"], policy["scores"]) for policy in policies]
+    paired = [(f"{pair['from']} to {pair['to']}", pair["paired"]) for pair in differences]
+    console = Console()
+    console.print(_table(f"{evaluation['prompts']} prompts: mean [95 % interval]", scored, ".3f"))
+    if paired:
+        console.print(_table("differences on the same prompts: mean [95 % interval]", paired, "+.3f"))
+    for policy in policies:
+        for key, count in policy.get("failed", {}).items():
+            console.print(f"{policy['name']}: {count} responses without {key}, left out", markup=False, soft_wrap=True)
     for sentence in headlines(evaluation):
-        console.print(printable(sentence), soft_wrap=True)
+        console.print(sentence, markup=False, soft_wrap=True)
+
+
+def _table(title: str, columns: list[tuple[str, dict]], form: str) -> Table:
+    table = Table(title=title)
+    table.add_column("score")
+    for name, _ in columns:
+        table.add_column(escape(name))
+    for key in dict.fromkeys(key for _, cells in columns for key in cells):
+        table.add_row(escape(key), *(escape(number_cell(cells.get(key), form)) for _, cells in columns))
+    return table
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ RUN_DIR/comparisons.jsonl is what train_reward.py reads.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import jax
 
 from rlhf_jax import data, rollout
 from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
+from rlhf_jax.files import json_text
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.records import Response
 from rlhf_jax.rewards import CheckedReward
@@ -115,6 +115,7 @@ def _sample(
     own = None if seeds is None else [seeds[record.id] for record in encoded.records]
     for part in data.evaluation_prompt_batches(encoded.items, **shape, seeds=own):
         done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
+        rollout.stop_if_not_finite(done, "run.model")
         numbers = done.prompts.sample_id[done.prompts.prompt_id >= 0].tolist()
         numbered += zip(numbers, data.responses(done, encoded.records, tokenizer), strict=True)
         useful, steps = useful + done.mask.sum(), steps + done.slot_steps.sum()
@@ -152,12 +153,12 @@ def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> 
         "left_out_failed": len(said) - len(scored),
         "agreement_with_gold": labels.agreement,
     }
-    write_atomically(directory / "annotation.json", json.dumps(summary) + "\n")
-    print(json.dumps(summary))
+    write_atomically(directory / "annotation.json", json_text(summary))
+    print(json_text(summary), end="")
 
 
 def _write(path: Path, rows: list[dict]) -> None:
-    write_atomically(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    write_atomically(path, "".join(json_text(row, sort_keys=True) for row in rows))
 
 
 if __name__ == "__main__":

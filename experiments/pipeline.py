@@ -12,7 +12,6 @@ stage as URL/STAGE: on another machine each stage is fetched and found complete.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 
 from rlhf_jax.evaluate.report import write_report
-from rlhf_jax.files import field, read_object
+from rlhf_jax.files import field, json_text, read_object
 from rlhf_jax.run import (
     STOPPED,
     bound_config,
@@ -93,7 +92,7 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
             print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
             entry = {"experiment": stage.experiment, "gin_file": stage.gin_file, "asked": asked}
             record["stages"][stage.name] = entry | {"seconds": round(seconds, 1), "finished": _now()}
-            write_atomically(directory / RECORD, json.dumps(record, indent=2) + "\n")
+            write_atomically(directory / RECORD, json_text(record, indent=2))
         report = write_report(directory, [stage.name for stage in stages])
     print(f"report: {report}")
 

@@ -96,6 +96,7 @@ def run(
     rollouts = Rollouts(*sampled, one_step_off=one_step_off)
 
     # 3. The loop.
+    spread = learn.RewardSpread()
     inputs = [*cast.inputs, *prompts.as_inputs()]
     with open_run(run_dir, stage="grpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(prompts, encoded, none)
@@ -110,6 +111,7 @@ def run(
             state = asleep(state) if offload_optimizer else state
             completions = rollouts.take(step, state.params)
             replies = to_host(completions)
+            rollout.stop_if_not_finite(replies, f"step {step}: run.policy")
 
             # 3.2 Score: log-probabilities, reward. The devices work while the hosts judge texts.
             here.enter("score")
@@ -131,6 +133,7 @@ def run(
             measured = fetch(metrics)
             learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), grpo, stale=rollouts.stale)
             learn.warn_if_kl_is_negative(step, measured.get("kl"), measured.get("kl_standard_error"))
+            spread.warn(step, measured)
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")

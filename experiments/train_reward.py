@@ -5,7 +5,6 @@ python experiments/train_reward.py --gin_file=configs/support_desk/reward.gin
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import jax
 import numpy as np
 
 from rlhf_jax import data, learn, ops, programs
+from rlhf_jax.files import json_text
+from rlhf_jax.io import wrong_normalisation
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
@@ -24,7 +25,7 @@ from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
 from rlhf_jax.run.models import load_model, with_adapters, write_model_card
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError, Term
+from rlhf_jax.types import InputError, RunStopped, Term
 
 
 @gin.configurable
@@ -106,9 +107,14 @@ def run(
         # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
         rewards = evaluated(state.params)[0] if scores is None else scores
         gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
+        if wrong := wrong_normalisation(float(gain), float(bias)):
+            raise RunStopped(
+                f"{normalisation.name}: {wrong}: held-out rewards have mean {rewards.mean():.3g}, deviation {rewards.std():.3g}: "
+                "the model tells no responses apart; train longer, or hold out other comparisons"
+            )
         probe = {"tokens": scaling[0].chosen.tokens, "score": float(gain * rewards[0, 0] + bias)}  # for doctor.py
         numbers = {"gain": float(gain), "bias": float(bias), "pairs": len(scaling), "probe": probe}
-        here.write(normalisation.name, json.dumps(numbers) + "\n")
+        here.write(normalisation.name, json_text(numbers))
 
 
 if __name__ == "__main__":

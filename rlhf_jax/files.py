@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -81,6 +82,20 @@ def parse_object(text: str, place: str, remedy: str = RESTORE, *, finite: bool =
 def read_object(path: Path, remedy: str = RESTORE, *, finite: bool = True) -> dict[str, Any]:
     """Returns the JSON object of a file. Raises InputError."""
     return parse_object(read_text(path, remedy), str(path), remedy, finite=finite)
+
+
+def json_text(content: Any, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
+    """Returns a JSON text with a line end, as every file of ours is written: NaN and infinities, which JSON lacks, are null."""
+    plain = _without_nan(content)
+    return json.dumps(plain, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def field(content: dict[str, Any], key: str, kind: type | tuple[type, ...], place: str, remedy: str = RESTORE) -> Any:

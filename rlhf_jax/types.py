@@ -29,10 +29,22 @@ class InputError(ValueError):
     """
 
 
+LARGEST_WHOLE = 2**31 - 1
+SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""Bounds of float32, in which numbers of configurations are used; what is smaller becomes 0 on the devices."""
+
+
+def fits_float32(value: float) -> bool:
+    """Whether float32 neither makes 0 of ``value``, nor infinity of a finite one. Infinity itself is one."""
+    return value == 0 or SMALLEST_NUMBER <= abs(value) <= LARGEST_NUMBER or abs(value) == math.inf
+
+
 def require_whole(name: str, value: object, least: int) -> None:
-    """Raises InputError unless ``value`` is a whole number >= ``least``. name: the key that the user set."""
+    """Raises InputError unless ``value`` is a whole number >= ``least`` that int32 can hold. name: the key that the user set."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} = {value!r}: give a whole number >= {least}")
+    if value > LARGEST_WHOLE:
+        raise InputError(f"{name} = {value!r}: give a whole number of at most {LARGEST_WHOLE}, which int32 can hold")
 
 
 def require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -46,6 +58,10 @@ def require_number(name: str, value: object, low: float, high: float = math.inf)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
         raise InputError(f"{name} = {value!r}: give a number {bounds}")
+    if not fits_float32(value):
+        raise InputError(
+            f"{name} = {value!r}: float32, in which it is used, makes {'0' if abs(value) < 1 else 'infinity'} of it"
+        )
 
 
 class RunStopped(RuntimeError):

@@ -14,7 +14,6 @@ else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub i
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ from absl import flags
 
 from rlhf_jax.command import run_command
 from rlhf_jax.data import Template
+from rlhf_jax.files import json_text
 from rlhf_jax.io import (
     export_adapter,
     export_pretrained,
@@ -93,7 +93,7 @@ def write_origin(out: Path, template: Template | None) -> None:
     if provenance.is_file():
         shutil.copyfile(provenance, out / provenance.name)
     if template is not None:
-        (out / "template.json").write_text(json.dumps(asdict(template), indent=2) + "\n")
+        (out / "template.json").write_text(json_text(asdict(template), indent=2))
 
 
 if __name__ == "__main__":

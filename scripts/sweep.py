@@ -20,7 +20,6 @@ Exit codes: 0 done; 2 unusable flags; 3 some run failed; 130, 143 stopped.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import shlex
@@ -39,7 +38,7 @@ from rich.table import Table
 
 from rlhf_jax.command import run_command
 from rlhf_jax.evaluate.statistics import Interval, across_seeds
-from rlhf_jax.files import field, read_object
+from rlhf_jax.files import field, json_text, read_object
 from rlhf_jax.messages import behind, printable
 from rlhf_jax.run import STOPPED, fingerprint_asked, lock, make_directory, run_child, scan, settable
 from rlhf_jax.run.check_bindings import Command, check
@@ -177,7 +176,7 @@ def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
                 print("    done before", file=sys.stderr, flush=True)
                 continue
             entry = record["runs"][run.name] = execute(run, out)
-            write_atomically(out / RECORD, json.dumps(record, indent=2) + "\n")
+            write_atomically(out / RECORD, json_text(record, indent=2))
             told = f": {entry['message']}" if entry["state"] == "failed" else ""
             print(f"    {entry['state']}, {entry['seconds']:.0f} s{told}", file=sys.stderr, flush=True)
             if entry["state"] == "failed":
@@ -223,7 +222,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
         if entry["name"] in finished and finished[entry["name"]].problems:
             entry["problems"] = finished[entry["name"]].problems
     summary = {"experiment": FLAGS.experiment, "average": FLAGS.average, "settings": written, "runs": each}
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "summary.json", json_text(summary, indent=1))
     unknown = [metric for metric in FLAGS.metrics if names and metric not in names]
     shown = [m for m in FLAGS.metrics if m in names] or [m for m in names if m.split("evaluation/")[-1] in USUAL][:6]
     print_table(settings, shown)

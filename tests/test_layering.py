@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "learn": {"types", "ops"},
     "rewards": {"records", "types", "ops", "data", "parent_death"},
     "feedback": {"types", "ops", "data"},
-    "evaluate": {"types", "files", "metric_files", "ops", "data"},
+    "evaluate": {"records", "types", "files", "metric_files", "ops", "data", "rewards"},
     "programs": {"types", "models", "learn", "rollout", "parallel"},
     "plan": {"types", "files", "models", "learn", "rollout", "parallel", "io", "programs"},
     "io": {"types", "files", "saved", "remote", "models", "parallel", "data"},
@@ -81,7 +81,7 @@ EXCEPTIONS = {
     "run/rewards.py": {"records", "types", "data", "rewards"},
     "run/template_date.py": {"data", "io", "remote"},
     "run/rollouts.py": {"types", "data", "parallel"},
-    "run/models.py": {"types", "data", "io", "models", "parallel"},
+    "run/models.py": {"files", "types", "data", "io", "models", "parallel"},
     "run/cast.py": {"types", "data", "io", "learn", "models", "parallel", "programs", "rollout"},
 }
 GIN = {"rlhf_jax/run/config.py", "rlhf_jax/run/configurables.py"}

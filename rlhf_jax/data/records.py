@@ -90,11 +90,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample replies to. extra: what a reward needs to know of it (a reference answer, a case number)."""
+    """A prompt to sample replies to. extra: what a reward needs to know of it (a reference answer, a list of
+    tests), JSON values by the name of their column."""
 
     id: str
     prompt: tuple[Message, ...]
-    extra: Mapping[str, Scalar] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
 
@@ -163,7 +164,7 @@ def prompts(
     fields = fields or Fields()
 
     def make(place: str, row: Mapping[str, Any]) -> Prompt:
-        extra = {name: scalar_of(value_of(row, name, "extra"), name) for name in fields.extra}
+        extra = {name: extra_of(row, name) for name in fields.extra}
         return Prompt(id_of(row, fields, place), prompt_of(row, fields), extra)
 
     return collect(rows, make, source, unusable)
@@ -336,3 +337,26 @@ def scalar_of(value: Any, name: str) -> Scalar:
             raise Unlearnable(f"field {name!r} is {value!r}, not a finite number", "give a number or remove the row")
         return value
     raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or a number", "write it as text")
+
+
+def extra_of(row: Mapping[str, Any], name: str) -> Any:
+    """A column for a reward: any JSON value, null too. Raises Unlearnable for none, and for what JSON cannot hold."""
+    if row.get(name, "") is None:
+        return None
+    try:
+        return _json_value(value_of(row, name, "extra"), name)
+    except RecursionError:
+        raise Unlearnable(f"field {name!r} is nested too deeply", "flatten it") from None
+
+
+def _json_value(value: Any, name: str) -> Any:
+    """``value`` made of lists, dicts, texts, numbers, truth values and None."""
+    if hasattr(value, "tolist"):  # numpy, from parquet
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item, name) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise Unlearnable(f"field {name!r} holds {type(value).__name__}, which is no JSON value", "write it as text")

@@ -1,5 +1,6 @@
 """What a comparison of policies may claim, and the page that says it."""
 
+from rlhf_jax.evaluate.compare import Evaluated, compare, completion_rows
 from rlhf_jax.evaluate.preference import (
     Calibration,
     CalibrationBin,
@@ -9,7 +10,7 @@ from rlhf_jax.evaluate.preference import (
     pairwise_accuracy,
     preference_calibration,
 )
-from rlhf_jax.evaluate.report import headlines, write_report
+from rlhf_jax.evaluate.report import headlines, number_cell, write_report
 from rlhf_jax.evaluate.statistics import (
     Interval,
     LengthControlled,
@@ -18,6 +19,7 @@ from rlhf_jax.evaluate.statistics import (
     length_controlled_difference,
     mean_interval,
     paired_difference,
+    paired_share_difference,
     wilson_interval,
     win_rate,
 )
@@ -25,17 +27,22 @@ from rlhf_jax.evaluate.statistics import (
 __all__ = [
     "Calibration",
     "CalibrationBin",
+    "Evaluated",
     "Interval",
     "LengthControlled",
     "across_seeds",
     "best_of_n_kl_bound",
     "bootstrap_interval",
     "calibration",
+    "compare",
+    "completion_rows",
     "expected_max",
     "headlines",
     "length_controlled_difference",
     "mean_interval",
+    "number_cell",
     "paired_difference",
+    "paired_share_difference",
     "pairwise_accuracy",
     "preference_calibration",
     "wilson_interval",

@@ -49,17 +49,17 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 {% for s in stages %}{% for problem in s.problems %}<p>Problem: {{ problem }}</p>{% endfor %}{% endfor %}
 {% if policies %}<h2>{{ prompts }} prompts: mean [95 % interval]</h2><table><tr><th>score
 {% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}{% for p in policies %}
-<td>{% if key in p.scores %}{{ "%.3f [%.3f, %.3f]"|format(p.scores[key].mean, p.scores[key].low, p.scores[key].high) }}
-{% else %}not scored{% endif %}{% endfor %}</tr>
+<td>{{ cell(p.scores.get(key), ".3f") }}{% endfor %}</tr>
 {% endfor %}</table>{% else %}<p>No evaluation was run.</p>{% endif %}
 {% if differences %}<h2>Paired differences on the same prompts: mean [95 % interval]</h2><table><tr><th>score
 {% for d in differences %}<th>{{ d["from"] }} to {{ d.to }}{% endfor %}</tr>{% for key in keys %}<tr><td>{{ key }}
-{% for d in differences %}<td>{% if key in d.paired %}{% set v = d.paired[key] %}{{ "%+.3f [%+.3f, %+.3f]"|format(v.mean,
-v.low, v.high) }}{% if v.low > 0 or v.high < 0 %} *{% endif %}{% endif %}{% endfor %}</tr>
+{% for d in differences %}<td>{% if key in d.paired %}{{ cell(d.paired[key], "+.3f") }}{% if sure(d.paired[key]) %} *{% endif %}
+{% endif %}{% endfor %}</tr>
 {% endfor %}</table><p>* the interval excludes zero.</p>{% endif %}
 {% if samples %}<h2>Samples</h2><table><tr><th>prompt{% for p in policies %}<th>{{ p.name }}{% endfor %}</tr>
 {% for s in samples %}<tr><td><pre>{{ turns(s.prompt) }}</pre>{% for p in policies %}<td><pre>{{ s.replies[p.name] }}</pre>
-{% if s.gold %}<br><small>gold {{ "%.2f"|format(s.gold[p.name]) }}</small>{% endif %}{% endfor %}</tr>
+{% if s.gold and s.gold[p.name] is not none %}
+<br><small>gold {{ "%.2f"|format(s.gold[p.name]) }}</small>{% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
 <h2>Learning curves</h2>{% for s in stages %}{% if s.picture %}<h3>{{ s.name }}</h3>
 <img alt="learning curves of {{ s.name }}" src="data:image/png;base64,{{ s.picture }}">{% endif %}{% endfor %}
@@ -154,7 +154,7 @@ def headlines(evaluation: dict[str, Any]) -> list[str]:
             continue
         controlled = entry["length_controlled"]
         even = controlled["gain"]
-        if math.isnan(even["mean"]):
+        if not _known(even["mean"]):
             at_equal = "at equal length unknown: too few replies, or all longer or shorter by the same"
         else:
             line = ", extrapolated: no pair has replies of equal length" if controlled["extrapolated"] else ""
@@ -163,13 +163,37 @@ def headlines(evaluation: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def number_cell(interval: dict[str, Any] | None, form: str) -> str:
+    """'0.500 [0.400, 0.600]' of an interval as evaluation.json holds it, '0.500 (no interval)' where data gave no bounds, 'not
+    scored' of None."""
+    if interval is None or not _known(interval["mean"]):
+        return "not scored" if interval is None else "unknown"
+    if not (_known(interval["low"]) and _known(interval["high"])):
+        return f"{interval['mean']:{form}} (no interval)"
+    return f"{interval['mean']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
+
+
+def _known(number: float | None) -> bool:
+    """False for None, and for NaN in files of earlier versions."""
+    return number is not None and not math.isnan(number)
+
+
+def _sure(interval: dict[str, Any]) -> bool:
+    """Whether there is an interval, and it excludes zero."""
+    bounds = _known(interval["low"]) and _known(interval["high"])
+    return bounds and (interval["low"] > 0 or interval["high"] < 0)
+
+
 def _numbers(interval: dict[str, Any]) -> str:
-    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+    return number_cell(interval, "+.3f").removesuffix(" (no interval)")  # `_doubt` says so
 
 
 def _doubt(interval: dict[str, Any]) -> str:
-    sure = interval["low"] > 0 or interval["high"] < 0
-    return "" if sure else " (the interval includes zero: no difference shown)"
+    """What a difference may not claim."""
+    if _sure(interval):
+        return ""
+    bounds = _known(interval["low"]) and _known(interval["high"])
+    return f" ({'the interval includes zero' if bounds else 'no interval'}: no difference shown)"
 
 
 def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
@@ -206,4 +230,6 @@ def _render(run_dir: Path, stages: Sequence[dict[str, Any]], evaluation: dict[st
         prompts=evaluation.get("prompts", ""),
         samples=evaluation.get("samples", []),
         turns=_turns,
+        cell=number_cell,
+        sure=_sure,
     )

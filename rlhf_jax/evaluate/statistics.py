@@ -164,6 +164,43 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
 
 
+def paired_share_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Difference of two shares of the same items, share(a) - share(b), with Newcombe's interval for paired proportions.
+
+    a, b: [N] of 0 and 1, the same items in the same order. The two Wilson intervals are squared and added, with the
+    correlation of the pairs (Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
+    based on paired data", method 10): sensible where all pairs agree too, where Student's interval has no width.
+    36 items have both, 12 only a, 2 only b, none neither: 0.2, [0.0569, 0.3404].
+    """
+    first, second = _pair(a, b, "paired_share_difference")
+    if not (np.isin(first, (0.0, 1.0)).all() and np.isin(second, (0.0, 1.0)).all()):
+        raise InputError("paired_share_difference: an entry is neither 0 nor 1; take paired_difference")
+    one, other = (wilson_interval(float(side.sum()), side.size, confidence) for side in (first, second))
+    correlation = _corrected_correlation(first, second)
+
+    def half(below: float, above: float) -> float:
+        return math.sqrt(max(below * below - 2 * correlation * below * above + above * above, 0.0))
+
+    difference = float((first - second).mean())
+    low = difference - half(one.mean - one.low, other.high - other.mean)
+    high = difference + half(one.high - one.mean, other.mean - other.low)
+    return Interval(difference, low, high, first.size)
+
+
+def _corrected_correlation(first: FloatArray, second: FloatArray) -> float:
+    """Phi of a 2x2 table with Newcombe's continuity correction; 0 where a side never varies."""
+    n = first.size
+    both, left, right = (float(x.sum()) for x in (first * second, first * (1 - second), (1 - first) * second))
+    neither = n - both - left - right
+    margins = (both + left) * (right + neither) * (both + right) * (left + neither)
+    if margins == 0:
+        return 0.0
+    determinant = both * neither - left * right
+    if determinant > 0:
+        determinant = max(determinant - n / 2, 0.0)
+    return determinant / math.sqrt(margins)
+
+
 def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
     """Share of items on which ``a`` scores above ``b``, a tie counted as half a win; 0.5 = no preference."""
     first, second = _pair(a, b, "win_rate")

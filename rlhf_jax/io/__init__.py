@@ -5,7 +5,7 @@ from rlhf_jax.io.export import export_pretrained, read_generation
 from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.peft_files import export_adapter, read_adapter
-from rlhf_jax.io.run_directory import read_model_card, read_template, template_from
+from rlhf_jax.io.run_directory import read_model_card, read_template, template_from, wrong_normalisation
 from rlhf_jax.io.tokenizers import check_vocabulary, largest_token, load_tokenizer
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "read_model_card",
     "read_template",
     "template_from",
+    "wrong_normalisation",
 ]

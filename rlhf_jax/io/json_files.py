@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.files import read_object
+from rlhf_jax.files import json_text, read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,4 +16,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Indented, keys sorted, UTF-8."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")

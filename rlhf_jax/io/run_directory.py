@@ -6,6 +6,7 @@ Written by `run` (which this room does not import).
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rlhf_jax.files import parse_object
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.saved import find_step, layout, read_state, refuse_other_layout, verify
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import InputError, Params, fits_float32
 
 CARD = "model.json"
 TEMPLATE = "template.json"
@@ -84,6 +85,15 @@ def read_parameters(
     return params
 
 
+def wrong_normalisation(gain: float, bias: float) -> str:
+    """'gain = 0.0: ...' of numbers that would make every reward the same, turn their order round or make them no numbers; ''."""
+    if not (math.isfinite(gain) and gain > 0 and fits_float32(gain)):
+        return f"gain = {gain!r}: must be a finite number above 0, in float32 too"
+    if not (math.isfinite(bias) and fits_float32(bias)):
+        return f"bias = {bias!r}: must be a finite number, in float32 too"
+    return ""
+
+
 def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
     """A reward model's head with gain and bias of reward_normalisation.json folded in: gain * (w h + b) + bias.
 
@@ -98,6 +108,8 @@ def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
     for name in ("gain", "bias"):
         if isinstance(numbers.get(name), bool) or not isinstance(numbers.get(name), int | float):
             raise InputError(f"{file}: {name} = {numbers.get(name)!r}: must be a number; restore the file")
+    if wrong := wrong_normalisation(numbers["gain"], numbers["bias"]):
+        raise InputError(f"{file}: {wrong}; restore the file")
     head = params["scalar_head"]
     scaled = {"kernel": head["kernel"] * numbers["gain"], "bias": head["bias"] * numbers["gain"] + numbers["bias"]}
     return params | {"scalar_head": scaled}

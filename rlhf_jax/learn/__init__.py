@@ -2,7 +2,7 @@
 
 from rlhf_jax.learn.epochs import minibatch_indices
 from rlhf_jax.learn.group import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
-from rlhf_jax.learn.guards import stop_if_not_identity, stop_if_sampler_differs, warn_if_kl_is_negative
+from rlhf_jax.learn.guards import RewardSpread, stop_if_not_identity, stop_if_sampler_differs, warn_if_kl_is_negative
 from rlhf_jax.learn.importance import ImportanceConfig
 from rlhf_jax.learn.optim import OptimizerConfig, make_optimizer, make_schedule, scale_by_adam_tf
 from rlhf_jax.learn.policy_gradient import (
@@ -27,6 +27,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "PPOState",
+    "RewardSpread",
     "gradients",
     "implicit_rewards",
     "initial_state",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Protocol
 
 import jax
 
 from rlhf_jax.types import RunStopped
 
+FLAT_ROLLOUTS = (2, 20, 200, 2000)
+"""Rollouts in a row without any reward spread at which a run warns: one is chance where rewards are rare."""
 ROUNDING_OF_KL = 1e-3
 """Nats a response that float32 log-probabilities of hundreds of tokens may be off by."""
 
@@ -65,3 +69,36 @@ def warn_if_kl_is_negative(step: int, kl: float | None, standard_error: float | 
             file=sys.stderr,
         )
     return True
+
+
+@dataclasses.dataclass
+class RewardSpread:
+    """Watches for rollouts that teach nothing because all their rewards are the same. flat: how many in a row so far."""
+
+    flat: int = 0
+
+    def warn(self, step: int, measured: Mapping[str, float | None]) -> bool:
+        """Whether the rollout is one more of `FLAT_ROLLOUTS` in a row without any spread; then a line on stderr.
+
+        measured: metrics of `prepare` or `prepare_groups`. Spread is that within groups where there are groups.
+        """
+        even, deviation, score = (measured.get(name) for name in ("even_groups", "score_std", "score"))
+        rounding = 1e-6 * max(1.0, abs(score or 0.0))
+        grouped = even is not None
+        none = even == 1.0 if grouped else deviation is not None and deviation <= rounding
+        self.flat = self.flat + 1 if none else 0
+        if self.flat not in FLAT_ROLLOUTS:
+            return False
+        if jax.process_index() == 0:
+            what = (
+                "all responses of every prompt have the same reward"
+                if grouped
+                else "all responses have the same reward"
+            )
+            print(
+                f"warning: step {step}: {self.flat} rollouts in a row without any reward spread: {what} (mean "
+                f"{score or 0.0:.3g}), so that nothing is learned from it; look at the reward, raise "
+                "SamplingConfig.temperature, or take prompts that are answered well sometimes",
+                file=sys.stderr,
+            )
+        return True

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.files import parse_object
+from rlhf_jax.files import json_text, parse_object
 from rlhf_jax.models.layer_kinds import LayerGroup, LayerKind, grouped
 from rlhf_jax.models.rope import Rope, RopeScaling
 from rlhf_jax.types import InputError
@@ -297,7 +296,7 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """The fields as indented JSON: what a run directory keeps as ``model.json``."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        return json_text(dataclasses.asdict(self), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, where: str = "model.json") -> ModelConfig:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlhf_jax.files import json_text
 from rlhf_jax.plan.chips import GIB, Slice
 from rlhf_jax.plan.compiled import Report
 
@@ -212,4 +212,4 @@ def as_json(
     if tried:
         header, *rows = (_tried(tried).header, *_tried(tried).rows)
         whole["tried"] = [dict(zip(header, row, strict=True)) for row in rows]
-    return json.dumps(whole | ({"nearest_change": change} if change else {}), indent=2) + "\n"
+    return json_text(whole | ({"nearest_change": change} if change else {}), indent=2)

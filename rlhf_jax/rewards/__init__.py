@@ -1,5 +1,6 @@
 """Where a scalar comes from when no model gives it: programmatic rewards, functions of responses (docs/rewards.md)."""
 
+from rlhf_jax.rewards.final_answer import FinalAnswer, final_answer
 from rlhf_jax.rewards.gate import CheckedReward, Reward, Scores
 from rlhf_jax.rewards.pool import RewardPool
 from rlhf_jax.rewards.sentiment import (
@@ -15,6 +16,7 @@ from rlhf_jax.rewards.support_desk import GoldScore, gold_score
 
 __all__ = [
     "CheckedReward",
+    "FinalAnswer",
     "GoldScore",
     "Reward",
     "RewardPool",
@@ -22,6 +24,7 @@ __all__ = [
     "SentimentCorpus",
     "SentimentModel",
     "SentimentScorer",
+    "final_answer",
     "fit_sentiment",
     "gold_score",
     "opening_prompts",

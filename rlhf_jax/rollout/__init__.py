@@ -1,5 +1,6 @@
 """Sampling completions and scoring them."""
 
+from rlhf_jax.rollout.finite import stop_if_not_finite, stop_if_scores_not_finite
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.score import (
     RolloutModels,
@@ -29,4 +30,6 @@ __all__ = [
     "sequence_logprobs",
     "sequence_logprobs_and_router_loss",
     "sequence_scores",
+    "stop_if_not_finite",
+    "stop_if_scores_not_finite",
 ]

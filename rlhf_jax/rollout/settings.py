@@ -8,7 +8,9 @@ from types import UnionType
 from typing import get_args
 
 from rlhf_jax.models import Storage
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, require_number, require_whole
+
+SMALLEST_TEMPERATURE = 1e-6
 
 
 def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
@@ -36,6 +38,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
             raise InputError(f"SamplingConfig.temperature = {self.temperature!r}: give a number >= 0")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise InputError(
+                f"SamplingConfig.temperature = {self.temperature!r}: logits divided by it are infinite in float32; give 0 "
+                f"(greedy), or at least {SMALLEST_TEMPERATURE:g}"
+            )
         if not _is_number(self.top_k, int) or self.top_k < 0:
             raise InputError(f"SamplingConfig.top_k = {self.top_k!r}: give a whole number >= 0 (0 = off)")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
@@ -50,6 +57,10 @@ class SamplingConfig:
             raise InputError(
                 f"SamplingConfig.min_new_tokens = {self.min_new_tokens!r}: give a whole number in [0, max_new_tokens]"
             )
+        for name in ("top_k", "max_new_tokens", "min_new_tokens"):
+            require_whole(f"SamplingConfig.{name}", getattr(self, name), 0)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            require_number(f"SamplingConfig.{name}", getattr(self, name), 0.0)
         strings = self.stop_strings
         if not (isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)):
             raise InputError(f"SamplingConfig.stop_strings = {strings!r}: give a list of strings, none of them empty")
@@ -88,8 +99,7 @@ class SlotConfig:
         for name in ("slots", "prefill", "refill_at", "smallest", "prefill_chunk", "shared_prefix", "ring_stages"):
             least = 1 if name in ("refill_at", "ring_stages") else 0
             value = getattr(self, name)
-            if not _is_number(value, int) or value < least:
-                raise InputError(f"SlotConfig.{name} = {value!r}: give a whole number >= {least}")
+            require_whole(f"SlotConfig.{name}", value, least)
         if self.cache not in get_args(Storage):
             raise InputError(f"SlotConfig.cache = {self.cache!r}: one of {', '.join(map(repr, get_args(Storage)))}")
         if not isinstance(self.separate_layers, bool):

@@ -13,7 +13,6 @@ finite, a spike). Here is what follows. LoopConfig.on_bad_step:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.files import json_text
 from rlhf_jax.types import RunStopped
 
 POLICIES = ("stop", "skip", "rollback")
@@ -61,7 +61,7 @@ def keep(directory: Path, step: int, wrong: str, policy: str, values: Values, ba
         return
     plain = {name: value if value is None or math.isfinite(value) else str(value) for name, value in values.items()}
     with (directory / FILE).open("a") as file:
-        file.write(json.dumps({"step": step, "wrong": wrong, "policy": policy, "metrics": plain}) + "\n")
+        file.write(json_text({"step": step, "wrong": wrong, "policy": policy, "metrics": plain}))
     leaves = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)

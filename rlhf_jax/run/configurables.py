@@ -24,7 +24,15 @@ from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.learn import DPOConfig, GRPOConfig, ImportanceConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.models import DTYPES, Fold, LoraConfig, Model, ModelConfig, RopeScaling, fold_of
 from rlhf_jax.parallel import MeshConfig
-from rlhf_jax.rewards import Reward, RewardPool, SentimentCorpus, opening_prompts, sentiment_scorer, support_desk
+from rlhf_jax.rewards import (
+    FinalAnswer,
+    Reward,
+    RewardPool,
+    SentimentCorpus,
+    opening_prompts,
+    sentiment_scorer,
+    support_desk,
+)
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 from rlhf_jax.run.faults import Fault
 from rlhf_jax.run.loop_config import LoopConfig
@@ -315,6 +323,13 @@ ScoreTexts = Reward
 def desk_gold() -> Reward:
     """The support desk's exact scorer: "gold" and "gold/COMPONENT" in [0, 1]."""
     return support_desk.score
+
+
+@gin.register
+def final_answer(column: str = "answer") -> Reward:
+    """Whether the number after the last "####", or in the last \\boxed{}, is that of the prompt's ``column`` (one of
+    ``Fields.extra``): "correct", and "answered", each 0 or 1."""
+    return FinalAnswer(column)
 
 
 @gin.register

@@ -7,17 +7,21 @@ anything is built, so a number in quotes is an error at its place instead of a t
 from __future__ import annotations
 
 import collections.abc
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.run.gin_errors import Binding, Name
+from rlhf_jax.types import LARGEST_NUMBER, SMALLEST_NUMBER, fits_float32
 
 Returns = Callable[[Name], Any]
 """The annotation of what ``@X()`` gives: the class X, or the return annotation of the function X."""
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes", type(None): "None"}
+LARGEST_SEED = 2**32 - 1
+"""No whole number of a configuration is larger: a seed has 32 bits, other numbers 31 (`types.require_whole`)."""
 _LISTS = (list, tuple, collections.abc.Sequence)
 
 
@@ -33,7 +37,8 @@ def wrong_type(binding: Binding, macros: Mapping[str, Any], hint: Any, returns: 
     via = "" if value == binding.value else f" (= {binding.value})"
     forgotten = isinstance(value, Name) and value.text.startswith("@") and not value.text.endswith("()")
     remedy = f"; write {value.text}()" if forgotten and _fits(Name(f"{value}()"), hint, returns) else ""
-    return f"{binding.place}: {name} = {value!r}{via}: must be {_words(hint)}{remedy}"
+    wanted = _beyond_reach(value) or _words(hint)
+    return f"{binding.place}: {name} = {value!r}{via}: must be {wanted}{remedy}"
 
 
 def _expand(value: Any, macros: Mapping[str, Any]) -> Any:
@@ -66,13 +71,24 @@ def _fits(value: Any, hint: Any, returns: Returns) -> bool:
     if origin is typing.Literal:
         return any(type(value) is type(each) and value == each for each in arguments)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and not _beyond_reach(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and not _beyond_reach(value)
     if origin in _LISTS or hint in _LISTS:
         return _items_fit(value, origin, arguments, returns)
     plain = origin or hint
     return isinstance(value, plain) if isinstance(plain, type) else True
+
+
+def _beyond_reach(value: Any) -> str:
+    """What a number must be for the precision in which it is used; '' when it is so, or no number. Of lists the first wrong."""
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_beyond_reach, value)), "")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_SEED:
+        return f"at most {LARGEST_SEED} in size, which 32 bits can hold"
+    if isinstance(value, float) and not math.isnan(value) and not fits_float32(value):
+        return f"0, or between {SMALLEST_NUMBER:.2g} and {LARGEST_NUMBER:.2g} in size, which float32 can hold"
+    return ""
 
 
 def _items_fit(value: Any, origin: Any, arguments: tuple[Any, ...], returns: Returns) -> bool:

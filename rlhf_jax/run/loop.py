@@ -242,6 +242,8 @@ class Run:
         values = {name: values.get(name) for name in sorted(metrics)}
         values = {name: value for name, value in values.items() if value or name not in bad_steps.ONLY_WHEN_BAD}
         self.tracker.write(step, values)
+        if self._display is not None:
+            self._display.keep_heldout(values)
         before = self._measured[1] if self._measured[0] == step else {}
         self._measured = (step, before | values)
         self._known |= values.keys()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import Template
+from rlhf_jax.files import json_text
 from rlhf_jax.io import adapter_card, check_vocabulary, largest_token, load_pretrained, locate
 from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, int8, lora
-from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, tree_shardings
+from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, replicated, tree_shardings
 from rlhf_jax.run.configurables import ModelSource
 from rlhf_jax.run.provenance import Input, write_atomically
 from rlhf_jax.types import InputError, Params, Rng
@@ -69,7 +72,7 @@ def write_model_card(
     if model.lora is not None:
         assert base is not None
         card["adapter"] = adapter_card(model.lora, base)
-    write_atomically(run_dir / "model.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+    write_atomically(run_dir / "model.json", json_text(card, indent=2, sort_keys=True))
     tokenizer.save_pretrained(run_dir / "tokenizer")
 
 
@@ -108,6 +111,7 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     model = dataclasses.replace(model, config=adapted(model.config, source))
     set_pad_token(tokenizer, source)
     refuse_tokenizer(model.config, tokenizer, source.path)
+    refuse_not_finite(params, source.path, mesh)
     return Loaded(model, params, tokenizer, source.path, location.revision)
 
 
@@ -118,6 +122,30 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> No
     if source.pad_token not in tokenizer.get_vocab():
         raise InputError(f"ModelSource.pad_token = {source.pad_token!r}: not in the vocabulary of {source.path}")
     tokenizer.pad_token = source.pad_token
+
+
+def refuse_not_finite(params: Params, path: str, mesh: Mesh) -> None:
+    """Raises InputError for weights that are NaN or infinite, with the name of the first: whatever is sampled, scored or
+    trained with them is nothing."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    floats = [(name, leaf) for name, leaf in paths if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if not floats:
+        return
+    counts = jax.device_get(_count_not_finite([leaf for _, leaf in floats], replicated(mesh)))
+    for (name, leaf), count in zip(floats, counts.tolist(), strict=True):
+        if count:
+            at = jax.tree_util.keystr(name, simple=True, separator="/")
+            raise InputError(
+                f"{path}: the model's numbers are not finite: {int(count)} of {leaf.size} weights of {at} are NaN or infinite; "
+                "take a checkpoint from before they were"
+            )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _count_not_finite(leaves: list[jax.Array], everywhere: jax.sharding.Sharding) -> jax.Array:
+    counts = jnp.stack([(~jnp.isfinite(leaf)).sum(dtype=jnp.float32) for leaf in leaves])
+    placed: jax.Array = jax.lax.with_sharding_constraint(counts, everywhere)
+    return placed
 
 
 def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:

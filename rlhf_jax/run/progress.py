@@ -20,15 +20,19 @@ from rich.progress import (
 
 from rlhf_jax.messages import Messages, behind
 
-SHOWN = ("loss", "reward", "score", "kl", "accuracy")
-"""Metrics whose name holds one of these words are worth a place on the line, four at most."""
+SUPERVISED = ("loss", "accuracy")
+ROLLOUTS = ("score", "kl", "response_length")
+"""Metrics that the line shows: of a run with rollouts the latter. Held-out figures, and two of a monitor, come after them."""
+HELDOUT, MONITOR = "heldout/", "monitor/"
 
 
 def headline(values: Mapping[str, float | None]) -> str:
-    """'loss 0.6931  accuracy 0.5' of all the metrics."""
-    names = sorted((i, name) for name in values for i, word in enumerate(SHOWN) if word in name)
-    shown = list(dict.fromkeys(name for _, name in names))[:4]
-    return "  ".join(f"{name} {values[name]:.4g}" for name in shown if values[name] is not None)
+    """'loss 0.6931  accuracy 0.5  heldout/loss 0.7' of all the metrics."""
+    names = list(ROLLOUTS if "score" in values else SUPERVISED)
+    names += [name for name in (f"{HELDOUT}loss", f"{HELDOUT}accuracy") if name in values]
+    names += sorted(name for name in values if name.startswith(MONITOR))[:2]
+    shown = {name: values.get(name) for name in names}
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
 
 
 def line(stage: str, step: int, total: int, values: Mapping[str, float | None], seconds: float, done: int) -> str:
@@ -44,6 +48,7 @@ class Display:
         self.stage, self.start, self.total, self.shown = stage, start, total, shown
         self._began = time.monotonic()
         self._last = float("-inf")
+        self._heldout: dict[str, float | None] = {}
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if shown and sys.stderr.isatty():
@@ -59,9 +64,13 @@ class Display:
             self._bar.start()
             sys.stderr = cast(TextIO, Messages(sys.stderr))  # rich puts a stream of its own there, until the bar stops
 
+    def keep_heldout(self, values: Mapping[str, float | None]) -> None:
+        """Show the held-out figures among ``values`` until there are newer ones: they are measured every few steps."""
+        self._heldout |= {name: value for name, value in values.items() if name.startswith(HELDOUT)}
+
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """Show that ``step`` is done, with its metrics."""
-        now = time.monotonic()
+        now, values = time.monotonic(), {**self._heldout, **values}
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=headline(values))
         elif self.shown and (now - self._last >= 10.0 or step == self.total):

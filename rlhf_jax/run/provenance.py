@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.files import field, read_object
+from rlhf_jax.files import field, json_text, read_object
 from rlhf_jax.messages import without_secrets
 from rlhf_jax.remote import fetched, is_remote
 from rlhf_jax.saved import hash_file, latest_step
@@ -212,7 +211,7 @@ def write_provenance(
         "inputs": list(inputs),
         "launches": [*earlier, launch_facts(resumed_step, mesh)],
     }
-    write_atomically(Path(run_dir) / FILE, json.dumps(content, indent=2) + "\n")
+    write_atomically(Path(run_dir) / FILE, json_text(content, indent=2))
 
 
 def changed_inputs(run_dir: str | Path) -> list[str]:

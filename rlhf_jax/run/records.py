@@ -19,6 +19,9 @@ from rlhf_jax.remote import is_remote
 from rlhf_jax.run.provenance import Input
 from rlhf_jax.types import InputError
 
+MANY_LEFT_OUT = 0.2
+"""Share of a side's rows from which on leaving them out is a warning: what remains is other data than was given."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Records:
@@ -97,4 +100,5 @@ def tell_left_out(records: Records, train: data.EncodedSet[Any, Any], heldout: d
             first = getattr(unusable, "first", "")
             told += f"; the first: {first}" if first else ""
             total = len(encoded.items) + sum(reasons.values())
-            print(f"{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)
+            warning = "warning: " if sum(reasons.values()) > MANY_LEFT_OUT * total else ""
+            print(f"{warning}{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)

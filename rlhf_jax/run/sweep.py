@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,4 +207,5 @@ def _named_means(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         arrow = f"{pair['from']}->{pair['to']}"
         yield from ((f"{arrow}/{score}", entry["mean"]) for score, entry in pair["paired"].items())
         if "length_controlled" in pair:
-            yield f"{arrow}/gold_at_equal_length", pair["length_controlled"]["gain"]["mean"]
+            gain = pair["length_controlled"]["gain"]["mean"]
+            yield f"{arrow}/gold_at_equal_length", math.nan if gain is None else gain  # null: not identifiable

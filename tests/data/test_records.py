@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_jax.data import (
@@ -179,3 +180,21 @@ def test_prompts_of_keeps_the_first_of_equal_prompts() -> None:
 def test_message_role_is_checked() -> None:
     with pytest.raises(InputError, match="role 'critic'"):
         Message("critic", "x")
+
+
+def test_columns_for_a_reward_may_be_any_json_value() -> None:
+    """A verifier needs lists of tests, a judge a rubric; null is a value of its own."""
+    row = {"prompt": "q", "tests": [{"in": [1, 2], "out": None}], "rubric": {"strict": True}, "note": None, "best": 0.5}
+    fields = Fields(extra=("tests", "rubric", "note", "best"))
+    (record,), _ = prompts([(1, row)], fields, source="p")
+    assert record.extra == {name: row[name] for name in fields.extra}
+    (record,), _ = prompts([(1, {"prompt": "q", "tests": np.array([[1, 2]])})], Fields(extra=("tests",)), source="p")
+    assert record.extra == {"tests": [[1, 2]]}
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    for value, words in ((deep, "is nested too deeply"), (object(), "holds object, which is no JSON value")):
+        with pytest.raises(InputError, match=f"p:1: field 'tests' {words}"):
+            prompts([(1, {"prompt": "q", "tests": value})], Fields(extra=("tests",)), source="p")
+    with pytest.raises(InputError, match="p:1: field 'tests' is missing; the row has 'prompt': set Fields.extra"):
+        prompts([(1, {"prompt": "q"})], Fields(extra=("tests",)), source="p")

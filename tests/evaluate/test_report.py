@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.evaluate import headlines, write_report
+from rlhf_jax.evaluate import headlines, number_cell, write_report
 from rlhf_jax.types import InputError
 
 STAGES = ["sft", "reward", "ppo", "comparison"]
@@ -154,10 +154,10 @@ def test_an_interval_around_zero_shows_no_difference():
     worse = json.loads(json.dumps(EVALUATION))
     worse["differences"][0]["paired"]["gold"] = interval(-0.2, -0.3, -0.1)
     assert "gold -0.200" in headlines(worse)[0] and "includes zero" not in headlines(worse)[0]
-    nan = float("nan")
-    single = json.loads(json.dumps(EVALUATION))
-    single["differences"][0]["paired"]["gold"] = interval(0.2, nan, nan)
-    assert "no difference shown" in headlines(single)[0]
+    for nothing in (None, float("nan")):  # of one prompt; earlier versions wrote NaN
+        single = json.loads(json.dumps(EVALUATION))
+        single["differences"][0]["paired"]["gold"] = interval(0.2, nothing, nothing)
+        assert headlines(single)[0].startswith("sft to ppo: gold +0.200 (no interval: no difference shown); at equal")
     assert headlines({}) == [] and headlines({"differences": [{"from": "a", "to": "b", "paired": {}}]}) == []
 
 
@@ -175,11 +175,24 @@ def test_what_is_known_at_equal_length_is_said():
     assert headlines(changed)[0].endswith("+0.020 [-0.050, +0.090] (the interval includes zero: no difference shown)")
     controlled |= {"gain": interval(0.15, 0.05, 0.25), "extrapolated": True}
     assert headlines(changed)[0].endswith("[+0.050, +0.250], extrapolated: no pair has replies of equal length")
-    nan = float("nan")
-    controlled["gain"] = interval(nan, nan, nan)
-    assert headlines(changed)[0].endswith(
-        "; at equal length unknown: too few replies, or all longer or shorter by the same"
-    )
+    for nothing in (None, float("nan")):
+        controlled["gain"] = interval(nothing, nothing, nothing)
+        assert headlines(changed)[0].endswith(
+            "; at equal length unknown: too few replies, or all longer or shorter by the same"
+        )
+
+
+def test_the_page_without_intervals(run_dir):
+    """One prompt gives means and no bounds; a response may lack a score."""
+    file = run_dir / "comparison" / "evaluation.json"
+    changed = json.loads(file.read_text())
+    changed["policies"][0]["scores"]["gold"] = interval(0.5, None, None)
+    changed["differences"][0]["paired"]["gold"] = interval(0.2, None, None)
+    changed["samples"][1]["gold"]["sft"] = None
+    file.write_text(json.dumps(changed))
+    text = Page(write_report(run_dir, STAGES)).text
+    assert "0.500 (no interval)" in text and "+0.200 (no interval)" in text and "gold 0.88" in text
+    assert number_cell(None, ".3f") == "not scored" and number_cell(interval(None, None, None), ".3f") == "unknown"
 
 
 def test_a_damaged_file_is_named(run_dir, capsys):

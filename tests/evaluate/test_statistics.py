@@ -15,6 +15,7 @@ from rlhf_jax.evaluate import (
     length_controlled_difference,
     mean_interval,
     paired_difference,
+    paired_share_difference,
     wilson_interval,
     win_rate,
 )
@@ -181,3 +182,21 @@ def test_across_seeds():
 def test_what_cannot_be_averaged_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_difference_of_shares_on_the_same_items():
+    """Newcombe 1998, table II: 36 have both, 12 only the first, 2 only the second: 0.2, method 10 [0.0569, 0.3404]."""
+    first, second = [1] * 36 + [1] * 12 + [0] * 2, [1] * 36 + [0] * 12 + [1] * 2
+    found = paired_share_difference(first, second)
+    assert (found.mean, found.n) == (pytest.approx(0.2), 50)
+    assert (found.low, found.high) == (pytest.approx(0.0569, abs=5e-5), pytest.approx(0.3404, abs=5e-5))
+    swapped = paired_share_difference(second, first)
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
+
+
+def test_equal_shares_still_have_an_interval():
+    """Ten pairs that agree do not show that there is no difference: Wilson's own half width, .2775, squared and added."""
+    found = paired_share_difference([1] * 10, [1] * 10)
+    assert found.mean == 0.0 and found.low == -found.high == pytest.approx(-0.277533, abs=1e-6)
+    with pytest.raises(InputError, match="an entry is neither 0 nor 1"):
+        paired_share_difference([1, 0.5], [1, 0])

@@ -107,6 +107,26 @@ def test_heads(tmp_path: Path) -> None:
                 load_pretrained(tmp_path / f"scorer {tied}", head=wanted, rng=jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    ("gain", "bias", "words"),
+    [
+        ("0.0", "1.0", "gain = 0.0: must be a finite number above 0"),  # every reward alike
+        ("-2.0", "1.0", "gain = -2.0: must be a finite number above 0"),  # the worst response would win
+        ("1e-60", "1.0", "gain = 1e-60: must be a finite number above 0, in float32 too"),
+        ("1e39", "1.0", r"gain = 1e\+39: must be"),
+        ("1e999", "1.0", "reward_normalisation.json"),
+        ("NaN", "1.0", "reward_normalisation.json"),
+        ("2.0", "-1e39", r"bias = -1e\+39: must be a finite number"),
+        ("2.0", "Infinity", "reward_normalisation.json"),
+    ],
+)
+def test_a_normalisation_that_spoils_rewards_is_refused(tmp_path: Path, gain: str, bias: str, words: str) -> None:
+    make_run(tmp_path / "run", "scalar")
+    (tmp_path / "run" / "reward_normalisation.json").write_text(f'{{"gain": {gain}, "bias": {bias}}}')
+    with pytest.raises(InputError, match=words):
+        load_pretrained(tmp_path / "run")
+
+
 def test_a_reward_runs_normalisation_is_folded_into_its_head(tmp_path: Path) -> None:
     model, params = make_run(tmp_path / "run", "scalar")
     file = tmp_path / "run" / "reward_normalisation.json"

@@ -28,6 +28,7 @@ CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|eos|>{% endfor %
 CONFIGS = {
     "sft/gsm8k_smollm2": "train_sft",
     "reward/hh_smollm2": "train_reward",
+    "grpo/gsm8k_smollm2": "train_grpo",
     "ppo/sentiment_smollm2": "train_ppo",
     "ppo/sentiment_evaluate": "evaluate",
 }
@@ -78,7 +79,8 @@ def locations(tmp_path: Path, reviews: Path) -> dict[str, Path]:
     ]
     with gzip.open(tmp_path / "pairs.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in dialogues)
-    data = {"sft": tmp_path / "train.jsonl", "reward": tmp_path / "pairs.jsonl.gz", "ppo": reviews}
+    data = dict.fromkeys(("sft", "grpo"), tmp_path / "train.jsonl")
+    data |= {"reward": tmp_path / "pairs.jsonl.gz", "ppo": reviews}
     return {name: data[name.split("/")[0]] for name in CONFIGS}
 
 
@@ -192,6 +194,13 @@ def test_ppo_is_paid_by_sentiment_and_evaluated_on_other_openings(
     assert {"sentiment", "second_opinion", "words", "distinct"} <= evaluation["differences"][0]["paired"].keys()
     trained = {prompt.prompt[0].content for prompt in opening_prompts(SentimentCorpus(str(reviews)))}
     assert not trained & {sample["prompt"] for sample in evaluation["samples"]}
+
+
+def test_grpo_is_paid_by_the_number_of_the_prompts_answer(train: Callable[..., list[dict[str, Any]]]) -> None:
+    """The reward reads the column that Fields.extra names; a policy that never answers is warned of, not refused."""
+    small = {"BatchConfig.batch_size": 4, "run.samples": 2, "BatchConfig.length": 64, "BatchConfig.microbatches": 1}
+    (line,) = train("grpo/gsm8k_smollm2", **small, **{"run.steps": 1, "SamplingConfig.max_new_tokens": 4})
+    assert line["score"] == line["monitor/correct"] == line["monitor/answered"] == 0.0 and line["even_groups"] == 1.0
 
 
 def test_sentiment_prompts_are_plain_text_and_name_their_files(reviews: Path) -> None:

@@ -43,6 +43,10 @@ def message(value: Any, hint: Any, macros: dict[str, Any] | None = None) -> str 
         (3, float),
         (0.5, float),
         (True, bool),
+        (2**32 - 1, int),
+        (1.2e-38, float),
+        (float("inf"), float),
+        (0.0, float),
         ("a", str),
         (None, float | None),
         (0.5, float | None),
@@ -91,6 +95,11 @@ def test_what_fits(value: Any, hint: Any) -> None:
         (Name("@count()"), str, "@count(): must be a text in quotes"),
         (Name("@Adam"), Optimizer, "@Adam: must be a reference that gives Optimizer, '@...()'; write @Adam()"),
         (3, Optimizer, "3: must be a reference that gives Optimizer, '@...()'"),
+        # Beyond the precision of their use: float32 would make 0 or infinity of them, 32 bits another number.
+        (1e-300, float, "1e-300: must be 0, or between 1.2e-38 and 3.4e+38 in size, which float32 can hold"),
+        (-1e39, float | None, "-1e+39: must be 0, or between 1.2e-38 and 3.4e+38 in size, which float32 can hold"),
+        (2**32, int, "4294967296: must be at most 4294967295 in size, which 32 bits can hold"),
+        ([1, 2**40], list[int], "[1, 1099511627776]: must be at most 4294967295 in size, which 32 bits can hold"),
     ],
 )
 def test_what_does_not(value: Any, hint: Any, words: str) -> None:

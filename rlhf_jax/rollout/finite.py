@@ -1,0 +1,28 @@
+"""What a model computes must be numbers: a sampler over NaN gives some token, and a table of scores."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf_jax.types import Completions, RunStopped
+
+
+def stop_if_not_finite(done: Completions, place: str) -> None:
+    """Raises RunStopped when a log-probability of a sampled token is not finite. done: numpy. place: for the message."""
+    logprobs = np.asarray(done.logprobs)
+    wrong = np.argwhere(~np.isfinite(logprobs) & np.asarray(done.mask))
+    if wrong.size:
+        row, column = wrong[0]
+        raise RunStopped(
+            f"{place}: the model's numbers are not finite: log-probability {logprobs[row, column]} at token {column} of a "
+            "response; its weights, or compute_dtype, overflow"
+        )
+
+
+def stop_if_scores_not_finite(scores: np.ndarray, place: str) -> None:
+    """Raises RunStopped when a score of a reward model is not finite. scores: [B], numpy."""
+    wrong = np.flatnonzero(~np.isfinite(scores))
+    if wrong.size:
+        raise RunStopped(
+            f"{place}: the model's numbers are not finite: score {scores[wrong[0]]}; its weights, or compute_dtype, overflow"
+        )
