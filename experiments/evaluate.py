@@ -112,7 +112,7 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
-    tell_left_out(prompts, encoded, none)
+    tell_left_out(prompts, encoded, none, tokenizer)
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 
     @jax.jit

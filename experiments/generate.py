@@ -101,7 +101,7 @@ def _sample(
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
-    tell_left_out(prompts, encoded, none)
+    tell_left_out(prompts, encoded, none, tokenizer)
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
 
     @jax.jit
@@ -120,7 +120,9 @@ def _sample(
         numbered += zip(numbers, data.responses(done, encoded.records, tokenizer), strict=True)
         useful, steps = useful + done.mask.sum(), steps + done.slot_steps.sum()
     numbered.sort(key=lambda pair: pair[0])
-    return [_row(*pair) for pair in numbered], [response for _, response in numbered], useful / steps
+    tools = {record.id: {"tools": record.tools} for record in encoded.records if record.tools}
+    rows = [_row(*pair) | tools.get(pair[1].id, {}) for pair in numbered]
+    return rows, [response for _, response in numbered], useful / steps
 
 
 def _row(sample: int, response: Response) -> dict:
@@ -145,7 +147,8 @@ def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> 
     scored = [pair for pair in said if all(row["scores"]["gold"] is not None for row in pair)]
     pairs = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in pair] for pair in scored]
     labels = label_pairs(annotator, [(first["id"], first["prompt"]) for first, _ in scored], pairs, has_flattery)
-    _write(directory / "comparisons.jsonl", labels.comparisons)
+    tools = {row["id"]: {"tools": row["tools"]} for row in rows if "tools" in row}
+    _write(directory / "comparisons.jsonl", [row | tools.get(row["id"], {}) for row in labels.comparisons])
     summary = {
         "comparisons": len(labels.comparisons),
         "left_out_identical": labels.dropped,

@@ -78,7 +78,7 @@ def run(
     # 3. The loop.
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="dpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
-        tell_left_out(records, train, heldout)
+        tell_left_out(records, train, heldout, tokenizer)
         write_model_card(here.directory, network, tokenizer, records.template, base=loaded.input)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])

@@ -99,7 +99,7 @@ def run(
     spread = learn.RewardSpread()
     inputs = [*cast.inputs, *prompts.as_inputs()]
     with open_run(run_dir, stage="grpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
-        tell_left_out(prompts, encoded, none)
+        tell_left_out(prompts, encoded, none, tokenizer)
         card = {"subtree": rollouts.within("params/policy"), "base": cast.policy.input}
         write_model_card(here.directory, cast.models.policy, tokenizer, prompts.template, **card)
         saved, host = here.restore(rollouts.packed(state), {"data": batches.get_state()})

@@ -102,7 +102,7 @@ def run(
     spread = learn.RewardSpread()
     inputs = [*cast.inputs, *prompts.as_inputs()]
     with open_run(run_dir, stage="ppo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
-        tell_left_out(prompts, encoded, none)
+        tell_left_out(prompts, encoded, none, tokenizer)
         write_model_card(
             here.directory,
             cast.models.policy,

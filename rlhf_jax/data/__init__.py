@@ -42,10 +42,12 @@ from rlhf_jax.data.records import (
     prompts,
     prompts_of,
 )
+from rlhf_jax.data.rendering import render_prompt, render_reply, writes_date
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
 from rlhf_jax.data.stop_strings import stop_table
-from rlhf_jax.data.templates import Template, render_prompt, render_reply, writes_date
+from rlhf_jax.data.templates import Template
+from rlhf_jax.data.written import unread_keys
 
 __all__ = [
     "GSM8K_FIELDS",
@@ -99,5 +101,6 @@ __all__ = [
     "stop_table",
     "token_batches",
     "truncate_by_lines",
+    "unread_keys",
     "writes_date",
 ]

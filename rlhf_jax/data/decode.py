@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,11 +34,16 @@ def responses(
     ]
 
 
-def prompt_column(messages: Sequence[Message]) -> str | list[dict[str, str]]:
+def prompt_column(messages: Sequence[Message]) -> str | list[dict[str, Any]]:
     """A prompt as the "prompt" column of a data file: the text of a single user message, else the list of messages.
 
     Reading the row back (`records.prompts`, `records.comparisons`) gives the same messages.
     """
-    if [message.role for message in messages] == ["user"]:
+    if [(message.role, message.keys, message.learned) for message in messages] == [("user", {}, True)]:
         return messages[0].content
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [
+        {"role": message.role, "content": message.content}
+        | dict(message.keys)
+        | ({} if message.learned else {"weight": 0})
+        for message in messages
+    ]

@@ -39,7 +39,8 @@ def hh_comparisons(
         replies = (chosen[boundary:].strip(), rejected[boundary:].strip())
         if any(_TURN.search(text[boundary:]) for text in (chosen, rejected)):
             raise Unlearnable("the dialogues part before the last reply", "keep only the turns both share")
-        return comparison_of(id_of(row, fields, place), _messages(shared[:boundary]), replies, 0.0)
+        responses = (Message("assistant", replies[0]), Message("assistant", replies[1]))
+        return comparison_of(id_of(row, fields, place), _messages(shared[:boundary]), responses, 0.0)
 
     return collect(rows, make, source, unusable)
 

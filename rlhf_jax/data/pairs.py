@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rlhf_jax.data.message_keys import tools_of
 from rlhf_jax.data.records import (
     Comparison,
     Dropped,
@@ -20,9 +21,9 @@ from rlhf_jax.data.records import (
     messages_of,
     prompt_of,
     require_question,
-    require_text,
+    require_said,
+    response_of,
     scalar_of,
-    text_of,
     value_of,
 )
 from rlhf_jax.data.row_problems import Unlearnable
@@ -42,24 +43,27 @@ def comparisons(
         sides = _sides(row, fields)
         margin = _margin(row, fields)
         ended = [flag_of(row, f"{side}_{fields.ended}") for side in ("chosen", "rejected")]
-        texts = (sides.chosen.content, sides.rejected.content)
-        record = comparison_of(id_of(row, fields, place), sides.prompt, texts, margin, *ended)
-        return dataclasses.replace(record, chosen_keys=sides.chosen.keys, rejected_keys=sides.rejected.keys)
+        responses = (sides.chosen, sides.rejected)
+        record = comparison_of(id_of(row, fields, place), sides.prompt, responses, margin, *ended)
+        return dataclasses.replace(record, tools=tools_of(row, fields.tools))
 
     return collect(rows, make, source, unusable)
 
 
 def comparison_of(
-    identity: str, prompt: tuple[Message, ...], responses: tuple[str, str], margin: float, *ended: bool
+    identity: str, prompt: tuple[Message, ...], responses: tuple[Message, Message], margin: float, *ended: bool
 ) -> Comparison:
     """responses: (chosen, rejected). ended: of both. Raises Unlearnable when there is nothing to tell them apart by."""
+    for name, response in zip(("chosen", "rejected"), responses, strict=True):
+        require_said(response, name)
+        if not response.learned:
+            raise Unlearnable(f"field {name!r} has weight 0", "remove the row")
     chosen, rejected = responses
-    require_text(chosen, "chosen")
-    require_text(rejected, "rejected")
     if chosen == rejected:
         raise Unlearnable("chosen equals rejected", "remove the row")
     chosen_ended, rejected_ended = ended or (True, True)
-    return Comparison(identity, prompt, chosen, rejected, margin, chosen_ended, rejected_ended)
+    texts, keys = (chosen.content, rejected.content), (chosen.keys, rejected.keys)
+    return Comparison(identity, prompt, *texts, margin, chosen_ended, rejected_ended, *keys)
 
 
 class _Sides(NamedTuple):
@@ -72,8 +76,7 @@ def _sides(row: Mapping[str, Any], fields: Fields) -> _Sides:
     columns = {key: value_of(row, getattr(fields, key), key) for key in ("chosen", "rejected")}
     conversations = [_is_conversation(value) for value in columns.values()]
     if not any(conversations):
-        prompt, texts = prompt_of(row, fields), [text_of(row, fields, key) for key in columns]
-        return _Sides(prompt, Message("assistant", texts[0]), Message("assistant", texts[1]))
+        return _Sides(prompt_of(row, fields), *[response_of(row, fields, key) for key in columns])
     if not all(conversations):
         raise Unlearnable("one of chosen and rejected is a conversation, the other is not", "write both alike")
     chosen, rejected = (messages_of(value, getattr(fields, key), fields) for key, value in columns.items())

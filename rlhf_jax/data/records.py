@@ -6,6 +6,7 @@ decides where a prompt ends in tokens: that is ``encode``'s.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
+from rlhf_jax.data.message_keys import SAYING_KEYS, content_of, keys_of, learned_of, tools_of
 from rlhf_jax.data.row_problems import FaultyObject, Unlearnable, check_value
 from rlhf_jax.types import InputError
 
@@ -21,8 +23,6 @@ Scalar = str | float | int
 Unusable = Literal["error", "drop"]
 """What to do with a row that gives no record (an empty or null response, a missing field, chosen equal to rejected)."""
 ROLES = ("system", "user", "assistant", "tool")
-SAYING_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
-"""Keys of a message that are part of what it says; the last three are names of one thing."""
 _ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
 _RecordT = TypeVar("_RecordT")
 
@@ -66,6 +66,11 @@ class Demonstration:
     learned: bool = True
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All of the conversation."""
+        return (*self.prompt, Message("assistant", self.response, self.keys, self.learned))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -87,6 +92,12 @@ class Comparison:
     rejected_keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt and both responses."""
+        sides = ((self.chosen, self.chosen_keys), (self.rejected, self.rejected_keys))
+        return (*self.prompt, *(Message("assistant", text, keys) for text, keys in sides))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -97,6 +108,11 @@ class Prompt:
     prompt: tuple[Message, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Those of the prompt."""
+        return self.prompt
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,7 @@ class Fields:
     "chosen_" and "rejected_" come before its name.
     margin: None for comparisons without margins.  extra: columns carried along in ``Prompt.extra``.
     role, content: the keys inside a message ("from", "value" in ShareGPT files; roles "human", "gpt" are understood).
+    tools: column of the functions that may be called (JSON schemas), read where a row has it; None: not read.
     """
 
     id: str | None = None
@@ -123,6 +140,7 @@ class Fields:
     extra: tuple[str, ...] = ()
     role: str = "role"
     content: str = "content"
+    tools: str | None = "tools"
 
 
 GSM8K_FIELDS = Fields(prompt="question", response="answer", extra=("answer",))
@@ -143,16 +161,17 @@ def demonstrations(
 
     def make(place: str, row: Mapping[str, Any]) -> Demonstration:
         if fields.messages is None:
-            prompt, response = prompt_of(row, fields), text_of(row, fields, "response")
+            prompt, last = prompt_of(row, fields), response_of(row, fields, "response")
         else:
             *context, last = messages_of(value_of(row, fields.messages, "messages"), fields.messages, fields)
             if last.role != "assistant":
                 raise Unlearnable(
                     "last message is not a reply", f"end field {fields.messages!r} with an assistant message"
                 )
-            prompt, response = tuple(context), last.content
-        require_text(response, fields.response if fields.messages is None else fields.messages)
-        return Demonstration(id_of(row, fields, place), prompt, response, flag_of(row, fields.ended))
+            prompt = tuple(context)
+        require_said(last, fields.response if fields.messages is None else fields.messages)
+        ended, tools = flag_of(row, fields.ended), tools_of(row, fields.tools)
+        return Demonstration(id_of(row, fields, place), prompt, last.content, ended, last.keys, last.learned, tools)
 
     return collect(rows, make, source, unusable)
 
@@ -165,7 +184,7 @@ def prompts(
 
     def make(place: str, row: Mapping[str, Any]) -> Prompt:
         extra = {name: extra_of(row, name) for name in fields.extra}
-        return Prompt(id_of(row, fields, place), prompt_of(row, fields), extra)
+        return Prompt(id_of(row, fields, place), prompt_of(row, fields), extra, tools_of(row, fields.tools))
 
     return collect(rows, make, source, unusable)
 
@@ -174,13 +193,17 @@ def prompts_of(records: Iterable[Demonstration | Comparison]) -> list[Prompt]:
     """The distinct prompts of ``records`` in order of first appearance (equal by ``prompt_key``), with the first id."""
     first: dict[str, Prompt] = {}
     for record in records:
-        first.setdefault(prompt_key(record.prompt), Prompt(record.id, record.prompt))
+        first.setdefault(prompt_key(record.prompt), Prompt(record.id, record.prompt, tools=record.tools))
     return list(first.values())
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
     """A text equal for prompts that differ in white space or case only: "Hi  there" and "hi there" are one prompt."""
-    return "\n".join(f"{message.role}: {' '.join(message.content.split()).casefold()}" for message in messages)
+    return "\n".join(
+        f"{message.role}: {' '.join(message.content.split()).casefold()}"
+        + "".join(f" {key}: {json.dumps(message.keys[key])}" for key in SAYING_KEYS if message.keys.get(key))
+        for message in messages
+    )
 
 
 def collect(
@@ -223,6 +246,12 @@ def require_text(text: str, name: str) -> None:
         raise Unlearnable(f"field {name!r} is empty", "fill it in or remove the row")
 
 
+def require_said(message: Message, name: str) -> None:
+    """Raises Unlearnable for a response that says nothing: no text, no call, no reasoning."""
+    if not message.says_more:
+        require_text(message.content, name)
+
+
 def value_of(row: Mapping[str, Any], name: str, key: str) -> Any:
     """The value of a column. key: of `Fields`, which names the column. Raises Unlearnable for none and for null."""
     if name not in row:
@@ -238,15 +267,23 @@ def value_of(row: Mapping[str, Any], name: str, key: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], fields: Fields, key: str) -> str:
-    """A text, or the content of a single message (a mapping, or a list with one). key: of `Fields`."""
+    """The content of ``response_of``."""
+    return response_of(row, fields, key).content
+
+
+def response_of(row: Mapping[str, Any], fields: Fields, key: str) -> Message:
+    """A text, or a single message (a mapping, or a list with one). key: of `Fields`."""
     name = getattr(fields, key)
     value = value_of(row, name, key)
     if isinstance(value, str):
-        return value
+        return Message("assistant", value)
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, Sequence) and len(value) < 2:
-        return messages_of(value, name, fields)[0].content
+        message = messages_of(value, name, fields)[0]
+        if message.role != "assistant":
+            raise Unlearnable(f"field {name!r} is a turn of the {message.role}, no response", "name another column")
+        return message
     if isinstance(value, bool | int | float):
         raise _not_text(name, value, "text or one message")
     conversation = isinstance(value, Sequence) and bool(value) and key == "response"
@@ -276,8 +313,8 @@ def prompt_of(row: Mapping[str, Any], fields: Fields) -> tuple[Message, ...]:
 
 
 def require_question(messages: Sequence[Message], name: str) -> None:
-    """Raises Unlearnable unless the messages of a prompt end with a user's."""
-    if not messages or messages[-1].role != "user":
+    """Raises Unlearnable unless the messages of a prompt end with a user's, or with a tool's result."""
+    if not messages or messages[-1].role not in ("user", "tool"):
         raise Unlearnable("last message of the prompt is not the user's", f"end field {name!r} with a user message")
     require_text(messages[-1].content, name)
 
@@ -293,19 +330,17 @@ def messages_of(value: Any, name: str, fields: Fields) -> tuple[Message, ...]:
     messages = []
     for number, item in enumerate(value, start=1):
         at = f"field {name!r}, message {number}"
-        if not isinstance(item, Mapping) or fields.role not in item or fields.content not in item:
+        calls = isinstance(item, Mapping) and any(item.get(key) for key in SAYING_KEYS)
+        if not isinstance(item, Mapping) or fields.role not in item or not (fields.content in item or calls):
             raise Unlearnable(
                 f"{at}: must be an object with {fields.role!r} and {fields.content!r}",
                 "set Fields.role and Fields.content",
             )
-        role, content = item[fields.role], item[fields.content]
-        if role not in _ROLE_NAMES:
-            raise Unlearnable(f"{at}: role {role!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
-        if content is None:
-            raise Unlearnable(f"{at}: content is null", "fill it in or remove the row")
-        if not isinstance(content, str):
-            raise Unlearnable(f"{at}: content is {type(content).__name__}, not text", "write it as one text")
-        messages.append(Message(_ROLE_NAMES[role], content))
+        if item[fields.role] not in _ROLE_NAMES:
+            raise Unlearnable(f"{at}: role {item[fields.role]!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
+        role = _ROLE_NAMES[item[fields.role]]
+        keys = keys_of(item, fields.role, fields.content, at)
+        messages.append(Message(role, content_of(item, fields.content, at), keys, learned_of(item, role, at)))
     return tuple(messages)
 
 

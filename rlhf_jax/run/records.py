@@ -87,9 +87,14 @@ def encode_prompts(
     return encode_records(prompts, Prompt, encode)
 
 
-def tell_left_out(records: Records, train: data.EncodedSet[Any, Any], heldout: data.EncodedSet[Any, Any]) -> None:
-    """Nothing is left out silently: a line on stderr for each side of which something is. Call it when the run is open, so
-    that a mistake of the user's stays one line."""
+def tell_left_out(
+    records: Records,
+    train: data.EncodedSet[Any, Any],
+    heldout: data.EncodedSet[Any, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Nothing is left out silently: a line on stderr for each side of which something is, and one for the keys of messages
+    that nothing reads. Call it when the run is open, so that a mistake of the user's stays one line."""
     for side, encoded, unusable in (
         ("training", train, records.unusable),
         ("held-out", heldout, records.heldout_unusable),
@@ -102,3 +107,7 @@ def tell_left_out(records: Records, train: data.EncodedSet[Any, Any], heldout: d
             total = len(encoded.items) + sum(reasons.values())
             warning = "warning: " if sum(reasons.values()) > MANY_LEFT_OUT * total else ""
             print(f"{warning}{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)
+    messages = (message for record in (*records.train, *records.heldout) for message in record.messages)
+    if unread := data.unread_keys(messages, tokenizer, records.template):
+        told = ", ".join(f"{key!r} ({count})" for key, count in sorted(unread.items()))
+        print(f"messages: keys that the template does not read: {told}", file=sys.stderr)

@@ -10,6 +10,7 @@ from rlhf_jax.data import (
     Comparison,
     Demonstration,
     Encoded,
+    EncodedPair,
     Message,
     Prompt,
     Skipped,
@@ -19,9 +20,10 @@ from rlhf_jax.data import (
     encode_prompt,
     render_prompt,
     render_reply,
+    unread_keys,
+    writes_date,
 )
 from rlhf_jax.data.row_problems import UnusableRecord
-from rlhf_jax.data.templates import unread_keys, writes_date
 from rlhf_jax.data.turn_tokens import LossOn
 from rlhf_jax.testing import byte_tokenizer
 from rlhf_jax.types import InputError
@@ -57,19 +59,51 @@ STRIPS = chatml("{{ m['content'].split('</think>')[-1] }}")
     [
         "{{ m['content'].split('</think>')[-1] }}",
         "{{ m['content'] | replace('<think>', '') }}",
-        "{{ m['content'] | upper }}",
-        "{{ m['content'][:10] }}",
-        "{{ m['content'] | truncate(8) }}",
-        "{{ m['role'] }}",
+        "{{ m['content'][:12] }}",
+        "{{ m['content'] | truncate(12) }}",
     ],
 )
-def test_a_response_that_the_template_changes_is_refused(body: str) -> None:
+@pytest.mark.parametrize("end", ["", "<think>"])
+def test_a_response_is_learned_as_the_data_has_it(body: str, end: str) -> None:
+    """A template that writes a part of it only puts it in a frame; where the prompt begins a thought, so must the data."""
+    assert learned(Demonstration("d", user("q"), THOUGHT), chatml(body, end)) == THOUGHT.removeprefix(end) + "<|eos|>"
+    tokenizer = byte_tokenizer(chatml(body, end))
+    record = Comparison("c", user("q"), THOUGHT, "<think>no</think>a long way")
+    pair = encode_comparison(record, tokenizer, Template(), max_length=999)
+    assert isinstance(pair, EncodedPair)
+    assert tokenizer.decode(pair.chosen.tokens) == f"<user>q<|eos|>\n<assistant>{THOUGHT}<|eos|>"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ m['content'] | upper }}",
+        "{{ m['role'] }}",
+        "<think></think>{{ m['content'].split('</think>')[-1] }}",
+        "{% if 'think' in m['content'] %}x{% else %}y{{ m['content'] }}{% endif %}",
+    ],
+)
+def test_a_response_without_a_frame_is_refused(body: str) -> None:
     refused = "leaves out (the content of a response|what the assistant says)"
     with pytest.raises(InputError, match=refused):
         learned(Demonstration("d", user("q"), THOUGHT), chatml(body))
-    tokenizer = byte_tokenizer(chatml(body))
-    with pytest.raises(InputError, match=refused):
-        encode_comparison(Comparison("c", user("q"), THOUGHT, "x"), tokenizer, Template(), max_length=999)
+
+
+def test_a_prompt_may_begin_the_response() -> None:
+    """Qwen 3.5 ends a prompt with "<think>", and writes the thought of a response itself: the rest of it is learned."""
+    body = (
+        "{% if m['role'] == 'assistant' and not m['content'].startswith('<think>') %}<think></think>{% endif %}" + BODY
+    )
+    assert learned(Demonstration("d", user("q"), THOUGHT), chatml(body, "<think>")) == f"{THOUGHT[7:]}<|eos|>"
+
+
+def test_what_ends_a_conversation_ends_no_turn_inside() -> None:
+    """Phi-3 writes its EOS after the last turn only."""
+    chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|pad|>\n{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% else %}<|eos|>{% endif %}"
+    )
+    record = Demonstration("d", (*user("q"), Message("assistant", "a"), *user("r")), "b")
+    assert learned(record, chat_template, "assistant") == "a<|pad|>b<|pad|>"
 
 
 def test_outer_white_space_may_go() -> None:
@@ -202,8 +236,8 @@ def test_tools_are_written_or_refused() -> None:
 def test_keys_that_nothing_reads_are_listed() -> None:
     message = Message("user", "q", {"name": "Ann", "mood": "good", "tool_call_id": None})
     tokenizer = byte_tokenizer(chatml("{{ m.name }}" + BODY))
-    assert unread_keys([message, message], tokenizer, Template()) == ["mood", "mood"]
-    assert unread_keys([message], tokenizer, Template(style="plain")) == ["name", "mood"]
+    assert unread_keys([message, message], tokenizer, Template()) == {"mood": 2}
+    assert unread_keys([message], tokenizer, Template(style="plain")) == {"name": 1, "mood": 1}
 
 
 SWITCH = chatml(end="{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}")

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import Message, Template, render_prompt, render_reply
-from rlhf_jax.data.templates import turns_of
+from rlhf_jax.data.rendering import turns_of
 from rlhf_jax.testing import byte_tokenizer
 from rlhf_jax.types import InputError
 

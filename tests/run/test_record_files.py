@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_jax.data import Demonstration, Fields, Template, encode_demonstration, encode_prompt
+from rlhf_jax.data import Demonstration, EncodedSet, Fields, Message, Template, encode_demonstration, encode_prompt
 from rlhf_jax.run.configurables import comparison_file, demonstration_file, prompt_file
 from rlhf_jax.run.records import Records, encode_records, tell_left_out
 from rlhf_jax.testing import byte_tokenizer
@@ -71,7 +72,7 @@ def test_heldout_records_of_their_own_file(write: Callable[..., str], capsys: py
     sides = encode_records(
         records, Demonstration, lambda r: encode_demonstration(r, byte_tokenizer(), RAW, max_length=64)
     )
-    tell_left_out(records, *sides)
+    tell_left_out(records, *sides, byte_tokenizer())
     told = capsys.readouterr().err
     assert "training records: 6 of 8 used; left out: prompt is in the held-out data 2" in told
     assert f"held-out records: 3 of 4 used; left out: field 'response' is null 1; the first: {heldout}:3: field" in told
@@ -158,3 +159,11 @@ def test_a_template_that_refuses_every_row_names_the_first(write: Callable[..., 
 
     with pytest.raises(InputError, match=r"the first: record data.jsonl:1: .*chat template refuses .*never"):
         encode_records(records, Demonstration, encode)
+
+
+def test_keys_that_nothing_reads_are_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = (Message("user", "q", {"mood": "good", "name": "Ann"}),)
+    records = Records([Demonstration(str(n), talk, "r", keys={"mood": "bad"}) for n in range(3)], [], Template())
+    nothing = EncodedSet([], [], Counter())
+    tell_left_out(records, nothing, nothing, byte_tokenizer("{{ messages[0].name }}"))
+    assert capsys.readouterr().err == "messages: keys that the template does not read: 'mood' (6)\n"

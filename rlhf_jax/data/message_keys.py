@@ -1,0 +1,107 @@
+"""What a message of a data file says besides its role: its text, other keys, its weight; and the tools of a conversation.
+
+Every key reaches the chat template, as `apply_chat_template` of transformers has it, or the loss mask, or is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.data.row_problems import Unlearnable
+
+SAYING_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+"""Keys of a message that are part of what it says; the last three are names of one thing."""
+WEIGHTS = ("weight", "loss", "trainable", "train")
+"""Names of a message's weight in the loss: 0 or false for a turn that is not learned, 1 or true for others."""
+
+
+def content_of(item: Mapping[str, Any], name: str, at: str) -> str:
+    """Return the text of a message; "" for one that has none and calls a tool or reasons. Raises Unlearnable."""
+    content = item.get(name)
+    if content is None and any(item.get(key) for key in SAYING_KEYS):
+        return ""
+    if content is None:
+        raise Unlearnable(f"{at}: content is null", "fill it in or remove the row")
+    if not isinstance(content, str):
+        raise Unlearnable(f"{at}: content is {type(content).__name__}, not text", "write it as one text")
+    return content
+
+
+def keys_of(item: Mapping[str, Any], role: str, content: str, at: str) -> dict[str, Any]:
+    """Return the other keys of a message that have a value. role, content: names of the keys that are no others.
+
+    A "content" of None stays: a chat template reads a message without content otherwise than one with "". Raises
+    Unlearnable.
+    """
+    taken = {role, content, "role", "content", *WEIGHTS}
+    keys = {name: value for name, value in item.items() if name not in taken and value is not None}
+    if item.get(content) is None:
+        keys["content"] = None
+    for name in SAYING_KEYS[1:]:
+        if not isinstance(keys.get(name, ""), str):
+            raise Unlearnable(f"{at}: {name} is {type(keys[name]).__name__}, not text", "write it as one text")
+    if "tool_calls" in keys:
+        keys["tool_calls"] = _calls(keys["tool_calls"], at)
+    return keys
+
+
+def learned_of(item: Mapping[str, Any], role: str, at: str) -> bool:
+    """Return whether a message may be a target, by its weight; True without one. Raises Unlearnable."""
+    weights = {name: item[name] for name in WEIGHTS if item.get(name) is not None}
+    for name, value in weights.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise Unlearnable(
+                f"{at}: {name} is neither 0 nor 1",
+                "only whole turns are learned or not; rename the key",
+                f" ({value!r:.40})",
+            )
+        if value and role != "assistant":
+            raise Unlearnable(
+                f"{at}: {name} is 1 for a turn of the {role}", "only turns of the assistant are learned; remove it"
+            )
+    if len({bool(value) for value in weights.values()}) > 1:
+        raise Unlearnable(f"{at}: {' and '.join(weights)} contradict each other", "keep one of them")
+    return all(weights.values())
+
+
+def tools_of(row: Mapping[str, Any], name: str | None) -> tuple[Mapping[str, Any], ...]:
+    """Return the JSON schemas of the functions in a column, a list or its JSON; () where the row has none.
+
+    Raises Unlearnable.
+    """
+    value = None if name is None else row.get(name)
+    if value is None or value == "":
+        return ()
+    tools = _parsed(value)
+    if _all_named(tools):
+        return tuple(tools)
+    raise Unlearnable(
+        f"field {name!r} is no list of functions with names", "write JSON schemas, or set Fields.tools = None"
+    )
+
+
+def _calls(value: Any, at: str) -> list[Any]:
+    calls = _parsed(value)
+    if _all_named(calls):
+        return list(calls)
+    raise Unlearnable(f"{at}: tool_calls is no list of calls with names", "write them as OpenAI does")
+
+
+def _all_named(value: Any) -> bool:
+    """Whether ``value`` is a list of functions, or of calls, that all have a name."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    inner = [item.get("function", item) if isinstance(item, Mapping) else None for item in value]
+    return all(isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in inner)
+
+
+def _parsed(value: Any) -> Any:
+    """``value``, or what its text says as JSON: tables hold lists so."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
