@@ -40,7 +40,9 @@ from rlhf_jax.run.check_bindings import Command
 from rlhf_jax.run.check_bindings import check as check_bindings
 from rlhf_jax.run.cold_start import cache_environment
 from rlhf_jax.run.mirror import asked_url
+from rlhf_jax.run.outputs import changed_outputs
 from rlhf_jax.run.provenance import FILE, changed_inputs, write_atomically
+from rlhf_jax.run.resume import OWN_PLACES, names_in, refuse_place
 from rlhf_jax.types import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +64,10 @@ class Stage:
     def __post_init__(self) -> None:
         if not (ROOT / "experiments" / f"{self.experiment}.py").is_file():
             raise InputError(f"Stage.experiment = {self.experiment!r}: no experiments/{self.experiment}.py")
+        if self.name in OWN_PLACES[RECORD]:
+            raise InputError(
+                f"Stage.name = {self.name!r}: the pipeline keeps files of its own there; give another name"
+            )
         if not self.name.replace("-", "").replace("_", "").isalnum():
             raise InputError(f"Stage.name = {self.name!r}: letters, digits, - and _ only; it names a directory")
 
@@ -72,10 +78,12 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
     bound = bound_config()
     directory = Path(run_dir).expanduser().absolute()
     check(stages, seed)
+    refuse_place(directory)
     _refuse_foreign(directory, [stage.name for stage in stages])
     make_directory(directory)
     with lock(directory):
         record = _read_record(directory) | {"config": bound.config}
+        _write_record(directory, record)  # before the first stage: a directory that a kill leaves is then known as ours
         # What compiles once compiles for every stage and every later start; a cache of the user's own comes first.
         environment = cache_environment(directory)
         for number, stage in enumerate(stages, 1):
@@ -92,7 +100,7 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
             print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
             entry = {"experiment": stage.experiment, "gin_file": stage.gin_file, "asked": asked}
             record["stages"][stage.name] = entry | {"seconds": round(seconds, 1), "finished": _now()}
-            write_atomically(directory / RECORD, json_text(record, indent=2))
+            _write_record(directory, record)
         report = write_report(directory, [stage.name for stage in stages])
     print(f"report: {report}")
 
@@ -144,9 +152,13 @@ def check(stages: Sequence[Stage], seed: int) -> None:
 
 
 def _refuse_foreign(directory: Path, names: Sequence[str]) -> None:
-    found = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
-    if found and not found & {RECORD, ".lock", *names}:
+    found = names_in(directory) - {".lock", f"{RECORD}.tmp"}
+    if found and not found & {RECORD, *names}:
         raise InputError(f"{directory}: not empty and not a pipeline's ({min(found)} is there); give another run_dir")
+
+
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    write_atomically(directory / RECORD, json_text(record, indent=2))
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
@@ -161,8 +173,16 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:
-    """Whether a stage ended well with this configuration, and everything it read is still what it read then."""
-    return entry is not None and entry["asked"] == asked and (run_dir / FILE).is_file() and not changed_inputs(run_dir)
+    """Whether a stage ended well with this configuration, and everything it read is still what it read then. Raises InputError
+    when what it wrote is not."""
+    if entry is None or entry["asked"] != asked or not (run_dir / FILE).is_file():
+        return False
+    if changed := changed_outputs(run_dir):
+        raise InputError(
+            f"{run_dir / changed[0]}: not what stage {run_dir.name} wrote: put it back, or remove {run_dir} and the stages "
+            "after it to run them again"
+        )
+    return not changed_inputs(run_dir)
 
 
 def _fail(stage: Stage, code: int) -> None:

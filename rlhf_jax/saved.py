@@ -9,9 +9,12 @@ now is damage. Orbax alone restores a flipped bit, counts an empty directory as 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlhf_jax.types import InputError
+from rlhf_jax.types import InputError, RunStopped
 
 Layout = dict[str, list[Any]]
 """{'params/embed/embedding': [[V, D], 'float32']}: every leaf of a state by its path."""
@@ -41,18 +44,55 @@ def checkpoint_dir(run_dir: str | Path) -> Path:
     return Path(run_dir).absolute() / CHECKPOINTS
 
 
-def saved_steps(run_dir: str | Path) -> list[int]:
-    """The steps of a run, ascending; [] when there is none. Reads directory names only: `verify` looks inside."""
+def list_checkpoints(run_dir: str | Path) -> list[str]:
+    """List the names in ``RUN_DIR/checkpoints``; [] when nothing of that name exists.
+
+    Raises InputError when something exists there and cannot be listed (no permission, a link to a disk that is not
+    mounted): steps that cannot be seen are not steps that do not exist.
+    """
     directory = checkpoint_dir(run_dir)
-    return sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError as error:
+        if not directory.is_symlink():
+            return []
+        raise _dangling(directory) from error
+    except OSError as error:
+        if isinstance(error, NotADirectoryError) and not os.path.lexists(directory):
+            return []  # a file is where a directory above it should be
+        raise unreadable(directory, error) from error
+
+
+def _dangling(link: Path) -> InputError:
+    return InputError(
+        f"{link}: a link to {os.readlink(link)}, which is not there; mount that disk, or put the link right"
+    )
+
+
+def unreadable(place: Path, error: OSError) -> InputError:
+    """Make the error for a file or directory of a run that exists and that the file system does not let us read."""
+    return InputError(
+        f"{place}: cannot be read ({error.strerror}); make it readable (permissions, mounted disks), or use another run_dir"
+    )
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """List the steps of a run, ascending; [] when there is none. Reads directory names only: `verify` looks inside.
+
+    Raises InputError as `list_checkpoints` does.
+    """
+    return sorted(int(name) for name in list_checkpoints(run_dir) if is_step(name))
+
+
+def is_step(name: str) -> bool:
+    """Return whether a name below ``checkpoints`` is that of a step: plain digits as Python writes them."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
 def steps_among(names: Collection[str]) -> list[int]:
     """The whole steps of a run, ascending, from the names of its files: those with a manifest, which is copied last."""
     parts = [name.split("/") for name in names]
-    return sorted(
-        int(p[1]) for p in parts if len(p) == 3 and (p[0], p[2]) == (CHECKPOINTS, MANIFEST) and p[1].isdigit()
-    )
+    return sorted(int(p[1]) for p in parts if len(p) == 3 and (p[0], p[2]) == (CHECKPOINTS, MANIFEST) and is_step(p[1]))
 
 
 def latest_step(run_dir: str | Path) -> int | None:
@@ -114,16 +154,19 @@ def manifest_text(body: Mapping[str, Any]) -> str:
 def read_manifest(place: Path) -> dict[str, Any]:
     """The body of a step's manifest: step, files, layout, host, metrics, config, inputs, versions.
 
-    Raises DamagedCheckpoint when it is missing or is not what was written. The other files are not looked at.
+    Raises DamagedCheckpoint when it is missing or is not what was written, InputError when the file system does not let us
+    look. The other files are not looked at.
     """
     file = place / MANIFEST
-    if not file.is_file():
+    if _size(place, MANIFEST) is None:
         raise DamagedCheckpoint(place, f"{MANIFEST} is missing")
+    with _reading(file):
+        stored = file.read_bytes()
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(stored)
         body: dict[str, Any] = content["manifest"]
         same = content["sha256"] == _hash_body(body) and str(body["step"]) == place.name
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(place, f"{MANIFEST} is not readable ({first_line(error)})") from error
     if not same:
         raise DamagedCheckpoint(place, f"{MANIFEST} is not what was written")
@@ -131,7 +174,8 @@ def read_manifest(place: Path) -> dict[str, Any]:
 
 
 def verify(place: Path) -> dict[str, Any]:
-    """The body of the manifest after every file was hashed again. Raises DamagedCheckpoint naming the first bad file.
+    """The body of the manifest after every file was hashed again. Raises DamagedCheckpoint naming the first bad file,
+    InputError when the file system does not let us read one.
 
     Paths of a manifest never leave ``place``: '..' and absolute ones count as damage.
     """
@@ -140,13 +184,38 @@ def verify(place: Path) -> dict[str, Any]:
         file = place / name
         if ".." in Path(name).parts or not file.resolve().is_relative_to(place.resolve()):
             raise DamagedCheckpoint(place, f"{MANIFEST} names {name!r}, which lies elsewhere")
-        if not file.is_file():
+        size = _size(place, name)
+        if size is None:
             raise DamagedCheckpoint(place, f"{name} is missing")
-        if file.stat().st_size != wanted["bytes"]:
-            raise DamagedCheckpoint(place, f"{name} has {file.stat().st_size} bytes, {wanted['bytes']} were written")
-        if hash_file(file) != wanted["sha256"]:
+        if size != wanted["bytes"]:
+            raise DamagedCheckpoint(place, f"{name} has {size} bytes, {wanted['bytes']} were written")
+        with _reading(file):
+            same = hash_file(file) == wanted["sha256"]
+        if not same:
             raise DamagedCheckpoint(place, f"{name} has another sha256 than what was written")
     return body
+
+
+def _size(place: Path, name: str) -> int | None:
+    """Return the bytes of a file of a step; None when there is no such file. Raises InputError when that cannot be seen."""
+    if place.is_symlink() and not place.exists():
+        raise _dangling(place)
+    try:
+        status = (place / name).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(place / name, error) from error
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise InputError when the file system fails while a file is read: that is not damage."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(file, error) from error
 
 
 def _hash_body(body: Mapping[str, Any]) -> str:
@@ -166,6 +235,30 @@ def read_state(place: Path, target: Any) -> Any:
             return reader.restore(place / "state", args=arguments)
     except Exception as error:
         raise InputError(f"{place}: cannot read the arrays ({first_line(error)}); use an older step") from error
+
+
+def refuse_missing_leaves(place: Path, wanted: Layout) -> None:
+    """Compare the arrays that lie in ``state`` with ``wanted``, by opening each as a reader does.
+
+    Orbax reports success when it has written somewhere else or has not merged what it wrote. A random key is stored as its
+    bits: of it only the presence is compared. Raises RunStopped naming the leaves.
+    """
+    try:
+        tree: Any = ocp.PyTreeCheckpointHandler().metadata(place / "state").tree
+    except Exception as error:
+        raise RunStopped(f"{place}: the arrays are not there after saving ({first_line(error)})") from error
+    stored = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [list(entry.shape), str(entry.dtype)]
+        for path, entry in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(entry, "shape")
+    }
+    wrong = [
+        name
+        for name, entry in wanted.items()
+        if name not in stored or (stored[name] != entry and not entry[1].startswith("key<"))
+    ]
+    if wrong:
+        raise RunStopped(f"{place}: {len(wrong)} of {len(wanted)} arrays are not there after saving ({wrong[0]}, ...)")
 
 
 def read_arrays(place: Path) -> dict[str, np.ndarray]:

@@ -43,7 +43,9 @@ from rlhf_jax.messages import behind, printable
 from rlhf_jax.run import STOPPED, fingerprint_asked, lock, make_directory, run_child, scan, settable
 from rlhf_jax.run.check_bindings import Command, check
 from rlhf_jax.run.cold_start import cache_environment
+from rlhf_jax.run.outputs import changed_outputs
 from rlhf_jax.run.provenance import changed_inputs, write_atomically
+from rlhf_jax.run.resume import names_in, refuse_place
 from rlhf_jax.run.sweep import PlannedRun, expand, final_metrics, plan
 from rlhf_jax.types import InputError
 
@@ -92,6 +94,10 @@ def state_of(run: PlannedRun, out: Path, record: Record) -> str:
         return "failed" if entry and entry["state"] == "failed" else "to do"
     if entry is None or entry["asked"] != fingerprint_asked(scan(FLAGS.gin_file, bindings_of(run, None))):
         return "half done"
+    if entry["state"] == "done" and (changed := changed_outputs(out / run.name)):
+        raise InputError(
+            f"{out / run.name / changed[0]}: not what the run wrote: put it back, or remove {out / run.name} to run it again"
+        )
     if entry["state"] == "done" and changed_inputs(out / run.name):
         return "half done"  # asked for the same of other data or models: its own resume says what to do
     return str(entry["state"])
@@ -144,11 +150,11 @@ def planned() -> list[PlannedRun]:
 
 def read_record(out: Path) -> Record:
     """sweep.json. Raises InputError when OUT belongs to something else."""
-    file = out / RECORD
-    if not file.is_file():
-        found = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock") if out.is_dir() else []
+    refuse_place(out)
+    file, found = out / RECORD, names_in(out) - {".lock", f"{RECORD}.tmp"}
+    if RECORD not in found:
         if found:
-            raise InputError(f"{out}: not empty and not a sweep ({found[0]} is there); give another --out")
+            raise InputError(f"{out}: not empty and not a sweep ({min(found)} is there); give another --out")
         return {"experiment": FLAGS.experiment, "runs": {}}
     remedy = "delete it: finished runs are then looked at again"
     record: Record = read_object(file, remedy)
@@ -164,11 +170,17 @@ def read_record(out: Path) -> Record:
     return record
 
 
+def write_record(out: Path, record: Record) -> None:
+    """Write sweep.json."""
+    write_atomically(out / RECORD, json_text(record, indent=2))
+
+
 def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
     """Start what is not done; returns the names of the failed. Raises SystemExit after a signal."""
     make_directory(out)
     with lock(out):
         record, failed = read_record(out), []
+        write_record(out, record)  # before the first run: a directory that a kill leaves is then known as a sweep
         for number, run in enumerate(runs, 1):
             before = state_of(run, out, record)
             print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
@@ -176,7 +188,7 @@ def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
                 print("    done before", file=sys.stderr, flush=True)
                 continue
             entry = record["runs"][run.name] = execute(run, out)
-            write_atomically(out / RECORD, json_text(record, indent=2))
+            write_record(out, record)
             told = f": {entry['message']}" if entry["state"] == "failed" else ""
             print(f"    {entry['state']}, {entry['seconds']:.0f} s{told}", file=sys.stderr, flush=True)
             if entry["state"] == "failed":

@@ -14,6 +14,7 @@ ALL = {
     "records",
     "types",
     "saved",
+    "reading",
     "remote",
     "ops",
     "data",
@@ -36,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "messages": set(),
     "metric_files": {"types", "files"},
     "saved": {"types", "files"},
+    "reading": {"types", "saved"},
     "command": {"types", "messages"},
     "parent_death": set(),
     "remote": {"types", "files", "saved"},
@@ -50,8 +52,8 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"records", "types", "files", "metric_files", "ops", "data", "rewards"},
     "programs": {"types", "models", "learn", "rollout", "parallel"},
     "plan": {"types", "files", "models", "learn", "rollout", "parallel", "io", "programs"},
-    "io": {"types", "files", "saved", "remote", "models", "parallel", "data"},
-    "run": {"types", "files", "metric_files", "messages", "saved", "command", "remote", "parent_death"},
+    "io": {"types", "files", "saved", "reading", "remote", "models", "parallel", "data"},
+    "run": {"types", "files", "metric_files", "messages", "saved", "reading", "command", "remote", "parent_death"},
     "doctor": {"types", "files", "saved", "data", "models", "learn", "rollout", "run"},
     "testing": ALL,  # shipped for the tests of users; nothing of ours may lean on it
 }

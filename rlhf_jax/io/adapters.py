@@ -16,7 +16,7 @@ from rlhf_jax.io.run_directory import CARD, normalised_scalar_head, read_model_c
 from rlhf_jax.io.tokenizers import load_tokenizer
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.saved import find_step
+from rlhf_jax.reading import newest_to_read
 from rlhf_jax.types import InputError, Params
 
 
@@ -32,7 +32,7 @@ def adapter_card(settings: LoraConfig, base: str) -> dict[str, Any]:
     """The ``adapter`` entry of model.json. A local base is kept by its absolute path, a run also by its step: it may be
     trained further meanwhile."""
     location = locate(base)
-    step = int(find_step(location.path).name) if location.kind == "run" else None
+    step = newest_to_read(location.path) if location.kind == "run" else None
     there = str(Path(base).absolute()) if Path(base).exists() else base
     return {"lora": dataclasses.asdict(settings), "base": there, "base_step": step}
 

@@ -14,7 +14,8 @@ from rlhf_jax.data import Template
 from rlhf_jax.files import parse_object
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.saved import find_step, layout, read_state, refuse_other_layout, verify
+from rlhf_jax.reading import reading_step
+from rlhf_jax.saved import layout, read_state, refuse_other_layout, verify
 from rlhf_jax.types import InputError, Params, fits_float32
 
 CARD = "model.json"
@@ -70,7 +71,11 @@ def read_parameters(
     not read. Raises DamagedCheckpoint (an older step is not what was asked for, so none is taken in its place), InputError
     for no checkpoint, or leaves that are missing, extra, reshaped or re-typed (Orbax would cast silently).
     """
-    place = find_step(path, step)
+    with reading_step(path, step) as place:
+        return _read_parameters(place, subtree, saved_as, like)
+
+
+def _read_parameters(place: Path, subtree: str, saved_as: Params, like: Params) -> Params:
     whole = verify(place)["layout"]
     saved = {name[len(subtree) + 1 :]: entry for name, entry in whole.items() if name.startswith(subtree + "/")}
     if not saved:

@@ -10,6 +10,8 @@ process left, sets damaged steps aside as STEP.damaged, says so, and falls back 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import shutil
@@ -25,7 +27,15 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from rlhf_jax.run.provenance import fingerprint_input, write_atomically
+from rlhf_jax.reading import unread
+from rlhf_jax.run.provenance import (
+    FILE,
+    SAVED_STEP,
+    fingerprint_input,
+    read_provenance,
+    record_saved,
+    write_atomically,
+)
 from rlhf_jax.saved import (
     MANIFEST,
     DamagedCheckpoint,
@@ -35,9 +45,11 @@ from rlhf_jax.saved import (
     hash_files,
     latest_step,
     layout,
+    list_checkpoints,
     manifest_text,
     read_manifest,
     read_state,
+    refuse_missing_leaves,
     refuse_other_layout,
     saved_steps,
     verify,
@@ -45,6 +57,7 @@ from rlhf_jax.saved import (
 from rlhf_jax.types import InputError, RunStopped
 
 SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,13 @@ def newest_verified(run_dir: str | Path) -> int:
     """The newest step that is whole, 0 when the run saved none; call it under the run's lock, before anything is opened.
 
     Removes what a killed process left half-written. A damaged step becomes STEP.damaged, with a warning. Raises
-    InputError when there are damaged steps only: to begin again from nothing is for the user to decide.
+    InputError when there are damaged steps only, when the checkpoints that the run's record shows are gone, and when the
+    file system does not let us look: to begin again from nothing is for the user to decide.
     """
     directory = checkpoint_dir(run_dir)
-    for entry in [*directory.glob(f"*{SAVING}"), *directory.glob(f"*{DELETING}")]:
-        shutil.rmtree(entry)
+    for name in list_checkpoints(run_dir):
+        if name.endswith((SAVING, DELETING)):
+            shutil.rmtree(directory / name)
     for step in reversed(saved_steps(run_dir)):
         place = directory / str(step)
         try:
@@ -98,15 +113,50 @@ def newest_verified(run_dir: str | Path) -> int:
             aside = _set_aside(place)
             print(f"warning: {place}: damaged checkpoint: {error.what}; moved to {aside.name}", file=sys.stderr)
             continue
-        if aside_now := sorted(entry.name for entry in directory.glob(f"*{DAMAGED}*")):
+        if aside_now := _damaged_names(run_dir):
             print(f"warning: {directory}: going on from step {step}; {', '.join(aside_now)} set aside", file=sys.stderr)
         return step
-    if damaged := sorted(entry.name for entry in directory.glob(f"*{DAMAGED}*")):
+    if damaged := _damaged_names(run_dir):
         raise InputError(
             f"{directory}: no checkpoint is whole ({', '.join(damaged)}): put a good copy back as its step number, or "
-            "remove these to begin again from nothing"
+            f"remove {run_dir} to begin again from nothing"
+        )
+    if shown := _steps_shown(Path(run_dir)):
+        raise InputError(
+            f"{directory}: no checkpoint is there, and {shown}: put the checkpoints back (mount their disk), or remove "
+            f"{run_dir} to begin again from nothing"
         )
     return 0
+
+
+def _last_step(file: Path) -> int:
+    """Return the largest step that a file of metrics shows, 0 for none; damaged lines are passed over."""
+    steps = [0]
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            steps.append(int(json.loads(line)["step"]))
+    return max(steps)
+
+
+def _damaged_names(run_dir: str | Path) -> list[str]:
+    return [name for name in list_checkpoints(run_dir) if DAMAGED in name]
+
+
+def _steps_shown(run_dir: Path) -> str:
+    """Return in words what shows that a run without checkpoints has saved some; '' when nothing does.
+
+    A run that a kill ended before its first save has metrics of its first steps and an empty ``checkpoints``: that one
+    begins again.
+    """
+    record = read_provenance(run_dir) or {}
+    steps = [record.get(SAVED_STEP, 0), *(launch.get("resumed_step", 0) for launch in record.get("launches", []))]
+    if last := max(steps):
+        return f"{FILE} says that the run has saved step {last}"
+    if checkpoint_dir(run_dir).exists():
+        return ""
+    if last := _last_step(run_dir / METRICS):
+        return f"{METRICS} shows steps up to {last}"
+    return ""
 
 
 def _set_aside(place: Path) -> Path:
@@ -138,6 +188,7 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_yield_the_cores)
         self._pending: Future[None] | None = None
+        self._recorded = False
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -167,23 +218,31 @@ class Checkpoints:
         body = {"step": step, "layout": layout(state), "host": dict(host), "metrics": finite, **self._facts}
         saving = self.directory / f"{step}{SAVING}"
         try:
+            text = json.dumps(
+                body, allow_nan=False
+            )  # now: the loop changes what the host values hold while a thread writes
             saving.mkdir(exist_ok=True)
             self._at("write", step, saving)
             self._writer.save(saving / "state", args=ocp.args.StandardSave(state))
         except Exception as error:
             raise RunStopped(f"{self.directory / str(step)}: cannot save: {first_line(error)}") from error
-        self._pending = self._thread.submit(self._finish, step, body, saving)
+        self._pending = self._thread.submit(self._finish, step, text, saving)
 
-    def _finish(self, step: int, body: dict[str, Any], saving: Path) -> None:
-        """In the background: what follows Orbax's own writing."""
+    def _finish(self, step: int, text: str, saving: Path) -> None:
+        """In the background: what follows Orbax's own writing. text: the manifest's body but for the files, as JSON."""
         self._writer.wait_until_finished()
         if jax.process_index() != 0:
             return
+        body = json.loads(text)
+        refuse_missing_leaves(saving, body["layout"])
         self._at("hash", step, saving)
         write_atomically(saving / MANIFEST, manifest_text(body | {"files": hash_files(saving)}))
         self._at("commit", step, saving)
         place = saving.with_name(str(step))
         saving.rename(place)
+        if not self._recorded:
+            record_saved(self.run_dir, step)
+            self._recorded = True
         self._at("retain", step, place)
         self._retain()
 
@@ -191,9 +250,11 @@ class Checkpoints:
         """Remove what retention does not want; by a rename first, so that no half step ever bears a number."""
         steps = {step: self._metrics(step) for step in saved_steps(self.run_dir)}
         for step in steps.keys() - self.retention.kept(steps):
-            doomed = self.directory / f"{step}{DELETING}"
-            (self.directory / str(step)).rename(doomed)
-            shutil.rmtree(doomed)
+            place, doomed = self.directory / str(step), self.directory / f"{step}{DELETING}"
+            with unread(place) as free:
+                if free:  # else it goes with the next save
+                    place.rename(doomed)
+                    shutil.rmtree(doomed)
 
     def _metrics(self, step: int) -> dict[str, float | None]:
         if not self.retention.keep_best:

@@ -22,9 +22,10 @@ from absl import flags
 from rlhf_jax.command import asks_for_help, exit_code_for, explain_os_error, finish, parse_flags, usage
 from rlhf_jax.messages import steady_output
 from rlhf_jax.parent_death import watch_parent
+from rlhf_jax.reading import one_choice
 from rlhf_jax.run.cold_start import watch
 from rlhf_jax.run.config import parse
-from rlhf_jax.run.distributed import connect
+from rlhf_jax.run.distributed import agreed, connect
 from rlhf_jax.run.gin_errors import Binding, explain_run
 from rlhf_jax.types import InputError, RunStopped
 
@@ -94,7 +95,8 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
             connect(flags.FLAGS.distributed)
         watch(flags.FLAGS.compilation_cache)
         scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-        run_fn()
+        with one_choice(agreed):
+            run_fn()
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -284,7 +284,7 @@ class Run:
         self._check()
         self._refuse_unknown_metric(step)
         measured = self._measured[1] if self._measured[0] == step else {}
-        self.checkpoints.save(step, state, {**host, OWN: {"bad_steps": self.bad}}, measured)
+        self.checkpoints.save(step, state, {**host, OWN: {"bad_steps": list(self.bad)}}, measured)
         self._saved = step
 
     def _refuse_unknown_metric(self, step: int) -> None:

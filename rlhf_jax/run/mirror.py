@@ -2,14 +2,19 @@
 
 Opening the run fetches what an earlier machine left there; after every checkpoint, and at the end, what is new goes there in the
 background. Logs and cards go before a checkpoint, its manifest last: a step that has a manifest there is whole, and the metrics
-that lead to it are there too. One machine writes: the first process of a run.
+that lead to it are there too. One machine writes: the first process of a run, whose start is named in URL/owner.json while it
+runs. A later start of the same run takes the URL over, and the earlier one is stopped at its next copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 import shutil
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +26,27 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rlhf_jax.remote import download, is_remote, listing, one_line, open_store
 from rlhf_jax.run.checkpoint import SAVING
+from rlhf_jax.run.config import changes
 from rlhf_jax.run.distributed import agreed
 from rlhf_jax.run.provenance import FILE, read_provenance
 from rlhf_jax.run.resume import lock, make_directory, refuse_foreign
 from rlhf_jax.saved import CHECKPOINTS, MANIFEST, checkpoint_dir, latest_step, saved_steps, steps_among
 from rlhf_jax.types import InputError, RunStopped
+
+
+def _same_run(mark: dict[str, Any], what: dict[str, Any]) -> bool:
+    if any(mark.get(key) != what[key] for key in ("stage", "seed")) or not isinstance(mark.get("operative"), str):
+        return False
+    return all(change.allowed for change in changes(mark["operative"], what["operative"]))
+
+
+def _owner_words(mark: dict[str, Any]) -> str:
+    names = ("stage", "seed", "directory", "host", "process", "time")
+    return ", ".join(f"{name} {mark[name]}" for name in names if name in mark) or "its mark is gone"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def asked_url() -> str | None:
@@ -53,6 +74,13 @@ def fetched_mirror(directory: Path, stage: str, output: str | None = None) -> Mi
     return mirror
 
 
+OWNER = "owner.json"
+
+
+class LostOwnership(InputError):
+    """Another start has taken the URL over."""
+
+
 class Mirror:
     """directory: of the run, on this machine. url: where its copy is kept, nothing or a run."""
 
@@ -66,6 +94,7 @@ class Mirror:
         self._thread = ThreadPoolExecutor(1, "mirror")
         self._pending: Future[None] | None = None
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of what is there
+        self._mark: dict[str, Any] = {}
 
     def fetch(self, stage: str, output: str | None = None) -> None:
         """What lies at the URL, when this machine has no step as new. A step without a manifest is not taken. output: the file
@@ -74,7 +103,7 @@ class Mirror:
         Raises InputError when something else is there: no run, one of another stage, or not the run that is here.
         """
         with one_line(self.url, "fetch the run"):
-            there = listing(self._fs, self._root)
+            there = self._listing()
             if not there:
                 return
             if FILE not in there:
@@ -89,12 +118,62 @@ class Mirror:
             reached = max(steps, default=int(output in there))
             if newest and reached and ours is not None and ours["launches"][0] != its_first:
                 raise InputError(f"{self.url}: another run than {self.directory}; give --sync or run_dir another place")
+            if not reached:  # no step came whole: there is nothing to go on from
+                return
             if newest >= reached and ours is not None:
                 return
             make_directory(self.directory)
             with lock(self.directory):
-                self._fetch(there, steps)
+                self._fetch(there, steps, output)
             print(f"{self.directory}: fetched from {self.url} (steps {steps})", file=sys.stderr)
+
+    def _listing(self) -> dict[str, dict[str, Any]]:
+        return {name: entry for name, entry in listing(self._fs, self._root).items() if name != OWNER}
+
+    # ---- whose the URL is
+
+    def claim(self, stage: str, seed: int, operative: str) -> None:
+        """Mark the URL as this start's. A start of the same run that was killed, or that runs still, loses it.
+
+        Raises InputError when another run has marked it and has copied no step yet: nothing else shows that it is in use.
+        """
+        where = {"host": os.uname().nodename, "directory": str(self.directory)}
+        what = {"stage": stage, "seed": seed, "operative": operative}
+        with one_line(self.url, "mark it as this run's"):
+            before = self._owner()
+            if before and not (_same_run(before, what) or all(before.get(k) == v for k, v in where.items())):
+                if not steps_among(self._listing()):
+                    raise InputError(
+                        f"{self.url}: in use by another run ({_owner_words(before)}); give --sync another URL, or remove "
+                        f"{OWNER} there when that run is over"
+                    )
+            self._mark = {"start": secrets.token_hex(16), "time": _now(), "process": os.getpid(), **where, **what}
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(f"{self._root}/{OWNER}", (json.dumps(self._mark, indent=1) + "\n").encode())
+
+    def _owner(self) -> dict[str, Any]:
+        """Read who has marked the URL; {} for nobody, or for a mark that is not readable."""
+        try:
+            mark = json.loads(self._fs.cat_file(f"{self._root}/{OWNER}"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        return mark if isinstance(mark, dict) else {}
+
+    def _refuse_other_owner(self) -> None:
+        owner = self._owner()
+        if owner.get("start") != self._mark["start"]:
+            raise LostOwnership(
+                f"{self.url}: taken over by another start ({_owner_words(owner)}); nothing more is copied there from "
+                f"{self.directory}: let one of the two end, or give this one another --sync"
+            )
+
+    def _release(self) -> None:
+        """Remove the mark, when it is still this start's."""
+        if self._mark and self._owner().get("start") == self._mark["start"]:
+            self._fs.rm_file(f"{self._root}/{OWNER}")
+            if isinstance(self._fs, LocalFileSystem):
+                with contextlib.suppress(OSError):  # an empty directory was made for the mark alone
+                    self._fs.rmdir(self._root)
 
     def _who(self) -> tuple[str, dict[str, Any]]:
         """(stage, first start) of the run at the URL."""
@@ -107,8 +186,9 @@ class Mirror:
                 f"{self.url}: {FILE} is damaged there; remove what is there, or give --sync another URL"
             ) from error
 
-    def _fetch(self, there: dict[str, Any], steps: list[int]) -> None:
-        for name in there:
+    def _fetch(self, there: dict[str, Any], steps: list[int], output: str | None) -> None:
+        """The run's record first, so that what a kill leaves is known as a run; the output, which counts as a step, last."""
+        for name in sorted(there, key=lambda name: (name == output, name != FILE)):
             if not name.startswith(f"{CHECKPOINTS}/"):
                 self._download(name, there, self.directory / name)
         for step in steps:
@@ -128,7 +208,10 @@ class Mirror:
         temporary.replace(to)
 
     def start(self) -> None:
-        """Copy what is new, in the background; nothing when that is under way still: the next checkpoint comes with it."""
+        """Copy what is new, in the background; nothing when that is under way still: the next checkpoint comes with it.
+
+        Raises RunStopped when another start has taken the URL over.
+        """
         if self._pending is None or self._pending.done():
             self._warn()
             self._pending = self._thread.submit(self._push)
@@ -136,6 +219,8 @@ class Mirror:
     def _warn(self) -> None:
         """Of a copy that failed; the next one starts where it left off."""
         if self._pending is not None and (error := self._pending.exception()):
+            if isinstance(error, LostOwnership):
+                raise RunStopped(str(error)) from error
             print(f"warning: {error}", file=sys.stderr)
 
     def __enter__(self) -> Mirror:
@@ -147,10 +232,16 @@ class Mirror:
         """Copy what is left and wait for it; what could not be used (InputError) is not copied. Raises RunStopped when that
         fails: then what is at the URL is not the run."""
         self._thread.shutdown()
-        if isinstance(value, InputError):
+        if not self._mark:
             return
         try:
-            self._push()
+            if not isinstance(value, InputError):
+                self._push()
+            with one_line(self.url, "remove the mark of this run"):
+                self._release()
+        except LostOwnership as error:
+            if value is None:
+                raise RunStopped(str(error)) from error
         except InputError as error:
             message = f"{error}; the run is whole in {self.directory}: the same command copies it"
             if value is None:
@@ -159,13 +250,15 @@ class Mirror:
 
     def _push(self) -> None:
         with one_line(self.url, "copy the run there"):
+            self._refuse_other_owner()
             here = saved_steps(self.directory)  # before the logs are read: they hold the way to these steps
             for path in sorted(self.directory.rglob("*")):
                 name = path.relative_to(self.directory).as_posix()
                 if not (name.startswith(f"{CHECKPOINTS}/") or path.name == ".lock" or path.suffix == ".tmp"):
                     self._upload(name)
-            there = listing(self._fs, self._root)
+            there = self._listing()
             for step in here:
+                self._refuse_other_owner()
                 self._push_step(step, there)
             self._forget_steps(set(here), there)
 

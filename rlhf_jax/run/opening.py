@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,15 +19,24 @@ from rlhf_jax.run.faults import Faults
 from rlhf_jax.run.loop import Run
 from rlhf_jax.run.loop_config import LoopConfig
 from rlhf_jax.run.mirror import fetched_mirror
-from rlhf_jax.run.provenance import Input, describe, versions, write_atomically, write_provenance
+from rlhf_jax.run.outputs import record_outputs
+from rlhf_jax.run.provenance import (
+    Input,
+    describe,
+    versions,
+    write_atomically,
+    write_provenance,
+)
 from rlhf_jax.run.resume import (
     forget,
     lock,
     make_directory,
     refuse_changes,
     refuse_foreign,
+    refuse_place,
     refuse_steps,
     refuse_unshared_directory,
+    remove_temporary,
 )
 from rlhf_jax.run.signals import Signals
 from rlhf_jax.run.status import Status
@@ -60,54 +69,81 @@ def open_run(
     if is_remote(run_dir):
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
     directory = Path(run_dir).expanduser().absolute()
+    refuse_place(directory)
     mirror = fetched_mirror(directory, stage, output)
     refuse_foreign(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
     described = [describe(given) for given in inputs]
-    first, fresh = jax.process_index() == 0, not directory.exists()
-    make_directory(directory)
-    try:
-        with contextlib.ExitStack() as stack:
-            if first:
-                stack.callback(lock(directory).close)
-                if mirror is not None:
-                    stack.enter_context(mirror)
-            signals = stack.enter_context(Signals())
-            reached = latest_step(directory) or 0
-            if reached or (output is not None and (directory / output).is_file()):
-                now = {"stage": stage, "seed": seed, "inputs": described}
-                holds = f"is at step {reached}" if reached else f"holds {output}"
-                refuse_changes(directory, now, bound.operative, holds)
-            refuse_unshared_directory(directory, agreed(os.getpid()))
-            resumed = agreed(newest_verified(directory) if first else 0)
-            if first:
-                write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
-                write_atomically(directory / "config.gin", bound.config)
-                write_atomically(directory / "operative_config.gin", bound.operative)
-            tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
-            stack.callback(tracker.close)
-            status, faults = Status(directory), Faults(loop.faults)
-            stack.callback(status.close)
-            watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
-            stack.enter_context(watchdog)
+    first = jax.process_index() == 0
+    with _held(directory), contextlib.ExitStack() as stack:
+        if first and mirror is not None:
+            stack.enter_context(mirror)
+        done = stack.enter_context(_outputs_recorded(directory))
+        signals = stack.enter_context(Signals())
+        reached = latest_step(directory) or 0
+        if reached or (output is not None and (directory / output).is_file()):
+            now = {"stage": stage, "seed": seed, "inputs": described}
+            holds = f"is at step {reached}" if reached else f"holds {output}"
+            refuse_changes(directory, now, bound.operative, holds)
+        refuse_unshared_directory(directory, agreed(os.getpid()))
+        resumed = agreed(newest_verified(directory) if first else 0)
+        if first and mirror is not None:
+            mirror.claim(stage, seed, bound.operative)
+        if first:
+            write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
+            write_atomically(directory / "config.gin", bound.config)
+            write_atomically(directory / "operative_config.gin", bound.operative)
+        tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
+        stack.callback(tracker.close)
+        status, faults = Status(directory), Faults(loop.faults)
+        stack.callback(status.close)
+        watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
+        stack.enter_context(watchdog)
 
-            def at(point: str, step: int, place: Path) -> None:
-                status.update(saving="" if point == "retain" else f"{point} {step}")
-                faults.at(point, step, place)
-                if mirror is not None and point == "retain":
-                    mirror.start()
+        def at(point: str, step: int, place: Path) -> None:
+            status.update(saving="" if point == "retain" else f"{point} {step}")
+            faults.at(point, step, place)
+            if mirror is not None and point == "retain":
+                mirror.start()
 
-            facts = {
-                "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
-                "inputs": {entry["name"]: entry["fingerprint"] for entry in described},
-                "versions": versions(),
-            }
-            retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
-            checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
-            run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status)
-            stack.callback(run.close_display)
-            yield run
-    except InputError:
-        if first and fresh:
-            forget(directory)
-        raise
+        facts = {
+            "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
+            "inputs": {entry["name"]: entry["fingerprint"] for entry in described},
+            "versions": versions(),
+        }
+        retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
+        checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
+        run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status)
+        stack.callback(run.close_display)
+        yield run
+        done()
+
+
+@contextlib.contextmanager
+def _outputs_recorded(directory: Path) -> Iterator[Callable[[], None]]:
+    """Record what a run has left, after its saves have ended, when the function that this gives was called."""
+    done: list[bool] = []
+    yield lambda: done.append(True)
+    if done and jax.process_index() == 0:
+        record_outputs(directory)
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Make the run directory and hold its lock. An InputError removes a directory that this call made and in which nothing
+    was done; only the holder of the lock removes, while it holds it."""
+    if jax.process_index() != 0:
+        agreed(0)  # the first process makes it
+        make_directory(directory)
+        yield
+        return
+    fresh = make_directory(directory)
+    agreed(0)
+    with lock(directory):
+        remove_temporary(directory)
+        try:
+            yield
+        except InputError:
+            if fresh:
+                forget(directory)
+            raise

@@ -1,8 +1,9 @@
 """Where a run comes from: versions, commit, devices, command, and the content of everything it read.
 
 ``RUN_DIR/provenance.json`` holds ``stage``, ``seed``, ``inputs`` (name, path, fingerprint; of a run directory also its
-step and the fingerprint of its configuration; of a file that a run wrote also that run) and ``launches``, one entry for
-the first start and each resume. ``lineage`` follows the inputs back.
+step, the files read beside it and the fingerprint of its configuration; of a file that a run wrote also that run), ``launches``,
+one entry for the first start and each resume, ``saved_step`` and, of a finished run, ``outputs``.
+``lineage`` follows the inputs back.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from jax.sharding import Mesh
 
 from rlhf_jax.files import field, json_text, read_object
 from rlhf_jax.messages import without_secrets
+from rlhf_jax.reading import reading_step
 from rlhf_jax.remote import fetched, is_remote
-from rlhf_jax.saved import hash_file, latest_step
+from rlhf_jax.saved import hash_file, latest_step, saved_steps
 from rlhf_jax.types import InputError
 
 FILE = "provenance.json"
+SAVED_STEP = "saved_step"
+"""Its entry for a step that the run has saved, written at the first save of each start."""
+CARD, TOKENIZER = "model.json", "tokenizer"
+"""What makes a run directory a model, beside its checkpoints; written by `run.models`."""
 NORMALISATION = "reward_normalisation.json"
 """Gain and bias of a reward model's scores; written by train_reward when it is done, read by `io`."""
 PACKAGES = (
@@ -53,12 +59,13 @@ class Input:
     """Something a run reads. name: its role ('reward_model'). path: file, directory or run directory.
 
     fingerprint: what identifies the content; None: computed from ``path``, a local one or a URL. What is neither (a hub id)
-    needs one from whoever loaded it, for instance the revision.
+    needs one from whoever loaded it, for instance the revision. step: of a run directory; None: the newest.
     """
 
     name: str
     path: str
     fingerprint: str | None = None
+    step: int | None = None
 
 
 def fingerprint_path(path: str | Path) -> str:
@@ -85,12 +92,25 @@ def fingerprint_input(path: Path, step: int | None) -> str:
     return hashlib.sha256(f"{arrays}\0{hash_file(scale)}".encode()).hexdigest() if scale.is_file() else arrays
 
 
+def files_beside(path: Path) -> dict[str, str]:
+    """Return {name: sha256} of the files that a model is read from besides its checkpoint: of a run directory model.json (which
+    holds the template), the tokenizer and a reward model's normalisation, of a .gguf file the tokenizer next to it."""
+    if path.is_dir():
+        names = [path / CARD, path / NORMALISATION, *(path / TOKENIZER).rglob("*")]
+        return {name.relative_to(path).as_posix(): hash_file(name) for name in sorted(names) if name.is_file()}
+    if path.suffix.lower() != ".gguf":
+        return {}
+    names = [name for pattern in ("*token*.json", "*.jinja") for name in path.parent.glob(pattern)]
+    return {name.name: hash_file(name) for name in sorted(names) if name.is_file()}
+
+
 def describe(given: Input) -> dict[str, Any]:
     """The entry of an input: ``name``, absolute ``path`` or URL, ``fingerprint`` (of what was fetched from a URL).
 
-    For a run directory the fingerprint is that of its newest ``step`` (with the normalisation of a reward run): its logs
-    go on changing (a later resume), the weights another run read do not. A file that lies in a run directory was
-    ``made_by`` that run. Either way ``config`` is the sha256 of that run's operative_config.gin, None when it has none.
+    For a run directory the fingerprint is that of its ``step`` (with the normalisation of a reward run), and ``files`` says
+    what was read beside it (`files_beside`): its logs go on changing (a later resume), what another run read does not. A file
+    that lies in a run directory was ``made_by`` that run. Either way ``config`` is the sha256 of that run's
+    operative_config.gin, None when it has none. ``base``: the entry of the model under adapters.
     """
     if given.fingerprint is not None:
         return {"name": given.name, "path": given.path, "fingerprint": given.fingerprint}
@@ -99,15 +119,49 @@ def describe(given: Input) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": given.name, "path": given.path if remote else str(path)}
     run = path if path.is_dir() else path.parent
     if (run / FILE).is_file():
-        step = latest_step(run) if run == path else None
-        entry |= {} if step is None else {"step": step}
         entry |= {} if run == path else {"made_by": str(run)}
         config = run / "operative_config.gin"
         entry["config"] = hash_file(config) if config.is_file() else None
     try:
-        return {**entry, "fingerprint": fingerprint_input(path, entry.get("step"))}
+        if (base := base_of(path)) is not None:
+            entry["base"] = describe(base)
+        if (run / FILE).is_file() and run == path and (given.step is not None or latest_step(run) is not None):
+            with reading_step(run, given.step) as place:
+                step = int(place.name)
+                files = files_beside(path)
+                return {**entry, "step": step, "fingerprint": fingerprint_input(path, step), "files": files}
+        files = files_beside(path) if path.is_file() else {}
+        return {**entry, "fingerprint": fingerprint_path(path), **({"files": files} if files else {})}
     except InputError as error:
         raise InputError(f"input {given.name!r}: {error}; what is not local needs a fingerprint") from error
+
+
+def base_of(path: Path) -> Input | None:
+    """Return what a directory of adapters is loaded onto, when that lies on this machine: the ``base`` that the card of a run
+    names with its step, or the model that a PEFT adapter names."""
+    for name in (CARD, "adapter_config.json"):
+        try:
+            fields = read_object(path / name)
+            base = fields["adapter"] if name == CARD else {"base": fields["base_model_name_or_path"]}
+            if base is not None and Path(base["base"]).exists():
+                return Input("base", str(base["base"]), step=base.get("base_step"))
+        except (InputError, TypeError, KeyError):
+            continue  # no adapters, or a damaged card, which its reader refuses
+    return None
+
+
+def changed_content(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Compare two entries of one input: return the names of the files beside its checkpoint that changed, [''] when it is the
+    checkpoint, or the file or directory itself, [] when nothing did. An entry of a version that recorded no files says nothing
+    about them."""
+    old, new = before.get("files"), now.get("files")
+    if old is not None and new is not None and old != new:
+        return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if before["fingerprint"] != now["fingerprint"]:
+        return [""]
+    if "base" in before and "base" in now:
+        return [str(Path(now["base"]["path"], name)) for name in changed_content(before["base"], now["base"])]
+    return []
 
 
 def _git(*arguments: str) -> str | None:
@@ -204,14 +258,23 @@ def write_provenance(
     mesh: Mesh | None = None,
 ) -> None:
     """Write provenance.json, or add this launch to the one of the run that is being resumed (resumed_step > 0)."""
-    earlier = (read_provenance(run_dir) or {}).get("launches", []) if resumed_step else []
+    before = (read_provenance(run_dir) or {}) if resumed_step else {}
+    earlier = before.get("launches", [])
     content = {
         "stage": stage,
         "seed": seed,
         "inputs": list(inputs),
         "launches": [*earlier, launch_facts(resumed_step, mesh)],
+        **{name: value for name, value in before.items() if name == SAVED_STEP},
     }
     write_atomically(Path(run_dir) / FILE, json_text(content, indent=2))
+
+
+def record_saved(run_dir: str | Path, step: int) -> None:
+    """Write into provenance.json that the run has saved ``step``: if its checkpoints are gone later, this shows it."""
+    content = read_provenance(run_dir)
+    if content is not None:
+        write_atomically(Path(run_dir) / FILE, json_text(content | {SAVED_STEP: step}, indent=2))
 
 
 def changed_inputs(run_dir: str | Path) -> list[str]:
@@ -219,15 +282,24 @@ def changed_inputs(run_dir: str | Path) -> list[str]:
     directory that records nothing."""
     made = read_provenance(run_dir)
     if made is None:
-        stages = sorted(path for path in Path(run_dir).glob("*") if (path / FILE).is_file())
-        return [f"{stage.name}/{name}" for stage in stages for name in changed_inputs(stage)]
+        return [f"{stage.name}/{name}" for stage in stages_in(run_dir) for name in changed_inputs(stage)]
     local = [given for given in made["inputs"] if Path(given["path"]).is_absolute()]
     return [
-        given["name"]
-        for given in local
-        if not Path(given["path"]).exists()
-        or describe(Input(given["name"], given["path"]))["fingerprint"] != given["fingerprint"]
+        given["name"] for given in local if _has_changed(given, latest_step(given["path"]) if "step" in given else None)
     ]
+
+
+def _has_changed(given: dict[str, Any], step: int | None) -> bool:
+    """Compare an entry with what lies at its path now. step: of a run directory, the one to look at."""
+    path = Path(given["path"])
+    if not path.exists() or ("step" in given and step not in saved_steps(path)):
+        return True
+    return bool(changed_content(given, describe(Input(given["name"], given["path"], step=step))))
+
+
+def stages_in(directory: str | Path) -> list[Path]:
+    """List the run directories in a pipeline's directory."""
+    return sorted(path for path in Path(directory).glob("*") if (path / FILE).is_file())
 
 
 def launches(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -261,8 +333,11 @@ def _ancestor(entry: dict[str, Any], verify: bool) -> dict[str, Any]:
     node: dict[str, Any] = {**entry, "state": "recorded" if path.exists() or is_remote(entry["path"]) else "missing"}
     if verify and path.exists():
         content = path / "checkpoints" / str(entry["step"]) if "step" in entry else path
-        same = content.exists() and fingerprint_input(path, entry.get("step")) == entry["fingerprint"]
-        node["state"] = "same" if same else "changed"
+        now = {
+            "fingerprint": content.exists() and fingerprint_input(path, entry.get("step")),
+            "files": files_beside(path),
+        }
+        node["state"] = "changed" if changed_content(entry, now) else "same"
     run = Path(entry.get("made_by", path))
     if (run / FILE).is_file():
         node["run"] = lineage(run, verify=verify)

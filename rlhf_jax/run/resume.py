@@ -3,6 +3,7 @@ anything is written."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,8 +14,8 @@ from typing import IO, Any
 
 from rlhf_jax.remote import is_remote
 from rlhf_jax.run.config import Change, bound_values, changes
-from rlhf_jax.run.provenance import read_provenance
-from rlhf_jax.saved import MANIFEST, checkpoint_dir
+from rlhf_jax.run.provenance import changed_content, read_provenance
+from rlhf_jax.saved import MANIFEST, checkpoint_dir, list_checkpoints, unreadable
 from rlhf_jax.types import InputError
 
 OURS = {"config.gin", "operative_config.gin", "provenance.json"}
@@ -29,25 +30,63 @@ MADE_ON_OPENING = {
     "model.json",
     "tokenizer",
 }
+TEMPORARY = frozenset(f"{name}.tmp" for name in MADE_ON_OPENING)
+"""What `write_atomically` leaves of these when it is killed."""
+NOT_STORABLE = "*?[]\\"
+"""Characters that Orbax reads as a pattern or as a separator: with one of them in a path it writes elsewhere, finds nothing, or
+finds the files of another run."""
+OWN_PLACES = {
+    "provenance.json": {"checkpoints", "tensorboard", "tokenizer", "bad_steps"},
+    "model.json": {"checkpoints", "tokenizer"},
+    "pipeline.json": {"compilation_cache"},
+    "sweep.json": {"compilation_cache", "logs"},
+}
+"""The directories that the owner of such a file writes, and removes from, by itself."""
 STEPS = ("run.steps", "run.iterations")
 """How an experiment may call its number of steps."""
 
 
 def lock(directory: Path) -> IO[str]:
-    """Hold DIRECTORY/.lock until the file is closed or this process ends. Raises InputError when another holds it."""
-    file = (directory / ".lock").open("a+")
+    """Hold DIRECTORY/.lock until the file is closed or this process ends. Raises InputError when another holds it, or has
+    removed the directory meanwhile (see `forget`)."""
+    path = directory / ".lock"
     try:
+        file = path.open("a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        there = path.stat()
+    except FileNotFoundError as error:
+        raise InputError(f"{directory}: another process has just removed it; give the command again") from error
     except BlockingIOError as error:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
         raise InputError(f"{directory}: in use by {owner}; wait for it, stop it, or use another run_dir") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked ({error.strerror}); give another run_dir") from error
+    if (there.st_dev, there.st_ino) != (os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino):
+        file.close()
+        raise InputError(f"{directory}: another process has just removed it; give the command again")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
     os.fsync(file.fileno())  # other hosts look for it, see refuse_unshared_directory
     return file
+
+
+def refuse_place(directory: Path) -> None:
+    """Raises InputError for a path that checkpoints cannot be stored under, and for one inside a place that another run,
+    pipeline or sweep keeps for itself: its retention would remove what lies there."""
+    if wrong := [c for c in str(directory) if c in NOT_STORABLE or "\ud800" <= c <= "\udfff"]:
+        raise InputError(
+            f"{str(directory)!r}: checkpoints cannot be stored under a path with {wrong[0]!r}; give another"
+        )
+    for place in {Path(os.path.normpath(directory)), Path(os.path.realpath(directory))}:
+        for owner in place.parents:
+            name = place.relative_to(owner).parts[0]
+            if any(name in places and (owner / file).exists() for file, places in OWN_PLACES.items()):
+                raise InputError(
+                    f"{directory}: inside {owner / name}, which belongs to {owner}; give another directory"
+                )
 
 
 def refuse_unshared_directory(directory: Path, owner: int) -> None:
@@ -64,11 +103,11 @@ def refuse_unshared_directory(directory: Path, owner: int) -> None:
 def refuse_foreign(directory: Path, stage: str) -> None:
     """Raises InputError when ``directory`` holds files and is no run of this stage: nothing is written into a mistyped
     path, and no run's record is overwritten by another program's."""
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: not a directory; give another run_dir")
-    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
-    if names - {".lock"} and not names & OURS:
-        raise InputError(f"{directory}: not empty and not a run ({sorted(names)[0]} is there); give another run_dir")
+    names = names_in(directory)
+    if names - {".lock"} - TEMPORARY and not names & OURS:
+        raise InputError(
+            f"{directory}: not empty and not a run ({min(names - {'.lock'} - TEMPORARY)} is there); give another run_dir"
+        )
     theirs = (read_provenance(directory) or {}).get("stage", stage)
     if theirs != stage:
         raise InputError(f"{directory}: belongs to a run of stage {theirs!r}, this is {stage!r}; give another run_dir")
@@ -110,10 +149,9 @@ def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, hold
     if old.keys() != new.keys():
         raise InputError(f"inputs changed from {sorted(old)} to {sorted(new)}: {remedy}")
     for name in sorted(old):
-        if old[name]["fingerprint"] != new[name]["fingerprint"]:
-            raise InputError(
-                f"input {name!r}: the content of {new[name]['path']} is not what the run began with: {remedy}"
-            )
+        if changed := changed_content(old[name], new[name]):
+            place = Path(new[name]["path"], changed[0]) if changed[0] else new[name]["path"]
+            raise InputError(f"input {name!r}: the content of {place} is not what the run began with: {remedy}")
     cwd = before["launches"][-1]["working_directory"]
     moves = {(old[name]["path"], new[name]["path"]) for name in old}
     found = changes(stored.read_text(), operative)
@@ -135,22 +173,64 @@ def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, hold
         raise InputError(f"{'; '.join(refused)}: may not change on resume; {remedy}")
 
 
-def make_directory(directory: Path) -> None:
-    """Raises InputError when it cannot be made."""
+def names_in(directory: Path) -> set[str]:
+    """List what lies in a directory; nothing when there is none. Raises InputError when something that is no directory is
+    there, or it cannot be read."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        return set(os.listdir(directory))
+    except FileNotFoundError as error:
+        if directory.is_symlink():
+            raise InputError(f"{directory}: a link to a place that is not there; mount it, or give another") from error
+        return set()
+    except NotADirectoryError as error:
+        if not os.path.lexists(directory):  # a file is where a directory above it should be
+            return set()
+        raise InputError(f"{directory}: not a directory; give another run_dir") from error
+    except OSError as error:
+        raise unreadable(directory, error) from error
+
+
+def make_directory(directory: Path) -> bool:
+    """Make a directory and those above it; return whether it is this call that made it. Raises InputError when it cannot be
+    made."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir()
+    except FileExistsError as error:
+        if not os.path.isdir(directory):
+            raise InputError(f"{directory}: cannot make it ({error.strerror}); give another run_dir") from error
+        return False
     except OSError as error:
         raise InputError(f"{directory}: cannot make it ({error.strerror}); give another run_dir") from error
+    return True
+
+
+def remove_temporary(directory: Path) -> None:
+    """Remove what a killed start left half-written; call it under the directory's lock."""
+    for name in TEMPORARY & names_in(directory):
+        (directory / name).unlink()
 
 
 def forget(directory: Path) -> None:
     """Remove a run directory that this process made and in which nothing was done: no step, no file of an algorithm's
-    own. What could not be used (a batch that does not divide over the mesh shows late) then leaves nothing behind."""
+    own. What could not be used (a batch that does not divide over the mesh shows late) then leaves nothing behind.
+
+    Call it under the directory's lock, whose file goes last: who opens it afterwards sees in `lock` that it is gone.
+    """
     metrics = directory / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    begun = any(json.loads(line)["step"] for line in lines) or any((directory / "checkpoints").glob("*"))
-    if not begun and {entry.name for entry in directory.iterdir()} <= MADE_ON_OPENING:
-        shutil.rmtree(directory)
+    begun = any(json.loads(line)["step"] for line in lines) or list_checkpoints(directory)
+    names = names_in(directory)
+    if begun or not names <= MADE_ON_OPENING | TEMPORARY:
+        return
+    for name in names - {".lock"}:
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (directory / ".lock").unlink()
+    with contextlib.suppress(
+        OSError
+    ):  # another start has put its lock here meanwhile: then the directory is that one's
+        directory.rmdir()
 
 
 def _is_move(change: Change, old_cwd: str, moves: set[tuple[str, str]]) -> bool:

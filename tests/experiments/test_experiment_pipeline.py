@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
 from pathlib import Path
 
+import pytest
 from experiment_processes import command, finish, start, wait_for_step
 
 from rlhf_jax.run import read_provenance
+from rlhf_jax.run.outputs import record_outputs
+from rlhf_jax.run.provenance import write_provenance
 from rlhf_jax.saved import saved_steps
+from rlhf_jax.types import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 TWO_STAGES = """\
 run.run_dir = %RUN_DIR
 RUN_DIR = ''
@@ -85,3 +91,36 @@ def test_a_guard_in_a_stage_ends_the_pipeline_with_its_code(chain: Path, tmp_pat
     assert "stopped: step 1: sampler and scorer differ by" in err
     assert err.endswith("stopped: stage ppo ended with exit code 3; its message is above\n")
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_killed_in_its_first_stage_it_is_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is there before the first stage starts, whatever else that stage leaves."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    pipeline = importlib.import_module("pipeline")
+    (tmp_path / "pipeline.json.tmp").write_text("{")
+    pipeline._refuse_foreign(tmp_path, ["base"])
+    pipeline._write_record(tmp_path, {"stages": {}})
+    (tmp_path / "compilation_cache").mkdir()
+    pipeline._refuse_foreign(tmp_path, ["base"])
+    (tmp_path / "pipeline.json").unlink()
+    with pytest.raises(InputError, match=r"not a pipeline's \(compilation_cache is there\)"):
+        pipeline._refuse_foreign(tmp_path, ["base"])
+
+
+@pytest.mark.parametrize("text", ["", '{"mean": NaN}', None])
+def test_what_a_finished_stage_wrote_is_checked(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation emptied or edited afterwards was skipped as finished, and the report read it."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    pipeline = importlib.import_module("pipeline")
+    stage = tmp_path / "evaluation"
+    stage.mkdir()
+    (stage / "evaluation.json").write_text('{"mean": 1.0}')
+    write_provenance(stage, stage="evaluate", seed=0, inputs=[], resumed_step=0)
+    record_outputs(stage)
+    assert pipeline._is_finished(stage, {"asked": "x"}, "x")
+    (stage / "evaluation.json").unlink() if text is None else (stage / "evaluation.json").write_text(text)
+    with pytest.raises(InputError, match=r"evaluation\.json: not what stage evaluation wrote: put it back, or remove"):
+        pipeline._is_finished(stage, {"asked": "x"}, "x")
+    assert not pipeline._is_finished(stage, {"asked": "another"}, "x")

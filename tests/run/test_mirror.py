@@ -175,6 +175,72 @@ def test_a_run_that_saves_no_steps_is_not_another(store: Any, tmp_path: Path, mo
     assert there(store) == here(tmp_path / "four")
 
 
+def changing(run_dir: Path, at_step: int, do: Any, total: int = 3) -> None:
+    """`train`, with ``do()`` before a step, which begins after the copies of the steps before have ended."""
+    settings = LoopConfig(save_every=1, keep=2, tensorboard=False, progress=False)
+    config = BoundConfig(f"run.steps = {total}\n", f"run.steps = {total}\n")
+    with open_run(run_dir, stage="toy", bound=config, seed=0, loop=settings) as run:
+        for step in run.steps(0, total):
+            if step == at_step:
+                do()
+            run.log(step, {"w": 1.0})
+            run.save(step, {"w": jnp.zeros(2)}, {})
+
+
+def test_two_runs_on_one_url_one_is_refused(store: Any, tmp_path: Path) -> None:
+    """Both started on an empty URL; each copied over the other's files, and a mixture stayed there."""
+
+    def other() -> None:
+        with pytest.raises(InputError, match=r"in use by another run \(stage toy, seed 1, .*, or remove owner\.json"):
+            changing(tmp_path / "second", 1, lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        opened = mirror.Mirror.claim
+        seeds = iter((1, 0))
+        patch.setattr(mirror.Mirror, "claim", lambda self, stage, seed, text: opened(self, stage, next(seeds), text))
+        changing(tmp_path / "first", 1, other)
+    assert there(store) == here(tmp_path / "first") and not (tmp_path / "second").exists()
+
+
+def test_a_later_start_takes_the_url_over(store: Any, tmp_path: Path) -> None:
+    """Of the same run, on another machine: the earlier one copies nothing more, and stops."""
+    with pytest.raises(RunStopped, match=f"{URL}: taken over by another start .*let one of the two end"):
+        changing(tmp_path / "one", 1, lambda: changing(tmp_path / "two", 9, None))
+    assert there(store) == here(tmp_path / "two")
+
+
+def test_a_mark_that_is_gone_is_not_ours(store: Any, tmp_path: Path) -> None:
+    """The start that took over has ended already."""
+    with pytest.raises(RunStopped, match="its mark is gone"):
+        changing(tmp_path / "one", 1, lambda: store.rm("/bucket/runs/x/owner.json"))
+    assert there(store) == set()
+
+
+def test_the_mark_of_a_killed_start(store: Any, tmp_path: Path) -> None:
+    """Of the same run, or of the same directory with another configuration: no other start can be using it."""
+    mark = {"stage": "toy", "seed": 0, "operative": "run.steps = 5\n", "host": "lost", "directory": "/lost/run"}
+    store.pipe("/bucket/runs/x/owner.json", json.dumps(mark).encode())
+    assert train(tmp_path / "run", 1) == [1]
+    shutil.rmtree(tmp_path / "run")
+    store.store.clear()
+    mark |= {"operative": "run.rate = 5\n", "host": os.uname().nodename, "directory": str(tmp_path / "run")}
+    store.pipe("/bucket/runs/x/owner.json", json.dumps(mark).encode())
+    assert train(tmp_path / "run", 1) == [1] and there(store) == here(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    store.store.clear()
+    store.pipe("/bucket/runs/x/owner.json", b"{")  # torn
+    assert train(tmp_path / "run", 1) == [1]
+
+
+def test_fetched_in_an_order_that_a_kill_survives(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "one", "one")
+    order, load = [], mirror.download
+    monkeypatch.setattr(mirror, "download", lambda fs, path, *rest: (order.append(path), load(fs, path, *rest)))
+    write(tmp_path / "two", "one")
+    names = [path.split("x/", 1)[1] for path in order]
+    assert names[0] == "provenance.json" and names[-1] == "out.txt" and len(names) > 3
+
+
 def test_a_name_that_leaves_the_directory_is_refused(
     store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

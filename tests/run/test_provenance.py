@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +11,14 @@ import pytest
 
 from rlhf_jax.run import Input, fingerprint, fingerprint_path, lineage, read_provenance
 from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.provenance import changed_inputs, describe, write_provenance
+from rlhf_jax.run.outputs import changed_outputs, record_outputs
+from rlhf_jax.run.provenance import (
+    changed_content,
+    changed_inputs,
+    describe,
+    write_provenance,
+)
+from rlhf_jax.run.resume import refuse_changes
 from rlhf_jax.types import InputError
 
 
@@ -138,7 +146,108 @@ def test_changed_inputs_are_named(tmp_path: Path) -> None:
     assert changed_inputs(tmp_path / "sft") == ["data"]
 
 
-@pytest.mark.parametrize("text", ["", '{"stage": "sft", "laun', "[1]", "3"])
+def make_model(run_dir: Path, *inputs: Input) -> None:
+    """A finished run that others read as a model."""
+    make_run(run_dir, "sft", *inputs)
+    (run_dir / "tokenizer").mkdir()
+    (run_dir / "tokenizer" / "tokenizer.json").write_text("{}")
+    (run_dir / "model.json").write_text('{"config": {"rope_theta": 10000.0}, "template": {"style": "plain"}}')
+    (run_dir / "evaluation.json").write_text('{"prompts": 4}')
+    (run_dir / "status.json").write_text("{}")
+    record_outputs(run_dir)
+
+
+CHANGES = {
+    "model.json": lambda file: file.write_text(file.read_text().replace("10000", "20000")),
+    "tokenizer/tokenizer.json": lambda file: file.unlink(),
+    "tokenizer/added_tokens.json": lambda file: file.write_text("{}"),
+    "reward_normalisation.json": lambda file: file.write_text('{"gain": NaN}'),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_files_beside_a_checkpoint_are_part_of_the_input(name: str, tmp_path: Path) -> None:
+    """The model card, with the template, and the tokenizer decide what a checkpoint means as much as its arrays do."""
+    make_model(tmp_path / "sft")
+    make_run(tmp_path / "ppo", "ppo", Input("policy", str(tmp_path / "sft")))
+    assert changed_inputs(tmp_path / "ppo") == []
+    (tmp_path / "sft" / "status.json").write_text('{"step": 4}')  # what goes on changing is no part of it
+    (tmp_path / "sft" / "metrics.jsonl").write_text("{}\n")
+    assert changed_inputs(tmp_path / "ppo") == []
+    CHANGES[name](tmp_path / "sft" / name)
+    assert changed_inputs(tmp_path / "ppo") == ["policy"]
+    assert lineage(tmp_path / "ppo", verify=True)["inputs"][0]["state"] == "changed"
+    entry = describe(Input("policy", str(tmp_path / "sft")))
+    now = {"stage": "ppo", "seed": 3, "inputs": [entry]}
+    with pytest.raises(
+        InputError, match=f"input 'policy': the content of {tmp_path}/sft/{name} is not what the run began"
+    ):
+        refuse_changes(tmp_path / "ppo", now, "run.stage = 'ppo'\n", "is at step 2")
+
+
+def test_a_record_without_such_files_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Of a version that did not record them."""
+    make_model(tmp_path / "sft")
+    entry = describe(Input("policy", str(tmp_path / "sft")))
+    older = {name: value for name, value in entry.items() if name != "files"}
+    assert changed_content(older, entry) == [] and changed_content(older | {"fingerprint": "x"}, entry) == [""]
+
+
+def test_the_tokenizer_next_to_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = describe(Input("model", str(tmp_path / "model.gguf")))
+    assert list(before["files"]) == ["tokenizer.json"]
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    assert changed_content(before, describe(Input("model", str(tmp_path / "model.gguf")))) == ["tokenizer.json"]
+
+
+def test_the_model_under_adapters_is_part_of_the_input(tmp_path: Path) -> None:
+    """Of a run of adapters and of a PEFT directory: what they are loaded onto decides as much as they do."""
+    make_model(tmp_path / "sft")
+    make_model(tmp_path / "lora")
+    card = {"adapter": {"base": str(tmp_path / "sft"), "base_step": 2}}
+    (tmp_path / "lora" / "model.json").write_text(json.dumps(card))
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "sft")})
+    )
+    make_run(tmp_path / "a", "ppo", Input("policy", str(tmp_path / "lora")))
+    make_run(tmp_path / "b", "ppo", Input("policy", str(tmp_path / "peft")))
+    assert changed_inputs(tmp_path / "a") == changed_inputs(tmp_path / "b") == []
+    (tmp_path / "sft" / "model.json").write_text("{}")
+    assert changed_inputs(tmp_path / "a") == changed_inputs(tmp_path / "b") == ["policy"]
+    now = {"stage": "ppo", "seed": 3, "inputs": [describe(Input("policy", str(tmp_path / "lora")))]}
+    with pytest.raises(InputError, match=f"input 'policy': the content of {tmp_path}/sft/model.json is not what"):
+        refuse_changes(tmp_path / "a", now, "run.stage = 'ppo'\n", "is at step 2")
+
+
+@pytest.mark.parametrize(
+    "name", ["evaluation.json", "model.json", "tokenizer/tokenizer.json", "checkpoints/2/manifest.json"]
+)
+@pytest.mark.parametrize("change", ["emptied", "gone"])
+def test_what_a_finished_run_left_is_remembered(name: str, change: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "sft")
+    (tmp_path / "sft" / "notes.txt").write_text("mine")
+    (tmp_path / "sft" / "status.json").unlink()
+    assert changed_outputs(tmp_path / "sft") == changed_outputs(tmp_path) == []
+    file = tmp_path / "sft" / name
+    file.write_text("") if change == "emptied" else file.unlink()
+    assert changed_outputs(tmp_path / "sft") == [name] and changed_outputs(tmp_path) == [f"sft/{name}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"inputs": 3, "launches": []}',
+        '{"launches": [3], "inputs": []}',
+        "[" * 9999,
+        "",
+        '{"stage": "sft", "laun',
+        "[1]",
+        "3",
+    ],
+)
 def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(text)
     with pytest.raises(InputError, match=r"provenance\.json.*: put a copy back, or use another run_dir"):

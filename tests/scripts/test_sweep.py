@@ -259,3 +259,40 @@ def test_a_typo_in_the_grid_is_found_before_the_first_run(tmp_path: Path) -> Non
     )
     assert done.returncode == 2 and "did you mean 'learning_rate'?" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_killed_in_its_first_run_it_goes_on(
+    sweep: Sweep, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL leaves the first run's directory, logs/ and what was written before: the same command must know it as a sweep."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(run, out: Path) -> None:
+        (out / "logs").mkdir()
+        (out / run.name).mkdir()
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(module, "execute", killed)
+        sweep("--seeds=0,1")
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == {"experiment": "stub", "runs": {}}
+    code, _, err = sweep("--seeds=0,1")
+    assert code == 0, err
+    assert launches(tmp_path) == {"seed=0": 1, "seed=1": 1}
+
+
+def test_killed_at_its_first_file_it_goes_on(sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    (tmp_path / "out" / "sweep.json.tmp").write_text("{")
+    code, _, err = sweep("--seeds=0")
+    assert code == 0, err
+
+
+def test_a_sweep_does_not_go_where_checkpoints_cannot(sweep: Sweep, tmp_path: Path) -> None:
+    code, _, err = sweep("--seeds=0", "--out=a[1]")
+    assert (
+        code == 2 and "checkpoints cannot be stored under a path with '['" in err and not (tmp_path / "a[1]").exists()
+    )
