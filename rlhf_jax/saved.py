@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlhf_jax.files import parse_object
 from rlhf_jax.types import InputError, RunStopped
 
 Layout = dict[str, list[Any]]
@@ -163,14 +164,33 @@ def read_manifest(place: Path) -> dict[str, Any]:
     with _reading(file):
         stored = file.read_bytes()
     try:
-        content = json.loads(stored)
+        content = parse_object(stored.decode("utf-8"), MANIFEST)
         body: dict[str, Any] = content["manifest"]
         same = content["sha256"] == _hash_body(body) and str(body["step"]) == place.name
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        usable = _has_its_parts(body)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # InputError and UnicodeDecodeError are ValueErrors
         raise DamagedCheckpoint(place, f"{MANIFEST} is not readable ({first_line(error)})") from error
-    if not same:
+    if not same or not usable:
         raise DamagedCheckpoint(place, f"{MANIFEST} is not what was written")
     return body
+
+
+def _has_its_parts(body: dict[str, Any]) -> bool:
+    """Whether a manifest that is consistent in itself holds what its readers take for granted."""
+    files = all(
+        "\0" not in name and type(entry["bytes"]) is int and type(entry["sha256"]) is str
+        for name, entry in body["files"].items()
+    )
+    leaves = all(
+        type(dtype) is str and all(type(size) is int and size >= 0 for size in shape)
+        for shape, dtype in body["layout"].values()
+    )
+    return files and leaves and isinstance(body["host"], dict) and isinstance(body.get("metrics", {}), dict)
 
 
 def verify(place: Path) -> dict[str, Any]:

@@ -141,12 +141,12 @@ class Mirror:
         what = {"stage": stage, "seed": seed, "operative": operative}
         with one_line(self.url, "mark it as this run's"):
             before = self._owner()
-            if before and not (_same_run(before, what) or all(before.get(k) == v for k, v in where.items())):
-                if not steps_among(self._listing()):
-                    raise InputError(
-                        f"{self.url}: in use by another run ({_owner_words(before)}); give --sync another URL, or remove "
-                        f"{OWNER} there when that run is over"
-                    )
+            ours = before and (_same_run(before, what) or all(before.get(k) == v for k, v in where.items()))
+            if before and not ours and not steps_among(self._listing()):
+                raise InputError(
+                    f"{self.url}: in use by another run ({_owner_words(before)}); give --sync another URL, or remove "
+                    f"{OWNER} there when that run is over"
+                )
             self._mark = {"start": secrets.token_hex(16), "time": _now(), "process": os.getpid(), **where, **what}
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(f"{self._root}/{OWNER}", (json.dumps(self._mark, indent=1) + "\n").encode())
