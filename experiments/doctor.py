@@ -40,7 +40,7 @@ from rlhf_jax.doctor import (
     token_checks,
     vocabulary_check,
 )
-from rlhf_jax.io import largest_token, locate, read_template
+from rlhf_jax.io import largest_token, locate
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.rewards import CheckedReward, Scores
@@ -150,6 +150,9 @@ def supervised_checks(
         )
 
     train, heldout = encode_records(records, Comparison if pairs else Demonstration, encode)
+    if dpo is not None:
+        difference = loaded.template_difference(data.Form(records.template, loaded.tokenizer), responses=True)
+        yield template_check("policy", loaded.template is not None, difference)
     documents = [side for item in train.items for side in (item.chosen, item.rejected)] if pairs else train.items
     yield from text_checks(
         documents, sum(train.dropped.values()), loaded.tokenizer, records.template, batch.length, pairs
@@ -234,8 +237,11 @@ def rollout_run_checks(
     tokenizer, template = cast.policy.tokenizer, prompts.template
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
-    trained = None if cast.policy.input is None else read_template(locate(cast.policy.input).path)
-    yield template_check(trained, template)
+    used = data.Form(template, tokenizer)
+    for name, model in (("policy", cast.policy), ("reward model", cast.judge)):
+        if model is not None:
+            difference = model.template_difference(used, responses=model is cast.judge)
+            yield template_check(name, model.template is not None, difference)
     encoded, _ = encode_prompts(prompts, tokenizer, batch.length)
     yield from token_checks(encoded.items, tokenizer)
     asked = batch.batch_size // samples

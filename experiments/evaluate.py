@@ -9,6 +9,7 @@ the scores, and the paired differences of all of them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,8 +48,10 @@ def run(
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     samples_shown: int = 8,
+    other_template: Sequence[str] = (),
 ) -> None:
-    """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy)."""
+    """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy).
+    other_template: names of policies that are taken though they learned from conversations written otherwise than prompts."""
     bound = bound_config()
     refuse_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples_shown", samples_shown, 0)
@@ -59,6 +62,8 @@ def run(
     if len({name for name, _ in policies}) < len(policies):
         raise InputError("run.policies: two have the same name; give each one of its own")
     judge_texts = None if score_texts is None else CheckedReward(score_texts, "run.score_texts")
+    if unknown := sorted(set(other_template) - {name for name, _ in policies}):
+        raise InputError(f"run.other_template: {', '.join(unknown)}: no such policy in run.policies")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     judge = None if reward is None else load_reward(reward, devices)
@@ -78,8 +83,9 @@ def run(
     with opened as here:
         results = {}
         for name, path in policies:
+            source = ModelSource(path=path, other_template=name in other_template)
             results[name] = _sample(
-                ModelSource(path=path),
+                source,
                 judge,
                 prompts,
                 batch,
@@ -109,11 +115,16 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
     for each in filter(None, (loaded, judge)):
         each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     prompts = with_date(prompts, loaded, directory)
+    used, allowed = data.Form(prompts.template, tokenizer), "name the policy in run.other_template"
+    loaded.refuse_other_template(used, responses=False, remedy=allowed)
+    if judge is not None:
+        judge.refuse_other_template(used, responses=True)
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
     tell_left_out(prompts, encoded, none, tokenizer)
-    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
+    vocabulary = loaded.model.config.vocab_size
+    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 
     @jax.jit
     def reply(params, frozen, part, rng):

@@ -60,6 +60,7 @@ def run(
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     loaded = load_model(model, "lm", devices, rng)
+    loaded.refuse_other_template(data.Form(prompts.template, loaded.tokenizer), responses=False)
     loaded.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
 
     inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
@@ -102,7 +103,8 @@ def _sample(
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.refuse_unshared(encoded.items, slots)
     tell_left_out(prompts, encoded, none, tokenizer)
-    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, loaded.model.config.vocab_size)
+    vocabulary = loaded.model.config.vocab_size
+    ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 
     @jax.jit
     def generate(params, prompts, rng):

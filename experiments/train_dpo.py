@@ -55,6 +55,7 @@ def run(
     reference = load_model(model, "lm", devices, init_rng) if lora is None else loaded.base("lm")
     frozen = loaded.frozen | {"reference": reference.params}
     tokenizer, network = loaded.tokenizer, loaded.model
+    loaded.refuse_other_template(data.Form(records.template, tokenizer), responses=True)
 
     def encode(record: data.Comparison) -> data.EncodedPair | data.Skipped:
         return data.encode_comparison(record, tokenizer, records.template, max_length=batch.length)
@@ -79,7 +80,8 @@ def run(
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="dpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(records, train, heldout, tokenizer)
-        write_model_card(here.directory, network, tokenizer, records.template, base=loaded.input)
+        source = {"base": loaded.input, "generation": loaded.generation}
+        write_model_card(here.directory, network, tokenizer, records.template, **source)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
         for step in here.steps(here.resumed_step, steps):

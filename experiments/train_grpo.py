@@ -72,6 +72,7 @@ def run(
     anchored = grpo.kl_coefficient > 0
     cast = load_cast(policy, reward, False, devices, init_rng, lora=lora, critic=False, reference=anchored)
     prompts = with_date(prompts, cast.policy, run_dir)
+    cast.refuse_other_template(prompts.template)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer = cast.policy.tokenizer
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
@@ -100,7 +101,8 @@ def run(
     inputs = [*cast.inputs, *prompts.as_inputs()]
     with open_run(run_dir, stage="grpo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(prompts, encoded, none, tokenizer)
-        card = {"subtree": rollouts.within("params/policy"), "base": cast.policy.input}
+        source = {"base": cast.policy.input, "generation": cast.policy.generation}
+        card = {"subtree": rollouts.within("params/policy")} | source
         write_model_card(here.directory, cast.models.policy, tokenizer, prompts.template, **card)
         saved, host = here.restore(rollouts.packed(state), {"data": batches.get_state()})
         state = rollouts.unpacked(saved, keep=bool(here.resumed_step))

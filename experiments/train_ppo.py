@@ -72,6 +72,7 @@ def run(
     # 1. Models and prompts.
     cast = load_cast(policy, reward, share_trunk, devices, init_rng, lora=lora)
     prompts = with_date(prompts, cast.policy, run_dir)
+    cast.refuse_other_template(prompts.template)
     cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
     tokenizer, pad = cast.policy.tokenizer, data.padding_id(cast.policy.tokenizer)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
@@ -110,6 +111,7 @@ def run(
             prompts.template,
             subtree=rollouts.within("train/params/policy"),
             base=cast.policy.input,
+            generation=cast.policy.generation,
         )
         saved, host = here.restore(rollouts.packed(state), {"data": batches.get_state()})
         state = rollouts.unpacked(saved, keep=bool(here.resumed_step))

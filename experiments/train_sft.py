@@ -79,7 +79,8 @@ def run(
     inputs = [*loaded.as_inputs("model"), *records.as_inputs()]
     with open_run(run_dir, stage="sft", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
         tell_left_out(records, train, heldout, tokenizer)
-        write_model_card(here.directory, network, tokenizer, records.template, base=loaded.input)
+        source = {"base": loaded.input, "generation": loaded.generation}
+        write_model_card(here.directory, network, tokenizer, records.template, **source)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
         if here.resumed_step == 0 and loop.evaluate_every:  # before any training, to compare with

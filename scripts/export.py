@@ -3,22 +3,25 @@
     python scripts/export.py --run_dir=runs/support_desk/ppo --out=exports/ppo
     python scripts/export.py --run_dir=runs/mine/sft_lora --out=exports/adapter --adapter_only
 
-Writes config.json, generation_config.json (stop and padding ids; of a Hugging Face directory also its sampling defaults and
-further stop ids), safetensors, the tokenizer and its chat template. A reward run becomes
-LlamaForSequenceClassification with one label, its reward normalisation folded into the head. The run's provenance.json
+Writes config.json, generation_config.json (everything that ends a response, and the sampling defaults of the model that the
+run began with), safetensors, the tokenizer and its chat template; a plain format that the run was trained with becomes the
+chat template, so that a served model formats conversations as it was trained. A reward run becomes
+LlamaForSequenceClassification with one label, its reward normalisation folded into the head. A PPO run with a shared trunk
+is exported with its language-model head unless --head says otherwise. The run's provenance.json
 goes along, so that the lineage of what is trained from the export goes back to the run, and template.json says how its
 conversations were written down. A run of adapters is exported with
 them merged in, or with --adapter_only as they are, for ``peft`` to load onto the base. --run_dir also takes whatever
 else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub id.
+
+The directory is complete or absent: what a killed export leaves is removed by the next one.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,9 +29,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from absl import flags
 
 from rlhf_jax.command import run_command
-from rlhf_jax.data import Template
-from rlhf_jax.files import json_text
+from rlhf_jax.data import chat_template_of
 from rlhf_jax.io import (
+    describe_pretrained,
     export_adapter,
     export_pretrained,
     load_adapter,
@@ -50,17 +53,20 @@ def export() -> int:
         return adapter(out)
     if given.base is not None:
         raise InputError("--base: goes with --adapter_only")
-    model, params, tokenizer = load_pretrained(given.run_dir, head=given.head, param_dtype=given.dtype)
+    head = given.head
+    if head is None and describe_pretrained(given.run_dir)[0].head == "lm+scalar":
+        head = "lm"
+        print("note: the run has a value head on the same trunk, which is left out; --head=scalar exports that instead")
+    model, params, tokenizer = load_pretrained(given.run_dir, head=head, param_dtype=given.dtype)
     if given.pad_token is not None:
         if given.pad_token not in tokenizer.get_vocab():
             raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
         tokenizer.pad_token = given.pad_token
-    template = read_template(locate(given.run_dir).path)
-    source = locate(given.run_dir)
-    generation = read_generation(source.path) if source.kind == "huggingface" else None
-    export_pretrained(out, model, params, tokenizer, generation=generation)
-    write_origin(out, template)
+    origin = what_goes_along()
+    export_pretrained(out, model, params, tokenizer, **origin)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
+    if origin["template"] is not None and chat_template_of(origin["template"], tokenizer) is not None:
+        print("note: the chat template is the plain format that the run was trained with")
     if model.config.head == "scalar" and float(params["scalar_head"]["bias"][0]):
         bias = float(params["scalar_head"]["bias"][0])
         print(
@@ -79,21 +85,18 @@ def adapter(out: Path) -> int:
     base = given.base or base
     if given.base is None and locate(base).kind != "huggingface":
         raise InputError(f"--base: {base} is nothing that peft can load; export it too and give that directory")
-    template = read_template(locate(given.run_dir).path)
-    export_adapter(out, model, trained, tokenizer, base)
-    write_origin(out, template)
+    origin = what_goes_along()
+    export_adapter(out, model, trained, tokenizer, base, **origin)
     print(f"{out}: adapters of {base}")
     return 0
 
 
-def write_origin(out: Path, template: Template | None) -> None:
-    """The run's provenance.json, and template.json: how the conversations were written down that the model learned from
-    (style "chat": by the tokenizer's chat_template). Each when the run has it."""
-    provenance = locate(flags.FLAGS.run_dir).path / "provenance.json"
-    if provenance.is_file():
-        shutil.copyfile(provenance, out / provenance.name)
-    if template is not None:
-        (out / "template.json").write_text(json_text(asdict(template), indent=2))
+def what_goes_along() -> dict[str, Any]:
+    """What the run says beside its weights: generation config, template of its conversations, provenance."""
+    source = locate(flags.FLAGS.run_dir)
+    template, provenance = read_template(source.path), source.path / "provenance.json"
+    lineage = provenance.read_bytes() if provenance.is_file() else None
+    return {"generation": read_generation(source), "template": template, "provenance": lineage}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Text to batches: sources, records, templates, encoding, packing and the resumable pipeline."""
 
+from rlhf_jax.data.agreement import Form, form_difference
 from rlhf_jax.data.decode import prompt_column, responses
 from rlhf_jax.data.encode import (
     Encoded,
@@ -13,7 +14,7 @@ from rlhf_jax.data.encode import (
     report,
     truncate_by_lines,
 )
-from rlhf_jax.data.ends import Ends, response_ends, sampler_ends
+from rlhf_jax.data.ends import Ends, end_ids, response_ends, sampler_ends
 from rlhf_jax.data.hh_rlhf import hh_comparisons
 from rlhf_jax.data.packing import LENGTH_BUCKETS, Row, bucket_length, pack, stack_rows
 from rlhf_jax.data.padding import padding_id
@@ -29,6 +30,7 @@ from rlhf_jax.data.pipeline import (
     prompt_batches,
     token_batches,
 )
+from rlhf_jax.data.plain_chat import chat_template_of
 from rlhf_jax.data.records import (
     GSM8K_FIELDS,
     Comparison,
@@ -61,22 +63,26 @@ __all__ = [
     "EncodedSet",
     "Ends",
     "Fields",
+    "Form",
     "Message",
     "Prompt",
     "Row",
     "Skipped",
     "Template",
     "bucket_length",
+    "chat_template_of",
     "comparisons",
     "demonstrations",
     "encode_all",
     "encode_comparison",
     "encode_demonstration",
     "encode_prompt",
+    "end_ids",
     "evaluation_batches",
     "evaluation_pair_batches",
     "evaluation_prompt_batches",
     "fingerprint",
+    "form_difference",
     "hh_comparisons",
     "pack",
     "padding_id",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -50,18 +49,15 @@ def text_checks(
         )
 
 
-def template_check(trained: Template | None, used: Template) -> Finding:
-    """Prompts must be written down as in the policy's own training. trained: as its run kept it, None when none did."""
-    if trained is None:
-        return Finding(
-            "note", "template", "the policy's run keeps none: see that prompts are written as it learned them"
-        )
-    names = [
-        field.name for field in dataclasses.fields(used) if getattr(used, field.name) != getattr(trained, field.name)
-    ]
-    differs = ", ".join(f"{name} was {getattr(trained, name)!r}, is {getattr(used, name)!r}" for name in names)
-    words = differs or "prompts are written as in the policy's training"
-    return judge("template", not names, words, "write them as the policy learned them, or train it on these")
+def template_check(model: str, known: bool, difference: str | None) -> Finding:
+    """Conversations must be written down as the ``model`` ("policy", "reward model") learned them. known: whether anything
+    says how; difference: what is written otherwise."""
+    if difference is None and not known:
+        words = f"nothing says how the {model} learned to write conversations: see that these are written so"
+        return Finding("note", f"template of the {model}", words)
+    words = difference or f"conversations are written as in the training of the {model}"
+    remedy = "write them so, train it on these, or set ModelSource.other_template = True"
+    return judge(f"template of the {model}", difference is None, words, remedy)
 
 
 def token_checks(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Iterator[Finding]:

@@ -1,7 +1,8 @@
 """Weights in and out: run directories, Hugging Face directories, GGUF files and hub ids, with tokenizer and configuration."""
 
 from rlhf_jax.io.adapters import Adapter, adapter_card, load_adapter
-from rlhf_jax.io.export import export_pretrained, read_generation
+from rlhf_jax.io.export import export_pretrained
+from rlhf_jax.io.generation import read_generation
 from rlhf_jax.io.load import Pretrained, describe_pretrained, load_pretrained
 from rlhf_jax.io.location import Location, locate
 from rlhf_jax.io.peft_files import export_adapter, read_adapter

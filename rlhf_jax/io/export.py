@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
+import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,13 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.io.json_files import read_json, write_json
+from rlhf_jax.data import Template, chat_template_of, end_ids, response_ends
+from rlhf_jax.io.generation import FILE as GENERATION
+from rlhf_jax.io.json_files import write_json
 from rlhf_jax.io.layout import parse
+from rlhf_jax.io.new_directory import new_directory
 from rlhf_jax.io.placing import names_of, stacked
+from rlhf_jax.io.run_directory import TEMPLATE
 from rlhf_jax.io.tensors import INDEX, SINGLE, listed
 from rlhf_jax.io.tokenizers import largest_token, save_tokenizer
 from rlhf_jax.models import Model, ModelConfig
@@ -25,7 +27,6 @@ from rlhf_jax.models.families import Weight, config_to_hf, dimensions, weights_o
 from rlhf_jax.types import InputError, Params
 
 MAX_FILE_BYTES = 4 * 2**30
-_GENERATION = "generation_config.json"
 
 
 def export_pretrained(
@@ -35,14 +36,19 @@ def export_pretrained(
     tokenizer: PreTrainedTokenizerBase,
     *,
     generation: Mapping[str, Any] | None = None,
+    template: Template | None = None,
+    provenance: bytes | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write config.json, generation_config.json, safetensors files and the tokenizer with its chat template to ``path``.
 
     Everything is written next to ``path`` and renamed at the end: a directory that exists is complete. Numbers are the
     parameters bit for bit, in their dtype; `load_pretrained` gives them back. generation: how the model's source wants to be
-    sampled (`read_generation`); further stop ids stay, the tokenizer's own come first. max_file_bytes: weights beyond it are
-    split over several files with an index; also the host memory that an export takes, above one stacked parameter.
+    sampled (`read_generation`); further stop ids stay, the tokenizer's own come first. template: how the conversations were
+    written that the model learned from: it becomes template.json, a plain format also the tokenizer's chat template, and
+    what it ends a response with is among the stop ids. provenance: content of provenance.json. max_file_bytes: weights
+    beyond it are split over several files with an index; also the host memory that an export takes, above one stacked
+    parameter.
 
     The format is that of ``model.config.family``; head "scalar" becomes its sequence classifier with one label.
     transformers' score has no bias: ours is stored as the tensor ``score.bias`` (when not zero), which transformers
@@ -54,61 +60,42 @@ def export_pretrained(
         raise InputError("model: has adapters or int8 matrices; export the run (scripts/export.py), which merges them")
     fields = config_to_hf(model.config) | _special_ids(model.config, tokenizer)
     _check_params(model, params)
+    if template is not None:
+        generation = {**(generation or {}), "eos_token_id": list(response_ends(tokenizer, template, generation).ids)}
     with new_directory(path) as directory:
         _write_weights(directory, model.config, params, max_file_bytes)
         write_json(directory / "config.json", fields)
         if model.config.has_lm:
-            write_json(directory / _GENERATION, _generation(fields, generation or {}))
-        save_tokenizer(tokenizer, directory)
+            write_json(directory / GENERATION, _generation(fields, generation or {}))
+        write_text_side(directory, tokenizer, template, provenance)
 
 
-def read_generation(directory: Path) -> dict[str, Any] | None:
-    """generation_config.json of a Hugging Face directory, None without one. Raises InputError for a damaged file."""
-    file = directory / _GENERATION
-    return read_json(file) if file.is_file() else None
+def write_text_side(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, template: Template | None, provenance: bytes | None
+) -> None:
+    """Write what an export holds beside weights: the tokenizer with the chat template that ``template`` is, template.json
+    and provenance.json."""
+    if template is not None:
+        written = chat_template_of(template, tokenizer)
+        if written is not None:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = written
+        write_json(directory / TEMPLATE, dataclasses.asdict(template))
+    save_tokenizer(tokenizer, directory)
+    if provenance is not None:
+        (directory / "provenance.json").write_bytes(provenance)
 
 
 def _generation(fields: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """The source's sampling defaults with the special tokens of ``fields``; other stop ids of the source are kept behind
     the tokenizer's end of sequence."""
     ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if fields[name] is not None}
-    more = source.get("eos_token_id")
-    stops = [ids["eos_token_id"], *(more if isinstance(more, list) else [more])]
-    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
-    outside = [stop for stop in stops if type(stop) is not int or not 0 <= stop < fields["vocab_size"]]
+    stops = list(dict.fromkeys((ids["eos_token_id"], *end_ids(source))))
+    outside = [stop for stop in stops if stop >= fields["vocab_size"]]
     if outside:
-        raise InputError(f"{_GENERATION}: eos_token_id: {outside} are no ids below vocab_size = {fields['vocab_size']}")
+        raise InputError(f"{GENERATION}: eos_token_id: {outside} are no ids below vocab_size = {fields['vocab_size']}")
     kept = {name: value for name, value in source.items() if name != "transformers_version"}
     return kept | ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
-
-
-@contextlib.contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to write to that becomes ``path`` when everything went well, and goes away otherwise.
-
-    Raises InputError when ``path`` exists.
-    """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path}: already exists; give another directory or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        _make_readable(temporary)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _make_readable(directory: Path) -> None:
-    """The permissions that open() and mkdir() would have given: mkdtemp and safetensors make theirs private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    directory.chmod(0o777 & ~umask)
-    for file in directory.iterdir():
-        file.chmod(0o666 & ~umask)
 
 
 def _special_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
@@ -119,11 +106,14 @@ def _special_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dic
         )
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if eos is None:
-        raise InputError("tokenizer: has no end-of-sequence token; set tokenizer.eos_token")
+        raise InputError(
+            "tokenizer: has no end-of-sequence token; set tokenizer.eos_token (eos_token in its tokenizer_config.json)"
+        )
     if config.has_scalar and (pad is None or pad == eos):
         raise InputError(
             f"tokenizer: pad_token is {'absent' if pad is None else 'eos_token'}: transformers scores the last token that "
-            "is not padding, which would not be the last token; set tokenizer.pad_token to a token that ends no text"
+            "is not padding, which would not be the last token; set tokenizer.pad_token (--pad_token of scripts/export.py) to a "
+            "token that ends no text"
         )
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
 

@@ -13,11 +13,13 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.io.export import new_directory
+from rlhf_jax.data import Template
+from rlhf_jax.io.export import write_text_side
+from rlhf_jax.io.generation import FILE as GENERATION
 from rlhf_jax.io.json_files import read_json, write_json
 from rlhf_jax.io.layout import Layout, parse, whole
+from rlhf_jax.io.new_directory import new_directory
 from rlhf_jax.io.tensors import Tensors, listed, open_file, wrong_kinds
-from rlhf_jax.io.tokenizers import save_tokenizer
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
 from rlhf_jax.models.families import dimensions, weights_of
 from rlhf_jax.types import InputError, Params
@@ -106,10 +108,18 @@ def _head_tensors(config: ModelConfig) -> list[_Tensor]:
 
 
 def export_adapter(
-    path: str | Path, model: Model, trained: Params, tokenizer: PreTrainedTokenizerBase, base: str
+    path: str | Path,
+    model: Model,
+    trained: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    template: Template | None = None,
+    provenance: bytes | None = None,
 ) -> None:
     """Write what a run of adapters trained as a directory that ``peft`` loads onto ``base``: adapter_config.json,
-    adapter_model.safetensors and the tokenizer.
+    adapter_model.safetensors and the tokenizer. generation, template, provenance: as in `export_pretrained`.
 
     model: with its ``lora``. trained: adapters, and the scalar head of a reward or value model, which becomes PEFT's saved
     module ``score`` (its bias as the tensor ``score.bias`` when it is not zero; PEFT knows none). Numbers are kept bit for
@@ -150,7 +160,9 @@ def export_adapter(
     with new_directory(path) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         write_json(directory / CONFIG, fields)
-        save_tokenizer(tokenizer, directory)
+        if generation:
+            write_json(directory / GENERATION, generation)
+        write_text_side(directory, tokenizer, template, provenance)
 
 
 def is_adapter(path: Path) -> bool:

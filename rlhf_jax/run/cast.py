@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.data import Template, sampler_ends
-from rlhf_jax.io import describe_pretrained
+from rlhf_jax.data import Form, Template, sampler_ends
+from rlhf_jax.io import describe_pretrained, locate
 from rlhf_jax.learn import PPOState, initial_state
 from rlhf_jax.models import Head, LoraConfig, Model
 from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, tree_shardings
@@ -34,6 +34,7 @@ from rlhf_jax.run.models import (
     load_reward,
     refuse_tokenizer,
     set_pad_token,
+    source_generation,
     with_adapters,
     with_base_dtype,
 )
@@ -57,6 +58,13 @@ class Cast:
     def inputs(self) -> list[Input]:
         """For `open_run`."""
         return [*self.policy.as_inputs("policy"), *(self.judge.as_inputs("reward") if self.judge else [])]
+
+    def refuse_other_template(self, template: Template) -> None:
+        """Raises InputError when policy or reward model learned from conversations that ``template`` writes otherwise."""
+        used = Form(template, self.policy.tokenizer)
+        self.policy.refuse_other_template(used, responses=False)
+        if self.judge is not None:
+            self.judge.refuse_other_template(used, responses=True)
 
     def refuse_longer(self, tokens: int, what: str) -> None:
         """As `Loaded.refuse_longer`, for every model (a value model is as long as what it started from)."""
@@ -157,12 +165,14 @@ def _shardings(cast: Cast, mesh: Mesh) -> Params:
 
 def _ends(cast: Cast, template: Template, settings: PPOSettings | GRPOSettings) -> dict[str, Any]:
     vocabulary = cast.models.policy.config.vocab_size
-    return sampler_ends(cast.policy.tokenizer, template, settings.sampling.stop_strings, vocabulary)
+    policy = cast.policy
+    return sampler_ends(policy.tokenizer, template, settings.sampling.stop_strings, vocabulary, policy.generation)
 
 
 def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = None) -> Loaded:
     """As `load_model`, with ShapeDtypeStructs on their shards for parameters: nothing is read but headers, nothing drawn."""
     del rng
+    generation: dict[str, Any] = {}
     if source.config is not None:
         config, tokenizer = source.config.replace(head=head), source.tokenizer
     else:
@@ -170,10 +180,12 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
         saved, tokenizer = describe_pretrained(source.path, max_length=source.max_length)
         config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
         set_pad_token(tokenizer, source)
+        generation = source_generation(config, locate(source.path), source.path)
     refuse_tokenizer(config, tokenizer, source.path)
     model = Model(config, ActivationConstraint(mesh))
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
-    return Loaded(model, abstract_arrays(model.abstract(), shardings), tokenizer, source.path)
+    params = abstract_arrays(model.abstract(), shardings)
+    return Loaded(model, params, tokenizer, source.path, generation=generation)
 
 
 def plan_judge(source: ModelSource, mesh: Mesh) -> Loaded:

@@ -77,6 +77,7 @@ class ModelSource:
     The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
     remat, logits_chunk, attention: as in ModelConfig. max_length: shorter than the checkpoint's. pad_token: a token
     of the vocabulary to pad with, kept with the tokenizer; training and sampling need none, exports of reward models do.
+    other_template: take a model though it learned from conversations that are written otherwise than the data's.
     """
 
     path: str | None = None
@@ -89,8 +90,11 @@ class ModelSource:
     attention: str | None = None
     max_length: int | None = None
     pad_token: str | None = None
+    other_template: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.other_template, bool):
+            raise InputError(f"ModelSource.other_template = {self.other_template!r}: give True or False")
         if (self.path is None) == (self.config is None):
             raise InputError("ModelSource: give either path (an existing model) or config (a new one)")
         for name in ("param_dtype", "compute_dtype"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data import Template
+from rlhf_jax.data import Form, Template, end_ids, form_difference, response_ends
 from rlhf_jax.files import json_text
-from rlhf_jax.io import adapter_card, check_vocabulary, largest_token, load_pretrained, locate
+from rlhf_jax.io import (
+    Location,
+    adapter_card,
+    check_vocabulary,
+    largest_token,
+    load_pretrained,
+    locate,
+    read_generation,
+    read_template,
+)
 from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, replicated, tree_shardings
 from rlhf_jax.run.configurables import ModelSource
@@ -28,6 +38,8 @@ class Loaded:
     """A model ready to use. input: what provenance records (None for a new model); revision: its commit on the hub.
 
     frozen: {}, or with adapters {"base": ...}; params are then the adapters and the scalar head (`models.lora`).
+    generation: the generation config of the model's source (`io.read_generation`). template: of the conversations that it
+    learned from, None when nothing says so. compared: whether that must be the template of the data.
     """
 
     model: Model
@@ -36,6 +48,9 @@ class Loaded:
     input: str | None
     revision: str | None = None
     frozen: Params = dataclasses.field(default_factory=dict)
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: Template | None = None
+    compared: bool = True
 
     def as_inputs(self, name: str) -> list[Input]:
         """For `open_run`."""
@@ -45,6 +60,29 @@ class Loaded:
         """The frozen base of an adapted model by itself, under ``head``: the same arrays, no copy."""
         model = dataclasses.replace(self.model, lora=None).with_head(head)
         return dataclasses.replace(self, model=model, params=self.frozen["base"], frozen={})
+
+    def template_difference(self, used: Form, *, responses: bool) -> str | None:
+        """Say how the model learned to write conversations otherwise than ``used``; None when it did not, when nothing says
+        how it learned, and when its source allows it (`ModelSource.other_template`).
+
+        Of a model whose template is not known, chat templates are compared. responses: as in `data.form_difference`.
+        """
+        learned = self.template
+        if learned is None and used.template.style == "chat" and self.tokenizer.chat_template:
+            learned = used.template
+        if not self.compared or learned is None:
+            return None
+        return form_difference(Form(learned, self.tokenizer), used, responses=responses)
+
+    def refuse_other_template(
+        self, used: Form, *, responses: bool, remedy: str = "set ModelSource.other_template = True"
+    ) -> None:
+        """Raises InputError when the model learned from conversations that are written otherwise than ``used``."""
+        if difference := self.template_difference(used, responses=responses):
+            raise InputError(
+                f"{self.input}: learned from conversations of another template than these are written with: {difference}; "
+                f"write these as it learned them, or {remedy}"
+            )
 
     def refuse_longer(self, tokens: int, what: str) -> None:
         """Raises InputError when sequences of ``tokens`` are longer than the model's max_length: rotary positions past
@@ -61,14 +99,17 @@ def write_model_card(
     template: Template,
     subtree: str = "params",
     base: str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a run directory loadable as a model: model.json (configuration, where the checkpoint holds the parameters, the
-    template of the conversations it was trained on, of adapters also their settings and ``base``, the path of the model
-    under them) and tokenizer/."""
+    template of the conversations it was trained on, the generation config of its base with everything that ends a response,
+    of adapters also their settings and ``base``, the path of the model under them) and tokenizer/."""
     if jax.process_index():
         return
     card: dict[str, Any] = {"config": json.loads(model.config.to_json()), "subtree": subtree}
     card["template"] = dataclasses.asdict(template)
+    ends = response_ends(tokenizer, template, generation)
+    card["generation"] = {**(generation or {}), "eos_token_id": list(ends.ids)}
     if model.lora is not None:
         assert base is not None
         card["adapter"] = adapter_card(model.lora, base)
@@ -112,7 +153,29 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     set_pad_token(tokenizer, source)
     refuse_tokenizer(model.config, tokenizer, source.path)
     refuse_not_finite(params, source.path, mesh)
-    return Loaded(model, params, tokenizer, source.path, location.revision)
+    generation = source_generation(model.config, location, source.path)
+    return Loaded(
+        model,
+        params,
+        tokenizer,
+        source.path,
+        location.revision,
+        generation=generation,
+        template=read_template(location.path),
+        compared=not source.other_template,
+    )
+
+
+def source_generation(config: ModelConfig, location: Location, path: str) -> dict[str, Any]:
+    """The generation config of a model's source. Raises InputError for end ids that the model does not have: it would never
+    stop there, and its export would be refused after the training."""
+    generation = read_generation(location)
+    if outside := [end for end in end_ids(generation) if end >= config.vocab_size]:
+        raise InputError(
+            f"{path}: eos_token_id of its generation config: {outside} are no ids below vocab_size = {config.vocab_size}; "
+            "correct generation_config.json (or config.json where there is none)"
+        )
+    return generation
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

@@ -60,11 +60,11 @@ def test_a_tokenizer_without_a_padding_token() -> None:
 
 
 def test_the_template_of_the_policy() -> None:
-    plain = Template(style="plain")
-    assert doctor.template_check(plain, Template(style="plain")).verdict == "ok"
-    assert doctor.template_check(None, plain).verdict == "note"
-    found = doctor.template_check(plain, Template(style="plain", response_prefix=""))
-    assert found.verdict == "WRONG" and found.words.startswith("response_prefix was ' ', is '': ")
+    assert doctor.template_check("policy", True, None).verdict == "ok"
+    assert doctor.template_check("policy", False, None).verdict == "note"
+    finding = doctor.template_check("reward model", True, "Template.style was 'plain', is 'chat'")
+    assert finding.verdict == "WRONG" and finding.check == "template of the reward model"
+    assert finding.words.startswith("Template.style was 'plain', is 'chat': ")
 
 
 def test_vocabulary_and_batches() -> None:

@@ -63,7 +63,14 @@ def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -
     assert "checkpoint" in seen
     if config in ("ppo", "grpo"):
         assert ("groups" in seen) == (config == "grpo")
-        assert {"sampler and scorer", "reference", "reward model", "tokenizers", "reward spread", "template"} <= seen
+        assert {
+            "sampler and scorer",
+            "reference",
+            "reward model",
+            "tokenizers",
+            "reward spread",
+            "template of the policy",
+        } <= seen
     else:
         assert {"label masks", "lengths", "end of reply", "first steps"} <= seen
 

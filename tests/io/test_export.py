@@ -15,7 +15,8 @@ from llama_files import CASES, golden_tokens, llama_fields, llama_tensors, write
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rlhf_jax.io import export_pretrained, load_pretrained, read_generation
+from rlhf_jax.data import Template
+from rlhf_jax.io import Location, export_pretrained, load_pretrained, read_generation, read_template
 from rlhf_jax.models import LoraConfig, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config, train_bpe_tokenizer
@@ -119,8 +120,7 @@ def test_sampling_defaults_and_further_stop_ids_of_the_source_stay(tmp_path: Pat
     model, params = a_model()
     source = {"eos_token_id": [5, 2], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "pad_token_id": 7}
     (tmp_path / "generation_config.json").write_text(json.dumps(source | {"transformers_version": "4.40.0"}))
-    assert read_generation(tmp_path / "elsewhere") is None
-    given = read_generation(tmp_path)
+    given = read_generation(Location("huggingface", tmp_path))
     export_pretrained(tmp_path / "out", model, params, byte_tokenizer(), generation=given)
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {  # the tokenizer's own ids win
@@ -224,3 +224,37 @@ def test_transformers_computes_the_same_from_an_export(changes: dict[str, Any], 
         ours = model.scalars(params, hidden)[:, -1:] - params["scalar_head"]["bias"]  # which transformers leaves out
         theirs = network(ids).logits
     assert np.abs(np.asarray(ours) - theirs.detach().numpy()).max() < 1e-4
+
+
+def test_the_plain_format_and_the_lineage_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the directory before it gets its name: a directory that exists is complete."""
+    model, params = a_model()
+    tokenizer = byte_tokenizer(TEMPLATE)
+    plain = Template(style="plain", stop_token="<|pad|>")
+    settings: Any = {"template": plain, "generation": {"eos_token_id": 5, "top_p": 0.9}, "provenance": b"{}"}
+    export_pretrained(tmp_path / "out", model, params, tokenizer, **settings)
+    auto = AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "hi"}]
+    assert auto.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "Question: hi\nAnswer:"
+    assert tokenizer.chat_template == TEMPLATE  # the caller's own stays
+    assert read_template(tmp_path / "out") == plain
+    assert (tmp_path / "out" / "provenance.json").read_bytes() == b"{}"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 0, 5] and generation["top_p"] == 0.9  # EOS, the format's end, the base's
+    export_pretrained(tmp_path / "chat", model, params, tokenizer, template=Template())
+    assert load_pretrained(tmp_path / "chat").tokenizer.chat_template == TEMPLATE
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)  # the last file to be written
+    with pytest.raises(OSError, match="No space"):
+        export_pretrained(tmp_path / "cut", model, params, tokenizer, **settings)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["chat", "out"]
+
+
+def test_an_end_of_turn_other_than_eos_is_exported(tmp_path: Path) -> None:
+    model, params = a_model()
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}")
+    export_pretrained(tmp_path / "out", model, params, tokenizer, template=Template())
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 0]

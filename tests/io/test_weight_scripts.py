@@ -30,13 +30,20 @@ def export(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_is_exported_with_its_lineage(tmp_path: Path) -> None:
     model, params = make_run(tmp_path / "run", steps=(1, 2))
-    facts = {"stage": "sft", "seed": 1, "inputs": [], "launches": [{"git": {"commit": "abc"}}]}
+    facts = {
+        "stage": "sft",
+        "seed": 1,
+        "inputs": [],
+        "launches": [{"git": {"commit": "abc"}, "working_directory": "/"}],
+    }
     (tmp_path / "run" / "provenance.json").write_text(json.dumps(facts))
     done = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--dtype=float32")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'out'}: head lm, float32\n"
-    again, loaded, _ = load_pretrained(tmp_path / "out")
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: head lm, float32\nnote: the chat template is the plain format")
+    again, loaded, tokenizer = load_pretrained(tmp_path / "out")
     assert again.config == model.config
+    question = tokenizer.apply_chat_template([{"role": "user", "content": "why?"}], tokenize=False)
+    assert question == "Q why?\nA:"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded), jax.device_get(params))
     assert lineage(tmp_path / "out")["stage"] == "sft"
     template = json.loads((tmp_path / "out" / "template.json").read_text())
@@ -51,11 +58,21 @@ def test_a_scorer_needs_a_padding_token_of_its_own(tmp_path: Path) -> None:
     refused = export(run, out)
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
     assert refused.stderr.splitlines()[-1].startswith("error: tokenizer: pad_token is eos_token")
+    assert "--pad_token" in refused.stderr.splitlines()[-1]
     unknown = export(run, out, "--pad_token=<|nothing|>")
     assert unknown.returncode == 2 and "is not in the vocabulary" in unknown.stderr
     done = export(run, out, "--pad_token=<|pad|>")
     assert done.returncode == 0, done.stderr
     assert load_pretrained(tmp_path / "out").tokenizer.pad_token == "<|pad|>"
+
+
+def test_of_two_heads_the_language_model_is_exported(tmp_path: Path) -> None:
+    """PPO with a shared trunk: the value head is a tool of its training."""
+    make_run(tmp_path / "run", "lm+scalar")
+    done = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "head lm, float32" in done.stdout and "--head=scalar exports that instead" in done.stdout
+    assert load_pretrained(tmp_path / "out").model.config.head == "lm"
 
 
 @pytest.mark.parametrize(

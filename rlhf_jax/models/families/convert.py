@@ -89,7 +89,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     if config.head == "lm+scalar":
         raise InputError(
-            "head 'lm+scalar': a checkpoint has one head; load the model with head='lm' or head='scalar' and export that"
+            "head 'lm+scalar': a checkpoint has one head; load the model with head='lm' or head='scalar' "
+            "(--head of scripts/export.py) and export that"
         )
     family = family_of(config)
     if family.even_heads and config.hidden_size % config.num_heads:

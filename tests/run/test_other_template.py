@@ -1,0 +1,71 @@
+"""Programs refuse a model that learned from conversations of another template than their data is written with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rlhf_jax.data import Form, Template
+from rlhf_jax.io import export_pretrained
+from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.rollout import RolloutModels
+from rlhf_jax.run.cast import Cast
+from rlhf_jax.run.configurables import ModelSource
+from rlhf_jax.run.models import Loaded, load_model
+from rlhf_jax.testing import byte_tokenizer, tiny_model
+from rlhf_jax.types import InputError
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eos|>\n{% endfor %}"
+PLAIN, CHAT = Template(style="plain"), Template()
+
+
+def loaded(
+    path: Path, template: Template | None, head: Any = "lm", chat_template: str | None = CHATML, **source: Any
+) -> Loaded:
+    """A model that was exported from a run trained with ``template``."""
+    if not path.exists():
+        model, params = tiny_model(vocab_size=272, head=head)
+        export_pretrained(path, model, params, byte_tokenizer(chat_template), template=template)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return load_model(ModelSource(path=str(path), **source), head, mesh, None)
+
+
+def cast(policy: Loaded, judge: Loaded | None) -> Cast:
+    return Cast(policy, judge, RolloutModels(policy.model, None, None, None), {}, {})
+
+
+def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Path) -> None:
+    policy, judge = loaded(tmp_path / "policy", CHAT), loaded(tmp_path / "reward", PLAIN, "scalar")
+    cast(policy, None).refuse_other_template(CHAT)
+    with pytest.raises(
+        InputError, match="reward: learned from .* another template .*style was 'plain', is 'chat'.*or set"
+    ):
+        cast(policy, judge).refuse_other_template(CHAT)
+    with pytest.raises(InputError, match="policy: learned from .*set ModelSource.other_template = True"):
+        cast(policy, judge).refuse_other_template(PLAIN)
+    allowed = loaded(tmp_path / "reward", PLAIN, "scalar", other_template=True)
+    cast(policy, allowed).refuse_other_template(CHAT)
+    with pytest.raises(InputError, match="ModelSource.other_template = 1: give True or False"):
+        ModelSource(path="x", other_template=1)  # type: ignore[arg-type]
+
+
+def test_models_that_say_nothing_are_compared_by_chat_template(tmp_path: Path) -> None:
+    policy, judge = loaded(tmp_path / "policy", None), loaded(tmp_path / "reward", None, "scalar")
+    for template in (CHAT, PLAIN, Template(style="raw")):
+        cast(policy, judge).refuse_other_template(template)
+    other = loaded(tmp_path / "other", None, "scalar", CHATML.replace("<|eos|>", "<|pad|>"))
+    cast(policy, other).refuse_other_template(PLAIN)  # nothing says how it learned
+    with pytest.raises(InputError, match="other: learned from .* the chat templates differ: it learned"):
+        cast(policy, other).refuse_other_template(CHAT)
+
+
+def test_the_remedy_is_the_programs_own(tmp_path: Path) -> None:
+    """An export serves its plain format as a chat template: written as chat it agrees, in another format it does not."""
+    policy = loaded(tmp_path / "policy", PLAIN)
+    policy.refuse_other_template(Form(CHAT, policy.tokenizer), responses=False)
+    other = Form(Template(style="plain", prompt_format="{prompt}"), policy.tokenizer)
+    with pytest.raises(InputError, match="or name the policy in run.other_template"):
+        policy.refuse_other_template(other, responses=False, remedy="name the policy in run.other_template")
