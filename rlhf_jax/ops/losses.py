@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from rlhf_jax.ops.arguments import require_ids, require_mask, require_rows, require_same_shape, require_within
 from rlhf_jax.ops.masking import masked_mean, zero_outside
-from rlhf_jax.types import InputError
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before ``exp``: e^20 = 4.9e8 is far beyond any clip range and still finite in float32;
@@ -123,13 +122,9 @@ def normalising_gain_bias(
 ) -> tuple[jax.Array, jax.Array]:
     """(gain, bias) such that ``gain * reward + bias`` has the target statistics (Ziegler et al. 2019).
 
-    mean, std: of the rewards before. Raises InputError for a plain std of 0: rewards that are all alike have no
-    scale. Example: mean .3, std 2 -> gain .5, bias -.15.
+    mean, std: of the rewards before; rewards that are all alike (std 0) get an infinite gain, which the caller refuses.
+    Example: mean .3, std 2 -> gain .5, bias -.15.
     """
-    if isinstance(std, int | float) and not std > 0:
-        raise InputError(
-            f"normalising_gain_bias: std = {std}: rewards that are all alike (or not finite) have no scale"
-        )
     gain = jnp.asarray(target_std, jnp.float32) / std
     return gain, target_mean - gain * mean
 

@@ -78,7 +78,6 @@ REFUSED = {
     "picks in a column": (lambda: ops.best_of_k_loss(TWO, IDS[:, None]), r"best \[2, 1\] beside \[2, 3\]"),
     "a ranking by shares": (lambda: ops.plackett_luce_loss(TWO, SHARES), "mask of dtype float32: give booleans"),
     "pairs by shares": (lambda: ops.kwise_loss(TWO, SHARES), "mask of dtype float32: give booleans"),
-    "rewards without a spread": (lambda: ops.normalising_gain_bias(0.3, 0.0), "std = 0.0: rewards that are all alike"),
     "a mean over shares": (lambda: ops.masked_mean(TWO, SHARES), "mask of dtype float32: give booleans"),
     "a variance over counts": (lambda: ops.masked_var(TWO, IDS[:, None]), "mask of dtype int32: give booleans"),
     "whitening over shares": (lambda: ops.whiten(TWO, SHARES), "mask of dtype float32: give booleans"),
