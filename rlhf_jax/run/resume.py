@@ -76,7 +76,7 @@ def lock(directory: Path) -> IO[str]:
 def refuse_place(directory: Path) -> None:
     """Raises InputError for a path that checkpoints cannot be stored under, and for one inside a place that another run,
     pipeline or sweep keeps for itself: its retention would remove what lies there."""
-    if wrong := [c for c in str(directory) if c in NOT_STORABLE or "\ud800" <= c <= "\udfff"]:
+    if wrong := [c for c in str(directory) if c in NOT_STORABLE or c == "\0" or "\ud800" <= c <= "\udfff"]:
         raise InputError(
             f"{str(directory)!r}: checkpoints cannot be stored under a path with {wrong[0]!r}; give another"
         )

@@ -1,4 +1,4 @@
-"""What is said of steps that a run has done already."""
+"""What is said of steps that a run has done already, and of a path that no file can have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run.resume import refuse_steps
+from rlhf_jax.run.resume import refuse_place, refuse_steps
 from rlhf_jax.types import InputError
 
 
@@ -16,3 +16,8 @@ def test_an_empty_directory_is_no_step_that_was_done(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "999" / "manifest.json").touch()
     with pytest.raises(InputError, match="already at step 999, asked for 3 "):
         refuse_steps(tmp_path, "run.steps = 3\n", 999)
+
+
+def test_a_nul_in_the_path_is_named() -> None:
+    with pytest.raises(InputError, match="cannot be stored under a path with"):
+        refuse_place(Path("/runs/a\0b"))
