@@ -18,6 +18,7 @@ import io
 import json
 import os
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ FEW = 24
 
 
 class Built(BaseException):
-    """Raised on run's second line: everything is built. Not an Exception, so that nobody takes it for an error."""
+    """Raised in the place of run's body: everything is built. Not an Exception, so that nobody takes it for an error."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
@@ -59,7 +60,30 @@ def without_files(register: Callable[..., Any]) -> Callable[..., Any]:
     return registering
 
 
+def in_place_of(run: Callable[..., None]) -> Callable[..., None]:
+    """A function that gin calls as it would call ``run``. It checks the bindings, as run's first line does, and stops."""
+    signature = inspect.signature(run)
+
+    def build(*arguments: Any, **keywords: Any) -> None:
+        bound = signature.bind(*arguments, **keywords)
+        bound.apply_defaults()
+        config.bound_config()
+        raise Built(bound.arguments)
+
+    functools.update_wrapper(build, run)
+    build.__annotations__ = typing.get_type_hints(run)  # resolved where run was written, not here
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    del build.__wrapped__  # type: ignore[attr-defined]  # the launcher takes this for run's body
+    return build
+
+
+def without_run(configurable: Callable[..., Any]) -> Callable[..., Any]:
+    """gin.configurable that registers a stand-in for an experiment's ``run``."""
+    return lambda made: configurable(in_place_of(made) if made.__name__ == "run" else made)
+
+
 gin.register = without_files(gin.register)
+gin.configurable = without_run(gin.configurable)
 
 import jax  # noqa: E402
 
@@ -104,12 +128,6 @@ def look_into(arguments: dict[str, Any]) -> None:
 
 def check(argv: list[str]) -> dict[str, Any]:
     module = load(Path(argv[0]))
-
-    def stop() -> None:
-        config.bound_config()
-        raise Built(dict(sys._getframe(1).f_locals))
-
-    inspect.unwrap(module.run).__globals__["bound_config"] = stop
     sys.modules["__main__"] = module  # what --help would show, and where a toy finds itself
     told = io.StringIO()
     try:

@@ -5,63 +5,14 @@ Every broken run is slowed down a little between its steps, so that the signal a
 
 from __future__ import annotations
 
-import json
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from experiment_processes import finish, read_lines, wait_for_step
+from interrupted_runs import resumed_steps, same_as, terminate
 
-from rlhf_jax.saved import checkpoint_dir, saved_steps
-
-
-def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint by its path: parameters, optimiser, keys, counters, controller."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(checkpoint_dir(run_dir) / str(saved_steps(run_dir)[-1]) / "state")
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    raw = jax.random.key_data
-    return {
-        jax.tree_util.keystr(path): np.asarray(raw(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
-        for path, x in leaves
-    }
-
-
-def same_as(unbroken: Path, broken: Path, *parts: str) -> None:
-    """parts: words that some path of the state must hold, so that what was compared is what was meant."""
-    assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-    assert saved_steps(broken)[-1] == saved_steps(unbroken)[-1]
-    ours, theirs = saved_state(broken), saved_state(unbroken)
-    assert ours.keys() == theirs.keys()
-    for part in parts:
-        assert any(part in path for path in ours), (part, list(ours))
-    for path, array in ours.items():
-        assert array.dtype == theirs[path].dtype
-        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
-    assert [line["step"] for line in read_lines(broken / "timing.jsonl")] == [
-        line["step"] for line in read_lines(unbroken / "timing.jsonl")
-    ]
-
-
-def resumed_steps(run_dir: Path) -> list[int]:
-    return [launch["resumed_step"] for launch in json.loads((run_dir / "provenance.json").read_text())["launches"]]
-
-
-def terminate(begin: Callable[..., Any], run_dir: Path, at: int, *arguments: str, **macros: Any) -> int:
-    """SIGTERM once step ``at`` is logged; returns the step that was saved."""
-    process = begin(*arguments, run_dir.name, seconds_a_step=0.4, **macros)
-    wait_for_step(run_dir, at, process)
-    process.send_signal(signal.SIGTERM)
-    _, err = finish(process, 143)
-    saved = saved_steps(run_dir)[-1]
-    assert f"stopped at step {saved}; the same command goes on from here" in err
-    return saved
+from rlhf_jax.saved import saved_steps
 
 
 @pytest.mark.parametrize(
@@ -69,7 +20,10 @@ def terminate(begin: Callable[..., Any], run_dir: Path, at: int, *arguments: str
     [
         pytest.param(("train_sft", "sft"), {"BASE": "base"}, id="sft"),
         pytest.param(
-            ("train_reward", "reward"), {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"}, id="reward"
+            ("train_reward", "reward"),
+            {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
+            id="reward",
+            marks=pytest.mark.slow,  # the loop and the state are those of SFT
         ),
     ],
 )
@@ -107,6 +61,7 @@ def test_ppo_terminated_and_killed(chain: Path, begin, tmp_path: Path) -> None:
     same_as(chain / "ppo", broken, "policy", "value", "opt_state", "rng", "kl_coefficient")
 
 
+@pytest.mark.slow  # two more processes for one file that is taken away
 def test_going_on_takes_away_the_scale_of_an_older_step(chain: Path, begin, tmp_path: Path) -> None:
     """Whoever loads the reward run meanwhile must not get gain and bias that belong to other weights."""
     shutil.copytree(chain / "reward", tmp_path / "reward")

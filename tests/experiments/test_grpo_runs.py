@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from experiment_processes import finish, read_lines
-from test_exact_resume import same_as, terminate
+from interrupted_runs import same_as, terminate
 
 from rlhf_jax.io import load_pretrained
 
 
+@pytest.mark.slow  # three processes; PPO, in the default suite, resumes by the same code with more state
 def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
     places = {"POLICY": chain / "sft", "REWARD": chain / "reward", "BatchConfig.folded": True}
     finish(begin("train_grpo", "grpo", "unbroken", **places))

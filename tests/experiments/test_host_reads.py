@@ -27,6 +27,7 @@ def test_every_kind_of_read_is_seen(tmp_path: Path) -> None:
         ("implicit", "as_a_number"),
         ("implicit", "as_an_array"),
         ("implicit", "as_a_condition"),
+        ("implicit", "as_text"),
         ("explicit", "said"),
     ]
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from experiment_processes import ROOT, finish, read_lines, start
-from test_exact_resume import same_as, saved_state, terminate
+from interrupted_runs import same_as, saved_state, terminate
 
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.models import LoraConfig, Model, int8, lora

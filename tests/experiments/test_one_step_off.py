@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from experiment_processes import finish, read_lines
-from test_exact_resume import same_as, terminate
+from interrupted_runs import same_as, terminate
 
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.models import Model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from experiment_processes import ROOT, command, environment, finish, read_lines, start
-from test_exact_resume import same_as
+from interrupted_runs import same_as
 
 from rlhf_jax.run import lineage, read_provenance
 

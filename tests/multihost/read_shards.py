@@ -1,4 +1,4 @@
-"""One of two processes that load the same checkpoint over eight devices; writes what it read (tests/multihost/test_reading.py)."""
+"""One of two processes that load the same checkpoint over eight devices; writes what it read (test_reading_shards.py)."""
 
 from __future__ import annotations
 

@@ -17,11 +17,15 @@ def as_a_condition(x):
     return "yes" if x[1] > 1 else "no"
 
 
+def as_text(x):
+    return f"{x[2]}"
+
+
 def said(x):
     return jax.device_get(x + 2)
 
 
 if __name__ == "__main__":
     numbers = jnp.arange(3) + 1
-    for read in (as_a_number, as_an_array, as_a_condition, said):
+    for read in (as_a_number, as_an_array, as_a_condition, as_text, said):
         read(numbers)

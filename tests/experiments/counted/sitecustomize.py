@@ -2,56 +2,55 @@
 
 A line of JSON in $READS for each: [kind, file, function], the innermost place in this repository. "explicit" is
 `jax.device_get`; "implicit" everything that makes numbers of an array without saying so (float(x), np.asarray(x), a
-comparison in an if). jax_transfer_guard does not see these on a CPU, where nothing is copied.
+comparison in an if). jax_transfer_guard does not see these on a CPU, where nothing is copied. So this wraps the ways that
+Python and numpy have to ask an object for its numbers: the protocol methods of the class of arrays, and numpy's functions.
 """
 
+import functools
 import json
 import os
-import sys
 import threading
+import traceback
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax._src.array import ArrayImpl
 
 ROOT = str(Path(__file__).resolve().parents[3])
+Array = type(jnp.zeros(()))
+NUMBERS = ("__array__", "__bool__", "__complex__", "__float__", "__index__", "__int__", "item", "tolist", "tobytes")
+TEXT = ("__format__", "__repr__", "__str__")
 _inside = threading.local()
-_value, _asarray, _device_get = ArrayImpl._value, np.asarray, jax.device_get
 
 
-def told(kind):
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(ROOT) and "site-packages" not in file:
+def tell(kind):
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename.startswith(ROOT) and "site-packages" not in frame.filename and frame.filename != __file__:
             with open(os.environ["READS"], "a") as out:
-                print(json.dumps([kind, os.path.relpath(file, ROOT), frame.f_code.co_name]), file=out)
+                print(json.dumps([kind, os.path.relpath(frame.filename, ROOT), frame.name]), file=out)
             return
-        frame = frame.f_back
 
 
-def value(self):
-    if not getattr(_inside, "reading", False):
-        told("implicit")
-    return _value.fget(self)
+def counted(kind, read):
+    """``read``, telling that it was called; what it calls in turn is part of the same read."""
+
+    @functools.wraps(read)
+    def reading(x, *arguments, **named):
+        if getattr(_inside, "reading", False) or (kind == "implicit" and not isinstance(x, Array)):
+            return read(x, *arguments, **named)
+        tell(kind)
+        _inside.reading = True
+        try:
+            return read(x, *arguments, **named)
+        finally:
+            _inside.reading = False
+
+    return reading
 
 
-def asarray(a, *arguments, **named):
-    if isinstance(a, ArrayImpl) and not getattr(_inside, "reading", False):
-        told("implicit")
-    return _asarray(a, *arguments, **named)
-
-
-def device_get(x):
-    if getattr(_inside, "reading", False):
-        return _device_get(x)
-    told("explicit")
-    _inside.reading = True
-    try:
-        return _device_get(x)
-    finally:
-        _inside.reading = False
-
-
-ArrayImpl._value, np.asarray, jax.device_get = property(value), asarray, device_get
+for name in NUMBERS + TEXT:
+    setattr(Array, name, counted("implicit", getattr(Array, name)))
+for name in ("asarray", "array"):
+    setattr(np, name, counted("implicit", getattr(np, name)))
+jax.device_get = counted("explicit", jax.device_get)

@@ -1,6 +1,6 @@
 """Two processes (gloo) load one checkpoint over one mesh: each reads the numbers that its own devices hold, and no others.
 
-scripts/test.sh -m multihost tests/multihost/test_reading.py
+scripts/test.sh -m multihost tests/multihost/test_reading_shards.py
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""Runs stopped midway, and whether what they end as is the very run that nothing stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from experiment_processes import finish, read_lines, wait_for_step
+
+from rlhf_jax.saved import checkpoint_dir, saved_steps
+
+
+def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint by its path: parameters, optimiser, keys, counters, controller."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(checkpoint_dir(run_dir) / str(saved_steps(run_dir)[-1]) / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    raw = jax.random.key_data
+    return {
+        jax.tree_util.keystr(path): np.asarray(raw(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        for path, x in leaves
+    }
+
+
+def same_as(unbroken: Path, broken: Path, *parts: str) -> None:
+    """parts: words that some path of the state must hold, so that what was compared is what was meant."""
+    assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    assert saved_steps(broken)[-1] == saved_steps(unbroken)[-1]
+    ours, theirs = saved_state(broken), saved_state(unbroken)
+    assert ours.keys() == theirs.keys()
+    for part in parts:
+        assert any(part in path for path in ours), (part, list(ours))
+    for path, array in ours.items():
+        assert array.dtype == theirs[path].dtype
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+    assert [line["step"] for line in read_lines(broken / "timing.jsonl")] == [
+        line["step"] for line in read_lines(unbroken / "timing.jsonl")
+    ]
+
+
+def resumed_steps(run_dir: Path) -> list[int]:
+    return [launch["resumed_step"] for launch in json.loads((run_dir / "provenance.json").read_text())["launches"]]
+
+
+def terminate(begin: Callable[..., Any], run_dir: Path, at: int, *arguments: str, **macros: Any) -> int:
+    """SIGTERM once step ``at`` is logged; returns the step that was saved."""
+    process = begin(*arguments, run_dir.name, seconds_a_step=0.4, **macros)
+    wait_for_step(run_dir, at, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 143)
+    saved = saved_steps(run_dir)[-1]
+    assert f"stopped at step {saved}; the same command goes on from here" in err
+    return saved
