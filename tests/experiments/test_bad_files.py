@@ -255,7 +255,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_pretrained(directory / "hf", model, params, byte_tokenizer())
     (directory / "gguf").mkdir()
     (directory / "run").mkdir()
-    write_model_card(directory / "run", model, byte_tokenizer(), Template(style="raw"))
+    write_model_card(directory / "run", model, byte_tokenizer(), Template(style="plain"))
     with Checkpoints(directory / "run", Retention(1)) as checkpoints:
         checkpoints.save(1, {"params": params}, {})
     return directory
