@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
             f"{file}: no such file; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     read_json(file)  # a broken file is named with its line
-    if (Path(directory) / _SETTINGS).is_file() and read_json(Path(directory) / _SETTINGS).get("auto_map"):
+    if os.path.lexists(Path(directory) / _SETTINGS) and read_json(Path(directory) / _SETTINGS).get("auto_map"):
         raise InputError(
             f"{Path(directory) / _SETTINGS}: auto_map: the tokenizer brings its own code, which is never run"
         )

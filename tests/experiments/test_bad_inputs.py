@@ -331,7 +331,8 @@ def problem(case: Case, here: Path, good: Path, server: Call) -> str:
 
 def problems(cases: list[Case], tmp_path: Path, good: Path, server: Call) -> str:
     found = []
-    for number, case in enumerate(cases):
+    root = os.geteuid() == 0  # may read everything
+    for number, case in enumerate(case for case in cases if not (root and case.damage is without_permission)):
         if words := problem(case, tmp_path / str(number), good, server):
             found.append(f"{case.name}: {words}")
     return "\n".join(found)
