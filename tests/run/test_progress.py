@@ -14,13 +14,13 @@ from rlhf_jax.messages import steady_output
 from rlhf_jax.run.progress import Display
 steady_output()
 display = Display("sft", 0, 3, True)
-display.update(1, {"loss[red]": 0.5})
+display.update(1, {"monitor/loss[red]": 0.5})
 display._bar.refresh()
 print("warning: \\x1b]0;owned\\x07", file=sys.stderr)
 os.write(1, b"drawn\\n")  # rich takes what is printed
 sys.stdin.readline()
 for step in (2, 3):
-    display.update(step, {"loss[red]": 0.25})
+    display.update(step, {"monitor/loss[red]": 0.25})
     display._bar.refresh()
 display.close()
 print("after", file=sys.stderr)
@@ -38,7 +38,7 @@ def test_a_bar_and_a_terminal_that_closes() -> None:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "drawn\n"
         shown = os.read(terminal, 100_000).decode()
-        assert "\x1b[" in shown and "loss[red] 0.5" in shown
+        assert "\x1b[" in shown and "monitor/loss[red] 0.5" in shown
         assert "\\x1b]0;owned\\x07" in shown and "\x1b]0;" not in shown
         os.close(terminal)
         assert process.communicate("\n", timeout=60)[0] == "done\n"
