@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_jax.data import end_ids
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
-from rlhf_jax.io.location import Location, locate
+from rlhf_jax.io.location import Location, adapter_base, locate
 from rlhf_jax.io.run_directory import CARD
 from rlhf_jax.types import InputError
 
@@ -38,8 +38,7 @@ def read_generation(location: Location) -> dict[str, Any]:
         if file.name == "config.json":
             ends = fields.get("eos_token_id")
             return {} if ends is None else _checked({"eos_token_id": ends}, file)
-        base = fields.get("base_model_name_or_path")
-        return read_generation(locate(base)) if isinstance(base, str) else {}
+        return read_generation(locate(adapter_base(fields, file)))
     return {}
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.io.adapters import AdapterSource, merged, read_adapter_card, read_adapters
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
-from rlhf_jax.io.location import Location, locate
+from rlhf_jax.io.location import Location, adapter_base, locate
 from rlhf_jax.io.peft_files import CONFIG as ADAPTER_CONFIG
 from rlhf_jax.io.peft_files import is_adapter, read_adapter
 from rlhf_jax.io.placing import check_tensors, place, with_base_names
@@ -205,10 +205,8 @@ def _open_adapted_run(run_dir: Path, saved: ModelConfig, subtree: str, source: A
 
 def _open_peft(directory: Path) -> _Opened:
     """An adapter in PEFT's format: the base that it names, with the adapter merged in."""
-    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str):
-        raise InputError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path = {name!r}: name the base model")
-    base = _open(locate(name))
+    fields = read_json(directory / ADAPTER_CONFIG)
+    base = _open(locate(adapter_base(fields, directory / ADAPTER_CONFIG)))
     settings, trained, with_head = read_adapter(directory, base.config)
 
     def read(wanted: ModelConfig, shardings: Params) -> Params:

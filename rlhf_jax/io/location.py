@@ -7,9 +7,9 @@ import dataclasses
 import fnmatch
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -57,6 +57,20 @@ def locate(given: str | Path) -> Location:
         raise InputError(f"{given}: no such file or directory (and no hub id, which looks like name/model)")
     snapshot = _download(match["repo"], match["revision"])
     return Location("huggingface", snapshot, snapshot.name)
+
+
+def adapter_base(fields: Mapping[str, Any], where: Path) -> str:
+    """What `locate` finds the base of an adapter_config.json by: a path, or the hub id with the revision that is named.
+
+    Raises InputError.
+    """
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: base_model_name_or_path = {name!r}: name the base model")
+    if revision is not None and not isinstance(revision, str):
+        raise InputError(f"{where}: revision = {revision!r}: must be a text or null")
+    at_hub = not (is_remote(name) or "@" in name or Path(name).expanduser().exists())
+    return f"{name}@{revision}" if revision and at_hub else name
 
 
 def _of_a_model(names: Collection[str]) -> set[str]:

@@ -30,25 +30,38 @@ _PREFIX = "base_model.model."
 _HEAD = {"scalar_head/kernel": ("score.weight", "o d -> d o"), "scalar_head/bias": ("score.bias", "o -> o")}
 _SIDES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", "task_type"}
+_READ = {"r", "lora_alpha", "lora_dropout"}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"),
+    "use_rslora": (None, False, True),
+    "bias": ("none",),
+    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
+    # pissa, olora, corda, loftq and lora_ga change the base as well, and a name that is not known may do so
+    "init_lora_weights": (True, None, False, "gaussian", "eva", "orthogonal", "mica"),
+}
+"""Fields that change the computation -> the values that are computed, the first one when absent."""
 _NO_EFFECT = {
+    "base_model_name_or_path",  # `load_pretrained` reads both
+    "revision",
     "target_modules",  # the tensors say it
     "inference_mode",
     "auto_mapping",
-    "revision",
     "peft_version",
-    "init_lora_weights",
     "fan_in_fan_out",  # how the base keeps its matrix; A and B lie the same either way
     "megatron_core",
-    "ensure_weight_tying",
+    "ensure_weight_tying",  # of embeddings and saved modules, which are refused
     "runtime_config",
-    "loftq_config",
+    "loftq_config",  # settings of initialisations: init_lora_weights says which one was used
     "eva_config",
     "corda_config",
+    "lora_ga_config",
     "exclude_modules",
     "layers_pattern",
-    "qalora_group_size",
+    "qalora_group_size",  # use_qalora says whether
 }
+_OFF: tuple[Any, ...] = (None, False, [], {})
+"""Values by which PEFT says that what a field stands for is not used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +193,10 @@ def read_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Par
     fields = read_json(path / CONFIG)
     _refuse_foreign(fields, path / CONFIG)
     with_head = any(name == f"{_PREFIX}score.weight" for name in open_file(path / WEIGHTS).stored)
+    if "score" in (fields.get("modules_to_save") or []) and not with_head:
+        raise InputError(
+            f"{path / CONFIG}: modules_to_save names 'score', but {WEIGHTS} has no {_PREFIX}score.weight; save the adapter again"
+        )
     tensors = open_file(path / WEIGHTS)
     known = config.replace(head="scalar") if with_head else config
     wanted, targets = [], []
@@ -205,21 +222,30 @@ def read_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Par
 
 
 def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
+    """Raises InputError naming each field that changes the computation, or may do so, in a way that is not computed."""
     if fields.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type = {fields.get('peft_type')!r}: only LORA adapters are read")
-    saved = fields.get("modules_to_save")
-    allowed = {"bias": ("none",), "modules_to_save": (None, [], ["score"], ["classifier", "score"])}
+    if missing := sorted(name for name in ("r", "lora_alpha") if fields.get(name) is None):
+        raise InputError(f"{where}: {', '.join(missing)} is missing; take the file from where the adapter was saved")
+    dropout = fields.get("lora_dropout")
+    if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, int | float)):
+        raise InputError(f"{where}: lora_dropout = {dropout!r}: must be a number")
+    understood = _READ | _NO_EFFECT
     wrong = [
-        f"{name} = {fields[name]!r}" for name, values in allowed.items() if fields.get(name, values[0]) not in values
-    ]
-    del saved
-    wrong += [
         f"{name} = {value!r}"
         for name, value in fields.items()
-        if value and name not in _READ | _NO_EFFECT | allowed.keys()
+        if name not in understood and not _is_among(value, _ALLOWED.get(name, _OFF))
     ]
     if wrong:
-        raise InputError(f"{where}: {'; '.join(sorted(wrong))}: not understood; merge the adapter with peft instead")
+        raise InputError(
+            f"{where}: {'; '.join(sorted(wrong))}: not understood; merge the adapter with peft instead "
+            "(merge_and_unload, then save_pretrained)"
+        )
+
+
+def _is_among(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Whether the value is one of the choices; 0 is not False."""
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
 def _check(tensors: Tensors, wanted: list[_Tensor], sizes: Mapping[str, int]) -> None:

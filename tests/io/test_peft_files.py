@@ -13,6 +13,7 @@ from llama_files import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.io import export_adapter, load_pretrained, read_adapter
+from rlhf_jax.io.location import adapter_base
 from rlhf_jax.models import LoraConfig, Model, lora
 from rlhf_jax.testing import byte_tokenizer, random_params
 from rlhf_jax.types import InputError
@@ -135,6 +136,32 @@ def test_wrong_tensors_are_listed(exported, change, message) -> None:
         ("modules_to_save", ["embed_tokens"]),
         ("peft_type", "IA3"),
         ("something_new", 1),
+        ("something_new", 0),
+        ("something_new", ""),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "something_new"),
+        ("use_rslora", "false"),
+        ("task_type", "TOKEN_CLS"),
+        ("lora_dropout", "0.1"),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("layers_to_transform", [0]),
+        ("layer_replication", [[0, 2]]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("trainable_token_indices", [3]),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 0.1}),
+        ("velora_config", {"num_groups": 64}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("alora_invocation_tokens", [7]),
+        ("megatron_config", {"tensor_parallel": 2}),
     ],
 )
 def test_settings_that_are_not_understood_are_refused_by_name(exported, field, value) -> None:
@@ -142,6 +169,51 @@ def test_settings_that_are_not_understood_are_refused_by_name(exported, field, v
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=f"{field} = "):
         load_pretrained(exported[0])
+
+
+def test_settings_without_effect_are_read(exported) -> None:
+    """What PEFT 0.21 writes beside the defaults, and initialisations that leave the base alone."""
+    adapter, model, _, _ = exported
+    file = adapter / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    off = ["alpha_pattern", "rank_pattern"], ["use_dora", "lora_bias", "use_qalora", "ensure_weight_tying"]
+    fields |= {name: {} for name in off[0]} | dict.fromkeys(off[1], False)
+    none = ["layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters", "trainable_token_indices"]
+    none += ["arrow_config", "kasa_config", "velora_config", "use_bdlora", "megatron_config", "alora_invocation_tokens"]
+    fields |= dict.fromkeys([*none, "monteclora_config", "layer_replication", "revision", "something_new"])
+    fields |= {
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "fan_in_fan_out": True,
+        "peft_version": "0.21.2",
+    }
+    for how in (True, False, None, "gaussian", "eva", "orthogonal", "mica"):
+        file.write_text(json.dumps(fields | {"init_lora_weights": how}))
+        assert read_adapter(adapter, model.config)[0].rank == 3
+
+
+def test_what_an_adapter_leaves_out_is_named(exported) -> None:
+    adapter, model, _, _ = exported
+    file = adapter / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in fields.items() if name not in ("r", "lora_alpha")}))
+    with pytest.raises(InputError, match=r"adapter_config.json: lora_alpha, r is missing; take the file from"):
+        read_adapter(adapter, model.config)
+    file.write_text(json.dumps(fields | {"modules_to_save": ["score"]}))
+    with pytest.raises(InputError, match=r"modules_to_save names 'score', but .*has no base_model.model.score.weight"):
+        read_adapter(adapter, model.config)
+
+
+def test_the_revision_of_the_base_is_followed(tmp_path: Path) -> None:
+    where = Path("adapter_config.json")
+    (tmp_path / "model").mkdir()
+    local = {"base_model_name_or_path": str(tmp_path / "model"), "revision": "abc"}
+    assert adapter_base(local, where) == str(tmp_path / "model")
+    hub = {"base_model_name_or_path": "name/model", "revision": None}
+    assert adapter_base(hub, where) == "name/model"
+    assert adapter_base(hub | {"revision": "v2"}, where) == "name/model@v2"
+    with pytest.raises(InputError, match="revision = 3: must be a text or null"):
+        adapter_base(hub | {"revision": 3}, where)
 
 
 def test_matrices_that_a_checkpoint_joins_are_refused(tmp_path: Path) -> None:
