@@ -49,6 +49,7 @@ from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
 from rlhf_jax.data.stop_strings import stop_table
 from rlhf_jax.data.templates import Template
+from rlhf_jax.data.tokenise import has_prefix
 from rlhf_jax.data.written import unread_keys
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "evaluation_prompt_batches",
     "fingerprint",
     "form_difference",
+    "has_prefix",
     "hh_comparisons",
     "pack",
     "padding_id",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -27,6 +27,8 @@ class _Continuing(NamedTuple):
     added: dict[int, str]
 
 
+_BEGINNING = ("normalizer", "pre_tokenizer")
+"""Parts of a tokenizer.json that may put something before a text."""
 _CONTINUING: weakref.WeakKeyDictionary[Any, _Continuing | None] = weakref.WeakKeyDictionary()
 """Of tokenizers; None of those that put nothing before a text."""
 
@@ -72,6 +74,11 @@ def learned_tokens(ends: Sequence[int], begin: int, end: int) -> list[int]:
     ]
 
 
+def has_prefix(described: Mapping[str, Any]) -> bool:
+    """Whether the pipeline of a tokenizer.json puts a space before a text."""
+    return any(_without_prefix(described.get(part)) != described.get(part) for part in _BEGINNING)
+
+
 def _encode(
     text: str, tokenizer: PreTrainedTokenizerBase, last: int | None, wants_ends: bool
 ) -> tuple[list[int], list[int]]:
@@ -97,9 +104,9 @@ def _continuing(tokenizer: PreTrainedTokenizerBase) -> _Continuing | None:
     if tokenizer not in _CONTINUING or getattr(_CONTINUING[tokenizer], "size", len(tokenizer)) != len(tokenizer):
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         described = {} if backend is None else json.loads(backend.to_str())
-        changed = described | {part: _without_prefix(described.get(part)) for part in ("normalizer", "pre_tokenizer")}
         made = None
-        if any(changed[part] != described.get(part) for part in ("normalizer", "pre_tokenizer")):
+        if has_prefix(described):
+            changed = described | {part: _without_prefix(described.get(part)) for part in _BEGINNING}
             added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
             made = _Continuing(len(tokenizer), Tokenizer.from_str(json.dumps(changed)), added)
         _CONTINUING[tokenizer] = made

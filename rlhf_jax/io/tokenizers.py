@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,39 +12,36 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax.io.json_files import read_json, write_json
+from rlhf_jax.io.tokenizer_settings import FILE, SETTINGS, check_loaded, check_settings, read_settings
 from rlhf_jax.types import InputError
-
-_FILE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, exactly as its tokenizer.json describes it.
 
     Not through AutoTokenizer: transformers 5 rebuilds the pipeline from the class that tokenizer_config.json names (a
-    GPT2Tokenizer loses the digit splitting of SmolLM2 that way). Raises InputError when there is no tokenizer.json, or
-    when what was loaded is not what the file says.
+    GPT2Tokenizer loses the digit splitting of SmolLM2 that way). Blocks that cut or pad texts are switched off: lengths are
+    the run's. Raises InputError when there is no tokenizer.json, when what was loaded is not what the file says, or for a
+    setting that asks for other tokens.
     """
-    file = Path(directory) / _FILE
+    directory = Path(directory)
+    file = directory / FILE
     if not file.is_file():
         raise InputError(
             f"{file}: no such file; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     read_json(file)  # a broken file is named with its line
-    if os.path.lexists(Path(directory) / _SETTINGS) and read_json(Path(directory) / _SETTINGS).get("auto_map"):
-        raise InputError(
-            f"{Path(directory) / _SETTINGS}: auto_map: the tokenizer brings its own code, which is never run"
-        )
+    settings = read_settings(directory)
     try:
         described = json.loads(Tokenizer.from_file(str(file)).to_str())
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(directory))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from error
-    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if loaded[part] != described[part]:
-            raise InputError(
-                f"{file}: transformers loads another {part} than the file describes; the texts would differ"
-            )
+    backend: Any = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    check_loaded(directory, described, json.loads(backend.to_str()))
+    check_settings(directory, settings, tokenizer)
     return tokenizer
 
 
@@ -81,13 +77,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     and any other class may rebuild the pipeline) and holds the chat template too, where older readers look for it.
     """
     tokenizer.save_pretrained(str(directory))
-    settings = read_json(directory / _SETTINGS)
+    settings = read_json(directory / SETTINGS)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("backend", "is_local", "local_files_only"):  # how it was loaded here
         settings.pop(name, None)
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
-    write_json(directory / _SETTINGS, settings)
+    write_json(directory / SETTINGS, settings)
     specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     write_json(directory / "special_tokens_map.json", specials)
 
