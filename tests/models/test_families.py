@@ -127,11 +127,20 @@ MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
         ),
         ({"rope_parameters": {"rope_theta": 6000.0, "rope_type": "default"}}, "given as 5000.0 and as 6000.0"),
         ({"rope_scaling": 2}, "rope_scaling = 2"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "default"}},
+            "type = 'linear', but rope_type = 'default'; keep",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}},
+            "rope_scaling: type = 'yarn', but rope_type = 'linear'; keep one",
+        ),
         ({"rope_theta": "big"}, "rope_theta = 'big'"),
         ({"attention_multiplier": 2.0, "logits_scaling": 8}, "unknown fields attention_multiplier, logits_scaling"),
         ({"sliding_window": 4096}, "unknown fields sliding_window"),
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map.*never run"),
         ({"architectures": ["FalconForCausalLM"]}, "architecture FalconForCausalLM is not supported; supported: Llama"),
+        ({"model_type": "granite"}, "model_type = 'granite', but architectures names a model of type 'llama'; take"),
         ({"architectures": None}, "architectures = None"),
         ({"architectures": ["LlamaForCausalLM", "LlamaForSequenceClassification"]}, "name exactly one"),
         ({"hidden_size": "32"}, "ModelConfig.hidden_size = '32'"),
@@ -167,6 +176,9 @@ def read(architecture: str, **fields: Any) -> ModelConfig:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     heads = {} if architecture.startswith("GPTNeoX") else {"num_key_value_heads": 2}
     return config({name: V4[name] for name in sizes} | heads | {"architectures": [architecture]} | fields)
+
+
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 def test_layers_by_hand() -> None:
@@ -232,6 +244,41 @@ def test_scalings_by_hand() -> None:
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "short_factors: 1 numbers; kind 'longrope' needs 4",
         ),
+        (
+            "Phi3ForCausalLM",
+            {"rope_scaling": LONG | {"original_max_position_embeddings": 2048}},
+            "original_max_position_embeddings = 2048, but beside it .by default. it is 4096; let both say the same",
+        ),
+        (
+            "GemmaForCausalLM",
+            {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"},
+            "hidden_activation = 'gelu_p",
+        ),
+        (
+            "Gemma2ForCausalLM",
+            {"hidden_act": "silu"},
+            "hidden_act = 'silu', but the activation is 'gelu_tanh'; let both",
+        ),
+        (
+            "Gemma2ForCausalLM",
+            {"sliding_window_size": 9},
+            "sliding_window_size = 9, but sliding_window is 4096; let both",
+        ),
+        (
+            "Gemma3ForCausalLM",
+            {"_sliding_window_pattern": 3},
+            "_sliding_window_pattern = 3, but sliding_window_pattern is 6",
+        ),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_local_base_freq": 300.0, "rope_parameters": {"sliding_attention": {"rope_theta": 400.0}}},
+            "rope_local_base_freq is given as 400.0 and as 300.0; keep one",
+        ),
+        (
+            "Qwen3MoeForCausalLM",
+            {"num_experts": 8, "num_local_experts": 4},
+            "num_experts = 8, but num_local_experts = 4",
+        ),
         ("Olmo2ForCausalLM", {"clip_qkv": 8.0}, "unknown fields clip_qkv"),
         ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
         ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "experts_per_token = 9"),
@@ -254,6 +301,10 @@ def test_what_a_family_does_not_understand_is_refused_by_name(
             "Gemma2ForCausalLM",
             {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window": 4096},
         ),
+        ("Gemma2ForCausalLM", {"hidden_act": "gelu", "sliding_window_size": 4096}),
+        ("GemmaForCausalLM", {"hidden_act": "gelu", "hidden_activation": None}),
+        ("GemmaForCausalLM", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh", "model_type": "gemma"}),
+        ("Qwen3MoeForCausalLM", {"num_experts": 128, "num_local_experts": 128, "max_window_layers": 4}),
         ("Gemma3ForCausalLM", {"_sliding_window_pattern": 6, "attn_logit_softcapping": None}),
         ("Qwen2ForCausalLM", {"use_mrope": False, "use_sliding_window": False, "sliding_window": 131072}),
         ("MixtralForCausalLM", {"output_router_logits": False, "router_jitter_noise": 0.0}),
@@ -268,6 +319,8 @@ def test_gpt2_and_neox_by_hand() -> None:
     gpt2 = config({"architectures": ["GPT2LMHeadModel"], "resid_pdrop": 0.1} | sizes)
     assert (gpt2.ffn_size, gpt2.max_length, gpt2.positions, gpt2.norm) == (128, 1024, "learned", "layer")
     assert (gpt2.activation, gpt2.gated_mlp, gpt2.tie_embeddings) == ("gelu_tanh", False, True)
+    with pytest.raises(InputError, match="scale_attn_weights = 'false': must be true or false"):
+        config({"architectures": ["GPT2LMHeadModel"], "scale_attn_weights": "false"} | sizes)
     with pytest.raises(InputError, match="scale_attn_by_inverse_layer_idx = True"):
         config({"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True} | sizes)
     neox = read("GPTNeoXForCausalLM", rotary_pct=0.25, hidden_size=64)

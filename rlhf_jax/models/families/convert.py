@@ -138,6 +138,11 @@ def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
     """Raises InputError naming each field that changes the computation, or may do so, in a way the decoder does not follow."""
     if fields.get("auto_map") is not None and "auto_map" not in family.ignored:
         raise InputError(f"{where}: auto_map: the checkpoint brings its own code, which is never run")
+    if fields.get("model_type") not in (None, family.model_type):
+        raise InputError(
+            f"{where}: model_type = {fields['model_type']!r}, but architectures names a model of type {family.model_type!r}; "
+            "take config.json from the checkpoint and let both name the same"
+        )
     fixed = dict(family.fixed) | _COMMON_FIXED
     wrong = []
     for name, allowed in fixed.items():

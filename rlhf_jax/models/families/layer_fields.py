@@ -157,6 +157,9 @@ SMOLLM3_LAYERS = Rule(
 
 
 def _qwen3_moe_experts(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+    named = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
+    if len(named) == 2 and named[0] != named[1]:
+        raise InputError(f"{where}: num_experts = {named[0]!r}, but num_local_experts = {named[1]!r}; keep one")
     count = fields.get("num_experts", fields.get("num_local_experts", 128))
     step, dense = _count(fields, "decoder_sparse_step", 1, 1, where), fields.get("mlp_only_layers") or []
     if not isinstance(dense, list):

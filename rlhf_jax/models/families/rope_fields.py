@@ -85,8 +85,13 @@ def rope_rule(
             original = fields.get("original_max_position_embeddings", 4096) if outer_original else None
             found["rope_scaling"] = _scaling(scalings[0], values["max_length"], original, where)
         if sliding_theta is not None:
-            base = local if local is not None else fields.get("rope_local_base_freq", sliding_theta)
-            found["rope_theta_sliding"] = _number(where, "rope_local_base_freq", base)
+            beside = fields.get("rope_local_base_freq", None if local is not None else sliding_theta)
+            bases = [_number(where, "rope_local_base_freq", base) for base in (local, beside) if base is not None]
+            if len(set(bases)) > 1:
+                raise InputError(
+                    f"{where}: rope_local_base_freq is given as {' and as '.join(map(str, bases))}; keep one"
+                )
+            found["rope_theta_sliding"] = _number(where, "rope_local_base_freq", bases[0] if bases else None)
             if values.get("sliding_window") is None:
                 del found["rope_theta_sliding"]
         return found
@@ -117,18 +122,24 @@ def _given(fields: Fields, where: str, nested: bool) -> tuple[list[dict[str, Any
             for kind, one in given.items():
                 if not isinstance(one, Mapping):
                     raise InputError(f"{where}: {name}.{kind} = {one!r}: must be an object")
-            sliding = _unscaled(dict(given.get("sliding_attention", {})))
-            local = sliding.pop("rope_theta", None)
+            sliding = _unscaled(dict(given.get("sliding_attention", {})), f"{where}: {name}")
+            base = sliding.pop("rope_theta", None)
+            if None not in (base, local) and base != local:
+                raise InputError(f"{where}: rope_scaling and rope_parameters disagree; keep one")
+            local = local if base is None else base
             if sliding or given.keys() - {"full_attention", "sliding_attention"}:
                 raise InputError(f"{where}: {name} = {dict(given)}: this is not implemented")
             given = given.get("full_attention", {})
-        found.append(_unscaled(dict(given)))
+        found.append(_unscaled(dict(given), f"{where}: {name}"))
     return found, local
 
 
-def _unscaled(given: dict[str, Any]) -> dict[str, Any]:
-    """Without the kind when that is "default"; "type" is the old name of "rope_type"."""
+def _unscaled(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Without the kind when that is "default"; "type" is the old name of "rope_type", and "su" of "longrope"."""
     kind = given.pop("type", None)
+    newer = given.get("rope_type", kind)
+    if kind is not None and newer != kind and (kind, newer) != ("su", "longrope"):
+        raise InputError(f"{where}: type = {kind!r}, but rope_type = {newer!r}; keep one")
     given.setdefault("rope_type", kind or "default")
     if given["rope_type"] == "default":
         del given["rope_type"]
@@ -157,6 +168,11 @@ def _scaling(given: dict[str, Any], max_length: int, original: int | None, where
     values: dict[str, Any] = {ours: given[name] for name, ours in keys.items() if given.get(name) is not None}
     if "original_max_position_embeddings" in keys:
         length = values.get("original_max_length", max_length) if original is None else original
+        if values.get("original_max_length", length) != length:
+            raise InputError(
+                f"{where}: rope_scaling.original_max_position_embeddings = {values['original_max_length']!r}, but beside it (by "
+                f"default) it is {length!r}; let both say the same"
+            )
         if isinstance(length, bool) or not isinstance(length, int) or length < 2:
             raise InputError(f"{where}: original_max_position_embeddings = {length!r}: must be a whole number >= 2")
         values["original_max_length"] = length

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import names
 from rlhf_jax.models.families.layer_fields import (
     QWEN3_MOE_EXPERTS,
@@ -14,53 +12,15 @@ from rlhf_jax.models.families.layer_fields import (
     alternating,
     one_window,
 )
-from rlhf_jax.models.families.records import Family, Fields, Rule
+from rlhf_jax.models.families.records import Family
 from rlhf_jax.models.families.rope_fields import rope_rule
-from rlhf_jax.types import InputError
-
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-
-def _activation(name: str, default: str, known: Mapping[str, str] = _ACTIVATIONS) -> Rule:
-    """The field ``name``; written as the family's own word for the function."""
-
-    def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
-        given = fields.get(name, default)
-        if not isinstance(given, str) or given not in known:
-            raise InputError(f"{where}: {name} = {given!r}: not implemented; known: {', '.join(known)}")
-        return {"activation": known[given]}
-
-    def write(config: ModelConfig) -> dict[str, Any]:
-        words = [word for word, ours in known.items() if ours == config.activation]
-        return {name: default if default in words else words[-1]}
-
-    return Rule(frozenset({name}), read, write)
-
-
-def _query_scale(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
-    scalar = fields.get("query_pre_attn_scalar", 256)
-    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar <= 0:
-        raise InputError(f"{where}: query_pre_attn_scalar = {scalar!r}: must be a positive number")
-    return {"attention_scale": scalar**-0.5}
-
-
-def _query_scalar(config: ModelConfig) -> dict[str, Any]:
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    exact = scale**-2
-    return {"query_pre_attn_scalar": round(exact) if abs(exact - round(exact)) < 1e-6 * exact else exact}
-
-
-_QUERY_SCALE = Rule(frozenset({"query_pre_attn_scalar"}), _query_scale, _query_scalar)
-_GPT2_SCALE = Rule(
-    frozenset({"scale_attn_weights"}),
-    lambda fields, values, where: {"attention_scale": None if fields.get("scale_attn_weights", True) else 1.0},
-    lambda config: {"scale_attn_weights": config.attention_scale is None},
+from rlhf_jax.models.families.value_fields import (
+    ACTIVATIONS,
+    GPT2_SCALE,
+    QUERY_SCALE,
+    activation,
+    second_activation,
+    second_number,
 )
 
 _SIZES = {
@@ -98,7 +58,7 @@ LLAMA = Family(
     scorer="LlamaForSequenceClassification",
     fields=_SIZES | _BIASES | {"mlp_bias": "mlp_bias"},
     defaults=_defaults(2048, None),
-    rules=(_activation("hidden_act", "silu"), rope_rule()),
+    rules=(activation("hidden_act", "silu"), rope_rule()),
     fixed=_NO_DROPOUT | {"pretraining_tp": (1, None), "rope_interleaved": (False, None)},
     weights=names.LLAMA_WEIGHTS,
     even_heads=True,
@@ -109,7 +69,7 @@ MISTRAL = Family(
     scorer="MistralForSequenceClassification",
     fields=_SIZES,
     defaults=_defaults(4096 * 32, 8),
-    rules=(_activation("hidden_act", "silu"), one_window(4096), rope_rule()),
+    rules=(activation("hidden_act", "silu"), one_window(4096), rope_rule()),
     # transformers' MistralConfig knows none of these; checkpoints that have them mean Llama's
     fixed=_NO_DROPOUT | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None)},
     weights=names.LLAMA_WEIGHTS,
@@ -121,7 +81,7 @@ QWEN2 = Family(
     fields=_SIZES,
     defaults=_defaults(32768, 32),
     implied={"qkv_bias": True},
-    rules=(_activation("hidden_act", "silu"), QWEN_LAYERS, rope_rule()),
+    rules=(activation("hidden_act", "silu"), QWEN_LAYERS, rope_rule()),
     fixed=_NO_DROPOUT | {"use_mrope": (False, None)},
     weights=names.LLAMA_WEIGHTS,
 )
@@ -132,7 +92,7 @@ QWEN3 = Family(
     fields=_SIZES | _BIASES,
     defaults=_defaults(32768, 32, 128),
     implied={"qk_norm": "head"},
-    rules=(_activation("hidden_act", "silu"), QWEN_LAYERS, rope_rule()),
+    rules=(activation("hidden_act", "silu"), QWEN_LAYERS, rope_rule()),
     fixed=_NO_DROPOUT,
     weights=names.LLAMA_WEIGHTS,
 )
@@ -146,12 +106,16 @@ GEMMA = Family(
     defaults=_defaults(8192, 16, 256, tie_word_embeddings=True),
     implied=_GEMMA,
     # the first releases say "gelu" and mean its approximation, as transformers knows
-    rules=(_activation("hidden_act", "gelu_pytorch_tanh", _ACTIVATIONS | {"gelu": "gelu_tanh"}), rope_rule()),
-    fixed=_GEMMA_FIXED | {"hidden_activation": (None, "gelu_pytorch_tanh")},
+    rules=(
+        activation("hidden_act", "gelu_pytorch_tanh", ACTIVATIONS | {"gelu": "gelu_tanh"}),
+        second_activation("hidden_activation"),
+        rope_rule(),
+    ),
+    fixed=_GEMMA_FIXED,
     weights=names.LLAMA_WEIGHTS,
 )
 _GEMMA2_FIELDS = _SIZES | _BIASES | {"final_logit_softcapping": "logit_soft_cap"}
-_GEMMA2_RULES = (_activation("hidden_activation", "gelu_pytorch_tanh"), _QUERY_SCALE)
+_GEMMA2_RULES = (activation("hidden_activation", "gelu_pytorch_tanh"), QUERY_SCALE)
 GEMMA2 = Family(
     model_type="gemma2",
     language_model="Gemma2ForCausalLM",
@@ -161,9 +125,14 @@ GEMMA2 = Family(
         8192, 4, 256, tie_word_embeddings=True, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
     ),
     implied=_GEMMA | {"norm_placement": "both"},
-    rules=(*_GEMMA2_RULES, alternating(2), rope_rule()),
+    rules=(
+        *_GEMMA2_RULES,
+        alternating(2),
+        rope_rule(),
+        second_activation("hidden_act"),  # the files have both words
+        second_number("sliding_window_size", "sliding_window", 4096),
+    ),
     fixed=_GEMMA_FIXED,
-    ignored=frozenset({"hidden_act", "sliding_window_size"}),  # the files have both words; the others are read
     weights=names.GEMMA_WEIGHTS,
     even_heads=True,
 )
@@ -177,10 +146,10 @@ GEMMA3 = Family(
     rules=(
         *_GEMMA2_RULES,
         alternating(6, "sliding_window_pattern"),
+        second_number("_sliding_window_pattern", "sliding_window_pattern", 6, unless="layer_types"),
         rope_rule(1e6, sliding_theta=10000.0),
     ),
     fixed=_GEMMA_FIXED | {"attn_logit_softcapping": (None,)},
-    ignored=frozenset({"_sliding_window_pattern"}),
     weights=names.GEMMA_WEIGHTS,
     even_heads=True,
 )
@@ -190,7 +159,7 @@ SMOLLM3 = Family(
     scorer="SmolLM3ForSequenceClassification",
     fields=_SIZES | _BIASES | {"mlp_bias": "mlp_bias"},
     defaults=_defaults(32768, 4, tie_word_embeddings=True),
-    rules=(_activation("hidden_act", "silu"), SMOLLM3_LAYERS, rope_rule(2e6)),
+    rules=(activation("hidden_act", "silu"), SMOLLM3_LAYERS, rope_rule(2e6)),
     fixed=_NO_DROPOUT,
     ignored=frozenset({"max_window_layers", "pretraining_tp"}),  # in the files, not in the model
     weights=names.LLAMA_WEIGHTS,
@@ -202,7 +171,7 @@ PHI3 = Family(
     fields=_SIZES,
     defaults=_defaults(4096, None, rms_norm_eps=1e-5),
     rules=(
-        _activation("hidden_act", "silu"),
+        activation("hidden_act", "silu"),
         one_window(None),
         rope_rule(fraction="partial_rotary_factor", outer_original=True),
     ),
@@ -219,7 +188,7 @@ OLMO2 = Family(
     fields=_SIZES | _BIASES,
     defaults=_defaults(2048, None, rms_norm_eps=1e-5),
     implied={"norm_placement": "post", "qk_norm": "width"},
-    rules=(_activation("hidden_act", "silu"), rope_rule()),
+    rules=(activation("hidden_act", "silu"), rope_rule()),
     fixed=_NO_DROPOUT,
     weights=names.OLMO2_WEIGHTS,
 )
@@ -249,7 +218,7 @@ GPT_NEOX = Family(
     },
     implied=_LAYER_NORMS,
     rules=(
-        _activation("hidden_act", "gelu"),
+        activation("hidden_act", "gelu"),
         rope_rule(theta="rotary_emb_base", fraction="rotary_pct", default_fraction=0.25),
     ),
     fixed=_NO_DROPOUT
@@ -275,7 +244,7 @@ GPT2 = Family(
     },
     defaults={"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     implied=_LAYER_NORMS | {"positions": "learned", "qkv_bias": True, "output_bias": True},
-    rules=(_activation("activation_function", "gelu_new"), _GPT2_SCALE),
+    rules=(activation("activation_function", "gelu_new"), GPT2_SCALE),
     fixed={"scale_attn_by_inverse_layer_idx": (False, None)},
     # dropout of the pre-training (0.1 in every file; training here uses none), the order of a product, heads of other tasks
     ignored=frozenset({"attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn"})
@@ -296,7 +265,7 @@ MIXTRAL = Family(
     defaults=_defaults(
         4096 * 32, 8, rms_norm_eps=1e-5, num_experts_per_tok=2, num_local_experts=8, router_aux_loss_coef=0.001
     ),
-    rules=(_activation("hidden_act", "silu"), one_window(None), rope_rule(1e6)),
+    rules=(activation("hidden_act", "silu"), one_window(None), rope_rule(1e6)),
     fixed=_NO_DROPOUT | {"router_jitter_noise": (0, None)},
     ignored=_EXPERTS_IGNORED,
     weights=names.MIXTRAL_WEIGHTS,
@@ -320,7 +289,7 @@ QWEN3_MOE = Family(
     ),
     implied={"qk_norm": "head"},
     rules=(
-        _activation("hidden_act", "silu"),
+        activation("hidden_act", "silu"),
         one_window(4096, "use_sliding_window"),
         QWEN3_MOE_EXPERTS,
         rope_rule(),

@@ -1,0 +1,89 @@
+"""Activations, attention scales and fields that say the same as another one: the rules of config.json that read one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.families.records import Fields, Rule
+from rlhf_jax.types import InputError
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def activation(name: str, default: str, known: Mapping[str, str] = ACTIVATIONS) -> Rule:
+    """The field ``name``; written as the family's own word for the function."""
+
+    def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+        given = fields.get(name, default)
+        if not isinstance(given, str) or given not in known:
+            raise InputError(f"{where}: {name} = {given!r}: not implemented; known: {', '.join(known)}")
+        return {"activation": known[given]}
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        words = [word for word, ours in known.items() if ours == config.activation]
+        return {name: default if default in words else words[-1]}
+
+    return Rule(frozenset({name}), read, write)
+
+
+def _query_scale(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+    scalar = fields.get("query_pre_attn_scalar", 256)
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar <= 0:
+        raise InputError(f"{where}: query_pre_attn_scalar = {scalar!r}: must be a positive number")
+    return {"attention_scale": scalar**-0.5}
+
+
+def _query_scalar(config: ModelConfig) -> dict[str, Any]:
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    exact = scale**-2
+    return {"query_pre_attn_scalar": round(exact) if abs(exact - round(exact)) < 1e-6 * exact else exact}
+
+
+def second_activation(name: str) -> Rule:
+    """Another field for the activation, which must mean the same ("gelu" is also its approximation). Never written."""
+
+    def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+        given, computed = fields.get(name), values["activation"]
+        meant = ACTIVATIONS.get(given) if isinstance(given, str) else None
+        if given is not None and computed != meant and (given, computed) != ("gelu", "gelu_tanh"):
+            raise InputError(
+                f"{where}: {name} = {given!r}, but the activation is {computed!r}; let both fields say the same"
+            )
+        return {}
+
+    return Rule(frozenset({name}), read, lambda config: {})
+
+
+def second_number(name: str, first: str, default: int, unless: str | None = None) -> Rule:
+    """Another field for the number of ``first``, which must be the same, unless the field ``unless`` decides. Never written."""
+
+    def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+        given, computed = fields.get(name), fields.get(first, default)
+        if given is not None and given != computed and (unless is None or fields.get(unless) is None):
+            raise InputError(f"{where}: {name} = {given!r}, but {first} is {computed!r}; let both fields say the same")
+        return {}
+
+    return Rule(frozenset({name}), read, lambda config: {})
+
+
+def _gpt2_scale(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
+    scales = fields.get("scale_attn_weights", True)
+    if not isinstance(scales, bool):
+        raise InputError(f"{where}: scale_attn_weights = {scales!r}: must be true or false")
+    return {"attention_scale": None if scales else 1.0}
+
+
+QUERY_SCALE = Rule(frozenset({"query_pre_attn_scalar"}), _query_scale, _query_scalar)
+GPT2_SCALE = Rule(
+    frozenset({"scale_attn_weights"}),
+    _gpt2_scale,
+    lambda config: {"scale_attn_weights": config.attention_scale is None},
+)
