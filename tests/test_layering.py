@@ -155,6 +155,21 @@ def test_experiments_are_not_imported() -> None:
     assert importers == []
 
 
+def test_tests_lean_neither_on_each_other_nor_on_private_jax() -> None:
+    """What several test modules need is a helper module beside them."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = [path.stem for path in files if path.stem.startswith("test_")]
+    modules = set(names)
+    assert len(names) == len(modules) > 100  # pytest knows a module by its name alone
+    importers = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in imports(path.read_text(), package_of(path))
+        if modules & set(name.split(".")) or ("._" in name and name.startswith("jax"))
+    ]
+    assert importers == []
+
+
 @pytest.mark.parametrize(
     ("file", "text", "problem"),
     [

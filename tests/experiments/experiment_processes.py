@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compiler_flags import COMPILER
+
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = "rlhf_jax.evaluate.report, rlhf_jax.run.cast, rlhf_jax.run.configurables, rlhf_jax.programs, rich.table"
 """What every experiment imports, for a process that forks itself."""
@@ -17,13 +19,9 @@ STAGES = ("base", "sft", "completions", "reward", "ppo", "evaluation")
 
 
 def environment(*, seconds_a_step: float = 0.0) -> dict[str, str]:
-    """seconds_a_step: > 0 gives a test time to stop the run between two steps.
-
-    LLVM does not optimise: compiling is most of what these runs do, and takes half the time so.
-    """
-    compiler = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+    """seconds_a_step: > 0 gives a test time to stop the run between two steps."""
     slow = {"PYTHONPATH": f"{Path(__file__).parent / 'slow'}:{ROOT}", "SECONDS_A_STEP": str(seconds_a_step)}
-    return {**os.environ, "XLA_FLAGS": compiler, **(slow if seconds_a_step else {})}
+    return {**os.environ, "XLA_FLAGS": COMPILER, **(slow if seconds_a_step else {})}
 
 
 def command(experiment: str, config: str | Path, **macros: Any) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
-from test_bad_files import CONFIG, GOOD, STAGES, lines, models
+from stages_on_files import CONFIG, GOOD, STAGES, lines, models
 
 __all__ = ["models"]  # the fixture of test_bad_files
 EVERY = 25

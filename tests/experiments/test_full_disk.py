@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
-from test_bad_files import CONFIG, GOOD, STAGES, lines, models
+from stages_on_files import CONFIG, GOOD, STAGES, lines, models
 
 from rlhf_jax.command import exit_code_for
 from rlhf_jax.run.provenance import write_atomically

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from family_files import _fields, drawn, tokens
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import write_tokenizer
 from llama_files import write_checkpoint
-from make_gguf import write_tokenizer
 
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.io.layout import parse

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_files import FIELDS, write_gguf
 from llama_files import llama_fields, llama_tensors, write_checkpoint
-from test_gguf import FIELDS, write_gguf
-from test_run_directory import make_run
+from run_directories import make_run
 
 from rlhf_jax.data import padding_id
 from rlhf_jax.io import describe_pretrained, load_pretrained, locate

@@ -10,34 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_directories import TEMPLATE, make_run
 
-from rlhf_jax.data import Template
 from rlhf_jax.io import load_pretrained, read_model_card, read_template
-from rlhf_jax.models import Head, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.models import write_model_card
-from rlhf_jax.testing import byte_tokenizer, bytes_per_device, random_params, tiny_config
+from rlhf_jax.testing import bytes_per_device
 from rlhf_jax.types import InputError, Params
-
-TEMPLATE = Template(style="plain", prompt_format="Q {prompt}\nA:", bos="never")
-
-
-def make_run(
-    run_dir: Path, head: Head = "lm", *, subtree: str = "params", steps: tuple[int, ...] = (1,), **changes: Any
-) -> tuple[Model, Params]:
-    """A run that saved ``steps``; the parameters of step n are those of seed n. Returns the newest."""
-    run_dir.mkdir()
-    model = Model(tiny_config(head=head, vocab_size=272, **changes))
-    write_model_card(run_dir, model, byte_tokenizer(), TEMPLATE, subtree)
-    with Checkpoints(run_dir, Retention(3)) as checkpoints:
-        for step in steps:
-            params = jax.tree.map(jnp.asarray, random_params(model, step))
-            state: Any = params
-            for key in reversed(subtree.split("/")):
-                state = {key: state, "other": jnp.ones((3,))}
-            checkpoints.save(step, state, {})
-    return model, params
 
 
 def assert_equal(one: Params, other: Params) -> None:

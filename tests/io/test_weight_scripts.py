@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_gguf import FIELDS, write_gguf
-from test_run_directory import make_run
+from gguf_files import FIELDS, write_gguf
+from run_directories import make_run
 
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.run import lineage

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiler_flags import COMPILER
 
 pytestmark = pytest.mark.multihost
 
@@ -17,7 +18,7 @@ def start(when: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
+    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": COMPILER}
     program = [sys.executable, str(Path(__file__).with_name("late.py"))]
     return [
         subprocess.Popen(

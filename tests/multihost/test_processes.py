@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiler_flags import COMPILER
 
 from rlhf_jax.run.distributed import HEARTBEAT_SECONDS
 from rlhf_jax.saved import find_step, read_arrays, read_manifest, saved_steps
@@ -68,7 +69,7 @@ def launch(
         f"--gin_file={config}",
         *flags,
     ]
-    settings = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
+    settings = {**os.environ, "XLA_FLAGS": COMPILER}
     return subprocess.Popen(
         [*command, *(f"--gin_bindings={key} = {value}" for key, value in given.items())],
         cwd=ROOT,
@@ -213,7 +214,7 @@ def test_without_a_parent_the_heartbeat_stops_the_others(tmp_path: Path, victim:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": COMPILER}
     pair = [
         subprocess.Popen([*program, f"localhost:{port},2,{index}"], env=settings, stdout=subprocess.PIPE, text=True)
         for index in range(2)

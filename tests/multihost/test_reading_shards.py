@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiler_flags import COMPILER
 from safetensors.numpy import save_file
 
 from rlhf_jax.testing import byte_tokenizer
@@ -56,7 +57,7 @@ def test_each_process_reads_what_its_shards_need(tmp_path: Path) -> None:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": COMPILER,
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, str(Path(__file__).with_name("read_shards.py")), str(tmp_path / "checkpoint"), str(port)]

@@ -14,6 +14,7 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
+from compiler_flags import COMPILER
 
 from rlhf_jax.data import Message, Template
 from rlhf_jax.io import export_pretrained
@@ -86,7 +87,7 @@ def locations(tmp_path: Path, reviews: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}  # one device
+    environment = os.environ | {"XLA_FLAGS": COMPILER}  # one device
     command = [sys.executable, "-c", FORKING]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
         yield process

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler_flags import COMPILER
 
 from rlhf_jax.run import BoundConfig, Input, LoopConfig, Run, bad_steps, due, open_run
 from rlhf_jax.run.faults import Fault, flip_bit
@@ -71,7 +72,7 @@ def start(tmp_path: Path):
     def call(run_dir: str, steps: int, *bindings: str, sleep: float = 0.0) -> subprocess.Popen[str]:
         all_of_them = (f"run.run_dir = '{run_dir}'", f"run.steps = {steps}", "run.loop = @LoopConfig()", *bindings)
         command = [sys.executable, "program.py", *(f"--gin_bindings={text}" for text in all_of_them)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "SLEEP": str(sleep)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER, "SLEEP": str(sleep)}
         return subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

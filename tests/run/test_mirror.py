@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import jax.numpy as jnp
 import pytest
+from doubling_run import train
 
 from rlhf_jax.remote import listing
 from rlhf_jax.run import BoundConfig, LoopConfig, mirror, open_run
@@ -38,21 +39,6 @@ def write(run_dir: Path, text: str) -> None:
     loop = LoopConfig(tensorboard=False, progress=False)
     with open_run(run_dir, stage="toy", bound=config, seed=0, loop=loop, output="out.txt") as run:
         run.write("out.txt", text)
-
-
-def train(run_dir: Path, steps: int, *, stage: str = "toy", seed: int = 0, **loop: Any) -> list[int]:
-    """Doubles w and adds 1 in each step; returns the steps done."""
-    settings = LoopConfig(**{"save_every": 1, "keep": 2, "tensorboard": False, "progress": False, **loop})
-    config, done = BoundConfig(f"run.steps = {steps}\n", f"run.steps = {steps}\n"), []
-    state = {"params": {"w": jnp.full(3, float(seed))}}
-    with open_run(run_dir, stage=stage, bound=config, seed=seed, loop=settings) as run:
-        state, _ = run.restore(state, {})
-        for step in run.steps(run.resumed_step, steps):
-            state = {"params": {"w": 2 * state["params"]["w"] + 1}}
-            run.log(step, {"w": float(state["params"]["w"][0])})
-            run.save(step, state, {})
-            done.append(step)
-    return done
 
 
 def there(store: Any) -> set[str]:
@@ -299,9 +285,9 @@ def test_the_flag(tmp_path: Path) -> None:
     """Of every experiment; a machine is lost in the middle of its run."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import gin, os, signal, test_mirror\nfrom rlhf_jax.run import bound_config, launch\n"
+        "import gin, os, signal, doubling_run\nfrom rlhf_jax.run import bound_config, launch\n"
         "@gin.configurable\ndef run(run_dir, steps, kill=False):\n"
-        "    bound_config()\n    test_mirror.train(run_dir, steps)\n"
+        "    bound_config()\n    doubling_run.train(run_dir, steps)\n"
         "    os.kill(os.getpid(), signal.SIGKILL) if kill else None\n"
         "launch(run)\n"
     )

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import pytest
 from absl.testing import flagsaver
+from compiler_flags import COMPILER
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """
@@ -237,7 +238,7 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     """Two seeds of a real experiment; the numbers of the summary are those of the runs."""
     flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
     flags += ["--metrics=heldout/loss,loss"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": COMPILER}
     command = [sys.executable, "scripts/sweep.py", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
