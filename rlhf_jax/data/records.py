@@ -392,6 +392,10 @@ def _json_value(value: Any, name: str) -> Any:
         return {str(key): _json_value(item, name) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item, name) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Unlearnable(
+            f"field {name!r} is {value!r}, not a finite number", "give a number, or null, or remove the row"
+        )
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise Unlearnable(f"field {name!r} holds {type(value).__name__}, which is no JSON value", "write it as text")

@@ -84,7 +84,7 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
 
     Linear over 4 steps without warm-up: 1, .75, .5, .25 of the peak.
     """
-    require_whole("make_schedule: steps", steps, 1)
+    require_whole("run.steps", steps, 1)
     require_whole("make_schedule: updates_per_step", updates_per_step, 1)
     decay = max(steps - config.warmup_steps, 1)
 

@@ -59,7 +59,8 @@ def generate(
     if samples < 1:
         raise InputError(f"generate: samples = {samples}: must be at least 1")
     vocabulary = model.config.vocab_size
-    if outside := [number for number in (*eos_ids, pad_id) if not 0 <= number < vocabulary]:
+    known = [number for number in (*eos_ids, pad_id) if not isinstance(number, jax.core.Tracer)]
+    if outside := [number for number in known if not 0 <= number < vocabulary]:
         raise InputError(f"generate: eos_ids or pad_id {outside[0]}: the vocabulary has the ids 0 to {vocabulary - 1}")
     if bool(sampling.stop_strings) != (stop_table is not None):
         raise InputError("generate: stop_table goes with SamplingConfig.stop_strings: make it with data.stop_table")

@@ -89,6 +89,7 @@ def macros(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
     return {
         "support_desk": shared,
         "sft": {"MODEL": chat, "DATA": str(home / "gsm8k.jsonl")},
+        "grpo": {"MODEL": chat, "DATA": str(home / "gsm8k.jsonl")},
         "reward": {"MODEL": chat, "DATA": str(home / "hh.jsonl.gz")},
         "ppo": {"MODEL": chat, "DATA": str(home)},
     }

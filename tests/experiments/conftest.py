@@ -26,6 +26,16 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model in each layout (`stages_on_files.write_models`)."""
+    from stages_on_files import write_models
+
+    directory = tmp_path_factory.mktemp("models")
+    write_models(directory)
+    return directory
+
+
 @pytest.fixture
 def begin(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts an experiment on a smoke config whose run directory is below tmp_path."""

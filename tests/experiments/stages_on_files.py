@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from rlhf_jax.data import Template
 from rlhf_jax.io import export_pretrained
@@ -58,10 +57,8 @@ def lines(rows: list[Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf/, gguf/ and run/: a tiny model in each layout (gguf: the directory only)."""
-    directory = tmp_path_factory.mktemp("models")
+def write_models(directory: Path) -> None:
+    """Write hf/, gguf/ and run/: a tiny model in each layout (gguf: the directory only)."""
     model = Model(tiny_config(vocab_size=272))
     params = jax.tree.map(jnp.asarray, random_params(model, 0))
     export_pretrained(directory / "hf", model, params, byte_tokenizer())
@@ -70,4 +67,3 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model_card(directory / "run", model, byte_tokenizer(), Template(style="plain"))
     with Checkpoints(directory / "run", Retention(1)) as checkpoints:
         checkpoints.save(1, {"params": params}, {})
-    return directory

@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
-from stages_on_files import CONFIG, GOOD, STAGES, lines, models
+from stages_on_files import CONFIG, GOOD, STAGES, lines
 
-__all__ = ["models"]  # the fixture of test_bad_files
 EVERY = 25
 Damage = Callable[[Path], None]
 

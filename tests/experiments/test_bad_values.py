@@ -84,7 +84,7 @@ sft ModelSource.pad_token = 3
 sft run.seed = 'zero'
 sft run.run_dir = None
 reward comparison_file.heldout = 1.5
-reward comparison_file.heldout = 0.0
+reward comparison_file.heldout = -0.1
 reward comparison_file.limit = 0
 reward comparison_file.limit = -3
 reward comparison_file.split = 5
@@ -178,6 +178,6 @@ def test_refused_by_name(case: str, tmp_path: Path, server: Call) -> None:
     key, _ = binding.split(" = ", 1)
     assert key.split("/")[-1].split(".")[-1] in done.stderr.split(f"--gin_bindings={binding!r}")[-1], done.stderr
     assert re.search(
-        r"give|must|one of|at least|hold some out|whole number|has no|needs|leaves|need|divide", done.stderr
+        r"give|must|use|one of|at least|hold some out|whole number|has no|needs|leaves|need|divide", done.stderr
     ), done.stderr
     assert sorted(os.listdir(tmp_path)) == ["stderr", "stdout"]

@@ -89,7 +89,7 @@ def our_continuation(loaded: Pretrained) -> np.ndarray:
 
     @jax.jit
     def generate(params: Any, prompts: PromptBatch) -> Any:
-        return rollout.generate(model, params, prompts, jax.random.key(0), sampling=sampling, eos_ids=(-1,), pad_id=0)
+        return rollout.generate(model, params, prompts, jax.random.key(0), sampling=sampling, eos_ids=(), pad_id=0)
 
     return np.asarray(generate(params, prompts).tokens)
 

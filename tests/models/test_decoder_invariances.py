@@ -155,7 +155,7 @@ def test_rematerialisation_changes_neither_logits_nor_gradients(remat):
     np.testing.assert_array_equal(plain, recomputed)
     for first, second in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(remat_grads), strict=True):
         assert np.abs(first).max() > 1e-5
-        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)  # sums of float32 up to 1
 
 
 def test_kept_for_the_backward_pass():
