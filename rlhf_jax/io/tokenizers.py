@@ -97,6 +97,24 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
+_GGUF_PREFIX = "tokenizer.ggml."
+_GGUF_KEYS = {"model", "pre", "tokens", "token_type", "merges", "add_bos_token"}
+_GGUF_KEYS |= {"scores", "token_type_count"}  # of other kinds of tokenizer
+_GGUF_KEYS |= {"add_eos_token"}  # the end of a response is written once
+
+
+def _refuse_unknown(fields: Mapping[str, Any], where: str) -> None:
+    """Raises InputError naming the keys that ask for something of the tokenizer that it would not do. Ids of further tokens
+    change no text."""
+    used = [key for key, value in fields.items() if value is not None and value is not False]
+    names = {key.removeprefix(_GGUF_PREFIX) for key in used if key.startswith(_GGUF_PREFIX)}
+    if wrong := sorted(name for name in names - _GGUF_KEYS if not name.endswith(("_token_id", "_token_ids"))):
+        raise InputError(
+            f"{where}: {', '.join(_GGUF_PREFIX + name for name in wrong)}: not understood; put the checkpoint's tokenizer.json "
+            "beside the file, or use its Hugging Face directory"
+        )
+
+
 def _pre_tokenizer(kind: str, where: str) -> pre_tokenizers.PreTokenizer:
     """What ``tokenizer.ggml.pre`` stands for (llama.cpp, src/llama-vocab.cpp: llm_tokenizer_bpe)."""
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -127,6 +145,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
     for key in ("tokens", "merges", "pre", "eos_token_id"):
         if f"tokenizer.ggml.{key}" not in fields:
             raise InputError(f"{where}: tokenizer.ggml.{key} is missing; use the checkpoint's Hugging Face directory")
+    _refuse_unknown(fields, where)
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     is_llama3 = fields["tokenizer.ggml.pre"] in _LLAMA3_NAMES  # these also take whole words first and begin with bos
     if len(set(tokens)) < len(tokens):
@@ -142,7 +161,12 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
     if fields["tokenizer.ggml.pre"] == "qwen2":
         tokenizer.normalizer = normalizers.NFC()  # Qwen2's tokenizer.json; no key says so
     tokenizer.decoder = decoders.ByteLevel()
-    _add_special_tokens(tokenizer, tokens, fields.get("tokenizer.ggml.token_type", []))
+    kinds = fields.get("tokenizer.ggml.token_type", [])
+    if kinds and len(kinds) != len(tokens):
+        raise InputError(
+            f"{where}: tokenizer.ggml.token_type: {len(kinds)} of {len(tokens)} tokens; download the file again"
+        )
+    _add_special_tokens(tokenizer, tokens, kinds)
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()}
     if outside := [name for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)]:

@@ -153,13 +153,23 @@ def test_a_file_may_ask_for_a_first_token() -> None:
     assert made.encode("not", add_special_tokens=False) == plain.encode("not")
 
 
+def test_metadata_without_effect_on_the_tokens() -> None:
+    plain = tokenizer_from_gguf(metadata(), "x.gguf")
+    changes = {"scores": [0.0], "add_eos_token": True, "add_space_prefix": False, "eot_token_id": 2, "mask_token_id": 2}
+    made = tokenizer_from_gguf(metadata(**changes), "x.gguf")
+    assert made.encode(" not 2026") == plain.encode(" not 2026")
+
+
 def test_llama_3_begins_with_bos_and_takes_whole_words_first() -> None:
     """llama.cpp: ignore_merges and add_bos of its llama-bpe. 'sd' is a token that no merge makes."""
     tokens = [*metadata()["tokenizer.ggml.tokens"], "sd"]
-    made = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens), "x.gguf")
+    kinds = [3] * 3 + [1] * (len(tokens) - 3)
+    made = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens, token_type=kinds), "x.gguf")
     assert made.encode("sd") == [1, len(tokens) - 1]
-    assert len(tokenizer_from_gguf(metadata(tokens=tokens), "x.gguf").encode("sd")) == 2
-    without = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens, add_bos_token=False), "x.gguf")
+    assert len(tokenizer_from_gguf(metadata(tokens=tokens, token_type=kinds), "x.gguf").encode("sd")) == 2
+    without = tokenizer_from_gguf(
+        metadata(pre="llama-bpe", tokens=tokens, token_type=kinds, add_bos_token=False), "x.gguf"
+    )
     assert without.encode("sd") == [len(tokens) - 1]
 
 
@@ -172,6 +182,15 @@ def test_llama_3_begins_with_bos_and_takes_whole_words_first() -> None:
         ({"eos_token_id": 4000}, "eos_token is not below the 273 tokens"),
         ({"tokens": ["a", "a", "b"]}, "tokenizer.ggml.tokens: 'a' is there twice"),
         ({"add_bos_token": True, "bos_token_id": None}, "add_bos_token without bos_token_id"),
+        (
+            {"add_space_prefix": True},
+            "tokenizer.ggml.add_space_prefix: not understood; put the checkpoint's tokenizer.json",
+        ),
+        (
+            {"remove_extra_whitespaces": True, "new": 3},
+            "tokenizer.ggml.new, tokenizer.ggml.remove_extra_whitespaces: not",
+        ),
+        ({"token_type": [3, 3, 3]}, "tokenizer.ggml.token_type: 3 of 273 tokens; download the file again"),
     ],
 )
 def test_metadata_that_make_no_tokenizer(changes: dict[str, Any], words: str) -> None:
