@@ -214,7 +214,7 @@ def _open_peft(directory: Path) -> _Opened:
         there = head | {name: tree for name, tree in trained.items() if name in shardings}
         return merged(frozen, there, settings, wanted, shardings)
 
-    has_tokenizer = (directory / "tokenizer_config.json").is_file()
+    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = load_tokenizer(directory) if has_tokenizer else base.tokenizer
     return _Opened(base.config.replace(head="scalar") if with_head else base.config, tokenizer, read)
 

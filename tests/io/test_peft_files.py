@@ -83,6 +83,13 @@ def test_an_adapter_loads_merged_into_the_base_it_names(exported) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+def test_an_adapter_brings_its_own_tokenizer(exported) -> None:
+    """Also when only tokenizer.json says which."""
+    adapter, _, _, _ = exported
+    (adapter / "tokenizer_config.json").unlink()
+    assert load_pretrained(adapter).tokenizer.name_or_path == str(adapter)
+
+
 def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
     directory = base("mistral", tmp_path)
     model = load_pretrained(directory).model.with_head("scalar")
