@@ -37,7 +37,12 @@ PROGRAMS = {
         {"LoopConfig.evaluate_every": "3", "BatchConfig.batch_size": "8"},
     ),
     "ppo": ("train_ppo", "tests/multihost/ppo_gold.gin", {}),
-    "dpo": ("train_dpo", "configs/smoke/dpo.gin", {"LoopConfig.evaluate_every": "2"}),
+    "dpo": (
+        "train_dpo",
+        "configs/smoke/dpo.gin",
+        # It starts from texts without a template.
+        {"LoopConfig.evaluate_every": "2", "ModelSource.other_template": "True"},
+    ),
     "grpo": ("train_grpo", "configs/smoke/grpo.gin", {}),
     "ahead": (
         "train_grpo",
