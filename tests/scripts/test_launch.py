@@ -136,6 +136,15 @@ time.sleep(60.0)
 """
 
 
+OBEDIENT = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes the command in its arguments, which obeys signals also when the suite runs under nohup or in the background."""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 @pytest.mark.parametrize(("how", "code"), [("ctrl_c", 130), ("hang_up", 129), ("kill", -9)])
 def test_all_save_however_the_launcher_ends(tmp_path: Path, how: str, code: int) -> None:
@@ -143,6 +152,9 @@ def test_all_save_however_the_launcher_ends(tmp_path: Path, how: str, code: int)
     saved. A launcher that is killed outright passes nothing on."""
     (tmp_path / "program.py").write_text(SAVES)
     launcher = [
+        sys.executable,
+        "-c",
+        OBEDIENT,
         sys.executable,
         str(ROOT / "scripts" / "launch.py"),
         "--grace=5",
