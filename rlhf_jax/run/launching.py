@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -69,13 +68,24 @@ def _keep_failed_saves_to_one_line() -> None:
     def of_another(record: logging.LogRecord) -> bool:
         return record.exc_info is None or "orbax" not in record.pathname
 
+    report, report_unraisable = sys.excepthook, sys.unraisablehook
+
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        late = kind is RuntimeError and str(error) == "Event loop is closed"
-        if not late or threading.current_thread() is threading.main_thread():
-            sys.__excepthook__(kind, error, trace)
+        if not _is_of_closed_loop(error, trace):
+            report(kind, error, trace)
+
+    def unraisable_hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not _is_of_closed_loop(unraisable.exc_value, unraisable.exc_traceback):
+            report_unraisable(unraisable)
 
     logging.getLogger("absl").addFilter(of_another)
-    sys.excepthook = hook
+    sys.excepthook, sys.unraisablehook = hook, unraisable_hook
+
+
+def _is_of_closed_loop(error: BaseException | None, trace: TracebackType | None) -> bool:
+    """Whether tensorstore called a closed event loop: the first frame is asyncio's, below no code of Python."""
+    called = trace is not None and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"
+    return called and isinstance(error, RuntimeError)
 
 
 def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:

@@ -166,7 +166,7 @@ def changed_content(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _git(*arguments: str) -> str | None:
     """git's answer about this source tree; None when it is not a checkout or there is no git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
-from stages_on_files import CONFIG, GOOD, STAGES, lines, models
+from stages_on_files import CONFIG, GOOD, STAGES, lines
 
 from rlhf_jax.command import exit_code_for
 from rlhf_jax.run.provenance import write_atomically
@@ -18,11 +18,12 @@ from rlhf_jax.run.status import Status
 from rlhf_jax.run.tracking import Events, Tracker
 from rlhf_jax.run.watchdog import Watchdog
 
-__all__ = ["models"]  # the fixture of test_bad_files
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 LIMITED = """
 import resource, runpy, sys
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # a cut entry would stay in the cache of all tests
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.argv.pop(0)
@@ -52,6 +53,7 @@ def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path
     done = server(tmp_path, [str(tmp_path / "limited.py"), str(limit), *command])
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("stopped: "), done.stderr
+    assert not (ROOT / ".git" / "index.lock").exists()  # what asks git for the state of the repository never writes there
     again = server(tmp_path, command)
     assert again.returncode == 0, again.stderr
 

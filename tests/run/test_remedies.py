@@ -22,13 +22,14 @@ BARE = re.compile(r"\b(?:set|use|with|unset|leave|drop such (?:rows|records) wit
 
 
 def text_of(node: ast.AST) -> str:
-    """The texts below a node in order of the source; "{}" for what is filled in."""
-    parts = [
-        (n.lineno, n.col_offset, n.value if isinstance(n, ast.Constant) else "{}")
-        for n in ast.walk(node)
-        if isinstance(n, ast.FormattedValue) or (isinstance(n, ast.Constant) and isinstance(n.value, str))
-    ]
-    return "".join(str(part[2]) for part in sorted(parts, key=lambda part: part[:2]))
+    """The texts below a node, one a line; in an f-string "{}" for what is filled in, whose own texts follow it."""
+    if isinstance(node, ast.JoinedStr):
+        pieces = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+        inner = [text_of(part) for part in node.values if isinstance(part, ast.FormattedValue)]
+        return "\n".join(["".join(map(str, pieces)), *filter(None, inner)])
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    return "\n".join(filter(None, map(text_of, ast.iter_child_nodes(node))))
 
 
 def messages(*rooms: str) -> Iterator[tuple[str, str]]:
