@@ -23,8 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, learn, programs, rollout
+from rlhf_jax import data, learn, rollout
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.cast import assemble, assemble_grpo, load_cast
+from rlhf_jax.algorithms.models import load_model, with_adapters
+from rlhf_jax.algorithms.template_date import with_date
+from rlhf_jax.config import bound_config
 from rlhf_jax.data import Comparison, Demonstration
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_prompts, encode_records
 from rlhf_jax.doctor import (
     Finding,
     arithmetic_check,
@@ -40,17 +47,14 @@ from rlhf_jax.doctor import (
     token_checks,
     vocabulary_check,
 )
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.io import largest_token, locate
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.rewards import CheckedReward, Scores
-from rlhf_jax.run import LoopConfig, bound_config, launch
-from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward
-from rlhf_jax.run.models import load_model, with_adapters
-from rlhf_jax.run.records import Records, encode_prompts, encode_records
-from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError, RunStopped
+from rlhf_jax.rewards import CheckedReward, Reward, Scores
 
 
 @gin.configurable

@@ -21,18 +21,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf_jax import data, rollout
-from rlhf_jax.evaluate import Evaluated, compare, completion_rows, headlines, number_cell
-from rlhf_jax.files import json_text
+from rlhf_jax.algorithms.models import load_model, load_reward
+from rlhf_jax.algorithms.template_date import keep_date, with_date
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_prompts, tell_left_out
+from rlhf_jax.errors import InputError, refuse_unused, require_whole
+from rlhf_jax.evaluate import Evaluated, compare, completion_rows
 from rlhf_jax.io import locate
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
+from rlhf_jax.models import as_token_batch, sequence_scores
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
-from rlhf_jax.rewards import CheckedReward, Scores
-from rlhf_jax.run import Input, LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_unused
-from rlhf_jax.run.models import load_model, load_reward
-from rlhf_jax.run.provenance import launches, write_atomically
-from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
-from rlhf_jax.run.template_date import keep_date, with_date
-from rlhf_jax.types import InputError, require_whole
+from rlhf_jax.reports import headlines, number_cell
+from rlhf_jax.rewards import CheckedReward, Reward, Scores
+from rlhf_jax.rundir.provenance import launches
+from rlhf_jax.storage.files import json_text, write_atomically
+from rlhf_jax.storage.inputs import Input
 
 
 @gin.configurable
@@ -131,7 +137,7 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
         done = rollout.generate(loaded.model, params, part, rng, sampling=sampling, slots=slots, **ends)
         if judge is None:
             return done, None
-        return done, rollout.sequence_scores(judge.model, frozen, rollout.as_token_batch(done))
+        return done, sequence_scores(judge.model, frozen, as_token_batch(done))
 
     responses, rewards, lengths = [], [], []
     for part in data.evaluation_prompt_batches(

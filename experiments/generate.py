@@ -17,19 +17,22 @@ import gin
 import jax
 
 from rlhf_jax import data, rollout
+from rlhf_jax.algorithms.models import load_model
+from rlhf_jax.algorithms.template_date import keep_date, with_date
+from rlhf_jax.batches import PromptBatch
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_prompts, tell_left_out
+from rlhf_jax.errors import InputError, refuse_unused, require_whole
 from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
-from rlhf_jax.files import json_text
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.records import Response
-from rlhf_jax.rewards import CheckedReward
+from rlhf_jax.rewards import CheckedReward, Reward
 from rlhf_jax.rewards.support_desk import has_flattery
-from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_unused
-from rlhf_jax.run.models import load_model
-from rlhf_jax.run.provenance import write_atomically
-from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
-from rlhf_jax.run.template_date import keep_date, with_date
-from rlhf_jax.types import InputError, PromptBatch, require_whole
+from rlhf_jax.storage.files import json_text, write_atomically
 
 
 @gin.configurable

@@ -23,27 +23,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 
-from rlhf_jax.evaluate.report import write_report
-from rlhf_jax.files import field, json_text, read_object
-from rlhf_jax.run import (
-    STOPPED,
-    bound_config,
-    fingerprint_asked,
-    launch,
-    lock,
-    make_directory,
-    run_child,
-    scan,
-    settable,
-)
-from rlhf_jax.run.check_bindings import Command
-from rlhf_jax.run.check_bindings import check as check_bindings
-from rlhf_jax.run.cold_start import cache_environment
-from rlhf_jax.run.mirror import asked_url
-from rlhf_jax.run.outputs import changed_outputs
-from rlhf_jax.run.provenance import FILE, changed_inputs, write_atomically
-from rlhf_jax.run.resume import OWN_PLACES, names_in, refuse_place
-from rlhf_jax.types import InputError, RunStopped
+from rlhf_jax.config import bound_config, fingerprint_asked, scan, settable
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.launch import STOPPED, launch, run_child
+from rlhf_jax.launch.check_bindings import Command
+from rlhf_jax.launch.check_bindings import check as check_bindings
+from rlhf_jax.loop.cold_start import cache_environment
+from rlhf_jax.reports.pipeline_page import write_report
+from rlhf_jax.rundir import lock, make_directory
+from rlhf_jax.rundir.outputs import changed_outputs
+from rlhf_jax.rundir.provenance import changed_inputs
+from rlhf_jax.rundir.resume import OWN_PLACES, names_in, refuse_place
+from rlhf_jax.storage.files import field, json_text, read_object, write_atomically
+from rlhf_jax.storage.names import PROVENANCE
+from rlhf_jax.storage.remote import asked_url
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "pipeline.json"
@@ -175,7 +168,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
 def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:
     """Whether a stage ended well with this configuration, and everything it read is still what it read then. Raises InputError
     when what it wrote is not."""
-    if entry is None or entry["asked"] != asked or not (run_dir / FILE).is_file():
+    if entry is None or entry["asked"] != asked or not (run_dir / PROVENANCE).is_file():
         return False
     if changed := changed_outputs(run_dir):
         raise InputError(

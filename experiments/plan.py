@@ -23,16 +23,21 @@ import gin
 import jax
 from absl import flags
 
-from rlhf_jax import data, learn, plan, programs
+from rlhf_jax import data, learn, plan
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.cast import assemble, assemble_grpo, load_cast, plan_judge, plan_model
+from rlhf_jax.algorithms.models import with_adapters
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_abstract, make_mesh, remake_mesh
+from rlhf_jax.rewards import Reward
 from rlhf_jax.rollout import ALL_AT_ONCE, SamplingConfig, SlotConfig
-from rlhf_jax.run import LoopConfig, bound_config, launch
-from rlhf_jax.run.cast import assemble, assemble_grpo, load_cast, plan_judge, plan_model
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward
-from rlhf_jax.run.models import with_adapters
-from rlhf_jax.run.records import Records
-from rlhf_jax.types import InputError, RunStopped
 
 flags.DEFINE_string("topology", None, "The slice, for instance v5p:2x2x4; or local.")
 flags.DEFINE_enum("stage", None, ["sft", "reward", "dpo"], "What a file with run.model trains.")

@@ -13,16 +13,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 import jax
 
-from rlhf_jax import data, learn, programs
+from rlhf_jax import data, learn
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.folds import refuse_folded, row_fold
+from rlhf_jax.algorithms.heldout import heldout_metrics, heldout_scores
+from rlhf_jax.algorithms.models import load_model, with_adapters, write_model_card
+from rlhf_jax.algorithms.template_date import with_date
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_records, tell_left_out
+from rlhf_jax.errors import InputError, refuse_unused
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_folded, refuse_unused
-from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
-from rlhf_jax.run.models import load_model, with_adapters, write_model_card
-from rlhf_jax.run.records import Records, encode_records, tell_left_out
-from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError
 
 
 @gin.configurable
@@ -40,7 +45,7 @@ def run(
     lora: LoraConfig | None = None,
 ) -> None:
     """steps: optimiser steps. model: the policy to begin with, and its own frozen reference. lora: train adapters; the
-    reference is their base, without a copy. Everything else: rlhf_jax/run/configurables.py."""
+    reference is their base, without a copy. Everything else: rlhf_jax/config/surface.py."""
     bound = bound_config()
     refuse_unused(batch, "packed")
     if model.config is not None:
@@ -87,7 +92,7 @@ def run(
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
             rows = (data.pair_lengths(pairs), batch.length, data.pair_targets(pairs), batch.length - 1)
-            fold = batch.fold(network, batch.microbatches, *rows)
+            fold = row_fold(batch, network, batch.microbatches, *rows)
             state, metrics = train_step(state, frozen, to_global(pairs, devices), fold=fold)
             if not here.log(step, metrics, batch=pairs):
                 state = here.rolled_back(state)

@@ -17,17 +17,24 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import data, learn, rollout
+from rlhf_jax.algorithms.cast import assemble, load_cast
+from rlhf_jax.algorithms.folds import refuse_folded, row_fold
+from rlhf_jax.algorithms.models import write_model_card
+from rlhf_jax.algorithms.programs import PPOSettings, asleep, awake, placed
+from rlhf_jax.algorithms.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
+from rlhf_jax.algorithms.template_date import with_date
+from rlhf_jax.algorithms.text_rewards import TextRewards
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_prompts, tell_left_out
+from rlhf_jax.errors import refuse_unused
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, make_mesh, on_all, to_global, to_host
-from rlhf_jax.programs import PPOSettings, asleep, awake, placed
-from rlhf_jax.run import LoopConfig, bound_config, fetch, launch, open_run
-from rlhf_jax.run.cast import assemble, load_cast
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, Reward, refuse_folded, refuse_unused
-from rlhf_jax.run.models import write_model_card
-from rlhf_jax.run.records import Records, encode_prompts, tell_left_out
-from rlhf_jax.run.rewards import TextRewards
-from rlhf_jax.run.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
-from rlhf_jax.run.template_date import with_date
+from rlhf_jax.rewards import Reward
+from rlhf_jax.rundir import fetch
 
 
 @gin.configurable
@@ -128,7 +135,7 @@ def run(
             # 3.2 Score: log-probabilities, values, reward. The devices work while the hosts judge texts.
             here.enter("score")
             rows = row_lengths(replies)
-            fold = batch.fold(cast.models.policy, 1, *rows)
+            fold = row_fold(batch, cast.models.policy, 1, *rows)
             scored = score(state.train.params, cast.frozen, completions, fold=fold)
             rollouts.begin(step + 1, state.train.params)
             here.enter("reward")
@@ -150,7 +157,7 @@ def run(
 
             # 3.4 Update; did it begin with the policy that was scored?
             here.enter("update")
-            fold = batch.fold(cast.models.policy, ppo.minibatches * batch.microbatches, *rows)
+            fold = row_fold(batch, cast.models.policy, ppo.minibatches * batch.microbatches, *rows)
             train = awake(state.train, home) if offload_optimizer else state.train
             train, updated = update(train, prepared, step_keys(train_rng, step)[1], cast.frozen, fold=fold)
             learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo, stale=rollouts.stale)

@@ -14,18 +14,25 @@ import gin
 import jax
 import numpy as np
 
-from rlhf_jax import data, learn, ops, programs
-from rlhf_jax.files import json_text
+from rlhf_jax import data, learn, ops
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.folds import refuse_folded, row_fold
+from rlhf_jax.algorithms.heldout import heldout_metrics, heldout_scores
+from rlhf_jax.algorithms.models import load_model, with_adapters, write_model_card
+from rlhf_jax.algorithms.template_date import with_date
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_records, tell_left_out
+from rlhf_jax.errors import InputError, RunStopped, refuse_unused
 from rlhf_jax.io import wrong_normalisation
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_folded, refuse_unused
-from rlhf_jax.run.heldout import heldout_metrics, heldout_scores
-from rlhf_jax.run.models import load_model, with_adapters, write_model_card
-from rlhf_jax.run.records import Records, encode_records, tell_left_out
-from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError, RunStopped, Term
+from rlhf_jax.storage.files import json_text
+from rlhf_jax.storage.names import NORMALISATION
+from rlhf_jax.types import Term
 
 
 @gin.configurable
@@ -43,7 +50,7 @@ def run(
     lora: LoraConfig | None = None,
 ) -> None:
     """steps: optimiser steps. centring: weight of (chosen + rejected)^2. lora: train adapters and the scalar head, the rest
-    frozen. Everything else: rlhf_jax/run/configurables.py.
+    frozen. Everything else: rlhf_jax/config/surface.py.
 
     At the end reward_normalisation.json holds the gain and bias that give held-out rewards (the training pairs' where nothing
     is held out) mean 0 and deviation 1; whoever loads this run as a reward model gets them, so that a KL coefficient means the
@@ -91,12 +98,12 @@ def run(
         write_model_card(here.directory, network, tokenizer, records.template, **source)
         state, host = here.restore(state, {"data": batches.get_state()})
         batches.set_state(host["data"])
-        scores, normalisation = None, here.directory / "reward_normalisation.json"
+        scores, normalisation = None, here.directory / NORMALISATION
         if here.resumed_step < steps:  # whoever loads the run meanwhile must not get the numbers of an older step
             normalisation.unlink(missing_ok=True)
         for step in here.steps(here.resumed_step, steps):
             pairs = next(batches)
-            fold = batch.fold(network, batch.microbatches, data.pair_lengths(pairs), batch.length)
+            fold = row_fold(batch, network, batch.microbatches, data.pair_lengths(pairs), batch.length)
             state, metrics = train_step(state, loaded.frozen, to_global(pairs, devices), fold=fold)
             if not here.log(step, metrics, batch=pairs):
                 state = here.rolled_back(state)

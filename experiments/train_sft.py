@@ -13,16 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gin
 import jax
 
-from rlhf_jax import data, learn, programs
+from rlhf_jax import data, learn
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.heldout import heldout_terms, loss_metrics
+from rlhf_jax.algorithms.models import load_model, with_adapters, write_model_card
+from rlhf_jax.algorithms.template_date import with_date
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, encode_records, tell_left_out
+from rlhf_jax.errors import InputError, refuse_unused
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.configurables import BatchConfig, ModelSource, refuse_unused
-from rlhf_jax.run.heldout import heldout_terms, loss_metrics
-from rlhf_jax.run.models import load_model, with_adapters, write_model_card
-from rlhf_jax.run.records import Records, encode_records, tell_left_out
-from rlhf_jax.run.template_date import with_date
-from rlhf_jax.types import InputError
 
 
 @gin.configurable
@@ -39,7 +43,7 @@ def run(
     lora: LoraConfig | None = None,
 ) -> None:
     """steps: optimiser steps. lora: train adapters, the model frozen. Everything else is described at its dataclass in
-    rlhf_jax/run/configurables.py."""
+    rlhf_jax/config/surface.py."""
     bound = bound_config()
     refuse_unused(batch, "folded")
     devices = make_mesh(mesh)

@@ -1,14 +1,14 @@
-"""The pytrees that flow between rooms.
+"""The pytrees and function types that flow between packages; `batches` are registered as pytrees here.
 
-Every room may import this module; it imports nothing of ours. Letters in shapes: ``B`` rows of a batch, ``P`` prompt
+Every package that uses jax may import this module. Letters in shapes: ``B`` rows of a batch, ``P`` prompt
 columns (left-padded), ``T`` response columns (right-padded), ``S`` columns of a whole sequence, ``V`` vocabulary.
 Masks are boolean and True means *counts*. Losses, log-probabilities, rewards, values and advantages are float32.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,56 +16,19 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlhf_jax.batches import PairBatch, PromptBatch, TokenBatch
+from rlhf_jax.errors import InputError
+
 Params = dict[str, Any]
 """A plain nested dict of arrays with string keys."""
 Rng = jax.Array
 """A typed ``threefry2x32`` key (``jax.random.key``)."""
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: the place (file, line, field, key) and the remedy.
-
-    The command-line programs print it without a traceback and exit with code 2.
-    """
-
-
-LARGEST_WHOLE = 2**31 - 1
-SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-"""Bounds of float32, in which numbers of configurations are used; what is smaller becomes 0 on the devices."""
-
-
-def fits_float32(value: float) -> bool:
-    """Whether float32 neither makes 0 of ``value``, nor infinity of a finite one. Infinity itself is one."""
-    return value == 0 or SMALLEST_NUMBER <= abs(value) <= LARGEST_NUMBER or abs(value) == math.inf
-
-
-def require_whole(name: str, value: object, least: int) -> None:
-    """Raises InputError unless ``value`` is a whole number >= ``least`` that int32 can hold. name: the key that the user set."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} = {value!r}: give a whole number >= {least}")
-    if value > LARGEST_WHOLE:
-        raise InputError(f"{name} = {value!r}: give a whole number of at most {LARGEST_WHOLE}, which int32 can hold")
-
-
-def require_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises InputError unless ``value`` is one of ``allowed``. name: the key that the user set."""
-    if value not in allowed:
-        raise InputError(f"{name} = {value!r}: one of {', '.join(map(repr, allowed))}")
-
-
-def require_number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raises InputError unless ``value`` is a number in [low, high], NaN is none. name: the key that the user set."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        bounds = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise InputError(f"{name} = {value!r}: give a number {bounds}")
-    if not fits_float32(value):
-        raise InputError(
-            f"{name} = {value!r}: float32, in which it is used, makes {'0' if abs(value) < 1 else 'infinity'} of it"
-        )
-
-
-class RunStopped(RuntimeError):
-    """A guard stopped the run (non-finite number, sampler and scorer disagree, ...). Exit code 3."""
+for _batch in (TokenBatch, PairBatch, PromptBatch):
+    jax.tree_util.register_dataclass(
+        _batch, data_fields=[field.name for field in dataclasses.fields(_batch)], meta_fields=[]
+    )
 
 
 @struct.dataclass
@@ -109,54 +72,6 @@ class Term:
     total: Float[Array, ""]
     weight: Float[Array, ""]
     coefficient: float | Float[Array, ""] = 1.0
-
-
-@struct.dataclass
-class TokenBatch:
-    """Token sequences for training and scoring.
-
-    tokens: int32 [B, S].
-    positions: int32 [B, S], position of the token inside its own document (restarts at 0 in packed rows).
-    segment_ids: int32 [B, S], 0 = padding, 1.. = document number inside the row; attention stays inside a segment.
-    loss_mask: bool [B, S], True where the token AT this column is a target (predicted from the column before).
-    """
-
-    tokens: Int32[Array, "B S"]
-    positions: Int32[Array, "B S"]
-    segment_ids: Int32[Array, "B S"]
-    loss_mask: Bool[Array, "B S"]
-
-
-@struct.dataclass
-class PairBatch:
-    """Comparisons: row i of ``chosen`` was preferred to row i of ``rejected``. margin: float32 [B] (0 when unknown)."""
-
-    chosen: TokenBatch
-    rejected: TokenBatch
-    margin: Float[Array, "B"]  # noqa: F821  (jaxtyping axis name)
-
-
-@struct.dataclass
-class PromptBatch:
-    """Left-padded prompts.
-
-    tokens: int32 [B, P]. mask: bool [B, P], True on real tokens.
-    prompt_id: int32 [B], the prompt's index in its data set. sample_id: int32 [B], 0.. for samples of one prompt.
-    seed: int32 [B], at least 0 and below ``SEEDS``: what a prompt's random bits come from instead of prompt_id, or None.
-    """
-
-    tokens: Int32[Array, "B P"]
-    mask: Bool[Array, "B P"]
-    prompt_id: Int32[Array, "B"]  # noqa: F821
-    sample_id: Int32[Array, "B"]  # noqa: F821
-    seed: Int32[Array, "B"] | None = None  # noqa: F821
-
-    SEEDS = 2**30
-
-    @property
-    def noise_id(self) -> Int32[Array, "B"]:  # noqa: F821
-        """The number of a prompt that decides its random bits: a seed is none of the prompt_ids, which are below ``SEEDS`` too."""
-        return self.prompt_id if self.seed is None else self.SEEDS + self.seed
 
 
 @struct.dataclass

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags
 from benchmark_rows import PEERS, ROWS, SHAPES, Row
 
-from rlhf_jax.command import run_command
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch.command import run_command
 
 HERE = Path(__file__).resolve().parent
 NAMES = [row.name for row in ROWS]

@@ -20,11 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_rows import GSM8K, ROWS, SHAPES, Once, serve, stops
 
-from rlhf_jax import data, learn, programs, rollout
+from rlhf_jax import data, learn, rollout
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.scoring import RolloutModels
+from rlhf_jax.batches import PairBatch, TokenBatch
 from rlhf_jax.models import Fold, Model, ModelConfig, fold_of
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.testing import prompt_batch
-from rlhf_jax.types import PairBatch, Params, TokenBatch
+from rlhf_jax.types import Params
 
 SIZES = SHAPES[sys.argv[2]]
 CONFIG = ModelConfig(
@@ -208,7 +211,7 @@ def ppo_ragged() -> Once:
 def iteration(ends: tuple[int, ...], least: int) -> Once:
     """Of PPO: sample, score, prepare, update."""
     policy, value = Model(CONFIG), Model(CONFIG.replace(head="scalar"))
-    models = rollout.RolloutModels(policy, policy, value, value)
+    models = RolloutModels(policy, policy, value, value)
     both = {"policy": drawn(policy), "value": drawn(value)}
     params = {name: each for name, (each, _) in both.items()}
     frozen = {"reference": jax.tree.map(jnp.copy, params["policy"]), "reward": jax.tree.map(jnp.copy, params["value"])}
@@ -266,7 +269,7 @@ def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ah
     """Of GRPO: sample, score, prepare, update; 4 prompts x 4. The reward is the length, computed on the host. judge: seconds
     that something else takes for it. ahead: sample the next replies meanwhile."""
     policy = Model(CONFIG)
-    models = rollout.RolloutModels(policy, None, None, None)
+    models = RolloutModels(policy, None, None, None)
     config = learn.GRPOConfig(old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
     rate = learn.OptimizerConfig(learning_rate=1e-6)

@@ -27,10 +27,10 @@ from benchmark import HERE, MALLOC, NAMES
 from benchmark_rows import SHAPES
 from jax.profiler import ProfileData
 
-from rlhf_jax.command import run_command
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch.command import run_command
 from rlhf_jax.plan import hlo
 from rlhf_jax.plan.cost import dot_flops
-from rlhf_jax.types import InputError
 
 RUNNERS = ("while", "call", "conditional")
 """Their events span those of what they run."""

@@ -38,8 +38,8 @@ from chaos_kills import calls, finish, kill_after, killed_by_itself, left_runnin
 from chaos_stages import EVALUATE_EVERY, IN_A_SAVE, KILLED, SAVE_EVERY, STAGES, command, compare, inputs_of
 from chaos_table import Kill, Trial, hit, sums, table
 
-from rlhf_jax.command import run_command
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch.command import run_command
 
 FLAGS = flags.FLAGS
 SIZES = {

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from chaos_table import Kill
 
-from rlhf_jax.metric_files import METRICS, read_lines
-from rlhf_jax.saved import latest_step
+from rlhf_jax.checkpoint_files.manifest import latest_step
+from rlhf_jax.storage.metric_files import METRICS, read_lines
 
 HOOK = Path(__file__).resolve().parent / "chaos_hook"
 LEAVE_WITHIN = 60.0

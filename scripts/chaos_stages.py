@@ -81,9 +81,9 @@ STAGES = {
     "evaluate": Stage(
         "experiments/evaluate.py", "evaluate", (("BASE", "base"), ("SFT", "sft"), ("PPO", "ppo"), REWARD)
     ),
-    "export": Stage("scripts/export.py", flags=("--run_dir={inputs}/sft", "--out={run}")),
+    "export": Stage("experiments/export.py", flags=("--run_dir={inputs}/sft", "--out={run}")),
     "sweep": Stage(
-        "scripts/sweep.py",
+        "experiments/sweep.py",
         "base",
         flags=("--experiment=train_sft", "--grid=OptimizerConfig.learning_rate=1e-3,1e-2", "--out={run}"),
         bindings=("run.steps = 6", "LoopConfig.save_every = 2", "LoopConfig.progress = False"),

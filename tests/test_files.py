@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.files import field, read_bytes, read_object
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.storage.files import field, read_bytes, read_object
 
 BAD = {
     "empty": (b"", "not JSON"),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.command import error_line, exit_code_for, explain_os_error
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.launch.command import error_line, exit_code_for, explain_os_error
 from rlhf_jax.messages import message, printable, without_secrets
-from rlhf_jax.types import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,7 +74,7 @@ def test_other_urls_stay(text: str) -> None:
 PRINTS = """
 import sys
 from rlhf_jax.messages import steady_output
-from rlhf_jax.command import finish
+from rlhf_jax.launch.command import finish
 steady_output()
 print("to stderr \\x1b[2J https://u:secret@h/x", file=sys.stderr, flush=True)
 for _ in range(3):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.metric_files import METRICS, TIMING, read_lines, read_metrics
+from rlhf_jax.storage.metric_files import METRICS, TIMING, read_lines, read_metrics
 
 
 def line(step: int, **values: object) -> str:

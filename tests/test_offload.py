@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from rlhf_jax import learn, programs
+from rlhf_jax import learn
+from rlhf_jax.algorithms import programs
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import ActivationConstraint, born_sharded, to_global, tree_shardings
 from rlhf_jax.testing import mesh_of, random_params, tiny_config, token_batch

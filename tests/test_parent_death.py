@@ -11,39 +11,39 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax import parent_death
+from rlhf_jax import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = """
 import multiprocessing, sys, time
 sys.path.insert(0, {here!r})
 import test_parent_death as tests
-from rlhf_jax.parent_death import this_process
+from rlhf_jax.processes import this_process
 if __name__ == "__main__":
     multiprocessing.get_context("spawn").Process(target=tests.WORKERS[{name!r}], args=(this_process(),), daemon=True).start()
     time.sleep(60)
 """
 TIED = """
 import subprocess, sys, time
-from rlhf_jax.parent_death import tied_to_parent
+from rlhf_jax.processes import tied_to_parent
 subprocess.Popen(tied_to_parent([sys.executable, "-S", "-c", sys.argv[1]]))
 time.sleep(60)
 """
 SLEEPER = "import os, sys, time; sys.stdout.write(str(os.getpid()) + '\\n'); sys.stdout.flush(); time.sleep(60)"
 
 
-def holding_the_lock(parent: parent_death.Parent) -> None:
+def holding_the_lock(parent: processes.Parent) -> None:
     """A verifier in one call of C code that never lets another thread run: a regular expression that backtracks."""
     import re
 
-    parent_death.end_with_parent(parent)
+    processes.end_with_parent(parent)
     print(os.getpid(), flush=True)
     re.match("(a*)*b", "a" * 60)
 
 
-def watched_by_a_thread(parent: parent_death.Parent) -> None:
+def watched_by_a_thread(parent: processes.Parent) -> None:
     """A worker that was started from a thread, whose end is not the end of the process."""
-    parent_death.end_with_parent(parent_death.Parent(parent.pid, lasting=False))
+    processes.end_with_parent(processes.Parent(parent.pid, lasting=False))
     print(os.getpid(), flush=True)
     time.sleep(60)
 
@@ -91,13 +91,13 @@ def test_program_ends_with_killed_parent() -> None:
 
 def test_program_whose_parent_is_gone_does_not_start() -> None:
     """Parent 1 stands for one that died between fork and prctl."""
-    command = [sys.executable, "-S", "-c", parent_death._TIED, "1", sys.executable, "-c", "print('started')"]
+    command = [sys.executable, "-S", "-c", processes._TIED, "1", sys.executable, "-c", "print('started')"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout) == (143, "")
 
 
 def test_program_that_watches_gets_sigterm() -> None:
     """The way of systems without prctl: the wrong parent in the variable is a parent that has ended."""
-    text = "from rlhf_jax.parent_death import watch_parent; watch_parent(); import time; time.sleep(60)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), parent_death.VARIABLE: "1"}
+    text = "from rlhf_jax.processes import watch_parent; watch_parent(); import time; time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), processes.VARIABLE: "1"}
     assert subprocess.run([sys.executable, "-c", text], env=environment, timeout=30).returncode == -signal.SIGTERM

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import programs, rollout
+from rlhf_jax import rollout
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.scoring import RolloutModels
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import replicated, to_global
@@ -24,7 +26,7 @@ ENDS = {"eos_ids": tuple(range(2, 10)), "pad_id": 0}
 
 
 def alone(policy):
-    return rollout.RolloutModels(policy, None, None, None)
+    return RolloutModels(policy, None, None, None)
 
 
 def test_the_learning_rate_stands_still_within_an_iteration_and_each_part_has_its_own():
@@ -65,7 +67,7 @@ def built():
     """
     policy = Model(tiny_config(head="lm"))
     scalar = policy.with_head("scalar")
-    models = rollout.RolloutModels(policy, policy, scalar, scalar)
+    models = RolloutModels(policy, policy, scalar, scalar)
     frozen = {"reference": random_params(policy, 0), "reward": random_params(scalar, 5)}
     rate = OptimizerConfig(learning_rate=1e-3)
     settings = programs.PPOSettings(1, SAMPLING, PPO, rate, rate, microbatches=2)

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import reading
-from rlhf_jax.reading import newest_to_read, one_choice, reading_step, unread
-from rlhf_jax.run import Input
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.provenance import describe, write_provenance
-from rlhf_jax.saved import read_arrays, saved_steps, verify
-from rlhf_jax.types import InputError
+from rlhf_jax.checkpoint_files import reading
+from rlhf_jax.checkpoint_files.manifest import read_arrays, saved_steps, verify
+from rlhf_jax.checkpoint_files.reading import newest_to_read, one_choice, reading_step, unread
+from rlhf_jax.errors import InputError
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
+from rlhf_jax.rundir.provenance import describe, write_provenance
+from rlhf_jax.storage.inputs import Input
 
 
 def save(run_dir: Path, *steps: int, keep: int = 9) -> None:

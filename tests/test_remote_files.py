@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import remote
 from rlhf_jax.data import read_rows
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained, load_pretrained, locate
 from rlhf_jax.models import Model
-from rlhf_jax.remote import CONTENT, cache_directory, fetched
-from rlhf_jax.run.provenance import Input, describe
+from rlhf_jax.rundir.provenance import describe
+from rlhf_jax.storage import remote
+from rlhf_jax.storage.inputs import Input
+from rlhf_jax.storage.remote import CONTENT, cache_directory, fetched
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
-from rlhf_jax.types import InputError
 
 
 @pytest.fixture(autouse=True)

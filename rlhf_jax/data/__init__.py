@@ -31,26 +31,16 @@ from rlhf_jax.data.pipeline import (
     token_batches,
 )
 from rlhf_jax.data.plain_chat import chat_template_of
-from rlhf_jax.data.records import (
-    GSM8K_FIELDS,
-    Comparison,
-    Demonstration,
-    Dropped,
-    Fields,
-    Message,
-    Prompt,
-    demonstrations,
-    prompt_key,
-    prompts,
-    prompts_of,
-)
+from rlhf_jax.data.records import GSM8K_FIELDS, Dropped, Fields, demonstrations, prompt_key, prompts, prompts_of
 from rlhf_jax.data.rendering import render_prompt, render_reply, writes_date
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
 from rlhf_jax.data.stop_strings import stop_table
+from rlhf_jax.data.support_desk_replies import DeskConfig
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.tokenise import has_prefix
 from rlhf_jax.data.written import unread_keys
+from rlhf_jax.records import Comparison, Demonstration, Message, Prompt
 
 __all__ = [
     "GSM8K_FIELDS",
@@ -58,6 +48,7 @@ __all__ = [
     "Batches",
     "Comparison",
     "Demonstration",
+    "DeskConfig",
     "Dropped",
     "Encoded",
     "EncodedPair",

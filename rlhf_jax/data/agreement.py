@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_jax.data.ends import response_ends
 from rlhf_jax.data.plain_chat import begins_with_bos
-from rlhf_jax.data.records import Message
 from rlhf_jax.data.rendering import render_prompt, render_reply
 from rlhf_jax.data.templates import Template
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

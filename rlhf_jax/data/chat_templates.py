@@ -13,12 +13,12 @@ from jinja2 import TemplateError
 
 from rlhf_jax.data import sandbox
 from rlhf_jax.data.quotes import Quotes, unmarked
-from rlhf_jax.data.records import Message
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.special_tokens import quotes_of
 from rlhf_jax.data.templates import GIVEN_VARIABLES, Template, parse_date, plain_texts
 from rlhf_jax.data.written import check_written, reasoning_of
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.token_bytes import response_text
-from rlhf_jax.records import Response
-from rlhf_jax.types import Completions
+from rlhf_jax.records import Message, Prompt, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def responses(
-    completions: Completions, records: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
-) -> list[Response]:
+class Sampled(Protocol):
+    """The fields of `types.Completions` that texts are made from."""
+
+    @property
+    def prompts(self) -> PromptBatch: ...
+    @property
+    def tokens(self) -> Any: ...
+    @property
+    def mask(self) -> Any: ...
+    @property
+    def ended(self) -> Any: ...
+
+
+def responses(completions: Sampled, records: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Response]:
     """The responses as texts without special tokens, with the prompts they answer.
 
     Rows that only fill up a batch (prompt_id -1) are left out. records: those that prompt_id counts.

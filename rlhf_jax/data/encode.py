@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.records import Comparison, Demonstration, Message, Prompt, Unusable
+from rlhf_jax.data.records import Unusable
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.turn_tokens import LossOn, PromptTokens, Writing, prompt_tokens, response_tokens
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.records import Comparison, Demonstration, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

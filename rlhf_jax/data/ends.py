@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data.padding import padding_id
-from rlhf_jax.data.records import Message
 from rlhf_jax.data.rendering import render_conversation
 from rlhf_jax.data.stop_strings import stop_table
 from rlhf_jax.data.templates import Template
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlhf_jax.data.pairs import comparison_of
-from rlhf_jax.data.records import Comparison, Dropped, Fields, Message, Row, Unusable, collect, id_of, text_of
+from rlhf_jax.data.records import Dropped, Fields, Row, Unusable, collect, id_of, text_of
 from rlhf_jax.data.row_problems import Unlearnable
+from rlhf_jax.records import Comparison, Message
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.row_problems import Unlearnable
+from rlhf_jax.records import SAYING_KEYS
 
-SAYING_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
-"""Keys of a message that are part of what it says; the last three are names of one thing."""
 WEIGHTS = ("weight", "loss", "trainable", "train")
 """Names of a message's weight in the loss: 0 or false for a turn that is not learned, 1 or true for others."""
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.batches import TokenBatch
 from rlhf_jax.data.encode import Encoded
-from rlhf_jax.types import InputError, TokenBatch
+from rlhf_jax.errors import InputError
 
 LENGTH_BUCKETS = (
     *(32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.data.message_keys import tools_of
 from rlhf_jax.data.records import (
-    Comparison,
     Dropped,
     Fields,
-    Message,
     Row,
     Unusable,
     collect,
@@ -27,6 +25,7 @@ from rlhf_jax.data.records import (
     value_of,
 )
 from rlhf_jax.data.row_problems import Unlearnable
+from rlhf_jax.records import Comparison, Message
 
 
 def comparisons(

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-import grain
 import numpy as np
 
+from rlhf_jax.batches import PairBatch, PromptBatch, TokenBatch
 from rlhf_jax.data.encode import Encoded, EncodedPair
 from rlhf_jax.data.packing import Row, stack_rows
-from rlhf_jax.types import InputError, PairBatch, PromptBatch, TokenBatch
+from rlhf_jax.errors import InputError
 
 _BatchT = TypeVar("_BatchT")
 # Places of the stream in the fingerprint, so that a grain that shuffles otherwise is noticed. Few, because grain
@@ -52,6 +52,8 @@ class Batches(Generic[_BatchT]):
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed}: must lie in [0, 2**32)")  # what grain takes
         self._make = make
+        import grain  # imports jax, which is slow and which worker processes do not need
+
         self._order = grain.MapDataset.range(examples).seed(seed).shuffle().repeat()
         self._batch_size = batch_size
         self._next = 0

@@ -18,10 +18,10 @@ from rlhf_jax.data.chat_templates import (
 )
 from rlhf_jax.data.message_keys import SAYING_KEYS
 from rlhf_jax.data.quotes import Quotes, unmarked
-from rlhf_jax.data.records import Message
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.written import check_tools, check_written
+from rlhf_jax.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

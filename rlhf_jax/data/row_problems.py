@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 class Unlearnable(Exception):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf_jax.data.row_problems import FaultyObject, parse_json
-from rlhf_jax.remote import fetched, is_remote
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.storage.remote import fetched, is_remote
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
 _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from rlhf_jax.data.records import Message, prompt_key
-from rlhf_jax.types import InputError
+from rlhf_jax.data.records import prompt_key
+from rlhf_jax.errors import InputError
+from rlhf_jax.records import Message
 
 
 class HasPrompt(Protocol):

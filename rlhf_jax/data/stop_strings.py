@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_jax.data.token_bytes import token_bytes
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from rlhf_jax.data.support_desk import (
     make_case,
     pick,
 )
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 SIGN_OFF = "Kind regards, Juniper Desk"
 GREETINGS = ("Hi {name},", "Hello {name},")

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 STYLES = ("chat", "plain", "raw")
 PLAIN_FIELDS = ("prompt_format", "system_format", "response_prefix", "turn_end")

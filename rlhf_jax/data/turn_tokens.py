@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf_jax.data.ends import response_ends
 from rlhf_jax.data.quotes import unmarked
-from rlhf_jax.data.records import Message
 from rlhf_jax.data.rendering import prompt_rendering, quotes_for, response_rendering, turns_of
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.tokenise import learned_tokens, tokenise, tokenise_with_ends
 from rlhf_jax.data.written import check_written
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data.message_keys import SAYING_KEYS
 from rlhf_jax.data.quotes import unmarked
-from rlhf_jax.data.records import Message
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
+from rlhf_jax.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.checkpoint_files.manifest import read_arrays, verify
 from rlhf_jax.doctor.findings import Finding, judge
-from rlhf_jax.run import LoopConfig
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.saved import read_arrays, verify
+from rlhf_jax.loop import LoopConfig
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
+from rlhf_jax.storage.names import CHECKPOINTS
 
 
 def disk_checks(state: Any, run_dir: Path, loop: LoopConfig) -> Iterator[Finding]:
@@ -25,7 +26,7 @@ def disk_checks(state: Any, run_dir: Path, loop: LoopConfig) -> Iterator[Finding
         began = time.monotonic()
         with Checkpoints(scratch, Retention(1)) as checkpoints:
             checkpoints.save(1, state, {})
-        seconds, place = time.monotonic() - began, Path(scratch, "checkpoints", "1")
+        seconds, place = time.monotonic() - began, Path(scratch, CHECKPOINTS, "1")
         size = sum(entry["bytes"] for entry in verify(place)["files"].values())
         stored = read_arrays(place)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.device_get(jax.tree.map(_plain, state))))

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import learn, rollout
+from rlhf_jax import learn
+from rlhf_jax.batches import TokenBatch
 from rlhf_jax.doctor.findings import Finding, judge
-from rlhf_jax.files import read_object
-from rlhf_jax.models import Model
-from rlhf_jax.types import LossFn, Mean, Params, Rng, Term, TokenBatch
+from rlhf_jax.models import Model, sequence_scores
+from rlhf_jax.storage.files import read_object
+from rlhf_jax.storage.names import NORMALISATION
+from rlhf_jax.types import LossFn, Mean, Params, Rng, Term
 
 GRADIENT_GAP = 1e-3
 """Largest relative difference of a gradient between microbatches and none, float32 sums in another order."""
@@ -90,14 +92,14 @@ def memory_check(state: Any, extra: Any) -> Finding:
 
 def probe_check(run_dir: Path, model: Model, params: Params) -> Finding:
     """A reward model must score its stored probe as it did when it was trained."""
-    file = run_dir / "reward_normalisation.json"
+    file = run_dir / NORMALISATION
     numbers = read_object(file) if file.is_file() else {}
     if "probe" not in numbers:
         return Finding("note", "reward model", f"{run_dir} keeps no probe (trained by an older version): not compared")
     probe = numbers["probe"]
     tokens = jnp.asarray(probe["tokens"], jnp.int32)[None]
     one = TokenBatch(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
-    score = float(rollout.sequence_scores(model, params, one)[0])
+    score = float(sequence_scores(model, params, one)[0])
     words = f"stored probe {probe['score']:.6f}, now {score:.6f}"
     remedy = "the model loaded is not the one trained: its files were changed"
     return judge("reward model", abs(score - probe["score"]) <= PROBE_GAP, words, remedy)

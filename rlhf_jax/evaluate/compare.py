@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data import prompt_column
-from rlhf_jax.evaluate.statistics import (
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.records import Response
+from rlhf_jax.rewards import Scores
+from rlhf_jax.statistics.intervals import (
     Interval,
     length_controlled_difference,
     mean_interval,
@@ -19,9 +22,6 @@ from rlhf_jax.evaluate.statistics import (
     paired_share_difference,
     wilson_interval,
 )
-from rlhf_jax.records import Response
-from rlhf_jax.rewards import Scores
-from rlhf_jax.types import InputError, RunStopped
 
 MEASUREMENTS = ("length", "reward")
 """Scores of evaluate's own that are no shares, whatever their values."""

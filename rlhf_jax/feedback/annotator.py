@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax.checkpoint_files.reading import newest_to_read
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import locate
 from rlhf_jax.io.run_directory import CARD, normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tokenizers import load_tokenizer
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.reading import newest_to_read
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.storage.names import TOKENIZER
+from rlhf_jax.types import Params
 
 
 class AdapterSource(NamedTuple):
@@ -98,4 +100,4 @@ def load_adapter(run_dir: str | Path) -> Adapter:
     trained = read_adapters(run_dir, subtree, model, shardings)
     if config.head == "scalar":
         trained = normalised_scalar_head(run_dir, trained)
-    return Adapter(model, trained, load_tokenizer(run_dir / "tokenizer"), source.base)
+    return Adapter(model, trained, load_tokenizer(run_dir / TOKENIZER), source.base)

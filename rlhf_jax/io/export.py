@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import Template, chat_template_of, end_ids, response_ends
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.generation import FILE as GENERATION
 from rlhf_jax.io.json_files import write_json
 from rlhf_jax.io.layout import parse
@@ -24,7 +25,8 @@ from rlhf_jax.io.tensors import INDEX, SINGLE, listed
 from rlhf_jax.io.tokenizers import largest_token, save_tokenizer
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.models.families import Weight, config_to_hf, dimensions, weights_of
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.storage.names import PROVENANCE
+from rlhf_jax.types import Params
 
 MAX_FILE_BYTES = 4 * 2**30
 
@@ -57,7 +59,9 @@ def export_pretrained(
     Raises InputError: ``path`` exists, parameters of another model, a head or tokenizer that cannot be exported.
     """
     if model.lora is not None or model.int8:
-        raise InputError("model: has adapters or int8 matrices; export the run (scripts/export.py), which merges them")
+        raise InputError(
+            "model: has adapters or int8 matrices; export the run (experiments/export.py), which merges them"
+        )
     fields = config_to_hf(model.config) | _special_ids(model.config, tokenizer)
     _check_params(model, params)
     if template is not None:
@@ -83,7 +87,7 @@ def write_text_side(
         write_json(directory / TEMPLATE, dataclasses.asdict(template))
     save_tokenizer(tokenizer, directory)
     if provenance is not None:
-        (directory / "provenance.json").write_bytes(provenance)
+        (directory / PROVENANCE).write_bytes(provenance)
 
 
 def _generation(fields: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +116,8 @@ def _special_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dic
     if config.has_scalar and (pad is None or pad == eos):
         raise InputError(
             f"tokenizer: pad_token is {'absent' if pad is None else 'eos_token'}: transformers scores the last token that "
-            "is not padding, which would not be the last token; set tokenizer.pad_token (--pad_token of scripts/export.py) to a "
-            "token that ends no text"
+            "is not padding, which would not be the last token; set tokenizer.pad_token "
+            "(--pad_token of experiments/export.py) to a token that ends no text"
         )
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
 

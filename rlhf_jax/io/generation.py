@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import end_ids
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import Location, adapter_base, locate
 from rlhf_jax.io.run_directory import CARD
-from rlhf_jax.types import InputError
 
 FILE = "generation_config.json"
 _GGUF_ENDS = ("eos", "eot", "eom")

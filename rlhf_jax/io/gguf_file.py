@@ -15,9 +15,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.layout import Window
 from rlhf_jax.io.tensors import Stored, Tensors, listed
-from rlhf_jax.types import InputError
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.files import json_text, read_object
+from rlhf_jax.storage.files import json_text, read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a file. Raises InputError as `rlhf_jax.files` does."""
+    """Returns the JSON object of a file. Raises InputError as `rlhf_jax.storage.files` does."""
     return read_object(path, "give a complete checkpoint")
 
 

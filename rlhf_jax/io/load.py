@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.adapters import AdapterSource, merged, read_adapter_card, read_adapters
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
@@ -25,7 +26,8 @@ from rlhf_jax.models import Head, Model, ModelConfig, lora, unconstrained
 from rlhf_jax.models.families import config_from_hf, weights_of
 from rlhf_jax.parallel import RULES, ActivationConstraint, MeshConfig, born_sharded, make_mesh, tree_shardings
 from rlhf_jax.parallel.rules import Rules
-from rlhf_jax.types import InputError, Params, Rng
+from rlhf_jax.storage.names import TOKENIZER
+from rlhf_jax.types import Params, Rng
 
 
 class Pretrained(NamedTuple):
@@ -186,7 +188,7 @@ def _open_run(run_dir: Path, step: int | None = None) -> _Opened:
         cast: Params = jax.tree.map(lambda leaf: leaf.astype(wanted.param_dtype), params)
         return cast
 
-    return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
+    return _Opened(saved, load_tokenizer(run_dir / TOKENIZER), read)
 
 
 def _open_adapted_run(run_dir: Path, saved: ModelConfig, subtree: str, source: AdapterSource) -> _Opened:
@@ -200,7 +202,7 @@ def _open_adapted_run(run_dir: Path, saved: ModelConfig, subtree: str, source: A
         params = merged(frozen, trained, source.lora, wanted, shardings)
         return normalised_scalar_head(run_dir, params) if wanted.head == "scalar" and saved.has_scalar else params
 
-    return _Opened(saved, load_tokenizer(run_dir / "tokenizer"), read)
+    return _Opened(saved, load_tokenizer(run_dir / TOKENIZER), read)
 
 
 def _open_peft(directory: Path) -> _Opened:

@@ -20,10 +20,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from rlhf_jax.checkpoint_files.manifest import steps_among
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.run_directory import CARD
-from rlhf_jax.remote import fetched, is_remote
-from rlhf_jax.saved import steps_among
-from rlhf_jax.types import InputError
+from rlhf_jax.storage.remote import fetched, is_remote
 
 Kind = Literal["run", "huggingface", "gguf"]
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 @contextlib.contextmanager

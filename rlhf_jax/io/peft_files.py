@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import Template
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.export import write_text_side
 from rlhf_jax.io.generation import FILE as GENERATION
 from rlhf_jax.io.json_files import read_json, write_json
@@ -22,7 +23,7 @@ from rlhf_jax.io.new_directory import new_directory
 from rlhf_jax.io.tensors import Tensors, listed, open_file, wrong_kinds
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
 from rlhf_jax.models.families import dimensions, weights_of
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import Params
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.layout import Layout, Window, parse
 from rlhf_jax.io.tensors import Tensors, listed, wrong_kinds
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.families import DERIVED_TENSORS, FAMILIES, Weight, dimensions, weights_of
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import Params
 
 READ_NUMBERS = 2**23
 """Most numbers of a tensor that one read takes (32 MiB of float32); a row is read whole, however long."""

@@ -10,18 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.checkpoint_files.manifest import layout, read_state, refuse_other_layout, verify
+from rlhf_jax.checkpoint_files.reading import reading_step
 from rlhf_jax.data import Template
-from rlhf_jax.files import parse_object
+from rlhf_jax.errors import InputError, fits_float32
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.reading import reading_step
-from rlhf_jax.saved import layout, read_state, refuse_other_layout, verify
-from rlhf_jax.types import InputError, Params, fits_float32
-
-CARD = "model.json"
-TEMPLATE = "template.json"
-"""Of an export, and of a run that makes no model."""
-NORMALISATION = "reward_normalisation.json"
+from rlhf_jax.storage.files import parse_object
+from rlhf_jax.storage.names import CARD, NORMALISATION, PROVENANCE, TEMPLATE
+from rlhf_jax.types import Params
 
 
 def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
@@ -104,7 +101,7 @@ def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
 
     Raises InputError for a reward run that has not written them yet: its rewards have another scale than it will have.
     """
-    file, provenance = run_dir / NORMALISATION, run_dir / "provenance.json"
+    file, provenance = run_dir / NORMALISATION, run_dir / PROVENANCE
     if not file.is_file():
         if provenance.is_file() and read_json(provenance).get("stage") == "reward":
             raise InputError(f"{file}: no such file; the reward model is unfinished: give its command again")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.layout import Window
-from rlhf_jax.types import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

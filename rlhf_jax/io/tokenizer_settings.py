@@ -16,8 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import has_prefix
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.json_files import read_json
-from rlhf_jax.types import InputError
 
 FILE, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 _MATCHING = ("lstrip", "rstrip", "normalized", "single_word")

@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.json_files import read_json, write_json
 from rlhf_jax.io.tokenizer_settings import FILE, SETTINGS, check_loaded, check_settings, read_settings
-from rlhf_jax.types import InputError
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:

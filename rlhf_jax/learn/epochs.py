@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.types import InputError, Mean, Params, Rng, TrainState, TrainStep
+from rlhf_jax.errors import InputError
+from rlhf_jax.types import Mean, Params, Rng, TrainState, TrainStep
 
 
 class EpochsConfig(Protocol):

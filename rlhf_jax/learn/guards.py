@@ -9,7 +9,7 @@ from typing import Protocol
 
 import jax
 
-from rlhf_jax.types import RunStopped
+from rlhf_jax.errors import RunStopped
 
 FLAT_ROLLOUTS = (2, 20, 200, 2000)
 """Rollouts in a row without any reward spread at which a run warns: one is chance where rewards are rare."""

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.types import InputError, Mean, Rollout, require_number, require_one_of
+from rlhf_jax.errors import InputError, require_number, require_one_of
+from rlhf_jax.types import Mean, Rollout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf_jax.types import InputError, require_one_of
+from rlhf_jax.errors import InputError, require_one_of
 
 Place = Literal["reward", "loss"]
 _RIGHT = {"reward": ("k1",), "loss": ("weighted_k3", "k3", "k2")}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from rlhf_jax.types import InputError, Params, require_one_of, require_whole
+from rlhf_jax.errors import InputError, require_one_of, require_whole
+from rlhf_jax.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
 Warmup = Literal["from_above_zero", "from_zero"]

@@ -12,25 +12,11 @@ from flax import struct
 from jaxtyping import Array
 
 from rlhf_jax import ops
+from rlhf_jax.errors import InputError, require_number, require_one_of, require_whole
 from rlhf_jax.learn.epochs import run_epochs
 from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
 from rlhf_jax.learn.kl import require_kl_kind
-from rlhf_jax.types import (
-    Completions,
-    InputError,
-    LossFn,
-    Mean,
-    Params,
-    PolicyBatch,
-    Rng,
-    Rollout,
-    Term,
-    TrainState,
-    TrainStep,
-    require_number,
-    require_one_of,
-    require_whole,
-)
+from rlhf_jax.types import Completions, LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Term, TrainState, TrainStep
 
 PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
 """(trainable params, completions) -> (logprobs, entropy, values), float32 [B, T]."""

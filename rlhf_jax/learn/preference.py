@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import ops
+from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.errors import InputError, require_number
 from rlhf_jax.learn.reward import pair_mask
 from rlhf_jax.learn.sft import LogprobsFn
-from rlhf_jax.types import InputError, LossFn, Mean, PairBatch, Params, Rng, Term, TokenBatch, require_number
+from rlhf_jax.types import LossFn, Mean, Params, Rng, Term
 
 ReferenceFn = Callable[[Params, TokenBatch], Array]
 """(frozen, batch) -> the reference's log-probability of the token at each column, float32 [B, S]."""

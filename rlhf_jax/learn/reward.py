@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.types import LossFn, Mean, PairBatch, Params, Rng, Term, TokenBatch, require_number
+from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.errors import require_number
+from rlhf_jax.types import LossFn, Mean, Params, Rng, Term
 
 ScoreFn = Callable[[Params, TokenBatch], Array]
 """(params, batch) -> the reward of each row, read at its last real token, float32 [B]."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlhf_jax.types import LossFn, Mean, Params, Rng, Term, TokenBatch
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.types import LossFn, Mean, Params, Rng, Term
 
 LogprobsFn = Callable[[Params, TokenBatch], tuple[Array, ...]]
 """(params, batch) -> (log-probability of the token AT each column given those before it, entropy), float32 [B, S].

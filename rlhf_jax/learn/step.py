@@ -10,7 +10,8 @@ import optax
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.types import InputError, LossFn, Mean, Params, Rng, Term, TrainState, TrainStep, require_whole
+from rlhf_jax.errors import InputError, require_whole
+from rlhf_jax.types import LossFn, Mean, Params, Rng, Term, TrainState, TrainStep
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, rng: Rng) -> TrainState:

@@ -8,6 +8,13 @@ from rlhf_jax.models.layout import unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.model import Model, parameter_count
 from rlhf_jax.models.rope import RopeScaling
+from rlhf_jax.models.sequences import (
+    as_token_batch,
+    policy_logprobs,
+    sequence_logprobs,
+    sequence_logprobs_and_router_loss,
+    sequence_scores,
+)
 
 __all__ = [
     "DTYPES",
@@ -21,8 +28,13 @@ __all__ = [
     "RopeScaling",
     "SeparateLayer",
     "Storage",
+    "as_token_batch",
     "empty_cache",
     "fold_of",
     "parameter_count",
+    "policy_logprobs",
+    "sequence_logprobs",
+    "sequence_logprobs_and_router_loss",
+    "sequence_scores",
     "unconstrained",
 ]

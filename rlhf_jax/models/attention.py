@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.ring import ring_attention
 from rlhf_jax.models.splash import splash_attention
 from rlhf_jax.models.weights import precision_of, soft_cap
-from rlhf_jax.types import InputError
 
 Attend = Callable[[Array, Array, Array], Array]
 """(query [B, S, G, R, K], key [B, G, C, K], value [B, G, C, K]) -> mixed values [B, S, G, R, K]."""

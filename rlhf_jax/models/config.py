@@ -8,10 +8,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.files import json_text, parse_object
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.layer_kinds import LayerGroup, LayerKind, grouped
 from rlhf_jax.models.rope import Rope, RopeScaling
-from rlhf_jax.types import InputError
+from rlhf_jax.storage.files import json_text, parse_object
 
 Head = Literal["lm", "scalar", "lm+scalar"]
 DTYPES = ("float32", "bfloat16", "float16")

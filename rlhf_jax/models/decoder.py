@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import splash
 from rlhf_jax.models.attention import Attend, attend, self_attention
 from rlhf_jax.models.cache import KVCache, restored, stored
@@ -27,7 +28,6 @@ from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
 from rlhf_jax.models.weights import Kernel, precision_of, soft_cap, weights_first
-from rlhf_jax.types import InputError
 
 _RESIDUAL = ("act_batch", "act_length", "act_embed")
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.weights import Kernel
-from rlhf_jax.types import InputError, LossFn, Params, Rng
+from rlhf_jax.types import LossFn, Params, Rng
 
 TRAINED = ("lora_a", "lora_b")
 DROPOUT_KEY = "dropout_key"

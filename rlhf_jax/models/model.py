@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import folding, int8, lora
 from rlhf_jax.models.cache import KVCache, Storage, ring_of, stored
 from rlhf_jax.models.config import Head, ModelConfig
@@ -20,7 +21,7 @@ from rlhf_jax.models.layout import Constrain, unconstrained
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.moe import Routing, load_balancing_loss
 from rlhf_jax.models.weights import Matrix
-from rlhf_jax.types import InputError, Params, Rng
+from rlhf_jax.types import Params, Rng
 
 nnx.use_eager_sharding(False)  # shardings come from jit's out_shardings; logical names are only labels
 

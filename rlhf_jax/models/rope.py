@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 ScalingKind = Literal["linear", "llama3", "yarn", "longrope"]
 _KINDS = ("linear", "llama3", "yarn", "longrope")

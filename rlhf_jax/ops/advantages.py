@@ -16,9 +16,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops.arguments import require_mask, require_rows, require_same_shape, require_within
 from rlhf_jax.ops.masking import last_true_index, zero_outside
-from rlhf_jax.types import InputError
 
 Convention = Literal["eos", "after_eos", "last_column"]
 MissingEos = Literal["replace", "subtract"]

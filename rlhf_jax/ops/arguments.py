@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 def require_same_shape(function: str, **arrays: Any) -> None:

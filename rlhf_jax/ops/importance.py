@@ -8,10 +8,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops.arguments import require_same_shape, require_within
 from rlhf_jax.ops.losses import MAX_LOG_RATIO
 from rlhf_jax.ops.masking import masked_mean, masked_sum, zero_outside
-from rlhf_jax.types import InputError
 
 ImportanceUnit = Literal["token", "sequence", "geometric"]
 OutsideBounds = Literal["clip", "drop"]

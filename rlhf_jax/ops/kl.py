@@ -22,9 +22,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops.arguments import require_same_shape
 from rlhf_jax.ops.losses import MAX_LOG_RATIO
-from rlhf_jax.types import InputError
 
 KLKind = Literal["k1", "k2", "k3"]
 KLTermKind = Literal["k1", "k2", "k3", "weighted_k3"]

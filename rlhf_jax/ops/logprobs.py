@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops.arguments import require_ids, require_mask, require_rows, require_same_shape
 from rlhf_jax.ops.masking import zero_outside
-from rlhf_jax.types import InputError
 
 Unembed = Callable[[jax.Array], jax.Array]
 """hidden [B, C, D] -> logits float32 [B, C, V]."""

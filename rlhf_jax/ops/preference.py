@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 PreferenceKind = Literal["sigmoid", "robust", "hinge", "ipo"]
 PREFERENCE_KINDS: tuple[str, ...] = get_args(PreferenceKind)

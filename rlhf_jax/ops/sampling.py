@@ -16,9 +16,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops.arguments import require_mask, require_rows, require_same_shape, require_threefry
 from rlhf_jax.ops.logprobs import token_logprobs
-from rlhf_jax.types import InputError
 
 
 def token_keys(rng: jax.Array, prompt_id: jax.Array, sample_id: jax.Array, position: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from jax._src.distributed import global_state  # a barrier that is no collective has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 BARRIER_MINUTES = 15
 _meetings = itertools.count()

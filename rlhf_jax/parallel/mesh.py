@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.meeting import meet
-from rlhf_jax.types import InputError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """From the least to the most that devices along an axis have to say to each other: neighbours in the last."""

@@ -9,8 +9,9 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.rules import ActivationConstraint, batch_sharding, replicated
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import Params
 
 _T = TypeVar("_T")
 

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 Rules = Mapping[str, tuple[str, ...]]
 

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 LARGEST = 6
 """How many temporaries are named."""

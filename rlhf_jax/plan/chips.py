@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 GIB = 2**30
 

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax import learn, programs
+from rlhf_jax import learn
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.scoring import RolloutModels
+from rlhf_jax.batches import PairBatch, PromptBatch, TokenBatch
 from rlhf_jax.models import Model, lora
 from rlhf_jax.parallel import (
     ActivationConstraint,
@@ -23,8 +26,7 @@ from rlhf_jax.parallel import (
     tree_shardings,
 )
 from rlhf_jax.plan import analytic, memory
-from rlhf_jax.rollout import RolloutModels
-from rlhf_jax.types import Completions, PairBatch, Params, PromptBatch, Rollout, TokenBatch, TrainState
+from rlhf_jax.types import Completions, Params, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

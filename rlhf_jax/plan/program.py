@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.files import field, parse_object, read_bytes
+from rlhf_jax.errors import InputError
 from rlhf_jax.plan.buffers import read_assigned
-from rlhf_jax.types import InputError
+from rlhf_jax.storage.files import field, parse_object, read_bytes
 
 FORMAT = 3
 """Of a program that is kept."""

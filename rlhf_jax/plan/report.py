@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rlhf_jax.files import json_text
 from rlhf_jax.plan.chips import GIB, Slice
 from rlhf_jax.plan.compiled import Report
+from rlhf_jax.storage.files import json_text
 
 
 @dataclasses.dataclass(frozen=True)

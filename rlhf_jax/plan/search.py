@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import AXES, ActivationConstraint, MeshConfig
 from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.compiled import Report, compile_phase
 from rlhf_jax.plan.memory import tree_bytes
 from rlhf_jax.plan.phases import Phase
 from rlhf_jax.plan.report import rank, seconds_a_token
-from rlhf_jax.types import InputError
 
 Remat = bool | Literal["cheap"]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.parallel import AXES, RULES, abstract_arrays, tree_shardings
 from rlhf_jax.parallel.rules import Rules
@@ -15,7 +16,6 @@ from rlhf_jax.plan.chips import GIB
 from rlhf_jax.plan.memory import tree_bytes
 from rlhf_jax.plan.phases import Phase
 from rlhf_jax.plan.report import Table
-from rlhf_jax.types import InputError
 
 
 def strategies(chips: int, config: ModelConfig) -> dict[str, AbstractMesh]:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.records import Response
-from rlhf_jax.types import InputError
 
 MARKER = "####"
 _BOXED = "\\boxed{"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.records import Failed, Response
-from rlhf_jax.types import InputError, RunStopped
 
 Reward = Callable[[Sequence[Response]], Mapping[str, Sequence[float | Failed]]]
 """responses -> {name: one number per response, in their order}. docs/rewards.md states the contract."""

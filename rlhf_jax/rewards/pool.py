@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 
-from rlhf_jax.parent_death import Parent, end_with_parent, this_process
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.processes import Parent, end_with_parent, this_process
 from rlhf_jax.records import Failed, Response
 from rlhf_jax.rewards.gate import CheckedReward, Reward, Scores, require_reward
-from rlhf_jax.types import InputError, RunStopped
 
 Answer = dict[str, float | Failed]
 """The scores of one response."""

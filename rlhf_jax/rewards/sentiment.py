@@ -30,8 +30,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from rlhf_jax.data import Message, Prompt, prompt_fraction, read_rows
+from rlhf_jax.errors import InputError
 from rlhf_jax.records import Response
-from rlhf_jax.types import InputError
 
 Part = Literal["prompts", "heldout", "reward", "second"]
 Sentiment = Literal["positive", "negative"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlhf_jax.types import Completions, RunStopped
+from rlhf_jax.errors import RunStopped
+from rlhf_jax.types import Completions
 
 
 def stop_if_not_finite(done: Completions, place: str) -> None:

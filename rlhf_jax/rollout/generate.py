@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from rlhf_jax.batches import PromptBatch
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model
 from rlhf_jax.rollout.settings import ALL_AT_ONCE, SamplingConfig, SlotConfig
 from rlhf_jax.rollout.slots import (
@@ -21,7 +23,7 @@ from rlhf_jax.rollout.slots import (
     read_prefix,
     read_prompts,
 )
-from rlhf_jax.types import Completions, InputError, Params, PromptBatch, Rng
+from rlhf_jax.types import Completions, Params, Rng
 
 
 def generate(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import get_args
 
+from rlhf_jax.errors import InputError, require_number, require_whole
 from rlhf_jax.models import Storage
-from rlhf_jax.types import InputError, require_number, require_whole
 
 SMALLEST_TEMPERATURE = 1e-6
 

@@ -28,9 +28,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlhf_jax import ops
+from rlhf_jax.batches import PromptBatch
 from rlhf_jax.models import KVCache, Model, SeparateLayer, empty_cache
 from rlhf_jax.rollout.settings import SamplingConfig, SlotConfig
-from rlhf_jax.types import Params, PromptBatch, Rng
+from rlhf_jax.types import Params, Rng
 
 
 @dataclasses.dataclass(frozen=True)

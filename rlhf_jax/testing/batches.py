@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_jax.types import Completions, InputError, PromptBatch, TokenBatch
+from rlhf_jax.batches import PromptBatch, TokenBatch
+from rlhf_jax.errors import InputError
+from rlhf_jax.types import Completions
 
 
 def token_batch(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.types import InputError
 
 MESHES_OF_EIGHT = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 """(data, fsdp, tensor) of meshes over eight devices; `tiny_config` divides over each."""

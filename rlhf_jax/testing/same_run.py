@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax.saved import find_step, read_arrays, verify
+from rlhf_jax.checkpoint_files.manifest import find_step, read_arrays, verify
+from rlhf_jax.storage.names import METRICS, NORMALISATION
 
 
 def difference(unbroken: Path, broken: Path) -> str:
@@ -15,7 +16,7 @@ def difference(unbroken: Path, broken: Path) -> str:
     Compared are metrics.jsonl byte for byte, every array of the newest checkpoint, what that keeps on the host, and
     reward_normalisation.json. Raises DamagedCheckpoint for a checkpoint that is not what was saved.
     """
-    ours, theirs = ((directory / "metrics.jsonl").read_bytes().splitlines() for directory in (broken, unbroken))
+    ours, theirs = ((directory / METRICS).read_bytes().splitlines() for directory in (broken, unbroken))
     if len(ours) != len(theirs):
         return f"lost: {len(ours)} lines of metrics, not {len(theirs)}"
     if ours != theirs:
@@ -29,7 +30,7 @@ def difference(unbroken: Path, broken: Path) -> str:
     one, other = map(read_arrays, places)
     if wrong := [name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name))]:
         return f"different: {len(wrong)} arrays, {min(wrong)} among them"
-    files = [directory / "reward_normalisation.json" for directory in (broken, unbroken)]
+    files = [directory / NORMALISATION for directory in (broken, unbroken)]
     if files[0].is_file() != files[1].is_file() or (
         files[0].is_file() and files[0].read_bytes() != files[1].read_bytes()
     ):

@@ -22,7 +22,7 @@ from rlhf_jax.data import (
     prompts,
     prompts_of,
 )
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 def user(text: str) -> tuple[Message, ...]:

@@ -23,8 +23,8 @@ from rlhf_jax.data import (
     report,
     truncate_by_lines,
 )
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
-from rlhf_jax.types import InputError
 
 RAW = Template(style="raw")
 CHATML = (

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import Demonstration, Message, Template, encode_demonstration, response_ends, sampler_ends
 from rlhf_jax.data.encode import Encoded
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
-from rlhf_jax.types import InputError
 
 TURN = (
     "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}END{% endfor %}"

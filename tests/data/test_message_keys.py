@@ -20,7 +20,7 @@ from rlhf_jax.data import (
     prompts,
     prompts_of,
 )
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 CHAT = Fields(messages="messages")
 CALL = {"type": "function", "id": "c1", "function": {"name": "order_state", "arguments": '{"order": 77}'}}

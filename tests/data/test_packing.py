@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import LENGTH_BUCKETS, Encoded, bucket_length, pack, stack_rows
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 def document(size: int, name: str = "", start: int = 10) -> Encoded:

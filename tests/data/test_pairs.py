@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf_jax.data import Comparison, Fields, Message, comparisons
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 

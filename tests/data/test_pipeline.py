@@ -23,7 +23,7 @@ from rlhf_jax.data import (
     prompt_batches,
     token_batches,
 )
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 def document(number: int, size: int = 3) -> Encoded:

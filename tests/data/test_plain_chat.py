@@ -9,8 +9,8 @@ from tokenizers import processors
 
 from rlhf_jax.data import Message, Prompt, Template, chat_template_of, encode_prompt, response_ends
 from rlhf_jax.data.rendering import render_prompt, render_reply
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
-from rlhf_jax.types import InputError
 
 FORMATS = [
     Template(style="plain"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import Fields, comparisons, demonstrations, prompts, read_rows
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 GOOD = '{"prompt": "Name a bird.", "response": "Crow."}'
 DEEP = '{"prompt": "q", "response": "r", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"

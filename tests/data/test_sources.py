@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_jax.data import Demonstration, Message, fingerprint, read_rows
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import Demonstration, Message, Prompt, prompt_fraction, prompt_key, split_by_prompt
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 
 def prompt(text: str, name: str = "") -> Prompt:

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import stop_table
 from rlhf_jax.data.token_bytes import token_bytes
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
-from rlhf_jax.types import InputError
 
 TEXTS = [
     "the cat sat on the mat. \n\nHuman: hello\n",

@@ -34,7 +34,7 @@ from rlhf_jax.data.support_desk_replies import (
     prompt_records,
     reply,
 )
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
 
 COUNT = 600
 

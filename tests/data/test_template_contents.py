@@ -25,8 +25,8 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.turn_tokens import LossOn
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
-from rlhf_jax.types import InputError
 
 BODY = "{{ m['content'] }}"
 

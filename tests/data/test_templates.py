@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import Message, Template, render_prompt, render_reply
 from rlhf_jax.data.rendering import turns_of
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
-from rlhf_jax.types import InputError
 
 CHATML = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content | trim }}<|eos|>\n{% endfor %}"

@@ -18,8 +18,8 @@ from rlhf_jax.data import (
     encode_prompt,
 )
 from rlhf_jax.data.turn_tokens import LossOn
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
-from rlhf_jax.types import InputError
 
 TEXTS = ["Question: capital of France?\nAnswer: Paris\n\n[INST] capital of Italy? [/INST] Rome <b> end </b>"] * 40
 SPACE = "\u2581"

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import doctor, programs
+from rlhf_jax import doctor
+from rlhf_jax.algorithms import programs
 from rlhf_jax.data import Encoded, Template
 from rlhf_jax.learn import PPOConfig
 from rlhf_jax.models import Model

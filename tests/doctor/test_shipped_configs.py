@@ -98,7 +98,7 @@ def macros(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
 @pytest.fixture(scope="module")
 def server() -> Iterator[Call]:
     environment: dict[str, Any] = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}  # one device
-    with forked_programs("rlhf_jax.run.configurables, rlhf_jax.doctor, rlhf_jax.run.cast", environment) as call:
+    with forked_programs("rlhf_jax.config.surface, rlhf_jax.doctor, rlhf_jax.algorithms.cast", environment) as call:
         yield call
 
 

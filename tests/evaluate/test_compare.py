@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import Message
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.evaluate import Evaluated, compare, completion_rows
-from rlhf_jax.files import json_text
 from rlhf_jax.records import Response
 from rlhf_jax.rewards import Scores
-from rlhf_jax.types import InputError, RunStopped
+from rlhf_jax.storage.files import json_text
 
 
 def of(prefix="q", **columns) -> Evaluated:

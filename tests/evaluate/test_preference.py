@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluate import (
+from rlhf_jax.errors import InputError
+from rlhf_jax.statistics import (
     best_of_n_kl_bound,
     calibration,
     expected_max,
@@ -16,7 +17,6 @@ from rlhf_jax.evaluate import (
     preference_calibration,
     wilson_interval,
 )
-from rlhf_jax.types import InputError
 
 
 def test_a_tie_is_a_mistake():

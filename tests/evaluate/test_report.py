@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.evaluate import headlines, number_cell, write_report
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.reports import headlines, number_cell, write_report
 
 STAGES = ["sft", "reward", "ppo", "comparison"]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rlhf_jax.evaluate import (
+from rlhf_jax.errors import InputError
+from rlhf_jax.statistics import (
     Interval,
     across_seeds,
     bootstrap_interval,
@@ -19,7 +20,6 @@ from rlhf_jax.evaluate import (
     wilson_interval,
     win_rate,
 )
-from rlhf_jax.types import InputError
 
 
 def bounds(interval: Interval) -> tuple[float, float, float]:

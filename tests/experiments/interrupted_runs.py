@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from experiment_processes import finish, read_lines, wait_for_step
 
-from rlhf_jax.saved import checkpoint_dir, saved_steps
+from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, saved_steps
 
 
 def saved_state(run_dir: Path) -> dict[str, np.ndarray]:

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.algorithms.models import write_model_card
 from rlhf_jax.data import Template
 from rlhf_jax.io import export_pretrained
 from rlhf_jax.models import Model
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.models import write_model_card
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
 
 CONFIG = """

@@ -20,8 +20,8 @@ from forked_programs import Call, forked_programs
 from safetensors.numpy import load_file, save_file
 from stages_on_files import CONFIG, GOOD, STAGES, lines
 
-from rlhf_jax.run.faults import flip_bit
-from rlhf_jax.saved import manifest_text
+from rlhf_jax.checkpoint_files.manifest import manifest_text
+from rlhf_jax.loop.faults import flip_bit
 
 
 def with_row(stage: str, change: Callable[[dict[str, Any]], Any]) -> str:

@@ -234,11 +234,11 @@ FLAGS = ["--nothing=1", "word", "--gin_file=", "--gin_file=nowhere.gin", "--gin_
          "--compilation_cache=xyz://a/b", "--gin_file={here}/\x1b[2J", "--sync=https://me:secret@host/run"]  # fmt: skip
 PROGRAMS = ["train_sft", "train_reward", "train_ppo", "train_dpo", "generate", "evaluate", "pipeline"]
 SCRIPTS = {
-    "scripts/sweep.py": [
+    "experiments/sweep.py": [
         "--experiment=train_sft", "--experiment=wizard", "--out={here}", "--grid=x", "--grid==", "--grid=run.seed", "--grid=run.seed=1,1",
         "--seeds=a", "--seeds=1,1", "--average=0", "--average=x", "--point=a", "--metrics", "--out=/dev/null/x",
     ],
-    "scripts/export.py": [
+    "experiments/export.py": [
         "--run_dir={here}/gone", "--run_dir=", "--out={here}", "--dtype=float3", "--head=tail", "--run_dir=/dev/null",
         "--run_dir=https://a:b@host.invalid/x", "--adapter_only=perhaps", "--base=x",
     ],

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from experiment_processes import command, finish, start
 
-from rlhf_jax.run.cold_start import watch
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.loop.cold_start import watch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ def test_the_second_start_takes_every_program_from_the_cache(tmp_path: Path) -> 
 KEPT = """
 PRELUDE
 import jax, jax.numpy as jnp, os, sys
-from rlhf_jax.run import cold_start
+from rlhf_jax.loop import cold_start
 cold_start.watch(sys.argv[1] or None)
 print(jax.config.jax_compilation_cache_dir)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -13,7 +13,7 @@ import pytest
 from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, Done, forked_programs
 
-from rlhf_jax.run.faults import flip_bit
+from rlhf_jax.loop.faults import flip_bit
 
 PLACES = {
     "sft": {"BASE": "base"},

@@ -12,7 +12,7 @@ import pytest
 from experiment_processes import finish, read_lines, wait_for_step
 from interrupted_runs import resumed_steps, same_as, terminate
 
-from rlhf_jax.saved import saved_steps
+from rlhf_jax.checkpoint_files.manifest import saved_steps
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from experiment_processes import command, finish, start, wait_for_step
 
-from rlhf_jax.run import read_provenance
-from rlhf_jax.run.outputs import record_outputs
-from rlhf_jax.run.provenance import write_provenance
-from rlhf_jax.saved import saved_steps
-from rlhf_jax.types import InputError
+from rlhf_jax.checkpoint_files.manifest import saved_steps
+from rlhf_jax.errors import InputError
+from rlhf_jax.rundir import read_provenance
+from rlhf_jax.rundir.outputs import record_outputs
+from rlhf_jax.rundir.provenance import write_provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_STAGES = """\

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from experiment_processes import STAGES, read_lines
 
-from rlhf_jax.run import fingerprint, fingerprint_path, lineage, read_provenance
-from rlhf_jax.saved import saved_steps
+from rlhf_jax.checkpoint_files.manifest import saved_steps
+from rlhf_jax.rundir import fingerprint, fingerprint_path, lineage, read_provenance
 
 STEPS = {"base": 30, "sft": 12, "reward": 12, "ppo": 6}
 SAVED = {"base": [20, 30], "sft": [5, 10, 12], "reward": [5, 10, 12], "ppo": [4, 6]}

@@ -12,11 +12,11 @@ from experiment_processes import IMPORTS, ROOT, environment
 from forked_programs import Call, forked_programs
 from stages_on_files import CONFIG, GOOD, STAGES, lines
 
-from rlhf_jax.command import exit_code_for
-from rlhf_jax.run.provenance import write_atomically
-from rlhf_jax.run.status import Status
-from rlhf_jax.run.tracking import Events, Tracker
-from rlhf_jax.run.watchdog import Watchdog
+from rlhf_jax.launch.command import exit_code_for
+from rlhf_jax.loop.status import Status
+from rlhf_jax.loop.watchdog import Watchdog
+from rlhf_jax.rundir.tracking import Events, Tracker
+from rlhf_jax.storage.files import write_atomically
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
@@ -53,7 +53,9 @@ def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path
     done = server(tmp_path, [str(tmp_path / "limited.py"), str(limit), *command])
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("stopped: "), done.stderr
-    assert not (ROOT / ".git" / "index.lock").exists()  # what asks git for the state of the repository never writes there
+    assert not (
+        ROOT / ".git" / "index.lock"
+    ).exists()  # what asks git for the state of the repository never writes there
     again = server(tmp_path, command)
     assert again.returncode == 0, again.stderr
 

@@ -41,12 +41,12 @@ def test_an_iteration_of_ppo_reads_seven_times_and_says_so(chain: Path, tmp_path
     run = command("train_ppo", "configs/smoke/ppo.gin", **places)
     seen = Counter(tuple(read) for read in reads([*run, f"--gin_bindings=run.steps = {steps}"], tmp_path / "reads"))
     outside = {
-        ("rlhf_jax/run/checkpoint.py", "save"),
+        ("rlhf_jax/rundir/checkpoints.py", "save"),
         ("rlhf_jax/parallel/placement.py", "born_sharded"),
-        ("rlhf_jax/run/models.py", "refuse_not_finite"),
+        ("rlhf_jax/algorithms/models.py", "refuse_not_finite"),
     }
     assert {read: count for read, count in seen.items() if read[1:] not in outside} == {
         ("explicit", "rlhf_jax/parallel/placement.py", "to_host"): 2 * steps,
         ("explicit", "rlhf_jax/parallel/placement.py", "on_all"): steps,
-        ("explicit", "rlhf_jax/run/tracking.py", "fetch"): 4 * steps,
+        ("explicit", "rlhf_jax/rundir/tracking.py", "fetch"): 4 * steps,
     }

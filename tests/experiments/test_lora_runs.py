@@ -11,9 +11,9 @@ import pytest
 from experiment_processes import ROOT, finish, read_lines, start
 from interrupted_runs import same_as, saved_state, terminate
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.models import LoraConfig, Model, int8, lora
-from rlhf_jax.types import InputError
 
 
 def adapters_of(run_dir: Path, model: Model) -> dict:

@@ -11,7 +11,7 @@ import pytest
 from experiment_processes import ROOT, command, environment, finish, read_lines, start
 from interrupted_runs import same_as
 
-from rlhf_jax.run import lineage, read_provenance
+from rlhf_jax.rundir import lineage, read_provenance
 
 pytestmark = pytest.mark.slow
 

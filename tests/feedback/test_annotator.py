@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_jax.data.support_desk import case_from_id, keyed_generator
 from rlhf_jax.data.support_desk_replies import DeskConfig, demonstration, prompt_records
+from rlhf_jax.errors import InputError
 from rlhf_jax.feedback import (
     AnnotatorConfig,
     Reply,
@@ -16,7 +17,6 @@ from rlhf_jax.feedback import (
     utility,
 )
 from rlhf_jax.rewards.support_desk import gold_score, has_flattery
-from rlhf_jax.types import InputError
 
 PLAIN = AnnotatorConfig(gold_scale=2.0, length_taste=0.0, flattery_taste=0.0, noise=0.0)
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.algorithms.models import write_model_card
 from rlhf_jax.data import Template
 from rlhf_jax.models import Head, Model
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.models import write_model_card
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
 from rlhf_jax.types import Params
 

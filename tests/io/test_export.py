@@ -16,11 +16,12 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rlhf_jax.data import Template
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import Location, export_pretrained, load_pretrained, read_generation, read_template
 from rlhf_jax.models import LoraConfig, Model
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config, train_bpe_tokenizer
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import Params
 
 TEMPLATE = "{% for m in messages %}<|bos|>{{ m['content'] }}<|eos|>{% endfor %}"
 

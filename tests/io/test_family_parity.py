@@ -34,12 +34,13 @@ from make_family_golden import sampled
 from safetensors.numpy import load_file
 
 from rlhf_jax import ops, rollout
+from rlhf_jax.batches import PromptBatch
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained, load_pretrained
 from rlhf_jax.io.load import Pretrained
 from rlhf_jax.models.families import ARCHITECTURES, FAMILIES, config_from_hf, config_to_hf
 from rlhf_jax.models.families.convert import _COMMON_FIXED, _NO_EFFECT
 from rlhf_jax.testing import byte_tokenizer
-from rlhf_jax.types import InputError, PromptBatch
 
 TOLERANCE = 1e-4
 CACHED = ("gemma3", "gpt2")

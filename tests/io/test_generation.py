@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.algorithms.models import source_generation, write_model_card
 from rlhf_jax.data import Template
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import Location, read_generation
-from rlhf_jax.run.models import source_generation, write_model_card
 from rlhf_jax.testing import byte_tokenizer, tiny_config, tiny_model
-from rlhf_jax.types import InputError
 
 
 def write(directory: Path, **files: Any) -> Location:

@@ -13,12 +13,12 @@ import pytest
 from gguf_files import FIELDS, NAMES, TEMPLATE, write_gguf
 from llama_files import llama_fields, write_checkpoint
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.tokenizers import tokenizer_from_gguf
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.testing import train_bpe_tokenizer
-from rlhf_jax.types import InputError
 
 
 @pytest.mark.parametrize("tied", [True, False])

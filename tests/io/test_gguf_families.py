@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_tokenizer
 from llama_files import write_checkpoint
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.io.layout import parse
 from rlhf_jax.io.placing import names_of
 from rlhf_jax.models.families import config_from_hf, dimensions, weights_of
-from rlhf_jax.types import InputError
 
 SIZES = {"intermediate_size": 64, "rms_norm_eps": 1e-5}
 FIELDS = {

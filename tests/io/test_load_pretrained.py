@@ -15,11 +15,11 @@ import pytest
 from llama_files import CASES, GOLDEN, golden_tokens, llama_fields, llama_tensors, write_checkpoint
 from safetensors.numpy import save_file
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.io.tensors import open_safetensors
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
 from rlhf_jax.testing import bytes_per_device
-from rlhf_jax.types import InputError
 
 Write = Any
 

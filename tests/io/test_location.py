@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
 )
 from llama_files import llama_fields, llama_tensors, write_checkpoint
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import Location, load_pretrained, locate
 from rlhf_jax.io.location import _download
-from rlhf_jax.types import InputError
 
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 

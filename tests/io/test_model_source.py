@@ -16,17 +16,17 @@ from gguf_files import FIELDS, write_gguf
 from llama_files import llama_fields, llama_tensors, write_checkpoint
 from run_directories import make_run
 
+from rlhf_jax.algorithms.cast import plan_model
+from rlhf_jax.algorithms.models import Loaded, load_model, refuse_tokenizer
 from rlhf_jax.data import padding_id
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import describe_pretrained, load_pretrained, locate
 from rlhf_jax.io.location import _download
+from rlhf_jax.io.source import ModelSource
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.run import fingerprint_path
-from rlhf_jax.run.cast import plan_model
-from rlhf_jax.run.configurables import ModelSource
-from rlhf_jax.run.models import Loaded, load_model, refuse_tokenizer
-from rlhf_jax.run.provenance import describe, write_provenance
+from rlhf_jax.rundir import fingerprint_path
+from rlhf_jax.rundir.provenance import describe, write_provenance
 from rlhf_jax.testing import byte_tokenizer, tiny_config
-from rlhf_jax.types import InputError
 
 
 def load(path: Path | str, head: Any = "lm", **fields: Any) -> Loaded:

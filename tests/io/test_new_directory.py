@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.new_directory import new_directory
-from rlhf_jax.types import InputError
 
 
 def modes(directory: Path) -> dict[str, int]:

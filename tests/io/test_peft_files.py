@@ -12,11 +12,11 @@ from family_files import CASES, drawn, stored_shapes
 from llama_files import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_adapter, load_pretrained, read_adapter
 from rlhf_jax.io.location import adapter_base
 from rlhf_jax.models import LoraConfig, Model, lora
 from rlhf_jax.testing import byte_tokenizer, random_params
-from rlhf_jax.types import InputError
 
 SETTINGS = LoraConfig(rank=3, alpha=5.0, rslora=True)
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from run_directories import TEMPLATE, make_run
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained, read_model_card, read_template
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
 from rlhf_jax.testing import bytes_per_device
-from rlhf_jax.types import InputError, Params
+from rlhf_jax.types import Params
 
 
 def assert_equal(one: Params, other: Params) -> None:

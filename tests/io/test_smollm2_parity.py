@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import rollout
+from rlhf_jax.batches import PromptBatch
 from rlhf_jax.io import export_pretrained, load_pretrained
 from rlhf_jax.io.load import Pretrained
 from rlhf_jax.models import Model, int8
-from rlhf_jax.types import PromptBatch
 
 pytestmark = pytest.mark.parity
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rlhf_jax.data.special_tokens import quotes_of
 from rlhf_jax.data.token_bytes import response_text
 from rlhf_jax.data.tokenise import tokenise
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_tokenizer
 from rlhf_jax.io.tokenizers import save_tokenizer
 from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
-from rlhf_jax.types import InputError
 
 TEXTS = ["x  5", "12 34", " a\n\n", "Grüße 🙂"]
 

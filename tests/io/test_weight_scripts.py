@@ -1,4 +1,4 @@
-"""scripts/export.py as a command; scripts/fetch_smollm2.py with a small package in place of the real one."""
+"""experiments/export.py as a command; scripts/fetch_smollm2.py with a small package in place of the real one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 from gguf_files import FIELDS, write_gguf
 from run_directories import make_run
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
-from rlhf_jax.run import lineage
-from rlhf_jax.types import InputError
+from rlhf_jax.rundir import lineage
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import learn, programs, rollout
+from rlhf_jax import learn
+from rlhf_jax.algorithms import programs
+from rlhf_jax.batches import PairBatch
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import DPOConfig, gradients, make_dpo_loss
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, sequence_logprobs
 from rlhf_jax.parallel import replicated
 from rlhf_jax.testing import mesh_of, random_params, tiny_config, token_batch
-from rlhf_jax.types import InputError, PairBatch
 
 KEY = jax.random.key(0)
 
@@ -130,7 +132,7 @@ def trained():
     for _ in range(steps):
         state, metrics = step(state, frozen, draw(16))
         history.append({name: float(mean.value()) for name, mean in metrics.items()})
-    logprobs = rollout.sequence_logprobs(model, state.params, held.chosen)[0]
+    logprobs = sequence_logprobs(model, state.params, held.chosen)[0]
     return history, before, jax.device_get(evaluate(state.params, held, frozen)[1]), logprobs
 
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.batches import PromptBatch
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import GRPOConfig, gradients, make_grpo_loss, prepare_groups
 from rlhf_jax.learn.group import reduced
 from rlhf_jax.ops import group_advantages
-from rlhf_jax.types import Completions, InputError, PromptBatch, Rollout
+from rlhf_jax.types import Completions, Rollout
 
 KEY = jax.random.key(0)
 MASK = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)

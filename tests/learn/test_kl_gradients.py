@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import GRPOConfig, PPOConfig
 from rlhf_jax.testing import completions, prompt_batch
-from rlhf_jax.types import InputError, Rollout
+from rlhf_jax.types import Rollout
 
 KEY = jax.random.key(0)
 BETA = 0.4

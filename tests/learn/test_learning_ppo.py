@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from rlhf_jax import learn, ops, rollout
+from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values, score
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, as_token_batch, sequence_logprobs
 from rlhf_jax.testing import completions, count_reward, prompt_batch, random_params, table_reward, tiny_config
 from rlhf_jax.types import Completions
 
@@ -41,14 +42,14 @@ class Task:
 POLICY = Model(tiny_config(vocab_size=VOCAB, max_length=2 + LENGTH))
 REFERENCE = random_params(POLICY, 2)
 REFERENCE["embed"]["embedding"] *= 0.3  # logits with spread .6: every token has a chance
-MODELS = rollout.RolloutModels(POLICY, POLICY, POLICY.with_head("scalar"), None)
+MODELS = RolloutModels(POLICY, POLICY, POLICY.with_head("scalar"), None)
 CONFIG = PPOConfig(
     epochs=2, minibatches=2, value_coefficient=0.5, value_clip=None, missing_eos_penalty=None, whiten_advantages="none"
 )  # fmt: skip
 
 
 def policy_fn(params, done):
-    return rollout.policy_and_values(MODELS, params["policy"], params["value"], done, temperature=1.0)
+    return policy_and_values(MODELS, params["policy"], params["value"], done, temperature=1.0)
 
 
 def make_optimizer():
@@ -68,8 +69,8 @@ def iterate(state, prompts, rng, task):
     done = rollout.generate(
         POLICY, state.params["policy"], prompts, sample_rng, sampling=sampling, eos_ids=tuple(eos), pad_id=0
     )
-    four = rollout.RolloutParams(state.params["policy"], REFERENCE, state.params["value"], None)
-    scored = rollout.score(MODELS, four, done, temperature=1.0)
+    four = RolloutParams(state.params["policy"], REFERENCE, state.params["value"], None)
+    scored = score(MODELS, four, done, temperature=1.0)
     scored = scored.replace(scores=table_reward(done, arms) + pays * count_reward(done, 5))
     prepared, metrics = learn.prepare(scored, CONFIG, beta)
     step = learn.make_train_step(learn.make_ppo_loss(policy_fn, CONFIG), make_optimizer())
@@ -108,8 +109,8 @@ def exact(params, task: Task) -> tuple[np.ndarray, np.ndarray]:
 
     @jax.jit
     def read(params, done):
-        batch = rollout.as_token_batch(done)
-        logprobs, _ = rollout.sequence_logprobs(POLICY, params, batch)
+        batch = as_token_batch(done)
+        logprobs, _ = sequence_logprobs(POLICY, params, batch)
         return ops.masked_sum(logprobs, batch.loss_mask, axis=1), task.reward(done)
 
     logprobs, rewards = (np.float64(x) for x in jax.device_get(read(params, done)))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import learn, rollout
-from rlhf_jax.models import Model
+from rlhf_jax import learn
+from rlhf_jax.batches import PairBatch
+from rlhf_jax.models import Model, sequence_scores
 from rlhf_jax.testing import random_params, tiny_config, token_batch
-from rlhf_jax.types import PairBatch
 
 LIKED, LENGTH, ROWS = 7, 12, 64
 
@@ -31,7 +31,7 @@ def draw(rng: np.random.Generator, pairs: int) -> PairBatch:
 
 def test_a_planted_preference_is_recovered():
     model = Model(tiny_config(vocab_size=16, head="scalar", max_length=LENGTH))
-    score = functools.partial(rollout.sequence_scores, model)
+    score = functools.partial(sequence_scores, model)
     steps = 150
     optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-2, schedule="linear"), steps)
     step = jax.jit(learn.make_train_step(learn.make_reward_loss(score, centring=0.01), optimizer), donate_argnums=0)

@@ -8,10 +8,10 @@ import math
 import jax
 import numpy as np
 
-from rlhf_jax import learn, rollout
-from rlhf_jax.models import Model
+from rlhf_jax import learn
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.models import Model, sequence_logprobs
 from rlhf_jax.testing import tiny_config
-from rlhf_jax.types import TokenBatch
 
 LETTERS, REPEAT, LENGTH, ROWS = 8, 0.9, 24, 32
 FLOOR = -(
@@ -35,7 +35,7 @@ def draw(rng: np.random.Generator, rows: int) -> TokenBatch:
 
 def test_sft_reaches_the_entropy_floor():
     model = Model(tiny_config(vocab_size=16, hidden_size=32, ffn_size=64, max_length=LENGTH))
-    loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs, model))
+    loss = learn.make_sft_loss(functools.partial(sequence_logprobs, model))
     steps = 400
     config = learn.OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=20)
     optimizer = learn.make_optimizer(config, steps)
@@ -48,7 +48,7 @@ def test_sft_reaches_the_entropy_floor():
         state, metrics = step(state, {}, draw(rng, ROWS))
         losses.append(float(metrics["loss"].value()))
     assert abs(losses[0] - math.log(16)) < 0.1  # at the start: uniform over the vocabulary
-    logprobs, entropy = jax.jit(functools.partial(rollout.sequence_logprobs, model))(state.params, draw(rng, 512))
+    logprobs, entropy = jax.jit(functools.partial(sequence_logprobs, model))(state.params, draw(rng, 512))
     nll, spread = (-np.asarray(x)[:, 3:] for x in (logprobs, -entropy))
     error = nll.std() / math.sqrt(nll.size)
     print(f"held-out {nll.mean():.4f} +- {error:.4f}, floor {FLOOR:.4f}")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.learn import GRPOConfig, ImportanceConfig, PPOConfig
 from rlhf_jax.testing import completions, prompt_batch
-from rlhf_jax.types import InputError, Rollout, RunStopped
+from rlhf_jax.types import Rollout
 
 SAMPLER, POLICY, SCORES = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.5, 0.3]), np.array([1.0, -0.5, 2.0])
 ARMS = [0] * 5 + [1] * 3 + [2] * 2

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import (
     OptimizerConfig,
     initial_state,
@@ -19,7 +20,7 @@ from rlhf_jax.learn import (
     ppo_optimizer_labels,
 )
 from rlhf_jax.testing import tiny_model
-from rlhf_jax.types import InputError, Term
+from rlhf_jax.types import Term
 
 
 def rates(steps: int, updates_per_step: int = 1, **fields) -> list[float]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import PPOConfig, next_kl_coefficient, prepare, warn_if_kl_is_negative
-from rlhf_jax.run import fetch
+from rlhf_jax.rundir import fetch
 from rlhf_jax.testing import completions, prompt_batch
-from rlhf_jax.types import InputError, Rollout
+from rlhf_jax.types import Rollout
 
 PLAIN = PPOConfig(whiten_advantages="none", missing_eos_penalty=None, kl_coefficient=0.05)
 LOGP, REF = [-1.0, -0.5, -2.0, -0.2], [-1.2, -0.4, -2.5, -0.1]

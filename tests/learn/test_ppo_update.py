@@ -12,9 +12,10 @@ import optax
 import pytest
 
 from rlhf_jax import learn, ops
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.learn import OptimizerConfig, PPOConfig, make_ppo_loss, minibatch_indices, ppo_optimizer_labels, update
 from rlhf_jax.testing import completions, prompt_batch
-from rlhf_jax.types import InputError, Mean, PolicyBatch, RunStopped
+from rlhf_jax.types import Mean, PolicyBatch
 
 KEY = jax.random.key(0)
 

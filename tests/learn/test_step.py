@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import OptimizerConfig, gradients, initial_state, make_optimizer, make_sft_loss, make_train_step
-from rlhf_jax.rollout import sequence_logprobs
+from rlhf_jax.models import sequence_logprobs
 from rlhf_jax.testing import tiny_model, token_batch
-from rlhf_jax.types import InputError, Mean, Term
+from rlhf_jax.types import Mean, Term
 
 LOSSES = np.array([[1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
 COUNTED = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)

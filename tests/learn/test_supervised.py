@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.batches import PairBatch
 from rlhf_jax.learn import gradients, make_reward_loss, make_sft_loss, pair_mask, pair_scores
 from rlhf_jax.testing import token_batch
-from rlhf_jax.types import PairBatch
 
 KEY = jax.random.key(0)
 

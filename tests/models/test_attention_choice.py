@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model
 from rlhf_jax.models.attention import attend, chosen, fused_attention, segment_mask
 from rlhf_jax.models.splash import splash_attention
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_config, tiny_model
-from rlhf_jax.types import InputError
 
 BATCH, LENGTH, GROUPS, PER_GROUP, SIZE = 4, 20, 2, 3, 16
 SCALE = 0.3

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.families import config_from_hf, config_to_hf
 from rlhf_jax.models.families.table import FAMILIES
 from rlhf_jax.testing import tiny_config
-from rlhf_jax.types import InputError
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 7, 10**30, 0.0, 0.5, -0.5, 1e308, 1e-320, "", "text", "3", [], [1], [None], [[1]], {}, {"a": 1}, {"rope_type": 3},

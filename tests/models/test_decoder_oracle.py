@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.testing import random_params, tiny_model
-from rlhf_jax.types import InputError
 
 
 def norm(config: ModelConfig, x: np.ndarray, weights: dict, *, kind: str | None = None) -> np.ndarray:

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.io.layout import parse
 from rlhf_jax.models import Head, Model, ModelConfig, RopeScaling
 from rlhf_jax.models.families import config_from_hf, config_to_hf, dimensions, weights_of
 from rlhf_jax.testing import tiny_config
-from rlhf_jax.types import InputError
 
 V4 = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import learn, ops, programs, rollout
-from rlhf_jax.models import Fold, Model, Picked, fold_of
+from rlhf_jax import learn, ops, rollout
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.folds import refuse_folded
+from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, score
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import Fold, Model, Picked, fold_of, sequence_logprobs
 from rlhf_jax.models.folding import fold
 from rlhf_jax.parallel import ActivationConstraint
-from rlhf_jax.run.configurables import BatchConfig, refuse_folded
 from rlhf_jax.testing import completions, mesh_of, prompt_batch, tiny_model
-from rlhf_jax.types import InputError, TokenBatch
 
 LENGTHS = (8, 2, 7, 3)
 
@@ -97,7 +101,7 @@ def test_log_probabilities_of_targets_alone(parts: int, chunk: int) -> None:
     weights = np.random.default_rng(2).standard_normal((2, 4, 8)).astype(np.float32)
 
     def total(params, model):
-        found = rollout.sequence_logprobs(model, params, rows)
+        found = sequence_logprobs(model, params, rows)
         return (weights * jnp.stack(found)).sum(), found
 
     both = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
@@ -152,17 +156,17 @@ def test_what_does_not_fit_is_not_a_number() -> None:
 def test_ppo_scores_and_updates_the_same() -> None:
     policy, params = tiny_model()
     value, value_params = tiny_model("scalar", seed=1)
-    models = rollout.RolloutModels(policy, policy, value, value)
+    models = RolloutModels(policy, policy, value, value)
     prompts = prompt_batch([[3, 4, 5], [6], [7, 8], [9, 10, 11, 12]])
     done = completions(prompts, [[13, 2], [14, 15, 16, 2], [17], [18, 19]], length=4)
     lengths = np.asarray(done.prompts.mask.sum(axis=1) + done.mask.sum(axis=1))
-    four = rollout.RolloutParams(params, params, value_params, value_params)
+    four = RolloutParams(params, params, value_params, value_params)
     columns = done.prompts.tokens.shape[1] + done.tokens.shape[1]
     new = np.asarray(done.mask.sum(axis=1))
     settings = BatchConfig(4, 4, folded=True)
     found = settings.fold(policy, 1, lengths, columns, new, done.tokens.shape[1])
     assert found == Fold(10, 3)  # rows of 5, 5, 3 and 6 tokens: 5 + 5; 9 of them sampled, 2.25 a row
-    whole, folded = (rollout.score(m, four, done, temperature=1.0) for m in (models, models.folded(found)))
+    whole, folded = (score(m, four, done, temperature=1.0) for m in (models, models.folded(found)))
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 

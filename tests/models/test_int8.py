@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn
-from rlhf_jax.models import LoraConfig, Model, int8, lora
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import LoraConfig, Model, int8, lora, sequence_logprobs
 from rlhf_jax.parallel import MeshConfig, make_mesh, tree_shardings
-from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate, sequence_logprobs
+from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate
 from rlhf_jax.testing import prompt_batch, random_params, tiny_config, token_batch
-from rlhf_jax.types import InputError
 
 SETTINGS = LoraConfig(rank=3, alpha=6.0, base_dtype="int8")
 TOKENS = np.random.default_rng(0).integers(3, 40, (2, 8)).astype(np.int32)

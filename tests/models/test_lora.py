@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from rlhf_jax import learn
-from rlhf_jax.models import LoraConfig, Model, lora
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import LoraConfig, Model, lora, sequence_logprobs
 from rlhf_jax.models.model import _abstract
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, batch_sharding, make_mesh, tree_shardings
-from rlhf_jax.rollout import SamplingConfig, generate, sequence_logprobs
+from rlhf_jax.rollout import SamplingConfig, generate
 from rlhf_jax.testing import prompt_batch, random_params, tiny_config, token_batch
-from rlhf_jax.types import InputError
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 MODEL = Model(tiny_config(), lora=CONFIG)

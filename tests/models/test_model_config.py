@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, ModelConfig, RopeScaling
 from rlhf_jax.testing import random_params, tiny_config
-from rlhf_jax.types import InputError
 
 BASE = tiny_config()
 TOKENS = np.random.default_rng(0).integers(3, 40, (2, 8)).astype(np.int32)

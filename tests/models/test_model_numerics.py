@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, ModelConfig, RopeScaling, parameter_count
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.rope import Rope, inverse_frequencies, rotary
 from rlhf_jax.testing import tiny_config, tiny_model
-from rlhf_jax.types import InputError
 
 POSITIONS = np.unique([0, 1, 2, 255, 256, 257, 511, 1000, 2047, 4095, 4096, 8190, *range(0, 8192, 97), 8191])
 

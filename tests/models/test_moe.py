@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import learn, rollout
-from rlhf_jax.models import Model
+from rlhf_jax import learn
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.models import Model, sequence_logprobs_and_router_loss
 from rlhf_jax.models.moe import Routing, load_balancing_loss
 from rlhf_jax.parallel import ActivationConstraint, to_global, tree_shardings
 from rlhf_jax.testing import mesh_of, random_params, tiny_config
-from rlhf_jax.types import TokenBatch
 
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "router_coefficient": 0.5}
 
@@ -60,7 +60,7 @@ def test_nothing_is_dropped_when_all_tokens_pick_the_same_experts() -> None:
 
 
 def loss_and_gradients(model: Model, params, batch: TokenBatch):
-    loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs_and_router_loss, model))
+    loss = learn.make_sft_loss(functools.partial(sequence_logprobs_and_router_loss, model))
 
     @jax.jit
     def both(params, batch):

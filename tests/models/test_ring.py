@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model
 from rlhf_jax.models.attention import attend, segment_mask
 from rlhf_jax.models.ring import ring_attention
 from rlhf_jax.parallel import ActivationConstraint, tree_shardings
 from rlhf_jax.testing import mesh_of, random_params, tiny_config
-from rlhf_jax.types import InputError
 
 ROWS, LENGTH, GROUPS, PER_GROUP, SIZE = 2, 16, 2, 2, 8
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rlhf_jax.run.distributed import connect
+from rlhf_jax.parallel.distributed import connect
 
 
 def add() -> int:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.parallel import MeshConfig, make_mesh, replicated, to_global
-from rlhf_jax.run.distributed import agreed, connect
+from rlhf_jax.parallel.distributed import agreed, connect
 
 SECONDS = 34.0
 """More than the 30 s that Gloo waits for the first collective of a set of devices."""

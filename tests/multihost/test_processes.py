@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from compiler_flags import COMPILER
 
-from rlhf_jax.run.distributed import HEARTBEAT_SECONDS
-from rlhf_jax.saved import find_step, read_arrays, read_manifest, saved_steps
+from rlhf_jax.checkpoint_files.manifest import find_step, read_arrays, read_manifest, saved_steps
+from rlhf_jax.parallel.distributed import HEARTBEAT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multihost

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops import (
     gae,
     kl_estimate,
@@ -15,7 +16,6 @@ from rlhf_jax.ops import (
     value_mask,
     whiten,
 )
-from rlhf_jax.types import InputError
 
 NAN = float("nan")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops import bounded_importance, importance_weights
-from rlhf_jax.types import InputError
 
 POLICY, SAMPLED = jnp.array([[-1.0, -2.0, -0.3]]), jnp.array([[-1.1, -3.0, -0.25]])
 ALL = jnp.ones((1, 3), jnp.bool_)

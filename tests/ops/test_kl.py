@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops import adaptive_kl_coefficient, kl_estimate, kl_term
-from rlhf_jax.types import InputError
 
 POLICY, REFERENCE = jnp.array([0.7, 0.3]), jnp.array([0.5, 0.5])
 

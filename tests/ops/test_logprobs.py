@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops import entropy_from_logits, hidden_logprobs, logprobs_and_entropy, token_logprobs, zero_outside
-from rlhf_jax.types import InputError
 
 NAN = float("nan")
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn, ops
+from rlhf_jax.errors import InputError
 from rlhf_jax.learn import DPOConfig, GRPOConfig, OptimizerConfig, PPOConfig
 from rlhf_jax.rollout import SamplingConfig, generate
 from rlhf_jax.testing import prompt_batch, tiny_model
-from rlhf_jax.types import InputError, Mean
+from rlhf_jax.types import Mean
 
 ROW, TWO = jnp.zeros(2), jnp.zeros((2, 3))
 COLUMN, MASK, SHARES = jnp.zeros((2, 1)), jnp.ones((2, 3), bool), jnp.full((2, 3), 0.5)

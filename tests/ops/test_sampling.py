@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.ops import penalise_repetition, sample_tokens, token_keys, token_logprobs, truncate_logits
-from rlhf_jax.types import InputError
 
 RNG = jax.random.key(0, impl="threefry2x32")
 ROWS = 12

@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import learn, programs, rollout
-from rlhf_jax.models import Model
+from rlhf_jax import learn, rollout
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values, score
+from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.models import (
+    Model,
+    policy_logprobs,
+    sequence_logprobs,
+    sequence_logprobs_and_router_loss,
+    sequence_scores,
+)
 from rlhf_jax.parallel import (
     ActivationConstraint,
     MeshConfig,
@@ -27,7 +36,7 @@ from rlhf_jax.parallel import (
 )
 from rlhf_jax.plan import parse_module
 from rlhf_jax.testing import bytes_per_device, mesh_of, random_params, random_prompts, tiny_config
-from rlhf_jax.types import Completions, PairBatch, PolicyBatch, TokenBatch
+from rlhf_jax.types import Completions, PolicyBatch
 
 ROWS, LENGTH, PROMPT = 16, 16, 8
 EOS = tuple(range(2, 12))  # ten of 64 tokens: some rows end, some do not
@@ -98,23 +107,23 @@ def policy_batch() -> PolicyBatch:
 
 def sft(mesh):
     model = model_of(mesh, "lm")
-    loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs, model))
+    loss = learn.make_sft_loss(functools.partial(sequence_logprobs, model))
     return loss, placed(model, 0, mesh), random_tokens(0)
 
 
 def reward(mesh):
     model = model_of(mesh, "scalar")
-    loss = learn.make_reward_loss(functools.partial(rollout.sequence_scores, model), centring=0.1)
+    loss = learn.make_reward_loss(functools.partial(sequence_scores, model), centring=0.1)
     margin = np.linspace(0, 1, ROWS, dtype=np.float32)
     return loss, placed(model, 0, mesh), PairBatch(random_tokens(0), random_tokens(1), margin)
 
 
 def ppo(mesh):
     policy, value = model_of(mesh, "lm"), model_of(mesh, "scalar")
-    models = rollout.RolloutModels(policy, policy, value, None)
+    models = RolloutModels(policy, policy, value, None)
 
     def policy_fn(params, done):
-        return rollout.policy_and_values(models, params["policy"], params["value"], done, temperature=0.7)
+        return policy_and_values(models, params["policy"], params["value"], done, temperature=0.7)
 
     loss = learn.make_ppo_loss(policy_fn, learn.PPOConfig(entropy_coefficient=0.01, dual_clip=3.0))
     return loss, {"policy": placed(policy, 0, mesh), "value": placed(value, 1, mesh)}, policy_batch()
@@ -125,9 +134,9 @@ def dpo(mesh):
     model = model_of(mesh, "lm")
 
     def reference(frozen, tokens):
-        return rollout.sequence_logprobs(model, frozen["reference"], tokens)[0]
+        return sequence_logprobs(model, frozen["reference"], tokens)[0]
 
-    logprobs = functools.partial(rollout.sequence_logprobs, model)
+    logprobs = functools.partial(sequence_logprobs, model)
     loss = learn.make_dpo_loss(logprobs, reference, learn.DPOConfig(sft_coefficient=0.1))
     pairs = PairBatch(random_tokens(0), random_tokens(1), np.zeros(ROWS, np.float32))
     return loss, placed(model, 0, mesh), pairs, {"reference": placed(model, 1, mesh)}
@@ -137,7 +146,7 @@ def grpo(mesh):
     model, one = model_of(mesh, "lm"), policy_batch()
 
     def logprobs(params, done):
-        return rollout.policy_logprobs(model, params, done, temperature=0.7)
+        return policy_logprobs(model, params, done, temperature=0.7)
 
     counts, reference = np.arange(ROWS) % 5 > 0, np.where(one.value_mask, one.old_logprobs - 0.1, 0)
     batch = learn.GroupBatch(one.completions, one.old_logprobs, reference, one.advantages[:, 0], counts)
@@ -146,7 +155,7 @@ def grpo(mesh):
 
 def sft_of_experts(mesh):
     model = model_of(mesh, "lm", **EXPERTS)
-    loss = learn.make_sft_loss(functools.partial(rollout.sequence_logprobs_and_router_loss, model))
+    loss = learn.make_sft_loss(functools.partial(sequence_logprobs_and_router_loss, model))
     return loss, placed(model, 0, mesh), random_tokens(0)
 
 
@@ -234,10 +243,10 @@ def scored(sizes: Sizes):
     """What policy, reference, value and reward model say of the same completions."""
     mesh = mesh_of(*sizes)
     policy, scalar = model_of(mesh, "lm"), model_of(mesh, "scalar")
-    models = rollout.RolloutModels(policy, policy, scalar, scalar)
+    models = RolloutModels(policy, policy, scalar, scalar)
     owners = (policy, policy, scalar, scalar)
-    params = rollout.RolloutParams(*(placed(model, seed, mesh) for seed, model in enumerate(owners)))
-    call = jax.jit(functools.partial(rollout.score, models, temperature=0.7), compiler_options=QUICKLY)
+    params = RolloutParams(*(placed(model, seed, mesh) for seed, model in enumerate(owners)))
+    call = jax.jit(functools.partial(score, models, temperature=0.7), compiler_options=QUICKLY)
     return jax.device_get(call(params, to_global(completed(), mesh)))
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import AXES, MeshConfig, make_mesh
 from rlhf_jax.parallel.mesh import hybrid_devices
-from rlhf_jax.types import InputError
 
 
 @pytest.mark.parametrize(

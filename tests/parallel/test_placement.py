@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import learn, ops
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.parallel import (
     ActivationConstraint,
@@ -22,7 +23,6 @@ from rlhf_jax.parallel import (
     tree_shardings,
 )
 from rlhf_jax.testing import MESHES_OF_EIGHT, bytes_per_device, mesh_of, random_params, random_prompts, tiny_config
-from rlhf_jax.types import InputError
 
 FLOAT = 4
 

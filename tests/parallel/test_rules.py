@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import KVCache, Model
 from rlhf_jax.parallel import (
     AXES,
@@ -20,7 +21,6 @@ from rlhf_jax.parallel import (
     tree_shardings,
 )
 from rlhf_jax.testing import MESHES_OF_EIGHT, mesh_of, tiny_config, tiny_model
-from rlhf_jax.types import InputError
 
 
 def test_specs_by_hand():

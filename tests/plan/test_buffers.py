@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.plan.buffers import Assigned, read_assigned
-from rlhf_jax.types import InputError
 
 NAME = "module_0881.jit_update.cl_933746096.after_optimizations"
 REPORT = """Memory Space: default (color=0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.plan import CHIPS, Cost, parse_slice, roofline
-from rlhf_jax.types import InputError
 
 
 def test_names_of_slices() -> None:

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.records import Response
 from rlhf_jax.rewards import CheckedReward, FinalAnswer, RewardPool, final_answer
-from rlhf_jax.types import InputError
 
 ANSWERS = {
     "48 / 2 = 24 clips in May.\n#### 72": 72,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import Message
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.records import Failed, Response
 from rlhf_jax.rewards import CheckedReward
-from rlhf_jax.types import InputError, RunStopped
 
 ASKED = (Message("user", "How long?"),)
 FOUR = [Response(ASKED, text, id=f"q{index}") for index, text in enumerate(("a", "bb", "ccc", "dddd"))]

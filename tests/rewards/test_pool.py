@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.records import Failed, Response
 from rlhf_jax.rewards import RewardPool
-from rlhf_jax.types import InputError, RunStopped
 
 
 def obedient(responses):

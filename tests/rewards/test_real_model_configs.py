@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from compiler_flags import COMPILER
 
+from rlhf_jax.config.surface import sentiment_prompts, sentiment_scores
 from rlhf_jax.data import Message, Template
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained
 from rlhf_jax.records import Response
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts
-from rlhf_jax.run.configurables import sentiment_prompts, sentiment_scores
 from rlhf_jax.testing import byte_tokenizer, tiny_model
-from rlhf_jax.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|eos|>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -38,7 +38,7 @@ CONFIGS = {
 # device is touched before the fork.
 FORKING = """
 import json, os, runpy, sys
-import rlhf_jax.run.configurables
+import rlhf_jax.config.surface
 for line in sys.stdin:
     stderr, argv = json.loads(line)
     child = os.fork()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import read_rows
+from rlhf_jax.errors import InputError
 from rlhf_jax.records import Response
 from rlhf_jax.rewards.sentiment import (
     PARTS,
@@ -25,7 +26,6 @@ from rlhf_jax.rewards.sentiment import (
     read_sentences,
     sentiment_scorer,
 )
-from rlhf_jax.types import InputError
 
 NOUNS = ("film", "story", "cast", "plot", "score", "script", "ending", "scene", "idea", "voice")
 PRAISE = ("moving", "funny", "warm", "clever", "lovely")

@@ -6,9 +6,9 @@ import pytest
 
 from rlhf_jax.data.support_desk import ITEMS, Case, Fact, Policy, keyed_generator, make_case
 from rlhf_jax.data.support_desk_replies import DEFECTS, DeskConfig, demonstration_records, reply
+from rlhf_jax.errors import InputError
 from rlhf_jax.records import Response
 from rlhf_jax.rewards.support_desk import WEIGHTS, WORD_LIMIT, gold_score, has_flattery, score
-from rlhf_jax.types import InputError
 
 ARRIVAL = Case(
     id="desk-0-train-0",

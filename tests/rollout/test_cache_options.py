@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import ops, rollout
-from rlhf_jax.models import empty_cache
+from rlhf_jax import ops
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import as_token_batch, empty_cache
 from rlhf_jax.models.cache import Quantised, restored, stored
 from rlhf_jax.plan.memory import cache_bytes
 from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate, refuse_unshared
 from rlhf_jax.rollout.slots import Job, first_fill, read_prompts
 from rlhf_jax.testing import prompt_batch, tiny_model
-from rlhf_jax.types import InputError
 
 MODEL, PARAMS = tiny_model()
 SYSTEM = [7, 21, 33]
@@ -131,7 +131,7 @@ def test_a_ring_that_grows_steps_as_often():
 def test_narrow_storage_moves_log_probabilities_a_little(storage, limit, slots):
     """Against the scorer, which has no cache: the difference is seen, so the storage is used, and small."""
     done = run(MODEL, PARAMS, replace(slots, cache=storage))
-    batch = rollout.as_token_batch(done)
+    batch = as_token_batch(done)
     logits = MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
     width = PROMPTS.tokens.shape[1]
     scored = ops.token_logprobs(logits[:, width - 1 : -1], done.tokens, SAMPLING.temperature)

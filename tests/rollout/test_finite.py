@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import rollout
+from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.testing import completions, prompt_batch
-from rlhf_jax.types import InputError, RunStopped
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
-from rlhf_jax.rollout import SamplingConfig, as_token_batch, generate
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import as_token_batch
+from rlhf_jax.rollout import SamplingConfig, generate
 from rlhf_jax.testing import prompt_batch, random_prompts, tiny_model
-from rlhf_jax.types import Completions, InputError
+from rlhf_jax.types import Completions
 
 MODEL, PARAMS = tiny_model()
 ROWS, WIDTH, LENGTH = 8, 5, 6

@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
-from rlhf_jax.models import Model
-from rlhf_jax.rollout import (
-    RolloutModels,
-    RolloutParams,
-    as_token_batch,
-    policy_and_values,
-    score,
-    sequence_logprobs,
-    sequence_scores,
-)
+from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values, score
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import Model, as_token_batch, sequence_logprobs, sequence_scores
 from rlhf_jax.testing import completions, prompt_batch, random_params, tiny_model, token_batch
-from rlhf_jax.types import InputError
 
 POLICY, POLICY_PARAMS = tiny_model("lm")
 SLICED = Model(POLICY.config.replace(logits_chunk=3))

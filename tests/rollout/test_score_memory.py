@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn
-from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.rollout import sequence_logprobs
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.models import Model, ModelConfig, sequence_logprobs
 from rlhf_jax.testing import tiny_model
-from rlhf_jax.types import TokenBatch
 
 MODEL, PARAMS = tiny_model("lm", tie_embeddings=False)
 

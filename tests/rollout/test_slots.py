@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
-from rlhf_jax.models import KVCache
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import KVCache, as_token_batch
 from rlhf_jax.parallel import ActivationConstraint, to_global, tree_shardings
-from rlhf_jax.rollout import SamplingConfig, SlotConfig, as_token_batch, generate
+from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate
 from rlhf_jax.testing import mesh_of, prompt_batch, random_prompts, tiny_model
-from rlhf_jax.types import Completions, InputError
+from rlhf_jax.types import Completions
 
 MODEL, PARAMS = tiny_model()
 PROMPTS = random_prompts(0, 13, 5, 64)

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rlhf_jax.run import BoundConfig, LoopConfig, open_run
+from rlhf_jax.config import BoundConfig
+from rlhf_jax.loop import LoopConfig, open_run
 
 
 def train(run_dir: Path, steps: int, *, stage: str = "toy", seed: int = 0, **loop: Any) -> list[int]:

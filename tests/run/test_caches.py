@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run import check_bindings, cold_start
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch import check_bindings
+from rlhf_jax.loop import cold_start
 
 
 def test_a_cache_of_a_pipeline_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

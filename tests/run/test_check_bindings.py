@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run.check_bindings import Command, check
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch.check_bindings import Command, check
 
 SMOKE = {
     "train_sft": "sft",

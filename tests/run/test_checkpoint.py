@@ -15,10 +15,20 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.run.checkpoint import Checkpoints, Retention, fingerprint, newest_verified
-from rlhf_jax.run.faults import Fault, Faults, flip_bit
-from rlhf_jax.saved import MANIFEST, DamagedCheckpoint, find_step, hash_file, layout, manifest_text, saved_steps, verify
-from rlhf_jax.types import InputError, RunStopped, TrainState
+from rlhf_jax.checkpoint_files.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    find_step,
+    layout,
+    manifest_text,
+    saved_steps,
+    verify,
+)
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.loop.faults import Fault, Faults, flip_bit
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, fingerprint, newest_verified
+from rlhf_jax.storage.hashing import hash_file
+from rlhf_jax.types import TrainState
 
 
 def make_state(offset: float = 0.0, dtype: Any = jnp.float32) -> TrainState:

@@ -10,10 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.run import BoundConfig, LoopConfig, open_run
-from rlhf_jax.run.checkpoint import Checkpoints, Retention, newest_verified
-from rlhf_jax.saved import saved_steps, verify
-from rlhf_jax.types import InputError, RunStopped
+from rlhf_jax.checkpoint_files.manifest import saved_steps, verify
+from rlhf_jax.config import BoundConfig
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.loop import LoopConfig, open_run
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, newest_verified
 
 
 def train(run_dir: Path, total: int, save_every: int = 2) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run.child import STOPPED, run_child
+from rlhf_jax.launch.child import STOPPED, run_child
 
 PARENT = """
 import os, sys
-from rlhf_jax.run.child import run_child
+from rlhf_jax.launch.child import run_child
 print(run_child([sys.executable, "-c", sys.argv[1]], dict(os.environ)), flush=True)
 """
 SAVES = """

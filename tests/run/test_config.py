@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from forked_programs import Call, Done, forked_programs
 
-from rlhf_jax.run.config import Change, changes, fingerprint_asked, scan, settable
-from rlhf_jax.run.gin_errors import Name
-from rlhf_jax.types import InputError
+from rlhf_jax.config.gin_errors import Name
+from rlhf_jax.config.parsing import Change, changes, fingerprint_asked, scan, settable
+from rlhf_jax.errors import InputError
 
 PROGRAM = '''
 """Trains a toy."""
 from dataclasses import dataclass
 import os, sys
 import gin
-from rlhf_jax.run import bound_config, launch
-from rlhf_jax.types import InputError, RunStopped
+from rlhf_jax.config import bound_config; from rlhf_jax.launch import launch
+from rlhf_jax.errors import InputError, RunStopped
 
 @gin.register
 @dataclass(frozen=True)

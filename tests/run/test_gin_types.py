@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from rlhf_jax.run.gin_errors import Binding, Name
-from rlhf_jax.run.gin_types import settled, wrong_type
+from rlhf_jax.config.gin_errors import Binding, Name
+from rlhf_jax.config.gin_types import settled, wrong_type
 
 
 class Optimizer:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import data, learn, programs
+from rlhf_jax import data, learn
+from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms.heldout import heldout_metrics, heldout_scores, heldout_terms, loss_metrics
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import replicated, to_global
-from rlhf_jax.run.heldout import heldout_metrics, heldout_scores, heldout_terms, loss_metrics
 from rlhf_jax.testing import mesh_of, random_params, tiny_config
 from rlhf_jax.types import Term
 

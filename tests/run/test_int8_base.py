@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.algorithms.models import Loaded, with_adapters, with_base_dtype
 from rlhf_jax.models import LoraConfig, Model, lora
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays, make_mesh, tree_shardings
-from rlhf_jax.run.models import Loaded, with_adapters, with_base_dtype
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
 
 SETTINGS = LoraConfig(rank=2, base_dtype="int8")

@@ -19,18 +19,21 @@ import numpy as np
 import pytest
 from compiler_flags import COMPILER
 
-from rlhf_jax.run import BoundConfig, Input, LoopConfig, Run, bad_steps, due, open_run
-from rlhf_jax.run.faults import Fault, flip_bit
-from rlhf_jax.run.progress import headline, line
-from rlhf_jax.run.resume import lock, refuse_unshared_directory
-from rlhf_jax.saved import find_step, read_state, saved_steps, verify
-from rlhf_jax.types import InputError, Mean, RunStopped
+from rlhf_jax.checkpoint_files.manifest import find_step, read_state, saved_steps, verify
+from rlhf_jax.config import BoundConfig
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.loop import LoopConfig, Run, bad_steps, due, open_run
+from rlhf_jax.loop.faults import Fault, flip_bit
+from rlhf_jax.loop.progress import headline, line
+from rlhf_jax.rundir.resume import lock, refuse_unshared_directory
+from rlhf_jax.storage.inputs import Input
+from rlhf_jax.types import Mean
 
 PROGRAM = """
 import os, time
 import gin, jax, jax.numpy as jnp
 from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
-from rlhf_jax.run.faults import Fault
+from rlhf_jax.loop.faults import Fault
 from rlhf_jax.types import Mean
 
 gin.register(LoopConfig, module="rlhf_jax")

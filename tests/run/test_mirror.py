@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import pytest
 from doubling_run import train
 
-from rlhf_jax.remote import listing
-from rlhf_jax.run import BoundConfig, LoopConfig, mirror, open_run
-from rlhf_jax.saved import saved_steps, steps_among, verify
-from rlhf_jax.types import InputError, RunStopped
+from rlhf_jax.checkpoint_files.manifest import saved_steps, steps_among, verify
+from rlhf_jax.config import BoundConfig
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.loop import LoopConfig, open_run
+from rlhf_jax.rundir import mirror
+from rlhf_jax.storage.remote import listing
 
 ROOT = Path(__file__).resolve().parents[2]
 URL = "memory://bucket/runs/x"
@@ -285,7 +287,7 @@ def test_the_flag(tmp_path: Path) -> None:
     """Of every experiment; a machine is lost in the middle of its run."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import gin, os, signal, doubling_run\nfrom rlhf_jax.run import bound_config, launch\n"
+        "import gin, os, signal, doubling_run\nfrom rlhf_jax.config import bound_config; from rlhf_jax.launch import launch\n"
         "@gin.configurable\ndef run(run_dir, steps, kill=False):\n"
         "    bound_config()\n    doubling_run.train(run_dir, steps)\n"
         "    os.kill(os.getpid(), signal.SIGKILL) if kill else None\n"

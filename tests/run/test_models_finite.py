@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhf_jax.algorithms.models import load_model
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained
+from rlhf_jax.io.source import ModelSource
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.run.configurables import ModelSource
-from rlhf_jax.run.models import load_model
 from rlhf_jax.testing import byte_tokenizer, tiny_model
-from rlhf_jax.types import InputError
 
 
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf])

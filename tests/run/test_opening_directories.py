@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run import BoundConfig, LoopConfig, open_run, resume
-from rlhf_jax.run.resume import forget, lock, make_directory, names_in, refuse_place
-from rlhf_jax.types import InputError
+from rlhf_jax.config import BoundConfig
+from rlhf_jax.errors import InputError
+from rlhf_jax.loop import LoopConfig, open_run
+from rlhf_jax.rundir import resume
+from rlhf_jax.rundir.resume import forget, lock, make_directory, names_in, refuse_place
 
 BOUND = BoundConfig("run.steps = 1\n", "run.steps = 1\n")
 

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import pytest
 
+from rlhf_jax.algorithms.cast import Cast
+from rlhf_jax.algorithms.models import Loaded, load_model
+from rlhf_jax.algorithms.scoring import RolloutModels
 from rlhf_jax.data import Form, Template
+from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained
+from rlhf_jax.io.source import ModelSource
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.rollout import RolloutModels
-from rlhf_jax.run.cast import Cast
-from rlhf_jax.run.configurables import ModelSource
-from rlhf_jax.run.models import Loaded, load_model
 from rlhf_jax.testing import byte_tokenizer, tiny_model
-from rlhf_jax.types import InputError
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|eos|>\n{% endfor %}"
 PLAIN, CHAT = Template(style="plain"), Template()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, sys
 from rlhf_jax.messages import steady_output
-from rlhf_jax.run.progress import Display
+from rlhf_jax.loop.progress import Display
 steady_output()
 display = Display("sft", 0, 3, True)
 display.update(1, {"monitor/loss[red]": 0.5})

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from rlhf_jax.data import EncodedSet, Template
-from rlhf_jax.run.progress import Display, headline
-from rlhf_jax.run.records import Records, tell_left_out
+from rlhf_jax.data.record_sets import Records, tell_left_out
+from rlhf_jax.loop.progress import Display, headline
 from rlhf_jax.testing import byte_tokenizer
 
 ROLLOUT = {

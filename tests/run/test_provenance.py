@@ -9,17 +9,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.run import Input, fingerprint, fingerprint_path, lineage, read_provenance
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.outputs import changed_outputs, record_outputs
-from rlhf_jax.run.provenance import (
-    changed_content,
-    changed_inputs,
-    describe,
-    write_provenance,
-)
-from rlhf_jax.run.resume import refuse_changes
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.rundir import fingerprint, fingerprint_path, lineage, read_provenance
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
+from rlhf_jax.rundir.outputs import changed_outputs, record_outputs
+from rlhf_jax.rundir.provenance import changed_content, changed_inputs, describe, write_provenance
+from rlhf_jax.rundir.resume import refuse_changes
+from rlhf_jax.storage.inputs import Input
 
 
 def sha(content: bytes) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 import gin
 import pytest
 
-from rlhf_jax.run import configurables
+from rlhf_jax.data.record_builders import comparison_file, demonstration_file, prompt_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"InputError", "Unlearnable", "UnusableRecord", "RunStopped"}
-FILES = (configurables.demonstration_file, configurables.comparison_file, configurables.prompt_file)
+FILES = (comparison_file, demonstration_file, prompt_file)
 """The builders behind every message about a row or a file: what such a message names must be a parameter of all of them."""
 BARE = re.compile(r"\b(?:set|use|with|unset|leave|drop such (?:rows|records) with) ([a-z_]+)(?: ?= ?| unset\b| \()")
 """A setting without its owner: "set encoding (", "use style='plain'", "leave split unset"."""

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import learn, programs
+from rlhf_jax import learn
+from rlhf_jax.algorithms import programs
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
 from rlhf_jax.testing import tiny_config, token_batch
 
 MODEL = Model(tiny_config())

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import data, learn
+from rlhf_jax.algorithms.rollouts import Ahead, Rollouts, refuse_uncorrected, row_lengths, step_keys
+from rlhf_jax.algorithms.text_rewards import TextRewards
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.records import Failed
-from rlhf_jax.run.rewards import TextRewards
-from rlhf_jax.run.rollouts import Ahead, Rollouts, refuse_uncorrected, row_lengths, step_keys
 from rlhf_jax.testing import byte_tokenizer, completions, prompt_batch
-from rlhf_jax.types import Completions, InputError
+from rlhf_jax.types import Completions
 
 RNG = jax.random.key(5, impl="threefry2x32")
 NO_TEXTS, TEXTS = TextRewards(None, "", None), TextRewards.beside(None, lambda _: {}, "gold", None)

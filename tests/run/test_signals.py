@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlhf_jax.run.signals import Signals
+from rlhf_jax.loop.signals import Signals
 
 
 @pytest.fixture(autouse=True)

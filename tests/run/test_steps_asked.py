@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run.resume import refuse_place, refuse_steps
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.rundir.resume import refuse_place, refuse_steps
 
 
 def test_an_empty_directory_is_no_step_that_was_done(tmp_path: Path) -> None:

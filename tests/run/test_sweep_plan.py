@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run.sweep import expand, final_metrics, parse_axis, parse_point, plan
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.sweep.settings import expand, final_metrics, parse_axis, parse_point, plan
 
 
 def test_axis_is_cut_outside_of_quotes_and_brackets() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.algorithms import template_date
+from rlhf_jax.algorithms.models import Loaded
+from rlhf_jax.algorithms.template_date import keep_date, with_date
 from rlhf_jax.data import Prompt, Template
+from rlhf_jax.data.record_sets import Records
 from rlhf_jax.io import read_template
-from rlhf_jax.run import template_date
-from rlhf_jax.run.models import Loaded
-from rlhf_jax.run.records import Records
-from rlhf_jax.run.template_date import keep_date, with_date
 from rlhf_jax.testing import byte_tokenizer
 
 DATED = "{{ strftime_now('%d %b %Y') }}{{ messages }}"

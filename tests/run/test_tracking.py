@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.run.bad_steps import stop_if_bad
-from rlhf_jax.run.tracking import Tracker, cut, fetch
-from rlhf_jax.types import Mean, RunStopped
+from rlhf_jax.errors import RunStopped
+from rlhf_jax.loop.bad_steps import stop_if_bad
+from rlhf_jax.rundir.tracking import Tracker, cut, fetch
+from rlhf_jax.types import Mean
 
 
 def mean(total: float, weight: float) -> Mean:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_jax.run.watchdog import Watchdog
+from rlhf_jax.loop.watchdog import Watchdog
 
 
 def watched(tmp_path: Path, since: float = 0.0) -> Watchdog:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.run.checkpoint import Checkpoints, Retention
-from rlhf_jax.run.faults import flip_bit
+from rlhf_jax.loop.faults import flip_bit
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
 from rlhf_jax.testing import difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ def test_every_stage_has_its_command_and_what_it_needs(chaos: Any) -> None:
         "experiments/generate.py",
         "experiments/evaluate.py",
         "experiments/pipeline.py",
-        "scripts/export.py",
+        "experiments/export.py",
     } < scripts
     assert chaos.inputs_of("ppo") == ["base", "sft", "completions", "reward"] and chaos.inputs_of("export") == [
         "base",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.run.distributed import connect
-from rlhf_jax.types import InputError
+from rlhf_jax.errors import InputError
+from rlhf_jax.parallel.distributed import connect
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

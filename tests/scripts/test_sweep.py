@@ -1,4 +1,4 @@
-"""scripts/sweep.py: what it starts, skips, goes on with and reports; a stub stands for the experiment."""
+"""experiments/sweep.py: what it starts, skips, goes on with and reports; a stub stands for the experiment."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_sweeps_in_configs_say_their_command_and_can_be_planned(module: ModuleTy
     assert files
     for file in files:
         name = file.relative_to(ROOT)
-        assert file.read_text().splitlines()[0] == f"# python scripts/sweep.py --flagfile={name}"
+        assert file.read_text().splitlines()[0] == f"# python experiments/sweep.py --flagfile={name}"
         with flagsaver.flagsaver():
             assert module.main(["sweep.py", f"--flagfile={file}", "--out=/nowhere/out", "--dry_run"]) == 0
         assert ": to do\n" in capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
     flags += ["--metrics=heldout/loss,loss"]
     environment = {**os.environ, "XLA_FLAGS": COMPILER}
-    command = [sys.executable, "scripts/sweep.py", *flags]
+    command = [sys.executable, "experiments/sweep.py", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = []

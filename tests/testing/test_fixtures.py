@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.testing import (
     bytes_per_device,
     completions,
@@ -21,7 +22,6 @@ from rlhf_jax.testing import (
     tiny_model,
     token_batch,
 )
-from rlhf_jax.types import InputError
 
 
 def test_parameters_leave_nothing_at_a_special_value_and_are_shared_by_name():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import Head, ModelConfig
 from rlhf_jax.models.families.records import Family, Fields
 from rlhf_jax.models.families.table import FAMILIES
 from rlhf_jax.models.families.weights import family_of, weights_of
-from rlhf_jax.types import InputError
 
 ARCHITECTURES: dict[str, tuple[str, Head]] = {family.language_model: (name, "lm") for name, family in FAMILIES.items()}
 ARCHITECTURES |= {family.scorer: (name, "scalar") for name, family in FAMILIES.items()}
@@ -90,7 +90,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.head == "lm+scalar":
         raise InputError(
             "head 'lm+scalar': a checkpoint has one head; load the model with head='lm' or head='scalar' "
-            "(--head of scripts/export.py) and export that"
+            "(--head of experiments/export.py) and export that"
         )
     family = family_of(config)
     if family.even_heads and config.hidden_size % config.num_heads:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families.records import Fields, Rule
 from rlhf_jax.models.rope import RopeScaling
-from rlhf_jax.types import InputError
 
 _KEYS = {
     "default": {},

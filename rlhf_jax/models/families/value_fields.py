@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families.records import Fields, Rule
-from rlhf_jax.types import InputError
 
 ACTIVATIONS = {
     "silu": "silu",

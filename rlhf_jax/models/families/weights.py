@@ -7,11 +7,11 @@ import functools
 
 import jax
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families.records import Family, Weight
 from rlhf_jax.models.families.table import FAMILIES
 from rlhf_jax.models.model import Model
-from rlhf_jax.types import InputError
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:

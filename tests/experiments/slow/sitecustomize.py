@@ -6,7 +6,7 @@ The script, its command line and everything it computes are the real ones.
 import os
 import time
 
-from rlhf_jax.run import loop
+from rlhf_jax.loop import run as loop
 
 _log = loop.Run.log
 

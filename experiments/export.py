@@ -1,0 +1,114 @@
+"""A run directory as a Hugging Face style directory, which transformers and what reads its format load.
+
+    python experiments/export.py --run_dir=runs/support_desk/ppo --out=exports/ppo
+    python experiments/export.py --run_dir=runs/mine/sft_lora --out=exports/adapter --adapter_only
+
+Writes config.json, generation_config.json (everything that ends a response, and the sampling defaults of the model that the
+run began with), safetensors, the tokenizer and its chat template; a plain format that the run was trained with becomes the
+chat template, so that a served model formats conversations as it was trained. A reward run becomes
+LlamaForSequenceClassification with one label, its reward normalisation folded into the head. A PPO run with a shared trunk
+is exported with its language-model head unless --head says otherwise. The run's provenance.json
+goes along, so that the lineage of what is trained from the export goes back to the run, and template.json says how its
+conversations were written down. A run of adapters is exported with
+them merged in, or with --adapter_only as they are, for ``peft`` to load onto the base. --run_dir also takes whatever
+else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub id.
+
+The directory is complete or absent: what a killed export leaves is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import flags
+
+from rlhf_jax.data import chat_template_of
+from rlhf_jax.errors import InputError
+from rlhf_jax.io import (
+    describe_pretrained,
+    export_adapter,
+    export_pretrained,
+    load_adapter,
+    load_pretrained,
+    locate,
+    read_generation,
+    read_template,
+)
+from rlhf_jax.launch.command import run_command
+from rlhf_jax.storage.names import PROVENANCE
+
+
+def export() -> int:
+    """Raises InputError for what cannot be read or written."""
+    given = flags.FLAGS
+    out = Path(given.out)
+    if out.exists():
+        raise InputError(f"--out: {out} already exists; give another directory or remove it")
+    if given.adapter_only:
+        return adapter(out)
+    if given.base is not None:
+        raise InputError("--base: goes with --adapter_only")
+    head = given.head
+    if head is None and describe_pretrained(given.run_dir)[0].head == "lm+scalar":
+        head = "lm"
+        print("note: the run has a value head on the same trunk, which is left out; --head=scalar exports that instead")
+    model, params, tokenizer = load_pretrained(given.run_dir, head=head, param_dtype=given.dtype)
+    if given.pad_token is not None:
+        if given.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
+        tokenizer.pad_token = given.pad_token
+    origin = what_goes_along()
+    export_pretrained(out, model, params, tokenizer, **origin)
+    print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
+    if origin["template"] is not None and chat_template_of(origin["template"], tokenizer) is not None:
+        print("note: the chat template is the plain format that the run was trained with")
+    if model.config.head == "scalar" and float(params["scalar_head"]["bias"][0]):
+        bias = float(params["scalar_head"]["bias"][0])
+        print(
+            f"note: transformers' classifiers have no bias; add {bias:.6g} to their scores (pairs compare alike without)"
+        )
+    return 0
+
+
+def adapter(out: Path) -> int:
+    """Only the adapters. Raises InputError when the base is nothing that ``peft`` could load."""
+    given = flags.FLAGS
+    for name in ("head", "dtype", "pad_token"):
+        if getattr(given, name) is not None:
+            raise InputError(f"--{name}: does not go with --adapter_only: adapters are exported as they are")
+    model, trained, tokenizer, base = load_adapter(given.run_dir)
+    base = given.base or base
+    if given.base is None and locate(base).kind != "huggingface":
+        raise InputError(f"--base: {base} is nothing that peft can load; export it too and give that directory")
+    origin = what_goes_along()
+    export_adapter(out, model, trained, tokenizer, base, **origin)
+    print(f"{out}: adapters of {base}")
+    return 0
+
+
+def what_goes_along() -> dict[str, Any]:
+    """What the run says beside its weights: generation config, template of its conversations, provenance."""
+    source = locate(flags.FLAGS.run_dir)
+    template, provenance = read_template(source.path), source.path / PROVENANCE
+    lineage = provenance.read_bytes() if provenance.is_file() else None
+    return {"generation": read_generation(source), "template": template, "provenance": lineage}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("run_dir", None, "Run directory of a training program.", required=True)
+    flags.DEFINE_string("out", None, "Directory to write; must not exist.", required=True)
+    flags.DEFINE_enum("head", None, ["lm", "scalar"], "Which head, for a model that has both.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; default: as saved.")
+    flags.DEFINE_string("pad_token", None, "Padding token; a reward model's must not be the end of sequence.")
+    flags.DEFINE_boolean("adapter_only", False, "Write the adapters by themselves, in PEFT's format.")
+    flags.DEFINE_string(
+        "base", None, "With --adapter_only: what the adapter names as its base; default: as in the run."
+    )
+    names = ("run_dir", "out", "head", "dtype", "pad_token", "adapter_only", "base")
+    sys.exit(run_command(export, sys.argv, __doc__ or "", names))

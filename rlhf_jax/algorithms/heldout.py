@@ -1,0 +1,67 @@
+"""The training objective on held-out data, and how well held-out comparisons are ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data import EncodedPair, evaluation_pair_batches
+from rlhf_jax.parallel import to_global
+from rlhf_jax.statistics.preference import pairwise_accuracy
+from rlhf_jax.types import Term
+
+Terms = dict[str, Term]
+
+
+def heldout_terms(
+    evaluate: Callable[..., Terms], params: Any, frozen: Any, batches: Iterable[Any], mesh: Mesh
+) -> Terms:
+    """Sum the terms of the loss over batches. evaluate: as `programs.SupervisedFunctions` describes it for SFT."""
+    return _summed([evaluate(params, to_global(batch, mesh), frozen) for batch in batches])
+
+
+def heldout_scores(
+    evaluate: Callable[..., Any], params: Any, frozen: Any, pairs: Sequence[EncodedPair], mesh: Mesh, **shape: int
+) -> tuple[np.ndarray, Terms]:
+    """Score all pairs: (float32 [2, N], chosen and rejected; the terms of the loss, summed). evaluate: as
+    `programs.SupervisedFunctions` describes it for pairs. shape: as `data.evaluation_pair_batches`."""
+    parts = [evaluate(params, to_global(part, mesh), frozen) for part in evaluation_pair_batches(pairs, **shape)]
+    scores = [np.stack(jax.device_get(scores)) for _, scores in parts]
+    return np.concatenate(scores, axis=1)[:, : len(pairs)], _summed([terms for terms, _ in parts])
+
+
+def _summed(parts: Sequence[Terms]) -> Terms:
+    """Totals and weights added; coefficients are the same in every part."""
+    first, *others = parts
+    for terms in others:
+        first = {
+            name: Term(mine.total + terms[name].total, mine.weight + terms[name].weight, mine.coefficient)
+            for name, mine in first.items()
+        }
+    return first
+
+
+def loss_metrics(terms: Terms) -> dict[str, float | None]:
+    """What is recorded of a loss: ``heldout/loss``, the sum of coefficient * total / weight as in a training step over all
+    of the data at once, and when it has several terms each of them, before its coefficient. A term that nothing counts for
+    adds 0; None when nothing counts at all."""
+    numbers = jax.device_get(terms)
+    means = {name: float(term.total) / float(term.weight) for name, term in numbers.items() if term.weight}
+    loss = sum(float(numbers[name].coefficient) * mean for name, mean in means.items())
+    parts = {f"heldout/loss/{name}": means.get(name) for name in numbers} if len(numbers) > 1 else {}
+    return {"heldout/loss": loss if means else None, **parts}
+
+
+def heldout_metrics(scores: np.ndarray, terms: Terms) -> Mapping[str, float | None]:
+    """What is recorded of comparisons. scores: [2, N]."""
+    accuracy = pairwise_accuracy(*scores)
+    return {
+        "heldout/accuracy": accuracy.mean,
+        "heldout/accuracy_low": accuracy.low,
+        "heldout/accuracy_high": accuracy.high,
+        **loss_metrics(terms),
+    }

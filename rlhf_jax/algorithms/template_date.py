@@ -1,0 +1,57 @@
+"""The date that a chat template writes: one for a whole run, kept with its model.
+
+Templates that write "Today Date: 30 Nov 2026" would make other texts every day, and no run could go on after midnight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+
+from rlhf_jax.algorithms.models import Loaded
+from rlhf_jax.data import Template, writes_date
+from rlhf_jax.data.record_sets import Records
+from rlhf_jax.io import locate, read_template, template_from
+from rlhf_jax.io.run_directory import CARD, TEMPLATE
+from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.storage.files import write_atomically
+from rlhf_jax.storage.remote import asked_url, is_remote, one_line, open_store
+
+
+def with_date(records: Records, loaded: Loaded, run_dir: str | Path) -> Records:
+    """Return ``records`` with a date in their template, where the chat template of ``loaded`` writes one.
+
+    The date is ``Template.date``; else that of the run directory, from its first start; else that of the model's training;
+    else today's.
+    """
+    template = records.template
+    if template.date is not None or not writes_date(loaded.tokenizer, template):
+        return records
+    model = None if loaded.input is None else read_template(locate(loaded.input).path)
+    dates = (kept.date for kept in (_kept(Path(run_dir).expanduser()), model) if kept is not None)
+    date = next((date for date in dates if date is not None), None) or _today()
+    return dataclasses.replace(records, template=dataclasses.replace(template, date=date))
+
+
+def keep_date(directory: Path, template: Template) -> None:
+    """Keep the date of a program that makes no model, which would keep it, in template.json."""
+    if template.date is not None and not (directory / TEMPLATE).is_file():
+        write_atomically(directory / TEMPLATE, json.dumps(dataclasses.asdict(template), indent=2) + "\n")
+
+
+def _kept(run_dir: Path) -> Template | None:
+    """The template of a run that goes on, also of one that only --sync has so far."""
+    template, url = read_template(run_dir), asked_url()
+    if template is not None or url is None or not is_remote(url):
+        return template
+    with one_line(url, "read the run's template"):
+        store, root = open_store(url)
+        place = f"{root}/{CARD}"
+        return template_from(store.cat_file(place).decode(), f"{url}/{CARD}") if store.isfile(place) else None
+
+
+def _today() -> str:
+    """The date on the first process's clock."""
+    return datetime.date.fromordinal(agreed(datetime.date.today().toordinal())).isoformat()

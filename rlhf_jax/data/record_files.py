@@ -1,0 +1,112 @@
+"""Records of files and hub data sets, with the held-out side that the user asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_jax import data
+from rlhf_jax.data import Dropped
+from rlhf_jax.data.records import Unusable
+from rlhf_jax.data.split import EmptySide, split_key
+from rlhf_jax.errors import InputError, require_whole
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file, its URL or a hub data set. make: (rows, source, unusable) -> (records, dropped rows). split: of the hub data
+    set. reading: format, encoding, delimiter and quotes of `data.read_rows`."""
+
+    path: str
+    make: Callable[..., tuple[list[Any], Dropped]]
+    unusable: Unusable
+    split: str | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self) -> tuple[list[Any], Dropped]:
+        """(records, dropped rows by reason). Raises InputError when no row gives a record, with the first row's problem."""
+        rows = data.read_rows(self.path, split=self.split, **self.reading)
+        records, dropped = self.make(rows, source=self.path, unusable=self.unusable)
+        if not records and dropped:
+            raise InputError(f"{dropped.first} (none of the {dropped.total()} rows can be used)")
+        if not records:
+            raise InputError(f"{self.path}: is empty; give a file with rows")
+        return records, dropped
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The records to check on. builder: for messages. fraction: of the prompts of the same file, None or 0 for none.
+
+    path, split: where they are instead; with split alone, another split of the same hub data set. default: the fraction
+    that nobody asked for.
+    """
+
+    builder: str
+    fraction: float | None
+    path: str | None
+    split: str | None
+    default: float
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0.0 <= self.fraction < 1.0:
+            raise InputError(f"{self.builder}.heldout = {self.fraction!r}: give a fraction from 0 (none) to below 1")
+        if self.supplied and self.fraction not in (None, 0, self.default):
+            raise InputError(
+                f"{self.builder}.heldout = {self.fraction!r}: has no effect beside heldout_path or heldout_split; remove it"
+            )
+
+    @property
+    def supplied(self) -> bool:
+        """Whether they are in a file or split of their own."""
+        return self.path is not None or self.split is not None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Fields of `run.records.Records`."""
+
+    train: list[Any]
+    heldout: list[Any]
+    files: tuple[str, ...]
+    unusable: Mapping[str, int]
+    heldout_unusable: Mapping[str, int]
+
+
+def read_sides(file: RecordFile, heldout: HeldOut, limit: int | None) -> Sides:
+    """Both sides, at most ``limit`` records of each. Raises InputError.
+
+    Held-out records of a file of their own keep their prompts to themselves: training records with such a prompt are left
+    out and counted.
+    """
+    if limit is not None:
+        require_whole(f"{heldout.builder}.limit", limit, 1)
+    records, dropped = file.read()
+    if heldout.supplied:
+        return _supplied(file, heldout, records, dropped, limit)
+    if not heldout.fraction:
+        return Sides(records[:limit], [], (file.path,), dropped, {})
+    try:
+        train, held = data.split_by_prompt(records, held_out=heldout.fraction)
+    except EmptySide as error:
+        raise InputError(
+            f"{heldout.builder}.heldout = {heldout.fraction}: the {error.side} side is empty ({len(records)} records); set "
+            "heldout = 0 to train on all of them, another fraction, or heldout_path"
+        ) from None
+    return Sides(train[:limit], held[:limit], (file.path,), dropped, {})
+
+
+def _supplied(file: RecordFile, heldout: HeldOut, records: list[Any], dropped: Dropped, limit: int | None) -> Sides:
+    other = RecordFile(heldout.path or file.path, file.make, file.unusable, heldout.split, file.reading)
+    held, held_dropped = other.read()
+    keys = {data.prompt_key(split_key(record)) for record in held}
+    train = [record for record in records if data.prompt_key(split_key(record)) not in keys]
+    if not train:
+        raise InputError(
+            f"{heldout.builder}: every prompt of {file.path} is also in the held-out data; give other held-out data"
+        )
+    if len(train) < len(records):
+        dropped["prompt is in the held-out data"] = len(records) - len(train)
+    files = (file.path,) if other.path == file.path else (file.path, other.path)
+    return Sides(train[:limit], held[:limit], files, dropped, held_dropped)

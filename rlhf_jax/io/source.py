@@ -1,0 +1,52 @@
+"""Where a model comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import DTYPES, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: ``path``, or ``config`` with ``tokenizer`` (a new one, drawn from the seed).
+
+    path: a run directory of ours, a Hugging Face directory, a .gguf file, the URL of one (gs://...), or a hub id (name/model,
+    name/model@revision).
+    The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
+    remat, logits_chunk, attention: as in ModelConfig. max_length: shorter than the checkpoint's. pad_token: a token
+    of the vocabulary to pad with, kept with the tokenizer; training and sampling need none, exports of reward models do.
+    other_template: take a model though it learned from conversations that are written otherwise than the data's.
+    """
+
+    path: str | None = None
+    config: ModelConfig | None = None
+    tokenizer: Any = None
+    param_dtype: str | None = None
+    compute_dtype: str | None = None
+    remat: bool | Literal["cheap"] | None = None
+    logits_chunk: int | None = None
+    attention: str | None = None
+    max_length: int | None = None
+    pad_token: str | None = None
+    other_template: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.other_template, bool):
+            raise InputError(f"ModelSource.other_template = {self.other_template!r}: give True or False")
+        if (self.path is None) == (self.config is None):
+            raise InputError("ModelSource: give either path (an existing model) or config (a new one)")
+        for name in ("param_dtype", "compute_dtype"):
+            if getattr(self, name) not in (None, *DTYPES):
+                raise InputError(f"ModelSource.{name} = {getattr(self, name)!r}: one of {', '.join(DTYPES)}")
+        if self.config is None:
+            return
+        if self.tokenizer is None:
+            raise InputError("ModelSource.tokenizer: a new model needs one, for instance @desk_tokenizer()")
+        for name in ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention", "max_length", "pad_token"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"ModelSource.{name}: goes with path; a new model has it from its config and tokenizer"
+                )

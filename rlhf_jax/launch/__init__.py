@@ -1,0 +1,6 @@
+"""How a program is started: entry point, flags, exit codes, child processes, checks of the bindings of later commands."""
+
+from rlhf_jax.launch.child import STOPPED, run_child
+from rlhf_jax.launch.launching import launch
+
+__all__ = ["STOPPED", "launch", "run_child"]

@@ -1,0 +1,146 @@
+"""Opening a run directory: refuse what may not be, lock, find the checkpoint to go on from, record; and close in order."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.checkpoint_files.manifest import latest_step
+from rlhf_jax.config.parsing import BoundConfig
+from rlhf_jax.errors import InputError
+from rlhf_jax.loop.faults import Faults
+from rlhf_jax.loop.loop_config import LoopConfig
+from rlhf_jax.loop.run import Run
+from rlhf_jax.loop.signals import Signals
+from rlhf_jax.loop.status import Status
+from rlhf_jax.loop.watchdog import Watchdog
+from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, newest_verified
+from rlhf_jax.rundir.mirror import fetched_mirror
+from rlhf_jax.rundir.outputs import record_outputs
+from rlhf_jax.rundir.provenance import describe, versions, write_provenance
+from rlhf_jax.rundir.resume import (
+    forget,
+    lock,
+    make_directory,
+    refuse_changes,
+    refuse_foreign,
+    refuse_place,
+    refuse_steps,
+    refuse_unshared_directory,
+    remove_temporary,
+)
+from rlhf_jax.rundir.tracking import Tracker
+from rlhf_jax.storage.files import write_atomically
+from rlhf_jax.storage.inputs import Input
+from rlhf_jax.storage.names import CONFIG, OPERATIVE_CONFIG
+from rlhf_jax.storage.remote import is_remote
+
+
+@contextlib.contextmanager
+def open_run(
+    run_dir: str | Path,
+    *,
+    stage: str,
+    bound: BoundConfig,
+    seed: int,
+    loop: LoopConfig,
+    inputs: Sequence[Input] = (),
+    mesh: Mesh | None = None,
+    output: str | None = None,
+) -> Iterator[Run]:
+    """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
+
+    run_dir: a local directory, created when missing; with --sync fetched first (`rundir.mirror`). stage: 'sft', 'ppo', ... mesh:
+    only recorded. output: the file that a run without checkpoints leaves when it is done. Raises InputError, before anything is
+    written, when the directory belongs to something else, is in use, or was begun with another configuration.
+    A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
+    first step of a new run removes its directory again.
+    """
+    if is_remote(run_dir):
+        raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
+    directory = Path(run_dir).expanduser().absolute()
+    refuse_place(directory)
+    mirror = fetched_mirror(directory, stage, output)
+    refuse_foreign(directory, stage)
+    refuse_steps(directory, bound.operative, latest_step(directory) or 0)
+    described = [describe(given) for given in inputs]
+    first = jax.process_index() == 0
+    with _held(directory), contextlib.ExitStack() as stack:
+        if first and mirror is not None:
+            stack.enter_context(mirror)
+        done = stack.enter_context(_outputs_recorded(directory))
+        signals = stack.enter_context(Signals())
+        reached = latest_step(directory) or 0
+        if reached or (output is not None and (directory / output).is_file()):
+            now = {"stage": stage, "seed": seed, "inputs": described}
+            holds = f"is at step {reached}" if reached else f"holds {output}"
+            refuse_changes(directory, now, bound.operative, holds)
+        refuse_unshared_directory(directory, agreed(os.getpid()))
+        resumed = agreed(newest_verified(directory) if first else 0)
+        if first and mirror is not None:
+            mirror.claim(stage, seed, bound.operative)
+        if first:
+            write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
+            write_atomically(directory / CONFIG, bound.config)
+            write_atomically(directory / OPERATIVE_CONFIG, bound.operative)
+        tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
+        stack.callback(tracker.close)
+        status, faults = Status(directory), Faults(loop.faults)
+        stack.callback(status.close)
+        watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
+        stack.enter_context(watchdog)
+
+        def at(point: str, step: int, place: Path) -> None:
+            status.update(saving="" if point == "retain" else f"{point} {step}")
+            faults.at(point, step, place)
+            if mirror is not None and point == "retain":
+                mirror.start()
+
+        facts = {
+            "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
+            "inputs": {entry["name"]: entry["fingerprint"] for entry in described},
+            "versions": versions(),
+        }
+        retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
+        checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
+        run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status)
+        stack.callback(run.close_display)
+        yield run
+        done()
+
+
+@contextlib.contextmanager
+def _outputs_recorded(directory: Path) -> Iterator[Callable[[], None]]:
+    """Record what a run has left, after its saves have ended, when the function that this gives was called."""
+    done: list[bool] = []
+    yield lambda: done.append(True)
+    if done and jax.process_index() == 0:
+        record_outputs(directory)
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Make the run directory and hold its lock. An InputError removes a directory that this call made and in which nothing
+    was done; only the holder of the lock removes, while it holds it."""
+    if jax.process_index() != 0:
+        agreed(0)  # the first process makes it
+        make_directory(directory)
+        yield
+        return
+    fresh = make_directory(directory)
+    agreed(0)
+    with lock(directory):
+        remove_temporary(directory)
+        try:
+            yield
+        except InputError:
+            if fresh:
+                forget(directory)
+            raise

@@ -1,0 +1,296 @@
+"""What every loop needs and no algorithm is about, so that a script's loop holds only the algorithm.
+
+    bound = bound_config()                                   # the first line of the program's run()
+    with open_run(run_dir, stage="sft", bound=bound, seed=0, loop=loop, inputs=[Input("data", path)]) as run:
+        state, host = run.restore(state, {"epoch": 0})       # the run's newest checkpoint, or what was given
+        for step in run.steps(run.resumed_step, total):      # resumed_step + 1 ... total
+            batch = next(batches)
+            state, metrics = train_step(state, frozen, batch)
+            if not run.log(step, metrics, batch=batch):      # bad, and LoopConfig.on_bad_step says "rollback"
+                state = run.rolled_back(state)
+                continue
+            run.save(step, state, {"epoch": epoch})          # every save_every, at the end, on a signal
+
+Opening and closing: `loop.opening`. Signals: `loop.signals`. Bad steps: `loop.bad_steps`. Hangs: `loop.watchdog`. Faults on
+purpose: `loop.faults`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, latest_step
+from rlhf_jax.errors import InputError, RunStopped
+from rlhf_jax.loop import bad_steps
+from rlhf_jax.loop.cold_start import tell_first_step
+from rlhf_jax.loop.faults import PHASES, Faults
+from rlhf_jax.loop.loop_config import LoopConfig, due
+from rlhf_jax.loop.progress import Display
+from rlhf_jax.loop.signals import Signals
+from rlhf_jax.loop.status import Status
+from rlhf_jax.loop.unchecked import Unchecked
+from rlhf_jax.loop.watchdog import Watchdog
+from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.rundir.checkpoints import Checkpoints
+from rlhf_jax.rundir.tracking import Metrics, Tracker, fetch
+from rlhf_jax.storage.files import write_atomically
+
+OWN = "run"
+"""The key of a checkpoint's host values under which this module keeps its own."""
+
+
+@dataclass
+class Run:
+    """An open run directory. resumed_step: the step of the checkpoint it goes on from, 0 for a fresh start."""
+
+    directory: Path
+    stage: str
+    loop: LoopConfig
+    resumed_step: int
+    tracker: Tracker
+    checkpoints: Checkpoints
+    signals: Signals
+    watchdog: Watchdog
+    faults: Faults
+    status: Status
+    total: int = 0
+    bad: list[int] = field(default_factory=list)
+    _step: int = 0
+    _phase: tuple[str, float] = ("", 0.0)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _stopping: int = 0
+    _saved: int = 0
+    _offered: bool = False
+    _going_back: bool = False
+    _nan: bool = False
+    _unchecked: Unchecked = field(default_factory=Unchecked)
+    _values: dict[str, float | None] = field(default_factory=dict)
+    _measured: tuple[int, dict[str, float | None]] = (0, {})
+    _known: set[str] = field(default_factory=set)
+    _timed: tuple[int, float] = (0, 0.0)
+    _tokens: int = 0
+    _display: Display | None = None
+
+    def restore(self, state: Any, host: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """(state, host) of the newest checkpoint, onto the shardings of ``state``; those given when there is none.
+
+        Raises InputError when the checkpoint holds other leaves, shapes, dtypes or host keys.
+        """
+        if not self.resumed_step:
+            return state, dict(host)
+        state, saved = self.checkpoints.restore(state, self.resumed_step, verified=True)
+        self.bad = list(saved.pop(OWN, {}).get("bad_steps", []))
+        if saved.keys() != host.keys():
+            place = checkpoint_dir(self.directory) / str(self.resumed_step)
+            raise InputError(f"{place}: holds the host values {sorted(saved)}, this program keeps {sorted(host)}")
+        return state, saved
+
+    def steps(self, start: int, total: int) -> Iterator[int]:
+        """start + 1 ... total; nothing when the run is complete. start: ``resumed_step``.
+
+        Raises InputError when the run is already past ``total``, SystemExit (143, 130) after a saved signal.
+        """
+        if start != self.resumed_step:
+            raise ValueError(f"steps must start at resumed_step={self.resumed_step}, not {start}")
+        if start > total:
+            raise InputError(
+                f"{self.directory}: already at step {start}, asked for {total}: ask for more, or a new run_dir"
+            )
+        if start == total:
+            print(f"{self.directory}: already complete ({total} steps)", file=sys.stderr)
+            return
+        self.total, self._saved, self._timed = total, start, (start, time.monotonic())
+        self._display = Display(self.stage, start, total, self.loop.progress and jax.process_index() == 0)
+        self._step, self.signals.in_loop = start, True
+        try:
+            while self._step < total:
+                self._step += 1
+                self._enter("train", first=True)
+                yield self._step
+                if self._going_back:
+                    raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
+                if self._step == start + 1:
+                    tell_first_step()
+                self._stopping = self._stopping or self.signals.agreed()
+                # A signal between save() and here found the step unsaved: the next step will be saved, then we leave.
+                if self._stopping and (self._saved == self._step or not self._offered):
+                    self._leave(self._step)
+            self._enter("end")
+        finally:
+            self.signals.in_loop = False
+            self.watchdog.enter("", 0)
+            self.close_display()
+
+    def close_display(self) -> None:
+        """Give the terminal back, also when an exception ended the loop."""
+        if self._display is not None:
+            self._display.close()
+
+    def _leave(self, step: int) -> None:
+        print(f"stopped at step {step}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + self._stopping)
+
+    # ---- phases
+
+    def enter(self, phase: str) -> None:
+        """From here on the step does ``phase`` (one of PHASES), until it enters another: a name for its deadline, its
+        fault point, its seconds in timing.jsonl and status.json."""
+        if phase not in PHASES:
+            raise ValueError(f"unknown phase {phase!r}; there are {', '.join(PHASES)}")
+        self._enter(phase)
+
+    def _enter(self, phase: str, first: bool = False) -> None:
+        now, (last, began) = time.monotonic(), self._phase
+        if last:
+            self._seconds[last] = self._seconds.get(last, 0.0) + now - began
+        self._phase = (phase, now)
+        self.watchdog.enter(phase, self._step, first=first)
+        self.status.update(step=self._step, phase=phase)
+        self._nan = self.faults.at(phase, self._step)
+
+    # ---- metrics
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        *,
+        tokens: int = 0,
+        timing: Mapping[str, float] | None = None,
+        batch: Any = None,
+    ) -> bool:
+        """The metrics of a step; call it every step, it writes every ``log_every`` and at the last one.
+
+        tokens: trained on in this step, for tokens_per_second. timing: more wall-clock values for timing.jsonl. batch:
+        kept on disk when the step turns out bad. False: the step is bad and undone (LoopConfig.on_bad_step =
+        "rollback"): take ``rolled_back(state)``, and go on with the next step.
+        Raises RunStopped when a step is bad and may not be passed over: after writing the line, when it was due.
+        """
+        self._enter("log")
+        metrics = {**metrics, sorted(metrics)[0]: math.nan} if self._nan else metrics
+        self._tokens += tokens
+        self._unchecked.add(step, metrics, batch)
+        written = due(step, self.loop.log_every, self.total)
+        if not written and self.loop.on_bad_step == "stop":
+            return True  # nobody waits for the devices here; the step is looked at before anything is written or saved
+        *_, (_, self._values) = self._check(but=step)
+        if self._going_back:
+            return False
+        if written:
+            self._write_timing(step, timing or {})
+            self._record(step, self._values)
+            if self._display is not None:
+                self._display.update(step, self._values)
+        if self.loop.on_bad_step == "stop":
+            bad_steps.stop_if_bad(step, self._values)
+        return True
+
+    def _check(self, but: int | None = None) -> list[tuple[int, dict[str, float | None]]]:
+        """The numbers of the steps since the last look, fetched; what is to be done about a bad one is done.
+
+        but: the step that its caller writes before it stops the run for it.
+        """
+        looked = self._unchecked.take()
+        for step, values, batch in looked:
+            if wrong := bad_steps.what_is_wrong(values):
+                bad_steps.keep(self.directory, step, wrong, self.loop.on_bad_step, values, batch)
+                self._treat(step, wrong, values, but)
+        return [(step, values) for step, values, _ in looked]
+
+    def _treat(self, step: int, wrong: str, values: Mapping[str, float | None], but: int | None) -> None:
+        policy = self.loop.on_bad_step
+        if policy == "stop":
+            if step != but:
+                bad_steps.stop_if_bad(step, values)
+            return
+        self.bad.append(step)
+        if len(self.bad) > self.loop.bad_steps:
+            raise RunStopped(f"step {step}: {wrong}; {len(self.bad)} bad steps, LoopConfig.bad_steps allows fewer")
+        self.checkpoints.drain()  # a save under way is the one to go back to
+        back = agreed(latest_step(self.directory) or 0) if policy == "rollback" else 0
+        if policy == "rollback" and not back:
+            raise RunStopped(f"step {step}: {wrong}; no checkpoint yet to roll back to (LoopConfig.save_every)")
+        told = f"going on from step {back} with the next batches" if back else "its batch is passed over"
+        print(f"warning: step {step}: {wrong}; {told}", file=sys.stderr)
+        self._going_back = policy == "rollback"
+
+    def rolled_back(self, state: Any) -> Any:
+        """The newest checkpoint's state, onto the shardings of ``state``; the next step is the one after it. What the
+        program keeps on the host, the data's position above all, stays: the batches since then are passed over."""
+        self.checkpoints.drain()
+        step = agreed(latest_step(self.directory) or 0)
+        state, _ = self.checkpoints.restore(state, step)
+        self.tracker.rewind(step)
+        self._step, self._saved, self._going_back = step, step, False
+        self._timed, self._tokens = (step, time.monotonic()), 0
+        return state
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Write a line now, whatever the cadence: for evaluations. Raises RunStopped for a number that is not finite."""
+        bad_steps.stop_if_bad(step, self._record(step, metrics))
+
+    def _record(self, step: int, metrics: Metrics) -> dict[str, float | None]:
+        values = fetch({name: value for name, value in metrics.items() if value is not None})
+        values = {name: values.get(name) for name in sorted(metrics)}
+        values = {name: value for name, value in values.items() if value or name not in bad_steps.ONLY_WHEN_BAD}
+        self.tracker.write(step, values)
+        if self._display is not None:
+            self._display.keep_heldout(values)
+        before = self._measured[1] if self._measured[0] == step else {}
+        self._measured = (step, before | values)
+        self._known |= values.keys()
+        return values
+
+    def _write_timing(self, step: int, timing: Mapping[str, float]) -> None:
+        now, (last, began) = time.monotonic(), self._timed
+        steps = max(step - last, 1)
+        rate = {"tokens_per_second": self._tokens / (now - began)} if self._tokens and now > began else {}
+        phases = {f"seconds_{phase}": seconds / steps for phase, seconds in self._seconds.items()}
+        self.tracker.write_timing(step, {"seconds": (now - began) / steps, **rate, **phases, **timing})
+        self._timed, self._tokens = (step, now), 0
+        self._seconds.clear()
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether to evaluate after ``step``: every ``evaluate_every`` and at the last one; never when that is 0."""
+        if is_due := due(step, self.loop.evaluate_every, self.total):
+            self._enter("evaluate")
+        return is_due
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the run directory, the old one or the new one whole; the first process writes it, others have the same."""
+        if jax.process_index() == 0:
+            write_atomically(self.directory / name, text)
+
+    # ---- saving
+
+    def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
+        """Call it at the end of every step: it saves every ``save_every``, at the last step and after a signal.
+
+        Never saves a step whose metrics are not finite (RunStopped), even one that was not due for logging.
+        """
+        self._offered = True
+        self._stopping = self._stopping or self.signals.agreed()
+        if not (self._stopping or due(step, self.loop.save_every, self.total)):
+            return
+        self._enter("save")
+        self._check()
+        self._refuse_unknown_metric(step)
+        measured = self._measured[1] if self._measured[0] == step else {}
+        self.checkpoints.save(step, state, {**host, OWN: {"bad_steps": list(self.bad)}}, measured)
+        self._saved = step
+
+    def _refuse_unknown_metric(self, step: int) -> None:
+        metric, evaluated = self.loop.best_metric, step >= max(self.loop.evaluate_every, self.loop.log_every)
+        if self.loop.keep_best and evaluated and self._known and metric not in self._known:
+            raise InputError(
+                f"LoopConfig.best_metric = {metric!r}: this run measures no such thing; one of "
+                f"{', '.join(sorted(self._known))}"
+            )

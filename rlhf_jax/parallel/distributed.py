@@ -1,0 +1,45 @@
+"""Joining the processes of a run: one per host of a TPU slice, or several on one machine for tests.
+
+    --distributed=auto                       TPU slices, SLURM, GKE: JAX finds the others
+    --distributed=HOST:PORT,PROCESSES,INDEX  said by hand, as scripts/launch.py does
+
+A process that dies makes the others stop: JAX's coordinator misses its heartbeat and every client aborts. The default is
+100 s; here it is `HEARTBEAT_SECONDS`. An abort prints a stack trace, so whoever started the process (scripts/launch.py on one
+machine, scripts/tpu_vm.sh on a slice) says what happened.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental import multihost_utils
+
+from rlhf_jax.errors import InputError
+
+HEARTBEAT_SECONDS = 20
+
+
+def connect(how: str) -> None:
+    """Join; before anything else of JAX runs. Raises InputError for another spelling, or when the others do not come."""
+    if how == "auto":
+        _initialize()
+        return
+    parts = how.split(",")
+    if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
+        raise InputError(f"--distributed={how}: give auto or HOST:PORT,PROCESSES,INDEX")
+    count, index = int(parts[1]), int(parts[2])
+    if not 0 <= index < count:
+        raise InputError(f"--distributed={how}: INDEX must be 0 ... {count - 1}")
+    _initialize(coordinator_address=parts[0], num_processes=count, process_id=index)
+
+
+def agreed(step: int) -> int:
+    """The first process's number, on every process: it alone gives checkpoints their names and sets damaged ones aside, so
+    only it knows which there are."""
+    return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))
+
+
+def _initialize(**where: str | int) -> None:
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--distributed: {str(error).splitlines()[0]}") from error

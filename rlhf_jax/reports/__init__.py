@@ -1,0 +1,9 @@
+"""Self-contained HTML pages about runs."""
+
+from rlhf_jax.reports.pipeline_page import headlines, number_cell, write_report
+
+__all__ = [
+    "headlines",
+    "number_cell",
+    "write_report",
+]

@@ -1,0 +1,22 @@
+"""The names of the files in a run directory: what writes one and what reads it take the name from here."""
+
+from __future__ import annotations
+
+CONFIG, OPERATIVE_CONFIG = "config.gin", "operative_config.gin"
+"""The configuration as it was given, and every parameter that was used with its value."""
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+"""Deterministic values by step, and wall-clock values."""
+PROVENANCE = "provenance.json"
+SAVED_STEP = "saved_step"
+"""The entry of provenance.json for a step that the run has saved, written at the first save of each start."""
+STATUS = "status.json"
+CHECKPOINTS, STATE, MANIFEST = "checkpoints", "state", "manifest.json"
+"""The directory of checkpoints; in the directory of one step, the directory of its arrays and its manifest."""
+CARD, TOKENIZER = "model.json", "tokenizer"
+"""What makes a run directory a model, beside its checkpoints."""
+TEMPLATE = "template.json"
+"""The template of a program that makes no model, which would keep it."""
+NORMALISATION = "reward_normalisation.json"
+"""Gain and bias of a reward model's scores."""
+BAD_STEPS_FILE, BAD_STEPS = "bad_steps.jsonl", "bad_steps"
+"""What happened at bad steps, and the directory of their batches."""
