@@ -13,7 +13,8 @@ from pathlib import Path
 from chaos_table import Kill
 
 from rlhf_jax.checkpoint_files.manifest import latest_step
-from rlhf_jax.storage.metric_files import METRICS, read_lines
+from rlhf_jax.storage.metric_files import read_lines
+from rlhf_jax.storage.names import METRICS
 
 HOOK = Path(__file__).resolve().parent / "chaos_hook"
 LEAVE_WITHIN = 60.0

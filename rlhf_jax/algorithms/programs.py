@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax import learn, rollout
+from rlhf_jax.algorithms import scoring
 from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values
 from rlhf_jax.batches import PairBatch, TokenBatch
 from rlhf_jax.models import (
@@ -298,7 +299,7 @@ def _score(
     def score(params: Params, frozen: Params, completions: Any, fold: Fold | None = None) -> Any:
         both = lora.whole(params, frozen)
         four = RolloutParams(both["policy"], frozen["reference"], both.get("value"), frozen["reward"])
-        return score(
+        return scoring.score(
             models.folded(fold),
             four,
             completions,

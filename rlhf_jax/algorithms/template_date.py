@@ -14,9 +14,9 @@ from rlhf_jax.algorithms.models import Loaded
 from rlhf_jax.data import Template, writes_date
 from rlhf_jax.data.record_sets import Records
 from rlhf_jax.io import locate, read_template, template_from
-from rlhf_jax.io.run_directory import CARD, TEMPLATE
 from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.storage.files import write_atomically
+from rlhf_jax.storage.names import CARD, TEMPLATE
 from rlhf_jax.storage.remote import asked_url, is_remote, one_line, open_store
 
 

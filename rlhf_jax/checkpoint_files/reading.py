@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from rlhf_jax.checkpoint_files.manifest import MANIFEST, find_step, latest_step
+from rlhf_jax.checkpoint_files.manifest import find_step, latest_step
+from rlhf_jax.storage.names import MANIFEST
 
 
 @dataclass

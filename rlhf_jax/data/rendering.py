@@ -16,12 +16,11 @@ from rlhf_jax.data.chat_templates import (
     source_of,
     variables_of,
 )
-from rlhf_jax.data.message_keys import SAYING_KEYS
 from rlhf_jax.data.quotes import Quotes, unmarked
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.written import check_tools, check_written
-from rlhf_jax.records import Message
+from rlhf_jax.records import SAYING_KEYS, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

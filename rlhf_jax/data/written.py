@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.data.message_keys import SAYING_KEYS
 from rlhf_jax.data.quotes import unmarked
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
-from rlhf_jax.records import Message
+from rlhf_jax.records import SAYING_KEYS, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

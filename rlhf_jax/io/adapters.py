@@ -14,11 +14,11 @@ from rlhf_jax.checkpoint_files.reading import newest_to_read
 from rlhf_jax.errors import InputError
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import locate
-from rlhf_jax.io.run_directory import CARD, normalised_scalar_head, read_model_card, read_parameters
+from rlhf_jax.io.run_directory import normalised_scalar_head, read_model_card, read_parameters
 from rlhf_jax.io.tokenizers import load_tokenizer
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import MeshConfig, make_mesh
-from rlhf_jax.storage.names import TOKENIZER
+from rlhf_jax.storage.names import CARD, TOKENIZER
 from rlhf_jax.types import Params
 
 

@@ -20,12 +20,11 @@ from rlhf_jax.io.json_files import write_json
 from rlhf_jax.io.layout import parse
 from rlhf_jax.io.new_directory import new_directory
 from rlhf_jax.io.placing import names_of, stacked
-from rlhf_jax.io.run_directory import TEMPLATE
 from rlhf_jax.io.tensors import INDEX, SINGLE, listed
 from rlhf_jax.io.tokenizers import largest_token, save_tokenizer
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.models.families import Weight, config_to_hf, dimensions, weights_of
-from rlhf_jax.storage.names import PROVENANCE
+from rlhf_jax.storage.names import PROVENANCE, TEMPLATE
 from rlhf_jax.types import Params
 
 MAX_FILE_BYTES = 4 * 2**30

@@ -10,7 +10,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.io.gguf_file import open_gguf
 from rlhf_jax.io.json_files import read_json
 from rlhf_jax.io.location import Location, adapter_base, locate
-from rlhf_jax.io.run_directory import CARD
+from rlhf_jax.storage.names import CARD
 
 FILE = "generation_config.json"
 _GGUF_ENDS = ("eos", "eot", "eom")

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from rlhf_jax.checkpoint_files.manifest import steps_among
 from rlhf_jax.errors import InputError
-from rlhf_jax.io.run_directory import CARD
+from rlhf_jax.storage.names import CARD
 from rlhf_jax.storage.remote import fetched, is_remote
 
 Kind = Literal["run", "huggingface", "gguf"]

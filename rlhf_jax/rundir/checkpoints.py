@@ -28,7 +28,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from rlhf_jax.checkpoint_files.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     checkpoint_dir,
     find_step,
@@ -49,7 +48,7 @@ from rlhf_jax.checkpoint_files.reading import unread
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.rundir.provenance import fingerprint_input, read_provenance, record_saved
 from rlhf_jax.storage.files import write_atomically
-from rlhf_jax.storage.names import METRICS, PROVENANCE, SAVED_STEP, STATE
+from rlhf_jax.storage.names import MANIFEST, METRICS, PROVENANCE, SAVED_STEP, STATE
 
 SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
 

@@ -23,21 +23,14 @@ from typing import Any
 import jax
 from fsspec.implementations.local import LocalFileSystem
 
-from rlhf_jax.checkpoint_files.manifest import (
-    CHECKPOINTS,
-    MANIFEST,
-    checkpoint_dir,
-    latest_step,
-    saved_steps,
-    steps_among,
-)
+from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, latest_step, saved_steps, steps_among
 from rlhf_jax.config.parsing import changes
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.rundir.checkpoints import SAVING
 from rlhf_jax.rundir.provenance import read_provenance
 from rlhf_jax.rundir.resume import lock, make_directory, refuse_foreign
-from rlhf_jax.storage.names import PROVENANCE
+from rlhf_jax.storage.names import CHECKPOINTS, MANIFEST, PROVENANCE
 from rlhf_jax.storage.remote import asked_url, download, is_remote, listing, one_line, open_store
 
 

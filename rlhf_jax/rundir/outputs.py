@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_jax.checkpoint_files.manifest import MANIFEST, checkpoint_dir
+from rlhf_jax.checkpoint_files.manifest import checkpoint_dir
 from rlhf_jax.rundir.provenance import read_provenance, stages_in
 from rlhf_jax.storage.files import json_text, write_atomically
 from rlhf_jax.storage.hashing import hash_file
-from rlhf_jax.storage.names import PROVENANCE, STATUS, TIMING, TOKENIZER
+from rlhf_jax.storage.names import MANIFEST, PROVENANCE, STATUS, TIMING, TOKENIZER
 
 OUTPUTS = "outputs"
 """The entry of provenance.json."""

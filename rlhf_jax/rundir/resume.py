@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_jax.checkpoint_files.manifest import MANIFEST, checkpoint_dir, list_checkpoints, unreadable
+from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, list_checkpoints, unreadable
 from rlhf_jax.config.parsing import Change, bound_values, changes
 from rlhf_jax.errors import InputError
 from rlhf_jax.rundir.provenance import changed_content, read_provenance
@@ -21,6 +21,7 @@ from rlhf_jax.storage.names import (
     CARD,
     CHECKPOINTS,
     CONFIG,
+    MANIFEST,
     METRICS,
     OPERATIVE_CONFIG,
     PROVENANCE,

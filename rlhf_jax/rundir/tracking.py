@@ -19,7 +19,8 @@ from typing import Any
 import jax
 
 from rlhf_jax.storage.files import write_atomically
-from rlhf_jax.storage.metric_files import METRICS, TIMING, MetricLines, read_lines, read_metrics
+from rlhf_jax.storage.metric_files import MetricLines, read_lines, read_metrics
+from rlhf_jax.storage.names import METRICS, TIMING
 from rlhf_jax.types import Mean
 
 Metrics = Mapping[str, Any]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from compiler_flags import COMPILER
 
-from rlhf_jax.config.surface import sentiment_prompts, sentiment_scores
+from rlhf_jax.rewards.builders import sentiment_prompts, sentiment_scores
 from rlhf_jax.data import Message, Template
 from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.storage.metric_files import METRICS, TIMING, read_lines, read_metrics
+from rlhf_jax.storage.metric_files import read_lines, read_metrics
+from rlhf_jax.storage.names import METRICS, TIMING
 
 
 def line(step: int, **values: object) -> str:

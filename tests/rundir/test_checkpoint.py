@@ -15,19 +15,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.checkpoint_files.manifest import (
-    MANIFEST,
-    DamagedCheckpoint,
-    find_step,
-    layout,
-    manifest_text,
-    saved_steps,
-    verify,
-)
+from rlhf_jax.checkpoint_files.manifest import DamagedCheckpoint, find_step, layout, manifest_text, saved_steps, verify
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.loop.faults import Fault, Faults, flip_bit
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, fingerprint, newest_verified
 from rlhf_jax.storage.hashing import hash_file
+from rlhf_jax.storage.names import MANIFEST
 from rlhf_jax.types import TrainState
 
 
