@@ -104,6 +104,8 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
         if flags.FLAGS.distributed is not None:
             connect(flags.FLAGS.distributed)
         watch(flags.FLAGS.compilation_cache)
+        from rlhf_jax.config import surface  # noqa: F401  registers what a gin file may name; it imports nearly everything
+
         scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
         with one_choice(agreed):
             run_fn()

@@ -57,7 +57,7 @@ OptimizerConfig.learning_rate = %LR
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Call]:
-    with forked_programs("rlhf_jax.run", os.environ) as call:
+    with forked_programs("rlhf_jax.launch", os.environ) as call:
         yield call
 
 

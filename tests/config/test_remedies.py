@@ -1,4 +1,4 @@
-"""A setting that an error message names can be bound: every message of data, io and run is read for such names."""
+"""A setting that an error message names can be bound: the messages of packages that check what a user gives are read for names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import gin
 import pytest
 
+from rlhf_jax.config import surface  # noqa: F401  registers the names
 from rlhf_jax.data.record_builders import comparison_file, demonstration_file, prompt_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +60,10 @@ def run_parameters() -> set[str]:
 def test_named_settings_of_an_object_are_its_parameters() -> None:
     """`Fields.prompt`, `run.lora`, `demonstration_file.heldout`: the object can be bound and has that parameter."""
     runs, wrong, seen = run_parameters(), [], 0
-    for place, text in messages("data", "io", "run"):
+    for place, text in messages("data", "io", "config", "rundir", "loop", "algorithms", "launch"):
         for owner, name in re.findall(r"\b([A-Z][a-z]+[A-Za-z]*|run|[a-z]+_file)\.([a-z][a-z_]+)\b(?![.(/])", text):
+            if owner in ("RolloutModels", "RolloutParams"):  # arguments of a function, not settings
+                continue
             known = runs if owner == "run" else parameters(owner)
             seen += 1
             if name not in known and name not in ("gin", "json", "safetensors"):

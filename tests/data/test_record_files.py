@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_jax.data.record_builders import comparison_file, demonstration_file, prompt_file
 from rlhf_jax.data import Demonstration, EncodedSet, Fields, Message, Template, encode_demonstration, encode_prompt
+from rlhf_jax.data.record_builders import comparison_file, demonstration_file, prompt_file
 from rlhf_jax.data.record_sets import Records, encode_records, tell_left_out
 from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer

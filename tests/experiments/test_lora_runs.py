@@ -42,7 +42,7 @@ def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tm
     assert np.abs(np.subtract(*query)).max() > 1e-3
 
     # exported by themselves the adapters give the same model on the exported base
-    export = [sys.executable, str(ROOT / "scripts" / "export.py")]
+    export = [sys.executable, str(ROOT / "experiments" / "export.py")]
     adapter = [*export, f"--run_dir={tmp_path / 'unbroken'}", f"--out={tmp_path / 'adapter'}", "--adapter_only"]
     _, err = finish(start(adapter), 2)
     assert "is nothing that peft can load" in err and not (tmp_path / "adapter").exists()

@@ -21,7 +21,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.rundir import lineage
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 def export(*arguments: str) -> subprocess.CompletedProcess[str]:

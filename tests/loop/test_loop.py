@@ -32,7 +32,9 @@ from rlhf_jax.types import Mean
 PROGRAM = """
 import os, time
 import gin, jax, jax.numpy as jnp
-from rlhf_jax.run import LoopConfig, bound_config, launch, open_run
+from rlhf_jax.config import bound_config
+from rlhf_jax.launch import launch
+from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.loop.faults import Fault
 from rlhf_jax.types import Mean
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from compiler_flags import COMPILER
 
-from rlhf_jax.rewards.builders import sentiment_prompts, sentiment_scores
 from rlhf_jax.data import Message, Template
 from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained
 from rlhf_jax.records import Response
 from rlhf_jax.rewards import SentimentCorpus, opening_prompts
+from rlhf_jax.rewards.builders import sentiment_prompts, sentiment_scores
 from rlhf_jax.testing import byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
