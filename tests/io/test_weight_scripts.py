@@ -22,10 +22,11 @@ from rlhf_jax.io import load_pretrained
 from rlhf_jax.rundir import lineage
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+EXPORT = SCRIPTS.with_name("experiments") / "export.py"
 
 
 def export(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPTS.with_name("experiments") / "export.py"), *arguments], capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(EXPORT), *arguments], capture_output=True, text=True)
 
 
 def test_a_run_is_exported_with_its_lineage(tmp_path: Path) -> None:

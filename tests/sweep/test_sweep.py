@@ -256,7 +256,10 @@ def test_a_typo_in_the_grid_is_found_before_the_first_run(tmp_path: Path) -> Non
     flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", f"--out={tmp_path / 'out'}"]
     typo = "--grid=OptimizerConfig.learning_rat=1e-3,1e-4"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags, typo], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags, typo],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 2 and "did you mean 'learning_rate'?" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
