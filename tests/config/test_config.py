@@ -23,12 +23,12 @@ from rlhf_jax.errors import InputError, RunStopped
 
 @gin.register
 @dataclass(frozen=True)
-class OptimizerConfig:
+class ToyConfig:
     learning_rate: float
     decay: float = 0.0
     def __post_init__(self):
         if not self.learning_rate > 0:
-            raise InputError(f"OptimizerConfig.learning_rate: must be > 0, got {self.learning_rate!r}")
+            raise InputError(f"ToyConfig.learning_rate: must be > 0, got {self.learning_rate!r}")
 
 @gin.register
 def built(size: int = 1):
@@ -43,21 +43,21 @@ def run(optimizer, steps=3, other=None, crash=""):
         raise RunStopped("step 7: not finite: loss=nan")
     if crash == "bug":
         raise ValueError("a bug")
-    print("operative:", "OptimizerConfig.decay = 0.0" in bound.operative, optimizer.learning_rate, steps)
+    print("operative:", "ToyConfig.decay = 0.0" in bound.operative, optimizer.learning_rate, steps)
 
 if __name__ == "__main__":
     launch(run)
 '''
 GOOD = """\
 LR = 0.5
-run.optimizer = @OptimizerConfig()
-OptimizerConfig.learning_rate = %LR
+run.optimizer = @ToyConfig()
+ToyConfig.learning_rate = %LR
 """
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Call]:
-    with forked_programs("rlhf_jax.launch", os.environ) as call:
+    with forked_programs("rlhf_jax.launch, rlhf_jax.config.surface", os.environ) as call:
         yield call
 
 
@@ -84,23 +84,22 @@ def test_a_good_config_runs(program) -> None:
     ("text", "arguments", "message"),
     [
         pytest.param(
-            GOOD + "OptimizerConfig.learning_rat = 1\n",
+            GOOD + "ToyConfig.learning_rat = 1\n",
             [],
-            "x.gin:4: unknown parameter 'learning_rat' of OptimizerConfig; did you mean 'learning_rate'? "
+            "x.gin:4: unknown parameter 'learning_rat' of ToyConfig; did you mean 'learning_rate'? "
             "known: decay, learning_rate",
             id="unknown parameter",
         ),
         pytest.param(
-            GOOD + "\nOptimiserConfig.decay = 1\n",
+            GOOD + "\nToyConfg.decay = 1\n",
             [],
-            "x.gin:5: unknown configurable 'OptimiserConfig'; did you mean 'OptimizerConfig'? "
-            "known: OptimizerConfig, built, run",
+            "x.gin:5: unknown configurable 'ToyConfg'; did you mean 'ToyConfig'? known: AnnotatorConfig, ",
             id="unknown configurable",
         ),
         pytest.param(
             GOOD + "run.other = @bilt()\n",
             [],
-            "x.gin:4: unknown configurable 'bilt'; did you mean 'built'? known: OptimizerConfig, built, run",
+            "x.gin:4: unknown configurable 'bilt'; did you mean 'built'? known: AnnotatorConfig, ",
             id="unknown reference",
         ),
         pytest.param(
@@ -121,21 +120,21 @@ def test_a_good_config_runs(program) -> None:
         pytest.param(GOOD + 'include "no.gin"\n', [], "x.gin:4: no such gin file 'no.gin'", id="missing include"),
         pytest.param(GOOD + 'include "x.gin"\n', [], "x.gin:4: 'x.gin' includes itself", id="include cycle"),
         pytest.param(
-            GOOD + "OptimizerConfig.learning_rate = -1.0\n",
+            GOOD + "ToyConfig.learning_rate = -1.0\n",
             [],
-            "x.gin:4: OptimizerConfig.learning_rate: must be > 0, got -1.0",
+            "x.gin:4: ToyConfig.learning_rate: must be > 0, got -1.0",
             id="out of range",
         ),
         pytest.param(
-            "run.optimizer = @OptimizerConfig()\n",
+            "run.optimizer = @ToyConfig()\n",
             [],
-            "OptimizerConfig.learning_rate has no value; bind it: --gin_bindings='OptimizerConfig.learning_rate = ...'",
+            "ToyConfig.learning_rate has no value; bind it: --gin_bindings='ToyConfig.learning_rate = ...'",
             id="no value",
         ),
         pytest.param(
-            GOOD + "OptimizerConfig.learning_rate = 'big'\n",
+            GOOD + "ToyConfig.learning_rate = 'big'\n",
             [],
-            "x.gin:4: OptimizerConfig.learning_rate = 'big': must be a number",
+            "x.gin:4: ToyConfig.learning_rate = 'big': must be a number",
             id="wrong type",
         ),
         pytest.param(
@@ -159,8 +158,8 @@ def test_a_good_config_runs(program) -> None:
         ),
         pytest.param(
             GOOD,
-            ["--gin_bindings=policy/OptimizerConfig.decay = 1.0"],
-            "--gin_bindings='policy/OptimizerConfig.decay = 1.0': policy/OptimizerConfig.decay: bound but nothing",
+            ["--gin_bindings=policy/ToyConfig.decay = 1.0"],
+            "--gin_bindings='policy/ToyConfig.decay = 1.0': policy/ToyConfig.decay: bound but nothing",
             id="dead scope",
         ),
         pytest.param(GOOD, ["--gin_fil=x"], "Unknown command line flag 'gin_fil'. Did you mean: gin_file ?", id="flag"),
@@ -181,8 +180,8 @@ def test_one_line_and_exit_code_2(program, text: str, arguments: list[str], mess
 
 
 SHARED = """\
-run.optimizer = @OptimizerConfig()
-OptimizerConfig.learning_rate = 1.0
+run.optimizer = @ToyConfig()
+ToyConfig.learning_rate = 1.0
 run.other = %OTHER
 OTHER = @small/built()
 small/built.size = %UNDEFINED
@@ -226,8 +225,7 @@ def test_missing_file(program) -> None:
 
 def test_scoped_reference_keeps_the_unscoped_binding_alive(program) -> None:
     done = program(
-        "run.optimizer = @policy/OptimizerConfig()\nOptimizerConfig.learning_rate = 1.0\n"
-        "policy/OptimizerConfig.learning_rate = 2.0\n"
+        "run.optimizer = @policy/ToyConfig()\nToyConfig.learning_rate = 1.0\npolicy/ToyConfig.learning_rate = 2.0\n"
     )
     assert done.returncode == 0, done.stderr
     assert " 2.0 3" in done.stdout
