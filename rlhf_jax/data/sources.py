@@ -51,7 +51,7 @@ class TextFormat:
             raise InputError(f"format {self.format!r} is unknown; use one of {', '.join(FORMATS)}")
         try:
             "a".encode(self.encoding)
-        except LookupError:
+        except (LookupError, ValueError, TypeError):  # no such name; a NUL in it, "undefined"; no text
             raise InputError(f"encoding {self.encoding!r} is unknown; use 'utf-8' or 'latin-1'") from None
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise InputError(f"delimiter {self.delimiter!r}: give one character, for instance ';'")
@@ -238,12 +238,14 @@ def _read_table(path: Path, settings: TextFormat) -> Iterator[Row]:
     try:
         for cells in reader:
             line, begin = begin, reader.line_num + 1
+            if not cells:
+                continue
             if header is None:
                 header = cells
                 _check_header(path, header, settings.delimiter)
-            elif cells and len(cells) != len(header):
+            elif len(cells) != len(header):
                 raise InputError(f"{path}:{line}: {len(cells)} cells under a header of {len(header)}; {_CELLS}")
-            elif cells:
+            else:
                 yield line, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise InputError(f"{path}:{begin}: not {settings.format} ({error}); {_QUOTES}") from None

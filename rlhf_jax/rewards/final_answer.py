@@ -18,7 +18,11 @@ from rlhf_jax.records import Response
 MARKER = "####"
 _BOXED = "\\boxed{"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(rf"(-?)\s*\$?\s*(-?)({_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DIGITS}))?")
+_SIGN = "([-\u2212]?)"  # hyphen and minus
+_NUMBER = re.compile(
+    rf"{_SIGN}\s*(?:\$\s*)?{_SIGN}({_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DIGITS}))?"
+)
+_MOST_DIGITS = 1000  # what a policy repeats without end is no answer, and Python reads no number of more than 4300
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
 
@@ -69,7 +73,7 @@ def final_answer(text: str) -> Fraction | None:
 def reference_number(value: Any) -> Fraction | None:
     """Of a number, of a text that is one, or of a text with a marker; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return Fraction(str(value)) if abs(value) < float("inf") else None
+        return Fraction(value if isinstance(value, int) else str(value)) if abs(value) < float("inf") else None
     if not isinstance(value, str):
         return None
     if MARKER in value or _BOXED in value:
@@ -79,9 +83,10 @@ def reference_number(value: Any) -> Fraction | None:
 
 
 def first_number(text: str) -> Fraction | None:
-    """The first number of a text; None when there is none. "about $1,000.50 in all" is 2001/2."""
+    """The first number of a text; None when there is none, or one of more than a thousand digits. "about $1,000.50 in all" is
+    2001/2."""
     match = _NUMBER.search(_FRACTION.sub(r"\1/\2", text))
-    if match is None:
+    if match is None or len(match[0]) > _MOST_DIGITS:
         return None
     sign, inner, digits, exponent, divisor = match.groups()
     number = Fraction(digits.replace(",", "")) * Fraction(10) ** int(exponent or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import numbers
@@ -65,8 +66,11 @@ class CheckedReward:
         self._names: list[str] | None = None
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, Scores]:
-        """Scores under each name, in the order of the responses."""
-        answer = self._reward(responses)
+        """Scores under each name, in the order of the responses.
+
+        The reward gets a copy: what it changes in one call reaches no other reward, and no later call (a resumed run would not
+        see it)."""
+        answer = self._reward(copy.deepcopy(list(responses)))
         names = self._checked_names(answer)
         scores = {name: self._column(name, answer[name], responses) for name in names}
         if self._key is not None and responses and not scores[self._key].scored.any():
@@ -147,15 +151,26 @@ def _entries(column: Any) -> list[Any] | None:
         return list(column)
     if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__array__"):
         return list(column) if isinstance(column, Sequence) and not isinstance(column, str | bytes) else None
-    array = np.asarray(column)
-    if array.ndim != 1:
+    array = _as_array(column)
+    if array is None or array.ndim != 1:
         return None
-    return array.tolist() if array.dtype != object else list(array)  # exact, bfloat16 too
+    return array.tolist() if array.dtype != object else list(array)  # exact, bfloat16 too; None where one is masked
+
+
+def _as_array(value: Any) -> np.ndarray | None:
+    """An array of numpy, JAX, torch, ...; None for one that cannot be read (a torch tensor with a gradient, or on a device) and
+    for durations, which are no numbers."""
+    try:
+        array = np.asanyarray(value)
+    except Exception:  # each library raises its own
+        return None
+    return None if array.dtype.kind == "m" else array
 
 
 def _number(entry: Any, place: str) -> float:
     """``entry`` as a float; True and False are 1 and 0. Raises InputError for what is no number that float32 can hold."""
-    plain = np.asarray(entry)[()] if hasattr(entry, "__array__") and np.ndim(entry) == 0 else entry
+    array = _as_array(entry) if hasattr(entry, "__array__") else None
+    plain = array[()] if array is not None and array.ndim == 0 else entry
     remedy = "give a finite number, or Failed(reason) when scoring itself failed"
     if not isinstance(plain, numbers.Real | np.bool_):
         raise InputError(f"{place} is {_described(entry)}; {remedy}")
@@ -173,7 +188,7 @@ def _number(entry: Any, place: str) -> float:
 
 def _described(value: Any) -> str:
     """A value in a message: itself when it is short, else its type and shape."""
-    if hasattr(value, "shape") and np.ndim(value):
+    if getattr(value, "shape", ()):
         return f"an array of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:50]}..."

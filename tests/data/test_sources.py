@@ -120,6 +120,11 @@ def test_a_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
     assert len(next(iter(read_rows(path)))[1]["text"]) == 200_000
 
 
+def test_blank_lines_before_a_header_are_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\n\na,b\n\n1,2\n")
+    assert list(read_rows(path)) == [(5, {"a": "1", "b": "2"})]
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"x": ["a", "b"]}), tmp_path / "a.parquet")
     assert list(read_rows(tmp_path / "a.parquet")) == [(1, {"x": "a"}), (2, {"x": "b"})]
@@ -127,7 +132,7 @@ def test_parquet(tmp_path: Path) -> None:
         list(read_rows(write(tmp_path / "bad.parquet", b"PAR1 nothing")))
 
 
-def error_of(path: Path, **options: str) -> str:
+def error_of(path: Path, **options: str | None) -> str:
     with pytest.raises(InputError) as caught:
         list(read_rows(path, **options))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value) and ";" in str(caught.value)
@@ -165,7 +170,8 @@ def test_places_that_are_not_files(tmp_path: Path) -> None:
     assert "format 'xml' is unknown" in error_of(tmp_path / "a.dat", format="xml")
     assert "a file has no splits" in error_of(write(tmp_path / "a.txt", "x"), split="train")
     assert "encoding 'klingon' is unknown" in error_of(tmp_path / "a.txt", encoding="klingon")
-    assert "encoding 'hex' is unknown" in error_of(tmp_path / "a.txt", encoding="hex")
+    for encoding in ("hex", "utf-8\0", "undefined", "\ud800", None):  # Python raises something else for each
+        assert f"encoding {encoding!r} is unknown" in error_of(tmp_path / "a.txt", encoding=encoding)
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:

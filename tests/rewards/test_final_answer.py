@@ -39,6 +39,8 @@ ANSWERS = {
     "####": None,
     r"\boxed{}": None,
     "#### 1/0": None,
+    "#### \u22125": -5,
+    "#### $\u22125": -5,
     "": None,
 }
 
@@ -46,6 +48,14 @@ ANSWERS = {
 @pytest.mark.parametrize(("text", "number"), ANSWERS.items())
 def test_the_final_answer_by_hand(text, number):
     assert final_answer(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 5000, "1/" + "1" * 5000, "." + "0" * 5000, "1" * 5000 + "e5", "a" + " " * 5000 + "b"]
+)
+def test_what_a_policy_repeats_without_end_is_no_answer(text):
+    """Python refuses to read more than 4300 digits, and a careless pattern takes hours over 5000 spaces."""
+    assert final_answer(f"#### {text}") is None
 
 
 @pytest.mark.parametrize("reference", ["48 / 2 = 24.\n#### 72", "72", " 72.0 ", 72, 72.0, r"\boxed{72}"])

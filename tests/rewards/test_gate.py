@@ -46,7 +46,18 @@ def test_truth_values_are_one_and_zero():
         assert gate({"correct": column})(FOUR)["correct"].values.tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
+class Unreadable:
+    """As a torch tensor that has a gradient: it has the shape of scores and cannot become an array."""
+
+    shape = (4,)
+
+    def __array__(self, *arguments, **keywords):
+        raise RuntimeError("call detach() first")
+
+
 COUNTS = {
+    "an array that cannot be read": (Unreadable(), r"'r' is an array of shape \(4,\) for 4 responses"),
+    "durations": (np.arange(4, dtype="timedelta64[ns]"), r"'r' is an array of shape \(4,\) for 4 responses"),
     "one for all": ([1.0], r"'r' has 1 scores for 4 responses \(the first prompt is 'q0'\)"),
     "one per prompt": ([1.0, 2.0], r"'r' has 2 scores for 4 responses"),
     "too many": ([1.0] * 5, r"'r' has 5 scores for 4 responses"),
@@ -174,3 +185,27 @@ def test_the_former_signature_is_refused_when_opened():
 
 def test_the_first_answer_decides_even_for_no_responses():
     assert gate({"r": []})([])["r"].mean is None
+
+
+def test_a_masked_score_is_no_number():
+    masked = np.ma.array([1.0, 2.0, 3.0, 4.0], mask=[False, True, False, False])
+    with pytest.raises(InputError, match=r"'r' of prompt 'q1' \(response 1 of 4\) is None"):
+        gate({"r": masked})(FOUR)
+    with pytest.raises(InputError, match=r"'r' of prompt 'q0' \(response 0 of 4\) is an array of shape \(4,\)"):
+        gate({"r": [Unreadable(), 1.0, 1.0, 1.0]})(FOUR)
+
+
+def test_what_a_reward_changes_reaches_nobody():
+    """Prompts are drawn again in later epochs, and their columns are shared by all responses to one prompt."""
+    extra = {"tests": ["a", "b"]}
+    responses = [Response(ASKED, text, extra=extra, id="q") for text in ("a", "b")]
+
+    def takes(responses):
+        scores = [float(len(response.extra["tests"])) for response in responses]
+        responses[0].extra["tests"].pop()
+        responses.pop()
+        return {"r": scores}
+
+    checked = CheckedReward(takes, "run.reward_texts", "r")
+    assert [checked(responses)["r"].values.tolist() for _ in range(2)] == [[2.0, 2.0], [2.0, 2.0]]
+    assert extra == {"tests": ["a", "b"]} and len(responses) == 2
