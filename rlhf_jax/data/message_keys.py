@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data.row_problems import Unlearnable
+from rlhf_jax.data.row_problems import Unlearnable, check_value, parse_json
 from rlhf_jax.records import SAYING_KEYS
 
 WEIGHTS = ("weight", "loss", "trainable", "train")
@@ -38,9 +38,14 @@ def keys_of(item: Mapping[str, Any], role: str, content: str, at: str) -> dict[s
     keys = {name: value for name, value in item.items() if name not in taken and value is not None}
     if item.get(content) is None:
         keys["content"] = None
-    for name in SAYING_KEYS[1:]:
-        if not isinstance(keys.get(name, ""), str):
-            raise Unlearnable(f"{at}: {name} is {type(keys[name]).__name__}, not text", "write it as one text")
+    thoughts = {name: keys[name] for name in SAYING_KEYS[1:] if name in keys}
+    for name, thought in thoughts.items():
+        if not isinstance(thought, str):
+            raise Unlearnable(f"{at}: {name} is {type(thought).__name__}, not text", "write it as one text")
+    if len(set(thoughts.values())) > 1:
+        raise Unlearnable(f"{at}: {' and '.join(thoughts)} differ", "keep one of them: a template writes one")
+    if "function_call" in keys:
+        raise Unlearnable(f"{at}: function_call is no key that chat templates write", "write it as tool_calls")
     if "tool_calls" in keys:
         keys["tool_calls"] = _calls(keys["tool_calls"], at)
     return keys
@@ -73,7 +78,7 @@ def tools_of(row: Mapping[str, Any], name: str | None) -> tuple[Mapping[str, Any
     value = None if name is None else row.get(name)
     if value is None or value == "":
         return ()
-    tools = _parsed(value)
+    tools = _parsed(value, name)
     if _all_named(tools):
         return tuple(tools)
     raise Unlearnable(
@@ -82,7 +87,7 @@ def tools_of(row: Mapping[str, Any], name: str | None) -> tuple[Mapping[str, Any
 
 
 def _calls(value: Any, at: str) -> list[Any]:
-    calls = _parsed(value)
+    calls = _parsed(value, "tool_calls")
     if _all_named(calls):
         return list(calls)
     raise Unlearnable(f"{at}: tool_calls is no list of calls with names", "write them as OpenAI does")
@@ -96,11 +101,12 @@ def _all_named(value: Any) -> bool:
     return all(isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in inner)
 
 
-def _parsed(value: Any) -> Any:
-    """``value``, or what its text says as JSON: tables hold lists so."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+def _parsed(value: Any, name: str | None) -> Any:
+    """``value``, or what its text says as JSON: tables hold lists so. Raises Unlearnable for what no record can hold."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except json.JSONDecodeError:
+            return value
+    check_value(value, str(name))
+    return value

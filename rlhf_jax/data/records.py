@@ -248,9 +248,10 @@ def messages_of(value: Any, name: str, fields: Fields) -> tuple[Message, ...]:
                 f"{at}: must be an object with {fields.role!r} and {fields.content!r}",
                 "set Fields.role and Fields.content",
             )
-        if item[fields.role] not in _ROLE_NAMES:
-            raise Unlearnable(f"{at}: role {item[fields.role]!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
-        role = _ROLE_NAMES[item[fields.role]]
+        name_of_role = item[fields.role]
+        if not isinstance(name_of_role, str) or name_of_role not in _ROLE_NAMES:
+            raise Unlearnable(f"{at}: role {name_of_role!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
+        role = _ROLE_NAMES[name_of_role]
         keys = keys_of(item, fields.role, fields.content, at)
         messages.append(Message(role, content_of(item, fields.content, at), keys, learned_of(item, role, at)))
     return tuple(messages)

@@ -41,7 +41,8 @@ def parse_json(text: str) -> Any:
 
 
 def check_value(value: Any, name: str) -> None:
-    """Raises Unlearnable for what no record can hold, at any depth of ``value``: half a surrogate pair, a faulty object.
+    """Raises Unlearnable for what no record can hold, at any depth of ``value``: half a surrogate pair, a faulty object, and
+    inside of lists and objects NaN and infinity, which JSON lacks (a number by itself is checked where it is used).
 
     name: of the field, for the message.
     """
@@ -52,6 +53,10 @@ def check_value(value: Any, name: str) -> None:
             _check_text(item, name)
         elif isinstance(item, FaultyObject):
             raise item.problem
+        elif isinstance(item, float) and item is not value and not math.isfinite(item):
+            raise Unlearnable(
+                f"field {name!r} holds {item!r}, not a finite number", "give a number, or null, or remove the row"
+            )
         elif isinstance(item, Mapping):
             waiting += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple):

@@ -104,6 +104,36 @@ def test_keys_that_say_something_are_checked(keys: dict[str, Any], reason: str) 
         read(user("q"), assistant("a", **keys))
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('[{"name": "f", "x": "\\ud800"}]', "holds half of a surrogate pair"),
+        ('[{"name": "f", "name": "g"}]', r"occurs twice \('name'\)"),
+        ('[{"name": "f", "x": NaN}]', "holds nan, not a finite number"),
+        ('[{"name": "f", "x": ' + "9" * 5000 + "}]", "holds inf"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_lists_held_as_text_are_read_as_strictly_as_rows(text: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"^f:1: .*{reason}"):
+        read(user("q"), assistant("a", tool_calls=text))
+    with pytest.raises(InputError, match=f"^f:1: .*{reason}"):
+        read(user("q"), assistant("a"), tools=text)
+
+
+def test_thoughts_under_two_names_are_one() -> None:
+    assert read(user("q"), assistant("a", reasoning_content="why", thinking="why")).response == "a"
+    with pytest.raises(InputError, match="message 2: reasoning_content and thinking differ; keep one of them"):
+        read(user("q"), assistant("a", reasoning_content="why", thinking="how"))
+
+
+def test_the_old_form_of_a_call_is_refused_with_the_new() -> None:
+    """Templates read tool_calls only: the call would be gone."""
+    for content in ("a", None):
+        with pytest.raises(InputError, match="message 2: function_call .*; write it as tool_calls"):
+            read(user("q"), assistant(content, function_call={"name": "f", "arguments": "{}"}))
+
+
 def test_a_message_without_content_or_call_is_refused() -> None:
     with pytest.raises(InputError, match="message 2: content is null"):
         read(user("q"), assistant(None, tool_calls=[]), user("r"), assistant("a"))

@@ -12,6 +12,7 @@ from rlhf_jax.errors import InputError
 
 GOOD = '{"prompt": "Name a bird.", "response": "Crow."}'
 DEEP = '{"prompt": "q", "response": "r", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+TOOLS = '{"prompt": "q", "response": "r", "tools": [{"name": "f", %s}]}'
 BAD = {
     "a lone surrogate in the response": ('{"prompt": "q", "response": "Crow \\ud83d"}', "half of a surrogate pair"),
     "a lone surrogate in the prompt": ('{"prompt": "\\udc00 q", "response": "r"}', "field 'prompt' holds half"),
@@ -36,6 +37,19 @@ BAD = {
         '{"prompt": [{"role": "user", "content": "a", "content": "b"}], "response": "r"}',
         "occurs twice ('content')",
     ),
+    "a role that is a list": (
+        '{"prompt": [{"role": ["user"], "content": "q"}], "response": "r"}',
+        "role ['user'] is unknown",
+    ),
+    "a role that is an object": ('{"prompt": [{"role": {}, "content": "q"}], "response": "r"}', "role {} is unknown"),
+    "NaN in a message": (
+        '{"prompt": [{"role": "user", "content": "q", "x": [NaN]}], "response": "r"}',
+        "'prompt' holds nan",
+    ),
+    "a surrogate in tools": (TOOLS % '"x": "\\ud800"', "field 'tools' holds half of a surrogate pair"),
+    "a repeated key in tools": (TOOLS % '"name": "g"', "occurs twice ('name')"),
+    "NaN in tools": (TOOLS % '"x": {"y": NaN}', "field 'tools' holds nan, not a finite number"),
+    "an integer of 5000 digits in tools": (TOOLS % ('"x": ' + "9" * 5000), "field 'tools' holds inf"),
     "deep nesting": (DEEP, "nested too deeply"),
     "a missing field": ('{"prompt": "q"}', "field 'response' is missing; the row has 'prompt': set Fields.response"),
     "an unknown role": ('{"prompt": [{"role": "bot", "content": "a"}], "response": "r"}', "role 'bot' is unknown"),
