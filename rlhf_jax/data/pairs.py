@@ -25,6 +25,7 @@ from rlhf_jax.data.records import (
     value_of,
 )
 from rlhf_jax.data.row_problems import Unlearnable
+from rlhf_jax.errors import LARGEST_NUMBER
 from rlhf_jax.records import Comparison, Message
 
 
@@ -125,9 +126,9 @@ def _margin(row: Mapping[str, Any], fields: Fields) -> float:
         margin = math.nan if isinstance(value, bool) else float(scalar_of(value, fields.margin))
     except (ValueError, OverflowError):
         margin = math.nan
-    if not math.isfinite(margin):
+    if not abs(margin) <= LARGEST_NUMBER:  # NaN neither
         raise Unlearnable(
-            f"field {fields.margin!r} is not a finite number",
+            f"field {fields.margin!r} is not a finite number of float32",
             "give a number or unset Fields.margin",
             f" ({value!r:.40})",
         )

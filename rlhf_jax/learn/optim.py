@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from rlhf_jax.errors import InputError, require_one_of, require_whole
+from rlhf_jax.errors import InputError, require_number, require_one_of, require_whole
 from rlhf_jax.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -52,31 +52,25 @@ class OptimizerConfig:
             "weight_decay": (0, 10),
         }
         for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InputError(f"OptimizerConfig.{name} = {value!r}: give a number in [{low}, {high}]")
+            require_number(f"OptimizerConfig.{name}", getattr(self, name), low, high)
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                raise InputError(
-                    f"OptimizerConfig.{name} = {value!r}: give a number in [0, 1)"
-                )  # 1 never forgets: 0 / 0
+            require_number(f"OptimizerConfig.{name}", value, 0, 1)
+            if value >= 1 - 2.0**-25:  # 1 in float32, which never forgets: 0 / 0
+                raise InputError(f"OptimizerConfig.{name} = {value!r}: give a number in [0, 1)")
         if self.schedule not in SCHEDULES:
             raise InputError(f"OptimizerConfig.schedule = {self.schedule!r}: one of {', '.join(SCHEDULES)}")
         require_one_of("OptimizerConfig.warmup", self.warmup, get_args(Warmup))
         if self.adam not in ("optax", "tf"):
             raise InputError(f"OptimizerConfig.adam = {self.adam!r}: 'optax' or 'tf'")
-        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
-            raise InputError(f"OptimizerConfig.warmup_steps = {self.warmup_steps!r}: give a whole number >= 0")
-        norm = self.max_grad_norm
-        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, int | float) or not norm > 0):
-            raise InputError(f"OptimizerConfig.max_grad_norm = {norm!r}: give a positive number or None")
-        spike = self.spike
-        if spike is not None and (isinstance(spike, bool) or not isinstance(spike, int | float) or not spike > 0):
-            raise InputError(f"OptimizerConfig.spike = {spike!r}: give standard deviations > 0 or None")
-        memory = self.spike_memory
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2:
-            raise InputError(f"OptimizerConfig.spike_memory = {memory!r}: give a whole number of updates >= 2")
+        require_whole("OptimizerConfig.warmup_steps", self.warmup_steps, 0)
+        for name in ("max_grad_norm", "spike"):
+            value = getattr(self, name)
+            if value is not None:
+                require_number(f"OptimizerConfig.{name}", value, 0)
+            if value == 0:
+                raise InputError(f"OptimizerConfig.{name} = {value!r}: give a number above 0, or None")
+        require_whole("OptimizerConfig.spike_memory", self.spike_memory, 2)
 
 
 def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:

@@ -199,6 +199,12 @@ def test_moments_are_float32_whatever_the_parameters_are(adam):
         ("weight_decay", True),
         ("max_grad_norm", 0.0),
         ("max_grad_norm", "1"),
+        ("learning_rate", 1e-300),  # 0 in float32, in which numbers are used; so is what follows
+        ("epsilon", 1e-60),
+        ("max_grad_norm", 1e-60),
+        ("max_grad_norm", 1e300),  # infinity
+        ("b2", 0.99999999999),  # 1
+        ("warmup_steps", 2**40),
         ("max_grad_norm", True),
     ],
 )
