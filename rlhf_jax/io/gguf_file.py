@@ -60,6 +60,7 @@ _FIELDS = {
     "vocab_size": "vocab_size",
 }
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_SIZES = {*_REQUIRED, "attention.head_count_kv", "attention.key_length", "rope.dimension_count", "vocab_size"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
@@ -128,7 +129,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
 
 def _architecture(metadata: Mapping[str, Any], where: str) -> _Architecture:
     name = metadata.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise InputError(
             f"{where}: general.architecture = {name!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
@@ -141,6 +142,11 @@ def _config_fields(metadata: Mapping[str, Any], kind: _Architecture, tied: bool,
     keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if missing := [prefix + name for name in _REQUIRED if name not in keys]:
         raise InputError(f"{where}: {listed(missing)} is missing; download the file again")
+    for name in _SIZES & keys.keys():
+        if isinstance(keys[name], bool) or not isinstance(keys[name], int) or keys[name] < 1:
+            raise InputError(
+                f"{where}: {prefix}{name} = {keys[name]!r}: must be one positive whole number for all layers"
+            )
     known = {**_FIELDS, **kind.fields}
     fields: dict[str, Any] = {theirs: _number(keys[key]) for key, theirs in known.items() if key in keys}
     fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", [])))
@@ -180,7 +186,7 @@ def _rope_scaling(keys: dict[str, Any]) -> dict[str, Any]:
     if kind == "none":
         keys.pop("rope.scaling.type", None)
         return {}
-    names = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}.get(kind, ())
+    names = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}.get(str(kind), ())
     if not names or any(f"rope.scaling.{name}" not in keys for name in names):
         return {}
     factor, *original = (_number(keys.pop(f"rope.scaling.{name}")) for name in names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -58,6 +59,39 @@ def test_keys_that_change_the_computation_are_refused(keys: dict[str, Any], word
     write_gguf(tmp_path / "model.gguf", FIELDS, keys=keys)
     with pytest.raises(InputError, match=f"{words}.*not implemented"):
         load_pretrained(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.attention.head_count", 0, "head_count = 0: must be one positive whole number"),
+        (
+            "llama.attention.head_count",
+            [4, 2],
+            r"head_count = \[4, 2\]: must be one positive whole number for all layers",
+        ),
+        ("llama.attention.head_count_kv", [2, 1], r"head_count_kv = \[2, 1\]: must be one"),
+        ("llama.feed_forward_length", [64, 32], r"feed_forward_length = \[64, 32\]: must be one"),
+        ("llama.embedding_length", "32", "embedding_length = '32': must be one"),
+        ("llama.block_count", True, "block_count = True: must be one"),
+        ("general.architecture", ["llama"], r"general.architecture = \['llama'\] is not supported"),
+        ("llama.rope.scaling.type", ["linear"], "llama.rope.scaling.type"),
+    ],
+)
+def test_sizes_that_are_none(key: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files whose layers differ in size hold a list, which is refused by name and not divided by."""
+    write_gguf(tmp_path / "model.gguf", FIELDS)
+    whole = gguf.GGUFReader
+
+    def reader(path: Path) -> SimpleNamespace:
+        read = whole(path)
+        return SimpleNamespace(
+            fields={**read.fields, key: SimpleNamespace(contents=lambda: value)}, tensors=read.tensors
+        )
+
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    with pytest.raises(InputError, match=rf"^[^\n]*model\.gguf: .*{words}"):
+        open_gguf(tmp_path / "model.gguf")
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
