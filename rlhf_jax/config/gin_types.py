@@ -31,13 +31,14 @@ def wrong_type(binding: Binding, macros: Mapping[str, Any], hint: Any, returns: 
     macros: {name: value}, values may name other macros. hint: the annotation of the parameter.
     """
     value = _expand(binding.value, macros)
-    if _fits(value, hint, returns):
+    half = _holds_half_a_pair(value)
+    if _fits(value, hint, returns) and not half:
         return None
     name = "/".join(filter(None, (binding.scope, f"{binding.selector}.{binding.argument}")))
     via = "" if value == binding.value else f" (= {binding.value})"
     forgotten = isinstance(value, Name) and value.text.startswith("@") and not value.text.endswith("()")
     remedy = f"; write {value.text}()" if forgotten and _fits(Name(f"{value}()"), hint, returns) else ""
-    wanted = _beyond_reach(value) or _words(hint)
+    wanted = "a text of whole characters" if half else _beyond_reach(value) or _words(hint)
     return f"{binding.place}: {name} = {value!r}{via}: must be {wanted}{remedy}"
 
 
@@ -89,6 +90,15 @@ def _beyond_reach(value: Any) -> str:
     if isinstance(value, float) and not math.isnan(value) and not fits_float32(value):
         return f"0, or between {SMALLEST_NUMBER:.2g} and {LARGEST_NUMBER:.2g} in size, which float32 can hold"
     return ""
+
+
+def _holds_half_a_pair(value: Any) -> bool:
+    """Whether a text, at any depth, holds half of a surrogate pair: no file, path or token can hold it."""
+    if isinstance(value, dict):
+        return _holds_half_a_pair([*value.keys(), *value.values()])
+    if isinstance(value, list | tuple):
+        return any(map(_holds_half_a_pair, value))
+    return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _items_fit(value: Any, origin: Any, arguments: tuple[Any, ...], returns: Returns) -> bool:

@@ -99,6 +99,9 @@ def test_what_fits(value: Any, hint: Any) -> None:
         (1e-300, float, "1e-300: must be 0, or between 1.2e-38 and 3.4e+38 in size, which float32 can hold"),
         (-1e39, float | None, "-1e+39: must be 0, or between 1.2e-38 and 3.4e+38 in size, which float32 can hold"),
         (2**32, int, "4294967296: must be at most 4294967295 in size, which 32 bits can hold"),
+        ("a\ud800", str, "'a\\ud800': must be a text of whole characters"),
+        (["\udc00"], list[str], "['\\udc00']: must be a text of whole characters"),
+        ({"a": ["\ud800"]}, dict[str, Any], "{'a': ['\\ud800']}: must be a text of whole characters"),
         ([1, 2**40], list[int], "[1, 1099511627776]: must be at most 4294967295 in size, which 32 bits can hold"),
     ],
 )
