@@ -115,17 +115,24 @@ class RewardPool:
 def _start(score: Reward) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, score, this_process()), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, _pickled(score), this_process()), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _serve(pipe: Connection, score: Reward, parent: Parent) -> None:
-    """In the process: scores of one response after the other, or what went wrong."""
+def _pickled(score: Reward) -> bytes:
+    return bytes(ForkingPickler.dumps(score))
+
+
+def _serve(pipe: Connection, score: bytes, parent: Parent) -> None:
+    """In the process: scores of one response after the other, or what went wrong.
+
+    score: pickled, so that the module of the reward is imported here, where the process already ends with its parent.
+    """
     end_with_parent(parent)
     _ignore_signals()
-    checked = CheckedReward(score, "in_processes.score")
+    checked = CheckedReward(ForkingPickler.loads(score), "in_processes.score")
     while True:
         try:
             response = pipe.recv()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -113,6 +114,53 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     while (left := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
+
+
+IMPORTING = """
+import os
+from pathlib import Path
+
+if "WORKERS" in os.environ:
+    with Path(os.environ["WORKERS"]).open("a") as file:
+        file.write(f"{os.getpid()} ")
+    while True:
+        pass
+
+
+def score(responses):
+    return {"r": [1.0 for _ in responses]}
+"""
+STARTING = """
+if __name__ == "__main__":
+    import os, sys
+    from rlhf_jax.records import Response
+    from rlhf_jax.rewards import RewardPool
+    import importing
+
+    os.environ["WORKERS"] = sys.argv[1]
+    RewardPool(importing.score, workers=2, seconds=600)([Response((), "a"), Response((), "b")])
+"""
+
+
+def test_workers_that_still_import_end_with_the_parent_too(tmp_path):
+    """What a module does when it is imported may hang as well as what it scores."""
+    (tmp_path / "importing.py").write_text(IMPORTING)
+    (tmp_path / "starting.py").write_text(STARTING)
+    pids = tmp_path / "pids"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, str(tmp_path / "starting.py"), str(pids)]
+    parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+    deadline = time.monotonic() + 60
+    while (not pids.exists() or len(pids.read_text().split()) < 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    workers, deadline = [int(pid) for pid in pids.read_text().split()], time.monotonic() + 10
+    while (left := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and left == []
 
 
 def running(pid):
