@@ -1,11 +1,11 @@
 """Losses and the training step. Handed functions, never imports a model."""
 
 from rlhf_jax.learn.epochs import minibatch_indices
-from rlhf_jax.learn.group import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
+from rlhf_jax.learn.grpo import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
 from rlhf_jax.learn.guards import RewardSpread, stop_if_not_identity, stop_if_sampler_differs, warn_if_kl_is_negative
 from rlhf_jax.learn.importance import ImportanceConfig
 from rlhf_jax.learn.optim import OptimizerConfig, make_optimizer, make_schedule, scale_by_adam_tf
-from rlhf_jax.learn.policy_gradient import (
+from rlhf_jax.learn.ppo import (
     PPOConfig,
     PPOState,
     make_ppo_loss,
@@ -14,7 +14,7 @@ from rlhf_jax.learn.policy_gradient import (
     prepare,
     update,
 )
-from rlhf_jax.learn.preference import DPOConfig, implicit_rewards, make_dpo_loss, make_dpo_terms
+from rlhf_jax.learn.dpo import DPOConfig, implicit_rewards, make_dpo_loss, make_dpo_terms
 from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores, reward_terms
 from rlhf_jax.learn.sft import make_sft_loss
 from rlhf_jax.learn.step import gradients, initial_state, make_train_step

@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.learn import GRPOConfig, gradients, make_grpo_loss, prepare_groups
-from rlhf_jax.learn.group import reduced
+from rlhf_jax.learn.grpo import reduced
 from rlhf_jax.ops import group_advantages
 from rlhf_jax.types import Completions, Rollout
 

@@ -15,7 +15,7 @@ from rlhf_jax.errors import InputError, require_number, require_one_of, require_
 from rlhf_jax.learn.epochs import run_epochs
 from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
 from rlhf_jax.learn.kl import require_kl_kind
-from rlhf_jax.learn.policy_gradient import response_metrics, without_unscored
+from rlhf_jax.learn.ppo import response_metrics, without_unscored
 from rlhf_jax.types import Completions, LossFn, Mean, Params, Rng, Rollout, Term, TrainState, TrainStep
 
 LogprobsOfResponsesFn = Callable[[Params, Completions], tuple[Array, Array]]
