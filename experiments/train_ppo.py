@@ -1,8 +1,8 @@
-"""PPO against a reward model, or against a programmatic reward.
+"""PPO of a policy against a reward model, or against a programmatic reward.
 
     python experiments/train_ppo.py --gin_file=configs/support_desk/ppo.gin
 
-One iteration: sample, score, prepare, update, adapt the KL coefficient.
+One iteration: sample, score, shape rewards into advantages, update, adapt the KL coefficient.
 """
 
 from __future__ import annotations
@@ -14,49 +14,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
-import jax.numpy as jnp
 
-from rlhf_jax import data, learn, rollout
-from rlhf_jax.algorithms.cast import assemble, load_cast
-from rlhf_jax.algorithms.folds import refuse_folded, row_fold
-from rlhf_jax.algorithms.models import write_model_card
-from rlhf_jax.algorithms.programs import PPOSettings, asleep, awake, placed
-from rlhf_jax.algorithms.rollouts import Rollouts, refuse_uncorrected, row_lengths, step_keys
-from rlhf_jax.algorithms.template_date import with_date
-from rlhf_jax.algorithms.text_rewards import TextRewards
+from rlhf_jax import learn, rollout
+from rlhf_jax.algorithms import PPO, assemble
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.record_sets import Records, encode_prompts, tell_left_out
-from rlhf_jax.errors import refuse_unused
+from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.io.source import ModelSource
-from rlhf_jax.launch import launch
-from rlhf_jax.loop import LoopConfig, open_run
+from rlhf_jax.launch import launch, run_mode
+from rlhf_jax.loop import LoopConfig, open_job
 from rlhf_jax.models import LoraConfig
-from rlhf_jax.parallel import MeshConfig, make_mesh, on_all, to_global, to_host
-from rlhf_jax.rewards import Reward
+from rlhf_jax.parallel import MeshConfig, make_mesh, to_host
+from rlhf_jax.rewards import Reward, RewardSource
 from rlhf_jax.rundir import fetch
 
 
 @gin.configurable
 def run(
-    run_dir: str,
-    steps: int,
-    seed: int,
     policy: ModelSource,
-    prompts: Records,
     batch: BatchConfig,
     sampling: rollout.SamplingConfig,
     ppo: learn.PPOConfig,
     policy_optimizer: learn.OptimizerConfig,
     value_optimizer: learn.OptimizerConfig,
-    loop: LoopConfig,
+    run_dir: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    prompts: RecordSource | Records | None = None,
+    loop: LoopConfig | None = None,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
     rollout_mesh: MeshConfig | None = None,
     reward: ModelSource | None = None,
-    reward_texts: Reward | None = None,
+    reward_texts: Reward | RewardSource | None = None,
     reward_key: str = "gold",
-    monitor: Reward | None = None,
+    monitor: Reward | RewardSource | None = None,
     share_trunk: bool = False,
     lora: LoraConfig | None = None,
     offload_optimizer: bool = False,
@@ -66,114 +58,56 @@ def run(
     ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
     share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
     lora: train adapters on policy and value model. offload_optimizer: its state lies with the hosts but for updates.
-    one_step_off: sample the next rollout while texts are judged, by the policy before the update (docs/performance.md)."""
+    one_step_off: sample the next rollout while texts are judged, by the policy before the update (docs/performance.md).
+    A plan (--plan) needs no run_dir, steps, seed, prompts and loop."""
     bound = bound_config()
-    texts = TextRewards.beside(reward, reward_texts, reward_key, monitor)
-    refuse_uncorrected(one_step_off, ppo, texts)
-    refuse_unused(batch, "packed")
-    refuse_unused(loop, "evaluate_every")
-    devices = make_mesh(mesh)
-    refuse_folded(batch, devices)
-    init_rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
-
-    # 1. Models and prompts.
-    cast = load_cast(policy, reward, share_trunk, devices, init_rng, lora=lora)
-    prompts = with_date(prompts, cast.policy, run_dir)
-    cast.refuse_other_template(prompts.template)
-    cast.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
-    tokenizer, pad = cast.policy.tokenizer, data.padding_id(cast.policy.tokenizer)
-    encoded, none = encode_prompts(prompts, tokenizer, batch.length)
-    rollout.refuse_unshared(encoded.items, slots)
-    batches = data.prompt_batches(
-        encoded.items, batch_size=batch.batch_size, length=batch.length, seed=seed, pad_id=pad
+    models = {"policy": policy, "reward": reward, "share_trunk": share_trunk, "lora": lora}
+    texts = {"prompts": prompts, "reward_texts": reward_texts, "reward_key": reward_key, "monitor": monitor}
+    sampler = {"sampling": sampling, "slots": slots, "rollout_mesh": rollout_mesh, "one_step_off": one_step_off}
+    optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    algorithm = PPO(
+        batch=batch, ppo=ppo, offload_optimizer=offload_optimizer, **models, **texts, **sampler, **optimizers
     )
-
-    # 2. State, and the four jitted functions.
-    settings = PPOSettings(
-        steps=steps,
-        sampling=sampling,
-        ppo=ppo,
-        policy_optimizer=policy_optimizer,
-        value_optimizer=value_optimizer,
-        microbatches=batch.microbatches,
-        slots=slots,
-        share_trunk=share_trunk,
-        rollout_mesh=rollout_mesh,
-    )
-    state, functions = assemble(cast, settings, prompts.template, devices, train_rng)
-    generate, score, prepare, update = functions
-    home = placed(state.train.opt_state)
-    sampled = (generate, batches, devices, train_rng, state.train.params, cast.frozen)
-    rollouts = Rollouts(*sampled, one_step_off=one_step_off)
-
-    # 3. The loop.
-    spread = learn.RewardSpread()
-    inputs = [*cast.inputs, *prompts.as_inputs()]
-    with open_run(run_dir, stage="ppo", bound=bound, seed=seed, loop=loop, inputs=inputs, mesh=devices) as here:
-        tell_left_out(prompts, encoded, none, tokenizer)
-        write_model_card(
-            here.directory,
-            cast.models.policy,
-            tokenizer,
-            prompts.template,
-            subtree=rollouts.within("train/params/policy"),
-            base=cast.policy.input,
-            generation=cast.policy.generation,
-        )
-        saved, host = here.restore(rollouts.packed(state), {"data": batches.get_state()})
-        state = rollouts.unpacked(saved, keep=bool(here.resumed_step))
-        batches.set_state(host["data"])
+    if run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop):
+        return
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=steps, seed=seed, run_dir=run_dir)
+    with open_job(run_dir, bound=bound, job=job, seed=seed, loop=loop) as here:
+        state = job.restore(here)
         for step in here.steps(here.resumed_step, steps):
-            # 3.1 Sample.
+            # 1. Sample.
             here.enter("rollout")
-            if offload_optimizer:
-                state = state.replace(train=asleep(state.train))
-            completions = rollouts.take(step, state.train.params)
-            replies = to_host(completions)
-            rollout.stop_if_not_finite(replies, f"step {step}: run.policy")
+            state = job.offload(state)
+            completions = job.rollouts.take(step, job.params(state))
+            responses = to_host(completions)
+            rollout.stop_if_not_finite(responses, f"step {step}: run.policy")
 
-            # 3.2 Score: log-probabilities, values, reward. The devices work while the hosts judge texts.
+            # 2. Score: log-probabilities, values, reward. The devices work while the hosts judge texts.
             here.enter("score")
-            rows = row_lengths(replies)
-            fold = row_fold(batch, cast.models.policy, 1, *rows)
-            scored = score(state.train.params, cast.frozen, completions, fold=fold)
-            rollouts.begin(step + 1, state.train.params)
+            scored = job.score(job.params(state), job.frozen, completions, fold=job.score_fold(responses))
+            job.rollouts.begin(step + 1, job.params(state))
             here.enter("reward")
-            judged = texts(replies, encoded.records, tokenizer)
+            judged = job.judge(responses)
             here.enter("score")
             scored = jax.block_until_ready(scored)
-            if judged.scores is not None:
-                scored = scored.replace(scores=to_global(judged.scores, devices))
-            if judged.scored is not None:
-                scored = scored.replace(scored=to_global(judged.scored, devices))
 
-            # 3.3 Rewards and advantages over the whole rollout; is the sampler the scorer?
+            # 3. Rewards and advantages over the whole rollout.
             here.enter("prepare")
-            prepared, metrics = prepare(scored, state.kl_coefficient)
-            measured = fetch(metrics)
-            learn.stop_if_sampler_differs(step, measured.get("sampler_gap"), ppo, stale=rollouts.stale)
-            learn.warn_if_kl_is_negative(step, measured["kl"], measured["kl_standard_error"])
-            spread.warn(step, measured)
+            prepared, measured = jax.block_until_ready(job.prepare(scored, *job.place(judged), state.kl_coefficient))
 
-            # 3.4 Update; did it begin with the policy that was scored?
+            # 4. Update, epochs times minibatches; the KL coefficient follows what was measured.
             here.enter("update")
-            fold = row_fold(batch, cast.models.policy, ppo.minibatches * batch.microbatches, *rows)
-            train = awake(state.train, home) if offload_optimizer else state.train
-            train, updated = update(train, prepared, step_keys(train_rng, step)[1], cast.frozen, fold=fold)
-            learn.stop_if_not_identity(step, fetch(updated)["identity/identity_gap"], ppo, stale=rollouts.stale)
+            state, key = job.reload(state), job.update_key(step)
+            state, updated = job.update(
+                state, job.frozen, prepared, key, job.measured(measured), fold=job.update_fold(responses)
+            )
 
-            # 3.5 Adapt the KL coefficient to what was measured.
-            now, kl = jnp.asarray(to_host(state.kl_coefficient)), jnp.asarray(measured["kl"], jnp.float32)
-            coefficient = learn.next_kl_coefficient(ppo, now, kl, batch.batch_size)
-            reported = metrics | updated | judged.metrics | {"kl_coefficient": now}
-            state = learn.PPOState(train, on_all(coefficient, devices))
-
-            tokens = int(replies.mask.sum())
-            timing = {"slot_use": tokens / int(replies.slot_steps.sum())}
-            if not here.log(step, reported, tokens=tokens, timing=timing, batch=prepared):
-                state = rollouts.unpacked(here.rolled_back(rollouts.packed(state)), keep=False)
+            # 5. One read of the metrics. Sampler, scorer and update agree, or nothing is saved.
+            metrics = jax.device_get(measured | updated) | judged.numbers
+            job.check_numbers(step, fetch(metrics))
+            if not here.log(step, metrics, **job.cost(responses), batch=prepared):
+                state = job.roll_back(here, state)
                 continue
-            here.save(step, rollouts.packed(state), {"data": batches.get_state()})
+            job.save(here, step, state)
 
 
 if __name__ == "__main__":

@@ -98,24 +98,62 @@ class Completions:
 
 
 @struct.dataclass
-class Rollout:
-    """Completions with everything PPO needs to know of them. Log-probabilities are 0 where ``completions.mask`` is False.
+class Scored:
+    """Completions with what the models say of them. Log-probabilities are 0 where ``completions.mask`` is False.
 
     logprobs: float32 [B, T], policy's, recomputed by the scorer (these are the "old" ones of the ratio).
     ref_logprobs: float32 [B, T], the frozen reference's, same temperature; None without a reference.
     values: float32 [B, T], value BEFORE emitting token t (read at sequence column P - 1 + t); after the end the value
     behind the last token is repeated; None without a value model.
-    scores: float32 [B], the sequence's reward before penalties and KL.
-    scored: bool [B], False for responses that could not be scored: they are left out of every mean and of the update. None:
-    all were scored.
+    scores: {name: float32 [B]}, of reward models; {} without any.
     """
 
     completions: Completions
     logprobs: Float[Array, "B T"]
     ref_logprobs: Float[Array, "B T"] | None
     values: Float[Array, "B T"] | None
-    scores: Float[Array, "B"]  # noqa: F821
-    scored: Bool[Array, "B"] | None = None  # noqa: F821
+    scores: dict[str, Float[Array, "B"]]  # noqa: F821
+
+
+@struct.dataclass
+class Rollout:
+    """Scored completions of an iteration: what `Scored` holds, and all that rewards say.
+
+    scores: {name: float32 [B]}, the sequence's rewards before penalties and KL; their sum counts. The names are fixed before the
+    first step. scored: bool [B], False for responses that could not be scored: they are left out of every mean and of the update.
+    token_rewards: float32 [B, T], rewards at single tokens beside them; None without any.
+    """
+
+    completions: Completions
+    logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    values: Float[Array, "B T"] | None
+    scores: dict[str, Float[Array, "B"]]  # noqa: F821
+    scored: Bool[Array, "B"]  # noqa: F821
+    token_rewards: Float[Array, "B T"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scored: Scored,
+        scores: dict[str, Array],
+        counts: Array | None = None,
+        token_rewards: Array | None = None,
+    ) -> Rollout:
+        """Join what the models say with the scores of texts. counts: bool [B], responses that could be scored; None = all."""
+        counts = jnp.ones(scored.completions.ended.shape, jnp.bool_) if counts is None else counts
+        joined = scored.scores | scores
+        return cls(
+            scored.completions, scored.logprobs, scored.ref_logprobs, scored.values, joined, counts, token_rewards
+        )
+
+    @property
+    def score(self) -> Float[Array, "B"]:  # noqa: F821
+        """The sum of all scores, float32 [B]."""
+        first, *others = (self.scores[name].astype(jnp.float32) for name in sorted(self.scores))
+        for other in others:
+            first = first + other
+        return first
 
 
 @struct.dataclass

@@ -20,16 +20,16 @@ Terms = dict[str, Term]
 def heldout_terms(
     evaluate: Callable[..., Terms], params: Any, frozen: Any, batches: Iterable[Any], mesh: Mesh
 ) -> Terms:
-    """Sum the terms of the loss over batches. evaluate: as `programs.SupervisedFunctions` describes it for SFT."""
-    return _summed([evaluate(params, to_global(batch, mesh), frozen) for batch in batches])
+    """Sum the terms of the loss over batches. evaluate: (params, frozen, batch) -> the terms of the loss."""
+    return _summed([evaluate(params, frozen, to_global(batch, mesh)) for batch in batches])
 
 
 def heldout_scores(
     evaluate: Callable[..., Any], params: Any, frozen: Any, pairs: Sequence[EncodedPair], mesh: Mesh, **shape: int
 ) -> tuple[np.ndarray, Terms]:
-    """Score all pairs: (float32 [2, N], chosen and rejected; the terms of the loss, summed). evaluate: as
-    `programs.SupervisedFunctions` describes it for pairs. shape: as `data.evaluation_pair_batches`."""
-    parts = [evaluate(params, to_global(part, mesh), frozen) for part in evaluation_pair_batches(pairs, **shape)]
+    """Score all pairs: (float32 [2, N], chosen and rejected; the terms of the loss, summed). evaluate:
+    (params, frozen, pairs) -> (terms, (chosen, rejected)). shape: as `data.evaluation_pair_batches`."""
+    parts = [evaluate(params, frozen, to_global(part, mesh)) for part in evaluation_pair_batches(pairs, **shape)]
     scores = [np.stack(jax.device_get(scores)) for _, scores in parts]
     return np.concatenate(scores, axis=1)[:, : len(pairs)], _summed([terms for terms, _ in parts])
 

@@ -20,6 +20,7 @@ from rlhf_jax.io import (
     Location,
     adapter_card,
     check_vocabulary,
+    describe_pretrained,
     largest_token,
     load_pretrained,
     locate,
@@ -267,3 +268,27 @@ def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:
     if source.config is not None:
         raise InputError("ModelSource.config: a new reward model scores at random; give path, a run of train_reward")
     return load_model(source, "scalar", mesh, None)
+
+
+def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = None) -> Loaded:
+    """As `load_model`, with ShapeDtypeStructs on their shards for parameters: nothing is read but headers, nothing drawn."""
+    del rng
+    generation: dict[str, Any] = {}
+    if source.config is not None:
+        config, tokenizer = source.config.replace(head=head), source.tokenizer
+    else:
+        assert source.path is not None
+        saved, tokenizer = describe_pretrained(source.path, max_length=source.max_length)
+        config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
+        set_pad_token(tokenizer, source)
+        generation = source_generation(config, locate(source.path), source.path)
+    refuse_tokenizer(config, tokenizer, source.path)
+    model = Model(config, ActivationConstraint(mesh))
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
+    params = abstract_arrays(model.abstract(), shardings)
+    return Loaded(model, params, tokenizer, source.path, generation=generation)
+
+
+def plan_reward(source: ModelSource, mesh: Mesh) -> Loaded:
+    """As `load_reward`, see `plan_model`; a new model will do."""
+    return plan_model(source, "scalar", mesh)

@@ -52,7 +52,7 @@ def row_lengths(replies: Completions) -> tuple[np.ndarray, int, np.ndarray, int]
 class Rollouts:
     """Draws prompts and samples. stale: the rollout taken last is of an older policy than the present one.
 
-    generate: as in `programs.PPOFunctions`. rng: the run's key. params: what is trained, for its shapes.
+    generate: (params, frozen, prompts, rng) -> Completions. rng: the run's key. params: what is trained, for its shapes.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Rollouts:
 
     def _shapes(self, params: Params) -> Completions:
         before = self._batches.get_state()
-        made = jax.eval_shape(self._generate, params, next(self._batches), self._rng, self._frozen)
+        made = jax.eval_shape(self._generate, params, self._frozen, next(self._batches), self._rng)
         self._batches.set_state(before)
         shapes: Completions = abstract_arrays(made, jax.tree.map(lambda _: batch_sharding(self._mesh), made))
         return shapes
 
     def _sample(self, step: int, params: Params) -> Completions:
         prompts = to_global(next(self._batches), self._mesh)
-        return self._generate(params, prompts, step_keys(self._rng, step)[0], self._frozen)
+        return self._generate(params, self._frozen, prompts, step_keys(self._rng, step)[0])
 
     def take(self, step: int, params: Params) -> Completions:
         """The rollout of ``step``: what `begin` sampled, else sampled now. Waits for it."""

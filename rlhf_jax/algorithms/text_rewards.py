@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,21 +11,23 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import data
 from rlhf_jax.errors import InputError
-from rlhf_jax.rewards import CheckedReward, Reward
+from rlhf_jax.rewards import CheckedReward, Reward, RewardSource, Scores, open_reward
 from rlhf_jax.types import Completions
+
+AnyReward = Reward | RewardSource
 
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
     """What the hosts say of a rollout's texts.
 
-    scores: float32 [B], 0 where scoring failed; None when a model gives them. scored: bool [B], None when nothing failed.
+    scores: {name: float32 [B]}, 0 where scoring failed; {} when only models score. scored: bool [B], which could be scored.
     metrics: what to report beside: ``monitor/NAME``, means of the monitor's scores, and how many responses could not be
     scored.
     """
 
-    scores: np.ndarray | None
-    scored: np.ndarray | None
+    scores: Mapping[str, np.ndarray]
+    scored: np.ndarray
     metrics: dict[str, Any]
 
 
@@ -39,36 +41,55 @@ class TextRewards:
     monitor: CheckedReward | None
 
     @classmethod
-    def beside(cls, model: Any, rewards: Reward | None, key: str, monitor: Reward | None) -> TextRewards:
+    def beside(cls, model: Any, rewards: AnyReward | None, key: str, monitor: AnyReward | None) -> TextRewards:
         """Raises InputError unless exactly one of ``model`` (the reward model's source) and ``rewards`` is given."""
         if (model is None) == (rewards is None):
             raise InputError("run.reward, run.reward_texts: give exactly one")
         return cls(
-            None if rewards is None else CheckedReward(rewards, "run.reward_texts", key),
+            None if rewards is None else CheckedReward(open_reward(rewards), "run.reward_texts", key),
             key,
-            None if monitor is None else CheckedReward(monitor, "run.monitor"),
+            None if monitor is None else CheckedReward(open_reward(monitor), "run.monitor"),
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the scores that texts get, fixed before the first step."""
+        return () if self.rewards is None else (self.key,)
 
     @property
     def read_texts(self) -> bool:
         """Whether there is anything to do."""
         return self.rewards is not None or self.monitor is not None
 
-    def __call__(self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> TextScores:
-        """replies: numpy. records: the prompts. Raises InputError for answers that are no scores, RunStopped when no response
-        could be scored."""
+    def columns(
+        self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, dict[str, Scores]]:
+        """Return every score of ``reward_texts`` and ``monitor`` under these names. replies: numpy. records: the prompts.
+
+        Raises InputError for answers that are no scores, RunStopped when no response could be scored.
+        """
         if not self.read_texts:
-            return TextScores(None, None, {})
+            return {}
         responses = data.responses(replies, records, tokenizer)
+        scorers = {"reward_texts": self.rewards, "monitor": self.monitor}
+        return {name: dict(scorer(responses)) for name, scorer in scorers.items() if scorer is not None}
+
+    def chosen(self, columns: Mapping[str, Mapping[str, Scores]], rows: int) -> TextScores:
+        """Return the scores that count, and what to report beside them. rows: responses."""
+        scores: dict[str, np.ndarray] = {}
+        scored = np.ones(rows, np.bool_)
         metrics: dict[str, Any] = {}
-        scores = scored = None
         if self.rewards is not None:
-            score = self.rewards(responses)[self.key]
-            scores = score.values.astype(np.float32)
+            score = columns["reward_texts"][self.key]
+            scores[self.key], scored = score.values.astype(np.float32), score.scored
             if score.failed:
-                scored, metrics["reward_failed"] = score.scored, score.failed
-        watched = {} if self.monitor is None else self.monitor(responses)
+                metrics["reward_failed"] = score.failed
+        watched = columns.get("monitor", {})
         metrics |= {f"monitor/{name}": column.mean for name, column in watched.items()}
         if failed := max((column.failed for column in watched.values()), default=0):
             metrics["monitor_failed"] = failed
         return TextScores(scores, scored, metrics)
+
+    def __call__(self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> TextScores:
+        """Return what the hosts say of these responses (numpy); raises as `columns`."""
+        return self.chosen(self.columns(replies, records, tokenizer), len(replies.ended))

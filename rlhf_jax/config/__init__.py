@@ -7,6 +7,7 @@ from rlhf_jax.config.parsing import (
     BoundConfig,
     Change,
     bound_config,
+    bound_reference,
     changes,
     fingerprint_asked,
     parse,
@@ -14,4 +15,14 @@ from rlhf_jax.config.parsing import (
     settable,
 )
 
-__all__ = ["BoundConfig", "Change", "bound_config", "changes", "fingerprint_asked", "parse", "scan", "settable"]
+__all__ = [
+    "BoundConfig",
+    "Change",
+    "bound_config",
+    "bound_reference",
+    "changes",
+    "fingerprint_asked",
+    "parse",
+    "scan",
+    "settable",
+]

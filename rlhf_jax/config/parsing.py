@@ -303,6 +303,15 @@ def _full(selector: str) -> str:
     return str(match.selector) if match else selector
 
 
+def bound_reference(parameter: str) -> str | None:
+    """Return the name, with its scope, of the configurable that ``parameter`` ("run.mesh") is bound to; None for no reference."""
+    try:
+        name: str = gin.query_parameter(parameter).scoped_selector
+    except (ValueError, AttributeError):  # not bound, or to no configurable
+        return None
+    return name
+
+
 def forget_bindings() -> None:
     """Take back what `parse` bound, so that another configuration can be parsed in this process."""
     gin.clear_config()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from rlhf_jax.data.hh_rlhf import hh_comparisons
 from rlhf_jax.data.pairs import comparisons
 from rlhf_jax.data.record_files import HeldOut, RecordFile, read_sides
-from rlhf_jax.data.record_sets import Records
+from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.data.records import Fields, Unusable, demonstrations, prompts
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.data.templates import Template
@@ -27,7 +28,7 @@ def _desk_demonstrations(desk: DeskConfig, split: str, start: int, count: int) -
     return [Demonstration(row["id"], _one_message(row["prompt"]), row["response"]) for row in rows]
 
 
-def desk_corpus(desk: DeskConfig, count: int, heldout: int = 256) -> Records:
+def desk_corpus(desk: DeskConfig, count: int, heldout: int = 256) -> RecordSource:
     """Documents to pre-train on; every token is a target."""
 
     require_whole("desk_corpus.count", count, 1)
@@ -37,22 +38,35 @@ def desk_corpus(desk: DeskConfig, count: int, heldout: int = 256) -> Records:
         texts = corpus_text(desk, split, 0, count)
         return [Demonstration(f"{split}-{index}", (), text) for index, text in enumerate(texts)]
 
-    return Records(documents("train", count), documents("validation", heldout), Template(style="raw"), "all")
+    template = Template(style="raw")
+
+    def read() -> Records:
+        return Records(documents("train", count), documents("validation", heldout), template, "all")
+
+    return RecordSource(template, read)
 
 
-def desk_demonstrations(desk: DeskConfig, start: int, count: int, heldout: int = 256) -> Records:
+def desk_demonstrations(desk: DeskConfig, start: int, count: int, heldout: int = 256) -> RecordSource:
     """Demonstrations of mixed quality, cases start ... start + count - 1 of the train split."""
     _require_cases("desk_demonstrations", start, count)
     require_whole("desk_demonstrations.heldout", heldout, 0)
-    train = _desk_demonstrations(desk, "train", start, count)
-    return Records(train, _desk_demonstrations(desk, "validation", 0, heldout), DESK_TEMPLATE)
+
+    def read() -> Records:
+        train = _desk_demonstrations(desk, "train", start, count)
+        return Records(train, _desk_demonstrations(desk, "validation", 0, heldout), DESK_TEMPLATE)
+
+    return RecordSource(DESK_TEMPLATE, read)
 
 
-def desk_prompts(desk: DeskConfig, split: str, start: int, count: int) -> Records:
+def desk_prompts(desk: DeskConfig, split: str, start: int, count: int) -> RecordSource:
     """Prompts of the support desk (as ``train``)."""
     _require_cases("desk_prompts", start, count)
-    rows = prompt_records(desk, split, start, count)
-    return Records([Prompt(str(r["id"]), _one_message(str(r["prompt"]))) for r in rows], [], DESK_TEMPLATE)
+
+    def read() -> Records:
+        rows = prompt_records(desk, split, start, count)
+        return Records([Prompt(str(r["id"]), _one_message(str(r["prompt"]))) for r in rows], [], DESK_TEMPLATE)
+
+    return RecordSource(DESK_TEMPLATE, read)
 
 
 def _require_cases(builder: str, start: int, count: int) -> None:
@@ -75,7 +89,7 @@ def demonstration_file(
     encoding: str = "utf-8",
     delimiter: str | None = None,
     quotes: bool = True,
-) -> Records:
+) -> RecordSource:
     """Demonstrations from a file, its URL or a hub data set, then with its ``split``.
 
     ``heldout`` of the prompts are kept for checking (0: none), or those of ``heldout_path`` or ``heldout_split`` are; at
@@ -86,8 +100,8 @@ def demonstration_file(
     held = HeldOut("demonstration_file", heldout, heldout_path, heldout_split, 0.05)
     make = functools.partial(demonstrations, fields=fields)
     reading = {"format": format, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
-    sides = read_sides(RecordFile(path, make, unusable, split, reading), held, limit)
-    return Records(**vars(sides), template=template, loss_on=loss_on, on_unusable=unusable)
+    file = RecordFile(path, make, unusable, split, reading)
+    return _file_source(file, held, limit, template, loss_on=loss_on, on_unusable=unusable)
 
 
 def comparison_file(
@@ -105,15 +119,15 @@ def comparison_file(
     encoding: str = "utf-8",
     delimiter: str | None = None,
     quotes: bool = True,
-) -> Records:
+) -> RecordSource:
     """Comparisons, as `demonstration_file`; hh_dialogues: rows are Anthropic's hh-rlhf."""
     held = HeldOut("comparison_file", heldout, heldout_path, heldout_split, 0.1)
     if hh_dialogues and fields is not None:
         raise InputError("comparison_file.fields: has no effect with hh_dialogues; remove one")
     make = hh_comparisons if hh_dialogues else functools.partial(comparisons, fields=fields)
     reading = {"format": format, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
-    sides = read_sides(RecordFile(path, make, unusable, split, reading), held, limit)
-    return Records(**vars(sides), template=template, on_unusable=unusable)
+    file = RecordFile(path, make, unusable, split, reading)
+    return _file_source(file, held, limit, template, on_unusable=unusable)
 
 
 def prompt_file(
@@ -127,10 +141,23 @@ def prompt_file(
     encoding: str = "utf-8",
     delimiter: str | None = None,
     quotes: bool = True,
-) -> Records:
+) -> RecordSource:
     """Prompts (as ``train``) from a file, its URL or a hub data set, then with its ``split``; as `demonstration_file`."""
     make = functools.partial(prompts, fields=fields)
     reading = {"format": format, "encoding": encoding, "delimiter": delimiter, "quotes": quotes}
     none = HeldOut("prompt_file", None, None, None, 0.0)
-    sides = read_sides(RecordFile(path, make, unusable, split, reading), none, limit)
-    return Records(**vars(sides), template=template, on_unusable=unusable)
+    file = RecordFile(path, make, unusable, split, reading)
+    return _file_source(file, none, limit, template, on_unusable=unusable)
+
+
+def _file_source(
+    file: RecordFile, held: HeldOut, limit: int | None, template: Template, **settings: Any
+) -> RecordSource:
+    """Return the records of a file, read when they are needed. settings: fields of `Records`."""
+    if limit is not None:
+        require_whole(f"{held.builder}.limit", limit, 1)
+
+    def read() -> Records:
+        return Records(**vars(read_sides(file, held, limit)), template=template, **settings)
+
+    return RecordSource(template, read)

@@ -62,6 +62,19 @@ class Records:
         return data.fingerprint([*self.train, *self.heldout])
 
 
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """Records that are read when a run is assembled; a plan reads none. template: how they are written. read: gives the records."""
+
+    template: Template
+    read: Callable[[], Records]
+
+
+def open_records(source: RecordSource | Records) -> Records:
+    """Return the records of a source; records themselves, which a builder of a user's own may give, as they are."""
+    return source.read() if isinstance(source, RecordSource) else source
+
+
 def encode_records(
     records: Records, kind: type, encode: Callable[[Any], Any]
 ) -> tuple[data.EncodedSet[Any, Any], data.EncodedSet[Any, Any]]:

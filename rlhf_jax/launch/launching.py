@@ -23,6 +23,7 @@ from rlhf_jax.config.gin_errors import Binding, explain_run
 from rlhf_jax.config.parsing import parse
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.launch.command import asks_for_help, exit_code_for, explain_os_error, finish, parse_flags, usage
+from rlhf_jax.launch.modes import MODE_FLAGS
 from rlhf_jax.loop.cold_start import watch
 from rlhf_jax.messages import steady_output
 from rlhf_jax.parallel.distributed import agreed, connect
@@ -58,7 +59,7 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 def _usage(run_fn: Callable[..., object]) -> str:
     """The experiment's own words and the flags of all."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync"))
+    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync", *MODE_FLAGS))
 
 
 def _keep_failed_saves_to_one_line() -> None:

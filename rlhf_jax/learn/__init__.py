@@ -1,5 +1,6 @@
 """Losses and the training step. Handed functions, never imports a model."""
 
+from rlhf_jax.learn.dpo import DPOConfig, implicit_rewards, make_dpo_loss, make_dpo_terms
 from rlhf_jax.learn.epochs import minibatch_indices
 from rlhf_jax.learn.grpo import GroupBatch, GRPOConfig, make_grpo_loss, prepare_groups, update_groups
 from rlhf_jax.learn.guards import RewardSpread, stop_if_not_identity, stop_if_sampler_differs, warn_if_kl_is_negative
@@ -14,7 +15,6 @@ from rlhf_jax.learn.ppo import (
     prepare,
     update,
 )
-from rlhf_jax.learn.dpo import DPOConfig, implicit_rewards, make_dpo_loss, make_dpo_terms
 from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores, reward_terms
 from rlhf_jax.learn.sft import make_sft_loss
 from rlhf_jax.learn.step import gradients, initial_state, make_train_step

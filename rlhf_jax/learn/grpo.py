@@ -153,7 +153,9 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     """
     rollout = without_unscored(rollout)
     done, mask = rollout.completions, rollout.completions.mask
-    scores = rollout.scores.astype(jnp.float32)
+    scores = rollout.score
+    if rollout.token_rewards is not None:  # one advantage for all tokens of a response
+        scores = scores + ops.masked_sum(rollout.token_rewards, mask, axis=1)
     if config.score_clip is not None:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
@@ -163,7 +165,7 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     if rollout.ref_logprobs is not None and config.kl_in == "reward":
         kl = ops.kl_term(rollout.logprobs, rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
         scores = scores - config.kl_coefficient * ops.masked_sum(kl, mask, axis=1)
-    counts = jnp.ones(scores.shape, jnp.bool_) if rollout.scored is None else rollout.scored
+    counts = rollout.scored
     advantages = ops.group_advantages(
         scores, samples, kind=config.advantages, epsilon=config.scale_epsilon, scored=rollout.scored
     )
@@ -187,11 +189,9 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     return GroupBatch(done, rollout.logprobs, rollout.ref_logprobs, advantages, counts, weights), metrics
 
 
-def _spread_within(scores: Array, scored: Array | None, samples: int) -> tuple[Array, Mean]:
+def _spread_within(scores: Array, scored: Array, samples: int) -> tuple[Array, Mean]:
     """(bool [groups]: do all scores of the group agree, fewer than two included; mean deviation within a group, ddof 1)."""
     grouped = scores.reshape(-1, samples)
-    if scored is None:
-        return (grouped == grouped[:, :1]).all(axis=1), Mean.of(grouped.std(axis=1, ddof=1))
     counts = scored.reshape(-1, samples)
     least, most = (
         grouped.min(axis=1, where=counts, initial=jnp.inf),

@@ -126,10 +126,9 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         raise InputError("prepare: PPO needs a reference and values; score the rollout with both models")
     done, mask = rollout.completions, rollout.completions.mask
     values_at = ops.value_mask(mask, config.terminal)
-    if rollout.scored is not None:
-        values_at &= rollout.scored[:, None]
+    values_at &= rollout.scored[:, None]
     kl = ops.zero_outside(ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind), mask)
-    scores = rollout.scores.astype(jnp.float32)
+    scores = rollout.score
     if config.score_clip is not None:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
@@ -137,6 +136,8 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
             scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
         )
     rewards = ops.shape_rewards(scores, kl, mask, kl_coefficient=kl_coefficient, convention=config.terminal)
+    if rollout.token_rewards is not None:
+        rewards = rewards + ops.zero_outside(rollout.token_rewards, mask)
     if config.whiten_rewards:
         rewards = ops.whiten(rewards, values_at, ddof=config.whiten_ddof, shift_mean=False)
     values = ops.zero_outside(rollout.values, values_at)
@@ -169,9 +170,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
 
 
 def without_unscored(rollout: Rollout) -> Rollout:
-    """``rollout`` with no token of the responses that could not be scored; itself when all were."""
-    if rollout.scored is None:
-        return rollout
+    """Return ``rollout`` with no token of the responses that could not be scored."""
     done = rollout.completions
     mask = done.mask & rollout.scored[:, None]
     return dataclasses.replace(rollout, completions=dataclasses.replace(done, mask=mask))
@@ -191,10 +190,11 @@ def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str,
     reference, the gap between sampler and scorer only when both gave log-probabilities. rollout: of `without_unscored`."""
     done, mask, one = rollout.completions, rollout.completions.mask, jnp.ones(())
     rows = rollout.scored
-    usable = jnp.isfinite(rollout.scores.sum())
+    score = rollout.score
+    usable = jnp.isfinite(score.sum())
     metrics = {
-        "score": Mean.of(rollout.scores, rows),
-        "score_std": Mean(jnp.std(rollout.scores, where=rows), one),
+        "score": Mean.of(score, rows),
+        "score_std": Mean(jnp.std(score, where=rows), one),
         "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1), rows),
         "response_length": Mean.of(mask.sum(axis=1), rows),
         "ended": Mean.of(done.ended, rows),

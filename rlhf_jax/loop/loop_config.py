@@ -8,7 +8,7 @@ from typing import Literal
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.loop.bad_steps import POLICIES
-from rlhf_jax.loop.faults import PHASES, Fault
+from rlhf_jax.loop.faults import PHASES, SAVING, Fault
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,18 @@ class LoopConfig:
         if not self.stop_within > 0:
             raise InputError(f"LoopConfig.stop_within: must be seconds > 0, got {self.stop_within!r}")
         for phase, seconds in self.deadlines:
-            if phase not in (*PHASES, "step") or not seconds > 0:
-                raise InputError(
-                    f"LoopConfig.deadlines: must be ('phase', seconds > 0), got {(phase, seconds)!r}; phases: step, "
-                    f"{', '.join(PHASES)}"
-                )
+            if not seconds > 0:
+                raise InputError(f"LoopConfig.deadlines: must be ('phase', seconds > 0), got {(phase, seconds)!r}")
+
+    def refuse_unknown_phases(self, phases: Sequence[str]) -> None:
+        """Raises InputError for a deadline or a fault of a phase that the run does not have. phases: of its algorithm."""
+        known = (*phases, *PHASES)
+        for phase, _ in self.deadlines:
+            if phase not in ("step", *known):
+                raise InputError(f"LoopConfig.deadlines: no phase {phase!r}; phases: step, {', '.join(known)}")
+        for fault in self.faults:
+            if fault.point not in (*known, *SAVING):
+                raise InputError(f"Fault.point = {fault.point!r}: one of {', '.join((*known, *SAVING))}")
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -43,6 +44,31 @@ from rlhf_jax.storage.names import CONFIG, OPERATIVE_CONFIG
 from rlhf_jax.storage.remote import is_remote
 
 
+class Job(Protocol):
+    """An algorithm assembled for a run (`rlhf_jax.algorithms`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def inputs(self) -> Sequence[Input]: ...
+    @property
+    def phase_names(self) -> Sequence[str]: ...
+    def check(self, evaluate_every: int) -> None: ...
+    def begin(self, directory: Path) -> None: ...
+
+
+@contextlib.contextmanager
+def open_job(run_dir: str | Path, *, bound: BoundConfig, job: Job, seed: int, loop: LoopConfig) -> Iterator[Run]:
+    """Open the run directory of an assembled algorithm (`open_run`), and let it write what makes the directory a model."""
+    job.check(loop.evaluate_every)
+    settings: dict[str, Any] = {"bound": bound, "seed": seed, "loop": loop, "mesh": job.mesh, "inputs": job.inputs}
+    with open_run(run_dir, stage=job.name, phases=job.phase_names, **settings) as run:
+        job.begin(run.directory)
+        yield run
+
+
 @contextlib.contextmanager
 def open_run(
     run_dir: str | Path,
@@ -54,17 +80,20 @@ def open_run(
     inputs: Sequence[Input] = (),
     mesh: Mesh | None = None,
     output: str | None = None,
+    phases: Sequence[str] = ("train",),
 ) -> Iterator[Run]:
     """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
 
     run_dir: a local directory, created when missing; with --sync fetched first (`rundir.mirror`). stage: 'sft', 'ppo', ... mesh:
-    only recorded. output: the file that a run without checkpoints leaves when it is done. Raises InputError, before anything is
+    only recorded. output: the file that a run without checkpoints leaves when it is done. phases: the parts
+    of a step. Raises InputError, before anything is
     written, when the directory belongs to something else, is in use, or was begun with another configuration.
     A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
     first step of a new run removes its directory again.
     """
     if is_remote(run_dir):
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
+    loop.refuse_unknown_phases(phases)
     directory = Path(run_dir).expanduser().absolute()
     refuse_place(directory)
     mirror = fetched_mirror(directory, stage, output)
@@ -110,7 +139,9 @@ def open_run(
         }
         retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
         checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
-        run = Run(directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status)
+        run = Run(
+            directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status, tuple(phases)
+        )
         stack.callback(run.close_display)
         yield run
         done()

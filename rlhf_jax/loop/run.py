@@ -49,7 +49,8 @@ OWN = "run"
 
 @dataclass
 class Run:
-    """An open run directory. resumed_step: the step of the checkpoint it goes on from, 0 for a fresh start."""
+    """An open run directory. resumed_step: the step of the checkpoint it goes on from, 0 for a fresh start. phases: the parts of a
+    step that the algorithm names."""
 
     directory: Path
     stage: str
@@ -61,6 +62,7 @@ class Run:
     watchdog: Watchdog
     faults: Faults
     status: Status
+    phases: tuple[str, ...] = ("train",)
     total: int = 0
     bad: list[int] = field(default_factory=list)
     _step: int = 0
@@ -113,7 +115,7 @@ class Run:
         try:
             while self._step < total:
                 self._step += 1
-                self._enter("train", first=True)
+                self._enter(self.phases[0], first=True)
                 yield self._step
                 if self._going_back:
                     raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
@@ -141,10 +143,10 @@ class Run:
     # ---- phases
 
     def enter(self, phase: str) -> None:
-        """From here on the step does ``phase`` (one of PHASES), until it enters another: a name for its deadline, its
+        """From here on the step does ``phase`` (one of the algorithm's), until it enters another: a name for its deadline, its
         fault point, its seconds in timing.jsonl and status.json."""
-        if phase not in PHASES:
-            raise ValueError(f"unknown phase {phase!r}; there are {', '.join(PHASES)}")
+        if phase not in (*self.phases, *PHASES):
+            raise ValueError(f"unknown phase {phase!r}; there are {', '.join((*self.phases, *PHASES))}")
         self._enter(phase)
 
     def _enter(self, phase: str, first: bool = False) -> None:

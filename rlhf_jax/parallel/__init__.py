@@ -1,5 +1,6 @@
 """Meshes, the logical-to-mesh rules table, and placing arrays by it."""
 
+from rlhf_jax.parallel.jitted import Jitted, jitted, shardings_of
 from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_between, remake_mesh
 from rlhf_jax.parallel.placement import (
     abstract_arrays,
@@ -23,17 +24,20 @@ __all__ = [
     "AXES",
     "RULES",
     "ActivationConstraint",
+    "Jitted",
     "MeshConfig",
     "abstract_arrays",
     "batch_sharding",
     "born_abstract",
     "born_sharded",
+    "jitted",
     "make_mesh",
     "mesh_between",
     "on_all",
     "partition_spec",
     "remake_mesh",
     "replicated",
+    "shardings_of",
     "state_shardings",
     "to_global",
     "to_host",

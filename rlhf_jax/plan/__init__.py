@@ -5,8 +5,9 @@ from rlhf_jax.plan.chips import CHIPS, GIB, Chip, Slice, parse_slice
 from rlhf_jax.plan.compiled import Memory, Report, Seconds, compile_phase, roofline
 from rlhf_jax.plan.cost import Cost, count
 from rlhf_jax.plan.hlo import parse_module
+from rlhf_jax.plan.mode import PlanOptions, plan_run
 from rlhf_jax.plan.page import as_html
-from rlhf_jax.plan.phases import Phase, rollout_phases, supervised_phases
+from rlhf_jax.plan.phases import PlannedPhase, planned
 from rlhf_jax.plan.report import Table, Tried, as_json, as_markdown, as_text, tables
 from rlhf_jax.plan.search import (
     Build,
@@ -32,7 +33,8 @@ __all__ = [
     "Cost",
     "Keys",
     "Memory",
-    "Phase",
+    "PlanOptions",
+    "PlannedPhase",
     "Remat",
     "Report",
     "Seconds",
@@ -48,15 +50,15 @@ __all__ = [
     "count",
     "parse_module",
     "parse_slice",
+    "plan_run",
+    "planned",
     "promising",
     "repair",
-    "rollout_phases",
     "roofline",
     "sent_bytes",
     "sharding_tables",
     "strategies",
     "summary",
-    "supervised_phases",
     "tables",
     "variations",
     "verdict",

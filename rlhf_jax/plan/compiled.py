@@ -12,7 +12,7 @@ from rlhf_jax.plan.chips import Chip
 from rlhf_jax.plan.cost import Cost, count
 from rlhf_jax.plan.hlo import Module, parse_module
 from rlhf_jax.plan.memory import leaf_bytes, tree_bytes
-from rlhf_jax.plan.phases import Phase
+from rlhf_jax.plan.phases import PlannedPhase
 from rlhf_jax.plan.program import Program, compile_program, digest
 
 
@@ -59,7 +59,7 @@ class Report:
     """A phase on a slice. memory, cost, seconds: None when the compiler itself ran out of HBM; ``problem`` says so then.
     largest: (what, bytes) of the largest buffers a chip. sha256: of the lowered program. chips: in the slice."""
 
-    phase: Phase
+    phase: PlannedPhase
     chips: int
     sha256: str
     compile_seconds: float
@@ -90,7 +90,7 @@ class Report:
         return self.phase.tokens / self.chips / self.seconds.bound
 
 
-def compile_phase(phase: Phase, mesh: Mesh, chip: Chip | None, keep: Path | None = None) -> Report:
+def compile_phase(phase: PlannedPhase, mesh: Mesh, chip: Chip | None, keep: Path | None = None) -> Report:
     """Lower and compile ``phase`` for the devices of ``mesh`` and measure it. chip: None = local devices. keep: see
     `compile_program`."""
     usable = None if chip is None else chip.hbm_usable
@@ -114,7 +114,7 @@ def roofline(cost: Cost, chip: Chip) -> Seconds:
     return Seconds(cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, cost.moved_bytes / chip.ici_bandwidth)
 
 
-def _memory(phase: Phase, program: Program, module: Module) -> Memory:
+def _memory(phase: PlannedPhase, program: Program, module: Module) -> Memory:
     resident = {kind: tree_bytes(tree) for kind, tree in phase.resident.items()}
     ids = {id(leaf) for leaf in jax.tree.leaves(dict(phase.resident))}
     batch = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(phase.arguments) if id(leaf) not in ids)
@@ -124,7 +124,7 @@ def _memory(phase: Phase, program: Program, module: Module) -> Memory:
     return Memory(resident, batch, outputs, tiles, program.temporaries, program.code)
 
 
-def _largest(phase: Phase, temporaries: list[tuple[str, int]], most: int = 6) -> list[tuple[str, int]]:
+def _largest(phase: PlannedPhase, temporaries: list[tuple[str, int]], most: int = 6) -> list[tuple[str, int]]:
     """The largest things in HBM: temporaries and arrays that stay."""
     found = list(temporaries)
     for kind, tree in phase.resident.items():

@@ -1,40 +1,28 @@
-"""The phases of a run as shapes: the jitted function, its arguments with their shardings, and what else lies in HBM meanwhile."""
+"""What the phases of a run cost: operations and bytes by analysis, from the work that each phase does."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from rlhf_jax import learn
-from rlhf_jax.algorithms import programs
-from rlhf_jax.algorithms.scoring import RolloutModels
-from rlhf_jax.batches import PairBatch, PromptBatch, TokenBatch
+from rlhf_jax.algorithms.phases import Phase, Work
+from rlhf_jax.algorithms.rollout_copy import rollout_copy
 from rlhf_jax.models import Model, lora
-from rlhf_jax.parallel import (
-    ActivationConstraint,
-    abstract_arrays,
-    batch_sharding,
-    born_abstract,
-    remake_mesh,
-    tree_shardings,
-)
+from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, tree_shardings
 from rlhf_jax.plan import analytic, memory
-from rlhf_jax.types import Completions, Params, Rollout, TrainState
+
+PASSING = "gathered weights, one block, logits or head"
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-    """One jitted function of a run. resident: everything that lies in HBM meanwhile, by kind, whether this phase reads it
-    or not. tokens: that the phase reads or writes in one call, padding included. flops: of the model, all chips
-    together, by `plan.analytic`. inside: bytes a chip within the temporaries, by kind, by `plan.analytic`. decoding: the most
-    that a sampling loop runs."""
+class PlannedPhase:
+    """A phase with what it costs. tokens: that the phase reads or writes in one call, padding included. flops: of the model, all
+    chips together, by `plan.analytic`. inside: bytes a chip within the temporaries, by kind, by `plan.analytic`. decoding: the
+    most that a sampling loop runs."""
 
     name: str
     function: Any
@@ -51,175 +39,72 @@ class Phase:
         return memory.tree_bytes(dict(self.resident)) + sum(size for size in self.inside.values() if size)
 
 
-def _rows(mesh: Mesh, dtype: Any, *shape: int) -> Any:
-    struct: Any = jax.ShapeDtypeStruct
-    return struct(shape, dtype, sharding=batch_sharding(mesh))
+def planned(phases: Iterable[Phase], models: Mapping[str, Model], mesh: Mesh) -> list[PlannedPhase]:
+    """Return phases with their costs. models: by role, as the work names them."""
+    return [_planned(phase, models, mesh) for phase in phases]
 
 
-def token_batch(mesh: Mesh, rows: int, length: int) -> TokenBatch:
-    """As `data.token_batches` makes them."""
-    ids, flags = _rows(mesh, jnp.int32, rows, length), _rows(mesh, jnp.bool_, rows, length)
-    return TokenBatch(ids, ids, ids, flags)
-
-
-def prompt_batch(mesh: Mesh, rows: int, length: int) -> PromptBatch:
-    """As `data.prompt_batches` makes them."""
-    each = _rows(mesh, jnp.int32, rows)
-    return PromptBatch(_rows(mesh, jnp.int32, rows, length), _rows(mesh, jnp.bool_, rows, length), each, each)
-
-
-def _rng() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+def _planned(phase: Phase, models: Mapping[str, Model], mesh: Mesh) -> PlannedPhase:
+    by_kind = {kind: [work for work in phase.work if work.kind == kind] for kind in ("forward", "train", "decode")}
+    flops = sum(_flops(work, models[work.role]) for work in phase.work) * phase.passes
+    inside: dict[str, int | None] = {}
+    if by_kind["train"]:
+        inside = _training(phase, by_kind["train"], models, mesh)
+    elif by_kind["forward"]:
+        read = [(models[work.role], work.read) for work in by_kind["forward"]]
+        first = by_kind["forward"][0]
+        inside[PASSING] = memory.scoring_bytes(read, _held(first, mesh), first.columns, mesh.shape)
+    for work in by_kind["decode"]:
+        inside |= _decoding(phase, work, models[work.role], mesh)
+    decoding = max((work.read for work in by_kind["decode"]), default=1)
+    tokens = phase.tokens * phase.passes
+    return PlannedPhase(phase.name, phase.function, phase.arguments, phase.resident, tokens, flops, inside, decoding)
 
 
 def _shards(mesh: Mesh) -> int:
     return ActivationConstraint(mesh).parts("act_batch")
 
 
-PASSING = "gathered weights, one block, logits or head"
+def _held(work: Work, mesh: Mesh) -> int:
+    """Sequences that a chip holds at a time."""
+    return max(1, work.rows // _shards(mesh) // work.parts)
 
 
-def _learning(found: memory.Learning, copied: int = 0) -> dict[str, int | None]:
-    """By kind. copied: `memory.copied_bytes`, when the step is in a loop."""
-    parts: dict[str, int | None] = {"gradients": found.gradients, "activations": found.activations}
-    return parts | {"casts and copies": found.casts + copied, PASSING: found.passing}
+def _flops(work: Work, model: Model) -> int:
+    if work.kind == "train":
+        return analytic.training_flops(model, work.rows, work.columns, work.read)
+    if work.kind == "forward":
+        return analytic.model_flops(model, work.rows, work.columns, work.read)
+    attention = analytic.attention_of(model)
+    sampled = analytic.generate_flops(model.config, work.rows, work.columns, work.read, attention)
+    return sampled + 2 * work.rows * (work.columns + work.read) * analytic.adapter_weights(model)
 
 
-def supervised_phases(
-    model: Model,
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    rows: int,
-    length: int,
-    microbatches: int,
-    frozen: Params | None = None,
-    centring: float | None = None,
-    dpo: learn.DPOConfig | None = None,
-    reference: Model | None = None,
-) -> list[Phase]:
-    """Training step and evaluation of SFT, with ``centring`` of the reward model, with ``dpo`` and its ``reference`` model
-    of DPO (rows are pairs in the last two). params, frozen (as train_step takes it, {} for none): shapes with shardings."""
-    frozen = frozen or {}
-    shardings = programs.placed(params)
-    state = born_abstract(lambda p: learn.initial_state(p, optimizer, jax.random.key(0)), shardings, mesh, params)
-    split: dict[str, Any] = {"microbatches": microbatches}
-    if dpo is not None:
-        assert reference is not None
-        stage, functions = "dpo", programs.dpo_functions(model, reference, optimizer, state, mesh, **split, dpo=dpo)
-    elif centring is not None:
-        stage = "reward"
-        functions = programs.reward_functions(model, optimizer, state, mesh, **split, centring=centring)
-    else:
-        stage, functions = "sft", programs.sft_functions(model, optimizer, state, mesh, **split)
-    one = token_batch(mesh, rows, length)
-    batch: Any = one if stage == "sft" else PairBatch(one, one, _rows(mesh, jnp.float32, rows))
-    sequences = rows if stage == "sft" else 2 * rows
-    referred = 0 if reference is None else analytic.model_flops(reference, sequences, length, length)
-    forward = analytic.model_flops(model, sequences, length, length) + referred
-    trained = analytic.training_flops(model, sequences, length, length) + referred
-    held = max(1, sequences // _shards(mesh) // microbatches)
-    learning = _learning(memory.learning([model], state.params, mesh.shape, microbatches, held, length, length))
-    scored = max(1, sequences // _shards(mesh))
-    passing = {PASSING: memory.scoring_bytes([(model, length)], scored, length, mesh.shape)}
-    resident = {"parameters": state.params, "optimizer": (state.opt_state, state.step, state.rng)}
-    if frozen:
-        resident["frozen models"] = frozen
-    tokens = sequences * length
-    return [
-        Phase(f"{stage} step", functions.train_step, (state, frozen, batch), resident, tokens, trained, learning),
-        Phase(
-            f"{stage} evaluate", functions.evaluate, (state.params, batch, frozen), resident, tokens, forward, passing
-        ),
-    ]
+def _training(phase: Phase, works: list[Work], models: Mapping[str, Model], mesh: Mesh) -> dict[str, int | None]:
+    first, trained = works[0], [models[work.role] for work in works]
+    params, optimizer = phase.resident["parameters"], phase.resident["optimizer"][0]
+    microbatches = 2 if first.summed else 1
+    needed = memory.learning(trained, params, mesh.shape, microbatches, _held(first, mesh), first.columns, first.read)
+    copied = memory.copied_bytes((params, optimizer)) if phase.looped else 0
+    parts: dict[str, int | None] = {"gradients": needed.gradients, "activations": needed.activations}
+    return parts | {"casts and copies": needed.casts + copied, PASSING: needed.passing}
 
 
-def rollout_phases(
-    models: RolloutModels,
-    frozen: dict[str, Params | None],
-    state: learn.PPOState | TrainState,
-    functions: programs.PPOFunctions,
-    settings: programs.PPOSettings | programs.GRPOSettings,
-    mesh: Mesh,
-    *,
-    rows: int,
-    prompt_length: int,
-    offload: bool = False,
-    ahead: bool = False,
-) -> list[Phase]:
-    """The four of an iteration of PPO or GRPO. frozen, state: shapes with shardings. rows: responses. offload: the
-    optimiser's state lies with the hosts except in the update (`programs.asleep`). ahead: with one_step_off the next rollout
-    is sampled beside the present one, which waits for its rewards, and itself waits from then on."""
-    sampling, slots, microbatches = settings.sampling, settings.slots, settings.microbatches
-    algorithm = settings.ppo if isinstance(settings, programs.PPOSettings) else settings.grpo
-    train, controller = (state.train, (state.kl_coefficient,)) if isinstance(state, learn.PPOState) else (state, ())
-    rollout_mesh = None if settings.rollout_mesh is None else remake_mesh(settings.rollout_mesh, mesh)
-    params = train.params
-    new, rng = sampling.max_new_tokens, _rng()
-    prompts = prompt_batch(mesh, rows, prompt_length)
-
-    def produced(function: Callable[..., Any], *arguments: Any) -> Any:
-        made = jax.eval_shape(function, *arguments)
-        return jax.tree.map(lambda leaf: _rows(mesh, leaf.dtype, *leaf.shape), made)
-
-    completions: Completions = produced(functions.generate, params, prompts, rng, frozen)
-    scored: Rollout = produced(functions.score, params, frozen, completions)
-    prepared = produced(lambda *given: functions.prepare(*given)[0], scored, *controller)
-
-    resident: dict[str, Any] = {
-        "parameters": params,
-        "optimizer": (train.opt_state, train.step, train.rng, *controller),
-        "frozen models": frozen,
-    }
-    if ahead:
-        # Arrays of its own, beside those that a phase reads: memory is counted by identity.
-        resident["other rollout"] = jax.tree.map(copy.copy, completions)
-    still = {kind: tree for kind, tree in resident.items() if not (offload and kind == "optimizer")}
-    length, shards = prompt_length + new, _shards(mesh)
-    tokens = rows * length
-    config = models.policy.config
-    scorers = [(models.policy, new), (models.reference, new), (models.value, new), (models.reward, length)]
-    scoring = sum(analytic.model_flops(one, rows, length, read) for one, read in scorers if one is not None)
-    learners = [one for one in (models.policy, models.value) if one is not None]
-    training = sum(analytic.training_flops(one, rows, length, new) for one in learners)
-    held = max(1, rows // shards // algorithm.minibatches // microbatches)
-    read = [(one, columns) for one, columns in scorers if one is not None]
-    scored_bytes = memory.scoring_bytes(read, max(1, rows // shards), length, mesh.shape)
-    learnt = memory.learning(learners, params, mesh.shape, microbatches, held, length, new)
-    sampled_on = mesh if rollout_mesh is None else rollout_mesh
-    heads = sampled_on.shape["tensor"] if config.num_kv_heads % sampled_on.shape["tensor"] == 0 else 1
-    sampled = _shards(sampled_on)
+def _decoding(phase: Phase, work: Work, model: Model, mesh: Mesh) -> dict[str, int | None]:
+    config, sampled_on = model.config, work.mesh or mesh
+    tensor = sampled_on.shape["tensor"]
+    heads, sampled = tensor if config.num_kv_heads % tensor == 0 else 1, _shards(sampled_on)
+    length, rows = work.columns + work.read, max(1, work.rows // sampled)
     inside: dict[str, int | None] = {
-        "KV cache": memory.cache_bytes(config, slots.slots or rows, length) // (sampled * heads),
-        PASSING: memory.block_bytes(
-            models.policy, max(1, rows // sampled), prompt_length, sampled_on.shape, backward=False
-        ),
+        "KV cache": memory.cache_bytes(config, work.slots or work.rows, length) // (sampled * heads),
+        PASSING: memory.block_bytes(model, rows, work.columns, sampled_on.shape, backward=False),
     }
-    if rollout_mesh is not None:
-        copied = jax.eval_shape(
-            lambda *trees: programs.rollout_copy(models.policy, lora.whole(*trees)["policy"], rollout_mesh)[1],
-            params,
-            frozen,
-        )
-        owner = models.policy
-        where = tree_shardings(owner.abstract(), owner.logical_axes(), rollout_mesh)
-        inside["rollout copy"] = memory.tree_bytes(abstract_arrays(copied, where))
-    attention = analytic.attention_of(models.policy)
-    generated = analytic.generate_flops(config, rows, prompt_length, new, attention)
-    generated += 2 * tokens * analytic.adapter_weights(models.policy)
-    beside = still | {"other rollout": scored} if ahead else still
-    return [
-        Phase("generate", functions.generate, (params, prompts, rng, frozen), beside, tokens, generated, inside, new),
-        Phase("score", functions.score, (params, frozen, completions), still, tokens, scoring, {PASSING: scored_bytes}),
-        Phase("prepare", functions.prepare, (scored, *controller), still, tokens, 0, {}),
-        Phase(
-            "update",
-            functions.update,
-            (train, prepared, rng, frozen),
-            resident,
-            tokens * algorithm.epochs,
-            training * algorithm.epochs,
-            _learning(learnt, memory.copied_bytes((params, train.opt_state))),
-        ),
-    ]
+    if work.mesh is not None:
+        params, frozen = phase.arguments[:2]
+
+        def copy(params: Any, frozen: Any) -> Any:
+            return rollout_copy(model, lora.whole(params, frozen)[work.role], sampled_on)[1]
+
+        where = tree_shardings(model.abstract(), model.logical_axes(), sampled_on)
+        inside["rollout copy"] = memory.tree_bytes(abstract_arrays(jax.eval_shape(copy, params, frozen), where))
+    return inside

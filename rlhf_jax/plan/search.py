@@ -16,7 +16,7 @@ from rlhf_jax.parallel import AXES, ActivationConstraint, MeshConfig
 from rlhf_jax.plan.chips import GIB, Chip
 from rlhf_jax.plan.compiled import Report, compile_phase
 from rlhf_jax.plan.memory import tree_bytes
-from rlhf_jax.plan.phases import Phase
+from rlhf_jax.plan.phases import PlannedPhase
 from rlhf_jax.plan.report import rank, seconds_a_token
 
 Remat = bool | Literal["cheap"]
@@ -71,7 +71,7 @@ REMATS: tuple[Remat, ...] = (False, "cheap", True)
 """From none to all."""
 
 
-Build = Callable[[Candidate], tuple[Mesh, list[Phase]]]
+Build = Callable[[Candidate], tuple[Mesh, list[PlannedPhase]]]
 """A candidate as a mesh and its phases. Raises InputError for one that does not divide."""
 
 
@@ -145,7 +145,7 @@ SLACK = 1.2
 """A candidate whose `analytic_bytes` are more than this times what there is is not compiled."""
 
 
-def analytic_bytes(phases: Iterable[Phase]) -> int:
+def analytic_bytes(phases: Iterable[PlannedPhase]) -> int:
     """What the phases need about, a chip, without compiling (docs/tpu.md says how near that is)."""
     return max(phase.analytic for phase in phases)
 

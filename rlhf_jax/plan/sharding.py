@@ -14,7 +14,7 @@ from rlhf_jax.parallel import AXES, RULES, abstract_arrays, tree_shardings
 from rlhf_jax.parallel.rules import Rules
 from rlhf_jax.plan.chips import GIB
 from rlhf_jax.plan.memory import tree_bytes
-from rlhf_jax.plan.phases import Phase
+from rlhf_jax.plan.phases import PlannedPhase
 from rlhf_jax.plan.report import Table
 
 
@@ -33,7 +33,7 @@ def strategies(chips: int, config: ModelConfig) -> dict[str, AbstractMesh]:
 
 
 def sharding_tables(
-    phase: Phase, model: Model, meshes: Mapping[str, Mesh | AbstractMesh], rules: Rules = RULES
+    phase: PlannedPhase, model: Model, meshes: Mapping[str, Mesh | AbstractMesh], rules: Rules = RULES
 ) -> list[Table]:
     """The rules on each of ``meshes`` (by name), with what a chip holds of ``model`` there or why the model refuses; and
     where every array of the run lies."""

@@ -1,7 +1,7 @@
 """Where a scalar comes from when no model gives it: programmatic rewards, functions of responses (docs/rewards.md)."""
 
 from rlhf_jax.rewards.final_answer import FinalAnswer, final_answer
-from rlhf_jax.rewards.gate import CheckedReward, Reward, Scores
+from rlhf_jax.rewards.gate import CheckedReward, Reward, RewardSource, Scores, open_reward
 from rlhf_jax.rewards.pool import RewardPool
 from rlhf_jax.rewards.sentiment import (
     SentimentCorpus,
@@ -20,6 +20,7 @@ __all__ = [
     "GoldScore",
     "Reward",
     "RewardPool",
+    "RewardSource",
     "Scores",
     "SentimentCorpus",
     "SentimentModel",
@@ -27,6 +28,7 @@ __all__ = [
     "final_answer",
     "fit_sentiment",
     "gold_score",
+    "open_reward",
     "opening_prompts",
     "read_sentences",
     "sentiment_scorer",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from rlhf_jax.data import Template
-from rlhf_jax.data.record_sets import Records
+from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.rewards import support_desk
 from rlhf_jax.rewards.final_answer import FinalAnswer
-from rlhf_jax.rewards.gate import Reward
+from rlhf_jax.rewards.gate import Reward, RewardSource, open_reward
 from rlhf_jax.rewards.pool import RewardPool
 from rlhf_jax.rewards.sentiment import SentimentCorpus, opening_prompts, sentiment_scorer
 
 
 def sentiment_prompts(
     corpus: SentimentCorpus, part: str = "prompts", sentiment: str = "positive", limit: int | None = None
-) -> Records:
+) -> RecordSource:
     """Openings of labelled sentences to continue, as plain text (as ``train``). part: "prompts", or "heldout" to compare
     policies on; the reward is fitted on neither. sentiment: "positive", "negative" or "both"."""
-    prompts = opening_prompts(corpus, part, sentiment)
-    return Records(prompts[:limit], [], Template(style="raw"), files=tuple(corpus.files.values()))
+    template = Template(style="raw")
+
+    def read() -> Records:
+        prompts = opening_prompts(corpus, part, sentiment)
+        return Records(prompts[:limit], [], template, files=tuple(corpus.files.values()))
+
+    return RecordSource(template, read)
 
 
 def desk_gold() -> Reward:
@@ -31,12 +36,12 @@ def final_answer(column: str = "answer") -> Reward:
     return FinalAnswer(column)
 
 
-def in_processes(score: Reward, workers: int = 2, seconds: float = 30.0) -> Reward:
+def in_processes(score: Reward | RewardSource, workers: int = 2, seconds: float = 30.0) -> RewardSource:
     """``score`` of every response by itself in one of ``workers`` processes; one that takes longer than ``seconds``, or
     fails, stops the run with the id of its prompt."""
-    return RewardPool(score, workers=workers, seconds=seconds)
+    return RewardSource(lambda: RewardPool(open_reward(score), workers=workers, seconds=seconds))
 
 
-def sentiment_scores(corpus: SentimentCorpus) -> Reward:
+def sentiment_scores(corpus: SentimentCorpus) -> RewardSource:
     """How positive a continuation sounds: "sentiment" (the reward), "second_opinion", "words", "distinct"."""
-    return sentiment_scorer(corpus)
+    return RewardSource(lambda: sentiment_scorer(corpus))

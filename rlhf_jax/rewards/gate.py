@@ -20,6 +20,18 @@ SIGNATURE = "def reward(responses: Sequence[Response]) -> dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardSource:
+    """A reward that is made when a run is assembled (it reads files, or starts something); a plan makes none."""
+
+    make: Callable[[], Reward]
+
+
+def open_reward(source: Reward | RewardSource) -> Reward:
+    """Return the reward of a source; a function, which a builder of a user's own may give, as it is."""
+    return source.make() if isinstance(source, RewardSource) else source
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """What a reward says under one name.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import RULES, abstract_arrays, tree_shardings
-from rlhf_jax.plan import Phase, sharding_tables, strategies
+from rlhf_jax.plan import PlannedPhase, sharding_tables, strategies
 from rlhf_jax.testing import mesh_of, tiny_config
 
 
@@ -18,7 +18,7 @@ def placed(table) -> dict[str, tuple[str, str]]:
 def test_every_strategy_has_a_table_of_all_rules() -> None:
     """16 chips; 2 key/value heads and 4 experts: tensor 2, expert 4."""
     model = Model(tiny_config(num_experts=4, experts_per_token=2, expert_ffn_size=32))
-    found = sharding_tables(Phase("none", None, (), {}, 0, 0, {}), model, strategies(16, model.config))
+    found = sharding_tables(PlannedPhase("none", None, (), {}, 0, 0, {}), model, strategies(16, model.config))
     tables = [placed(table) for table in found[:-1]]
     assert all(table.keys() == RULES.keys() for table in tables)
     data, fsdp, tensor, sequence, expert, slices = tables
@@ -33,7 +33,8 @@ def test_every_strategy_has_a_table_of_all_rules() -> None:
 def test_a_strategy_that_the_model_does_not_divide_over_says_why() -> None:
     model = Model(tiny_config(vocab_size=66))
     titles = [
-        t.title for t in sharding_tables(Phase("none", None, (), {}, 0, 0, {}), model, strategies(4, model.config))
+        t.title
+        for t in sharding_tables(PlannedPhase("none", None, (), {}, 0, 0, {}), model, strategies(4, model.config))
     ]
     assert "refused: " in titles[1] and "dimension of 66" in titles[1]
     assert "GiB of the model's parameters a chip" in titles[0]
@@ -44,6 +45,6 @@ def test_where_every_parameter_lies() -> None:
     model = Model(tiny_config())
     shapes = model.abstract()
     params = abstract_arrays(shapes, tree_shardings(shapes, model.logical_axes(), mesh))
-    table = sharding_tables(Phase("none", None, (), {"parameters": params}, 0, 0, {}), model, {"here": mesh})[-1]
+    table = sharding_tables(PlannedPhase("none", None, (), {"parameters": params}, 0, 0, {}), model, {"here": mesh})[-1]
     (row,) = [row for row in table.rows if row[1] == "layers/attention/query/kernel"]
     assert row == ("parameters", row[1], "float32 [2, 16, 4, 8]", "[2, 4, 2, 8]", "P(None, 'fsdp', 'tensor', None)")

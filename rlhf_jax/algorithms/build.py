@@ -1,0 +1,62 @@
+"""What a job is assembled from: arrays for a run, shapes for a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.algorithms.models import Loaded, load_model, load_reward, plan_model, plan_reward
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.models import Head
+from rlhf_jax.parallel import born_abstract, born_sharded
+from rlhf_jax.types import Rng
+
+
+class LoadModel(Protocol):
+    """Loads a model under a head onto its shards."""
+
+    def __call__(self, source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> Loaded: ...
+
+
+class LoadReward(Protocol):
+    """Loads a trained reward model."""
+
+    def __call__(self, source: ModelSource, mesh: Mesh) -> Loaded: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """load, load_reward: a model from its source. born: a state on its shards (`parallel.born_sharded`). runs: whether what
+    is built can run; checks that belong to a run are not made for shapes."""
+
+    load: LoadModel
+    load_reward: LoadReward
+    born: Any
+    runs: bool
+
+
+ARRAYS = Build(load_model, load_reward, born_sharded, True)
+SHAPES = Build(plan_model, plan_reward, born_abstract, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where and how a job is assembled. steps: of the whole run, for schedules. rng: the key of initialisation. train_rng: the key
+    of the run. run_dir: where a date that a chat template writes is kept."""
+
+    mesh: Mesh
+    steps: int
+    seed: int
+    build: Build
+    run_dir: str | None
+    rng: Rng
+    train_rng: Rng
+
+    @classmethod
+    def of(cls, mesh: Mesh, steps: int, seed: int, build: Build, run_dir: str | None = None) -> Setting:
+        """Draw both keys from ``seed``."""
+        rng, train_rng = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+        return cls(mesh, steps, seed, build, run_dir, rng, train_rng)

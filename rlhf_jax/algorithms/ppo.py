@@ -1,0 +1,168 @@
+"""PPO (Schulman et al. 2017) for language models (Ziegler et al. 2019)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import learn, rollout
+from rlhf_jax.algorithms import scoring
+from rlhf_jax.algorithms.build import Setting
+from rlhf_jax.algorithms.phases import Phase
+from rlhf_jax.algorithms.roles import Roles, load_roles
+from rlhf_jax.algorithms.rollout_job import (
+    RolloutJob,
+    make_generate,
+    make_score,
+    read_prompts,
+    rollout_phases,
+)
+from rlhf_jax.algorithms.rollouts import Rollouts, refuse_uncorrected
+from rlhf_jax.algorithms.text_rewards import TextRewards
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, RecordSource
+from rlhf_jax.errors import refuse_unused
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.models import Fold, LoraConfig, Model, lora
+from rlhf_jax.parallel import MeshConfig, batch_sharding, jitted, replicated, shardings_of
+from rlhf_jax.rewards import Reward, RewardSource
+from rlhf_jax.types import LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Scored, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    """What PPO is made of: the parameters of `train_ppo`. prompts: None in a plan of sizes alone. Exactly one of reward (a model;
+    the value model starts from it) and reward_texts (its ``reward_key`` is the score). monitor: scores of the texts that are logged
+    and not trained on. share_trunk: the value head stands on the policy's trunk. rollout_mesh: the run's devices in another shape,
+    for sampling. offload_optimizer: its state lies with the hosts but for updates. one_step_off: the next rollout is sampled while
+    texts are judged, by the policy before the update."""
+
+    policy: ModelSource
+    batch: BatchConfig
+    sampling: rollout.SamplingConfig
+    ppo: learn.PPOConfig
+    policy_optimizer: learn.OptimizerConfig
+    value_optimizer: learn.OptimizerConfig
+    prompts: RecordSource | Records | None = None
+    slots: rollout.SlotConfig = rollout.ALL_AT_ONCE
+    rollout_mesh: MeshConfig | None = None
+    reward: ModelSource | None = None
+    reward_texts: Reward | RewardSource | None = None
+    reward_key: str = "gold"
+    monitor: Reward | RewardSource | None = None
+    share_trunk: bool = False
+    lora: LoraConfig | None = None
+    offload_optimizer: bool = False
+    one_step_off: bool = False
+
+    name: ClassVar[str] = "ppo"
+    run_only: ClassVar[tuple[str, ...]] = ("prompts",)
+
+    def __post_init__(self) -> None:
+        refuse_unused(self.batch, "packed")
+
+    def assemble(self, setting: Setting) -> RolloutJob:
+        """Return the models, the state, the four functions of an iteration and, for a run, prompts and rewards."""
+        mesh, config = setting.mesh, self.ppo
+        texts = None
+        if setting.build.runs:
+            texts = TextRewards.beside(self.reward, self.reward_texts, self.reward_key, self.monitor)
+            refuse_uncorrected(self.one_step_off, config, texts)
+        roles = load_roles(
+            setting, self.policy, self.reward, self.lora, share_trunk=self.share_trunk, value=True, reference=True
+        )
+        prompts, template = read_prompts(setting, self, roles, samples=1)
+        optimizer = self._optimizer(setting.steps, roles)
+
+        def begin(params: Params) -> learn.PPOState:
+            if self.share_trunk:  # a value head on the policy's trunk begins with every value 0 (Ziegler et al. 2019)
+                head = jax.tree.map(jnp.zeros_like, params["policy"]["scalar_head"])
+                params = params | {"policy": params["policy"] | {"scalar_head": head}}
+            train = learn.initial_state(params, optimizer, setting.train_rng)
+            return learn.PPOState(train, jnp.asarray(config.kl_coefficient, jnp.float32))
+
+        state = setting.build.born(begin, roles.shardings(mesh), mesh, roles.trainable)
+
+        def prepare(
+            scored: Scored, scores: dict[str, jax.Array], counts: jax.Array, kl_coefficient: jax.Array
+        ) -> tuple[PolicyBatch, dict[str, Mean]]:
+            return learn.prepare(Rollout.of(scored, scores, counts), config, kl_coefficient)
+
+        def update(
+            state: learn.PPOState,
+            frozen: Params,
+            batch: PolicyBatch,
+            rng: Rng,
+            measured: Mapping[str, Mean],
+            fold: Fold | None = None,
+        ) -> tuple[learn.PPOState, dict[str, Any]]:
+            # No dropout: the first ratio must be 1.
+            loss = lora.on_adapters(self._loss(scoring.folded(roles.models, fold)), None)
+            train_step = learn.make_train_step(loss, optimizer, microbatches=self.batch.microbatches)
+            train, metrics = learn.update(train_step, state.train, batch, rng, config, frozen)
+            now = state.kl_coefficient
+            following = learn.next_kl_coefficient(config, now, measured["kl"].value(), self.batch.batch_size)
+            return learn.PPOState(train, following), metrics | {"kl_coefficient": now}
+
+        rows, everywhere = batch_sharding(mesh), replicated(mesh)
+        generate = make_generate(roles, self, mesh, template)
+        rollouts = None
+        if prompts is not None:
+            sampled = (generate, prompts.batches, mesh, setting.train_rng, state.train.params, roles.frozen)
+            rollouts = Rollouts(*sampled, one_step_off=self.one_step_off)
+        return RolloutJob(
+            name=self.name,
+            subtree="train/params/policy",
+            algorithm=self,
+            limits=config,
+            mesh=mesh,
+            roles=roles,
+            state=state,
+            train_state=_train_state,
+            with_train=_with_train,
+            generate=generate,
+            score=make_score(roles, self, config, mesh),
+            prepare=jitted(prepare, out=(rows, everywhere)),
+            update=jitted(update, out=(shardings_of(state), everywhere), donate=(0,), static=("fold",)),
+            loss=self._loss(roles.models),
+            extra=lambda state: (state.kl_coefficient,),
+            rng=setting.train_rng,
+            data=prompts,
+            rollouts=rollouts,
+            texts=texts,
+        )
+
+    def _optimizer(self, steps: int, roles: Roles) -> optax.GradientTransformation:
+        """One optimizer for the policy's leaves, one for the value model's."""
+        updates, matrices = self.ppo.epochs * self.ppo.minibatches, roles.matrices()
+        configs = {"policy": self.policy_optimizer, "value": self.value_optimizer}
+        optimizers = {
+            role: learn.make_optimizer(config, steps, updates, matrices=matrices) for role, config in configs.items()
+        }
+        return optax.partition(optimizers, learn.ppo_optimizer_labels)
+
+    def _loss(self, models: Mapping[str, Model]) -> LossFn:
+        """Return the loss of the update, over whole parameters."""
+
+        def policy_fn(params: Params, completions: Any) -> Any:
+            return scoring.policy_and_values(models, params, completions, temperature=self.sampling.temperature)
+
+        return learn.make_ppo_loss(policy_fn, self.ppo)
+
+    def phases(self, job: RolloutJob) -> list[Phase]:
+        """Return the four phases of an iteration, for shapes."""
+        names = () if self.reward_texts is None else (self.reward_key,)
+        return rollout_phases(job, names)
+
+
+def _train_state(state: learn.PPOState) -> TrainState:
+    return state.train
+
+
+def _with_train(state: learn.PPOState, train: TrainState) -> learn.PPOState:
+    return dataclasses.replace(state, train=train)

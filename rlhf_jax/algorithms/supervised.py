@@ -1,0 +1,268 @@
+"""What SFT, reward models and DPO share: a training step over batches of records, and its evaluation on held-out records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax import data, learn
+from rlhf_jax.algorithms.build import Setting
+from rlhf_jax.algorithms.folds import refuse_folded
+from rlhf_jax.algorithms.models import Loaded, with_adapters, write_model_card
+from rlhf_jax.algorithms.phases import Phase, Work
+from rlhf_jax.algorithms.rehearsal import DataFacts, Rehearsal
+from rlhf_jax.algorithms.saving import SavingRun
+from rlhf_jax.algorithms.template_date import with_date
+from rlhf_jax.batches import TokenBatch
+from rlhf_jax.data import Batches
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, RecordSource, encode_records, open_records, tell_left_out
+from rlhf_jax.errors import InputError
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.models import Fold, Head, LoraConfig, Model, lora, sequence_logprobs, sequence_logprobs_and_router_loss
+from rlhf_jax.parallel import Jitted, jitted, replicated, shardings_of, to_global, tree_shardings
+from rlhf_jax.storage.inputs import Input
+from rlhf_jax.types import LossFn, Mean, Params, TrainState
+
+Metrics = Mapping[str, float | None]
+
+
+class TrainStep(Protocol):
+    """(state, frozen, batch, fold=) -> (state, metrics), the state donated. fold: static, how rows of different lengths are read
+    (`models.folding`)."""
+
+    def __call__(
+        self, state: TrainState, frozen: Params, batch: Any, fold: Fold | None = None
+    ) -> tuple[TrainState, dict[str, Mean]]: ...
+    def lower(self, state: TrainState, frozen: Params, batch: Any, fold: Fold | None = None) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedData:
+    """Encoded records. documents: token sequences that are learned from, both sides of pairs. examples: rows to learn from.
+
+    shape: batch_size, length and pad_id of evaluation batches.
+    """
+
+    records: Records
+    train: data.EncodedSet[Any, Any]
+    heldout: data.EncodedSet[Any, Any]
+    documents: Sequence[data.Encoded]
+    batches: data.Batches[Any]
+    examples: int
+    shape: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedJob:
+    """A supervised algorithm assembled. models, loaded: by role; the first is trained. frozen: {"base": ...} with adapters, of DPO
+    also {"reference": ...}. loss: over whole parameters. heldout: (params) -> metrics of the held-out records. fold: (host batch)
+    -> how its rows are read. data: None in a plan."""
+
+    name: str
+    mesh: Mesh
+    models: Mapping[str, Model]
+    loaded: Mapping[str, Loaded]
+    state: TrainState
+    frozen: Params
+    train_step: TrainStep
+    evaluate: Jitted[[Params, Params, Any], Any]
+    loss: LossFn
+    microbatches: int
+    data: SupervisedData | None = None
+    heldout: Callable[[Params], Metrics] | None = None
+    fold: Callable[[Any], Fold | None] = lambda batch: None
+
+    note_without_heldout: str = ""
+    """What it means when nothing is held out."""
+
+    templates_compared: ClassVar[Mapping[str, bool]] = {"policy": True}
+    """Roles whose learned template must be the data's; True: that of responses as well."""
+    role_names: ClassVar[Mapping[str, str]] = {}
+    subtree = "params"
+    """Where a checkpoint keeps the parameters of the model."""
+
+    @property
+    def phase_names(self) -> tuple[str, ...]:
+        """The parts of a step that a deadline or a fault may name."""
+        return ("train",)
+
+    @property
+    def inputs(self) -> list[Input]:
+        """What the run reads, for its provenance."""
+        model = next(iter(self.loaded.values()))
+        return [*model.as_inputs("model"), *([] if self.data is None else self.data.records.as_inputs())]
+
+    @property
+    def batches(self) -> Batches[Any]:
+        """The training batches, numpy."""
+        assert self.data is not None
+        return self.data.batches
+
+    def check(self, evaluate_every: int) -> None:
+        """Raises InputError for a loop that evaluates where nothing is held out."""
+        if evaluate_every and self.data is not None and not self.data.heldout.items:
+            raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
+
+    def begin(self, directory: Path) -> None:
+        """Say what was left out of the data, and write what makes the run directory a model."""
+        assert self.data is not None
+        model = next(iter(self.loaded.values()))
+        records = self.data.records
+        tell_left_out(records, self.data.train, self.data.heldout, model.tokenizer)
+        source: dict[str, Any] = {"base": model.input, "generation": model.generation}
+        write_model_card(directory, model.model, model.tokenizer, records.template, self.subtree, **source)
+
+    def place(self, batch: Any) -> Any:
+        """Return a host batch on the devices."""
+        return to_global(batch, self.mesh)
+
+    def restore(self, run: SavingRun) -> TrainState:
+        """Return the state of the run's newest checkpoint, the data at its position; the first state when there is none."""
+        state: TrainState
+        state, host = run.restore(self.state, {"data": self.batches.get_state()})
+        self.batches.set_state(host["data"])
+        return state
+
+    def save(self, run: SavingRun, step: int, state: TrainState) -> None:
+        """Offer the state and the position of the data to the run, which saves when it is due."""
+        run.save(step, state, {"data": self.batches.get_state()})
+
+    def roll_back(self, run: SavingRun, state: TrainState) -> TrainState:
+        """Return the newest checkpoint's state; the batches since then are passed over."""
+        restored: TrainState = run.rolled_back(state)
+        return restored
+
+    def data_facts(self) -> DataFacts:
+        """Return what is checked of the data."""
+        assert self.data is not None
+        encoded = self.data
+        return DataFacts(
+            template=encoded.records.template,
+            examples=encoded.examples,
+            examples_a_step=encoded.shape["batch_size"],
+            length=encoded.shape["length"],
+            documents=encoded.documents,
+            left_out=sum(encoded.train.dropped.values()),
+            pairs=len(encoded.documents) != len(encoded.train.items),
+            heldout=len(encoded.heldout.items),
+            note="" if encoded.heldout.items else self.note_without_heldout,
+        )
+
+    def rehearse(self, seed: int) -> Rehearsal:
+        """Try one step on the first batch."""
+        del seed
+        example, held = self.place(next(self.batches)), [self.state]
+        trained = next(iter(self.models.values()))
+        gradient = None
+        if trained.lora is None:
+            gradient = (self.loss, self.state.params, example, self.frozen, self.microbatches)
+
+        def step() -> dict[str, Mean]:
+            held[0], metrics = self.train_step(held[0], self.frozen, example)
+            return metrics
+
+        return Rehearsal(step, lambda: held[0], gradient)
+
+
+def load_trained(setting: Setting, source: ModelSource, head: Head, adapters: LoraConfig | None) -> Loaded:
+    """Return the model that is trained, with adapters where they are configured."""
+    loaded = setting.build.load(source, head, setting.mesh, setting.rng)
+    return with_adapters(loaded, adapters, setting.mesh, setting.rng)
+
+
+def read_records(
+    setting: Setting,
+    source: RecordSource | Records | None,
+    kind: type,
+    loaded: Loaded,
+    encode: Callable[[Any, Records], Any],
+) -> tuple[Records, data.EncodedSet[Any, Any], data.EncodedSet[Any, Any]]:
+    """(records with the date that their template writes, encoded training side, encoded held-out side)."""
+    assert setting.run_dir is not None and source is not None
+    records = with_date(open_records(source), loaded, setting.run_dir)
+    train, heldout = encode_records(records, kind, lambda record: encode(record, records))
+    return records, train, heldout
+
+
+def pair_data(
+    setting: Setting, source: RecordSource | Records | None, loaded: Loaded, batch: BatchConfig
+) -> SupervisedData:
+    """Return comparisons encoded and batched."""
+    refuse_folded(batch, setting.mesh)
+
+    def encode(record: data.Comparison, records: Records) -> data.EncodedPair | data.Skipped:
+        return data.encode_comparison(record, loaded.tokenizer, records.template, max_length=batch.length)
+
+    records, train, heldout = read_records(setting, source, data.Comparison, loaded, encode)
+    loaded.refuse_longer(batch.length, "BatchConfig.length")
+    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": data.padding_id(loaded.tokenizer)}
+    batches = data.pair_batches(train.items, seed=setting.seed, **shape)
+    documents = [side for item in train.items for side in (item.chosen, item.rejected)]
+    return SupervisedData(records, train, heldout, documents, batches, len(train.items), shape)
+
+
+def policy_logprobs(model: Model) -> Callable[[Params, TokenBatch], tuple[jax.Array, ...]]:
+    """Return what a supervised loss reads of the model that is trained; with experts also the loss of their routers."""
+    read = sequence_logprobs_and_router_loss if model.config.router_coefficient > 0 else sequence_logprobs
+    return lambda params, tokens: read(model, params, tokens)
+
+
+def first_state(
+    setting: Setting, loaded: Loaded, optimizer: learn.OptimizerConfig
+) -> tuple[TrainState, optax.GradientTransformation]:
+    """(the state at step 0, its optimizer)."""
+    model = loaded.model
+    adam = learn.make_optimizer(optimizer, setting.steps, matrices=model.matrices())
+    shardings = tree_shardings(model.abstract(), model.logical_axes(), setting.mesh)
+
+    def begin(params: Params) -> TrainState:
+        return learn.initial_state(params, adam, setting.train_rng)
+
+    return setting.build.born(begin, shardings, setting.mesh, loaded.params), adam
+
+
+def make_step(
+    loss: Callable[[Fold | None], LossFn],
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    microbatches: int,
+) -> TrainStep:
+    """Return the jitted training step. loss: over whole parameters, with rows read so (None: as they come)."""
+
+    def train_step(
+        state: TrainState, frozen: Params, batch: Any, fold: Fold | None = None
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        adapted = lora.on_adapters(loss(fold), model.lora)
+        return learn.make_train_step(adapted, optimizer, microbatches=microbatches)(state, frozen, batch)
+
+    return jitted(train_step, out=(shardings_of(state), replicated(mesh)), donate=(0,), static=("fold",))
+
+
+def supervised_phases(job: SupervisedJob, example: Any, sequences: int, batch: BatchConfig) -> list[Phase]:
+    """Return the training step and the evaluation as phases. example: the shapes of a batch; sequences: how many it holds."""
+    resident: dict[str, Any] = {
+        "parameters": job.state.params,
+        "optimizer": (job.state.opt_state, job.state.step, job.state.rng),
+    }
+    if job.frozen:
+        resident["frozen models"] = job.frozen
+    trained, *others = job.models
+    length, tokens = batch.length, sequences * batch.length
+    beside = [Work(role, "forward", sequences, length, length) for role in others]
+    parts: dict[str, Any] = {"parts": batch.microbatches, "summed": batch.microbatches > 1}
+    train = Work(trained, "train", sequences, length, length, **parts)
+    forward = Work(trained, "forward", sequences, length, length)
+    step, evaluation = (job.state, job.frozen, example), (job.state.params, job.frozen, example)
+    return [
+        Phase(f"{job.name} step", job.train_step, step, resident, tokens, (train, *beside)),
+        Phase(f"{job.name} evaluate", job.evaluate, evaluation, resident, tokens, (forward, *beside)),
+    ]

@@ -1,0 +1,121 @@
+"""What a training script does besides training: --plan compiles its phases for a TPU slice, --doctor checks its configuration.
+
+The flags of both are defined here, once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any, Protocol
+
+from absl import flags
+
+from rlhf_jax.config import bound_reference
+from rlhf_jax.errors import InputError
+from rlhf_jax.loop import LoopConfig
+from rlhf_jax.parallel import MeshConfig
+
+flags.DEFINE_string(
+    "plan", None, "Compile the phases for a slice (v5p:2x2x4, or local) and say whether they fit; train nothing."
+)
+flags.DEFINE_string("plan_json", None, "With --plan: write the whole plan there.")
+flags.DEFINE_string("plan_html", None, "With --plan: write the tables there, as a page.")
+flags.DEFINE_string("plan_markdown", None, "With --plan: write the tables there, for docs.")
+flags.DEFINE_integer("plan_search", 0, "With --plan: how many variations to compile.")
+flags.DEFINE_integer("plan_repairs", 4, "With --plan: how many changes to compile when a phase does not fit.")
+flags.DEFINE_string("plan_keep", None, "With --plan: a directory where compiled programs are kept and looked up.")
+flags.DEFINE_bool(
+    "show_sharding", False, "With --plan: print the rules and where every parameter lies; compile nothing."
+)
+flags.DEFINE_bool(
+    "doctor", False, "Check the configuration, the data and one step; train nothing, write nothing to run_dir."
+)
+MODE_FLAGS = (
+    "plan",
+    "plan_json",
+    "plan_html",
+    "plan_markdown",
+    "plan_search",
+    "plan_repairs",
+    "plan_keep",
+    "show_sharding",
+    "doctor",
+)
+
+
+class Described(Protocol):
+    """A description of an algorithm (`rlhf_jax.algorithms`). run_only: fields that a run needs and a plan does not."""
+
+    @property
+    def run_only(self) -> tuple[str, ...]: ...
+
+
+def run_mode(
+    algorithm: Described,
+    *,
+    mesh: MeshConfig,
+    steps: int | None,
+    seed: int | None,
+    run_dir: str | None,
+    loop: LoopConfig | None,
+) -> bool:
+    """Do what --plan or --doctor asks for and return True; return False for a run.
+
+    A plan needs neither data nor run_dir, steps, seed and loop; the doctor needs the data. Raises InputError naming the first
+    parameter that a run needs and that has no value.
+    """
+    if flags.FLAGS.plan is not None and flags.FLAGS.doctor:
+        raise InputError("--plan, --doctor: give one of them")
+    if flags.FLAGS.plan is not None:
+        from rlhf_jax.plan import plan_run
+
+        plan_run(algorithm, mesh, 1 if steps is None else steps, _options())  # type: ignore[arg-type]
+        return True
+    data = {name: getattr(algorithm, name) for name in algorithm.run_only}
+    needed = {"run_dir": run_dir, "steps": steps, "seed": seed, "loop": loop}
+    _refuse_missing(data if flags.FLAGS.doctor else {**needed, **data})
+    if not flags.FLAGS.doctor:
+        return False
+    from rlhf_jax.doctor import examine
+
+    with tempfile.TemporaryDirectory() as scratch:
+        examine(
+            algorithm,  # type: ignore[arg-type]
+            mesh=mesh,
+            steps=1 if steps is None else steps,
+            seed=0 if seed is None else seed,
+            run_dir=f"{scratch}/run" if run_dir is None else run_dir,
+            loop=LoopConfig() if loop is None else loop,
+        )
+    return True
+
+
+def _refuse_missing(values: dict[str, Any]) -> None:
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise InputError(f"run.{missing[0]}: has no value; bind it in the gin file or with --gin_bindings")
+
+
+def _options() -> Any:
+    from rlhf_jax.plan import Keys, PlanOptions
+
+    names: dict[str, str] = {}
+    unbound: list[tuple[str, str]] = []
+    for part, config in (("mesh", "MeshConfig"), ("batch", "BatchConfig"), ("slots", "SlotConfig")):
+        reference = bound_reference(f"run.{part}")
+        names[part] = reference or config
+        if reference is None:
+            unbound.append((part, f"run.{part} = @{config}()"))
+    given = flags.FLAGS
+    return PlanOptions(
+        slice=given.plan,
+        json=given.plan_json,
+        html=given.plan_html,
+        markdown=given.plan_markdown,
+        search=given.plan_search,
+        repairs=given.plan_repairs,
+        keep=given.plan_keep,
+        show_sharding=given.show_sharding,
+        asked=[*(given.gin_file or ["plan"])[-1:], *(given.gin_bindings or [])],
+        keys=Keys(**names, unbound=tuple(unbound)),
+    )
