@@ -25,7 +25,7 @@ from rlhf_jax.algorithms.models import load_model, load_reward
 from rlhf_jax.algorithms.template_date import keep_date, with_date
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.record_sets import Records, encode_prompts, tell_left_out
+from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, tell_left_out
 from rlhf_jax.errors import InputError, refuse_unused, require_whole
 from rlhf_jax.evaluate import Evaluated, compare, completion_rows
 from rlhf_jax.io import locate
@@ -35,7 +35,7 @@ from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.models import as_token_batch, sequence_scores
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.reports import headlines, number_cell
-from rlhf_jax.rewards import CheckedReward, Reward, Scores
+from rlhf_jax.rewards import CheckedReward, Reward, RewardSource, Scores, open_reward
 from rlhf_jax.rundir.provenance import launches
 from rlhf_jax.storage.files import json_text, write_atomically
 from rlhf_jax.storage.inputs import Input
@@ -46,10 +46,10 @@ def run(
     run_dir: str,
     seed: int,
     policies: list[tuple[str, str]],
-    prompts: Records,
+    prompts: RecordSource | Records,
     batch: BatchConfig,
     sampling: rollout.SamplingConfig,
-    score_texts: Reward | None = None,
+    score_texts: Reward | RewardSource | None = None,
     reward: ModelSource | None = None,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
@@ -59,6 +59,7 @@ def run(
     """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy).
     other_template: names of policies that are taken though they learned from conversations written otherwise than prompts."""
     bound = bound_config()
+    prompts = open_records(prompts)
     refuse_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples_shown", samples_shown, 0)
     if score_texts is None and reward is None:
@@ -67,7 +68,7 @@ def run(
         raise InputError("run.policies: name at least one (name, run directory)")
     if len({name for name, _ in policies}) < len(policies):
         raise InputError("run.policies: two have the same name; give each one of its own")
-    judge_texts = None if score_texts is None else CheckedReward(score_texts, "run.score_texts")
+    judge_texts = None if score_texts is None else CheckedReward(open_reward(score_texts), "run.score_texts")
     if unknown := sorted(set(other_template) - {name for name, _ in policies}):
         raise InputError(f"run.other_template: {', '.join(unknown)}: no such policy in run.policies")
     devices = make_mesh(mesh)

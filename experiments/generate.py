@@ -22,7 +22,7 @@ from rlhf_jax.algorithms.template_date import keep_date, with_date
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.record_sets import Records, encode_prompts, tell_left_out
+from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, tell_left_out
 from rlhf_jax.errors import InputError, refuse_unused, require_whole
 from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
 from rlhf_jax.io.source import ModelSource
@@ -30,7 +30,7 @@ from rlhf_jax.launch import launch
 from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.records import Response
-from rlhf_jax.rewards import CheckedReward, Reward
+from rlhf_jax.rewards import CheckedReward, Reward, RewardSource, open_reward
 from rlhf_jax.rewards.support_desk import has_flattery
 from rlhf_jax.storage.files import json_text, write_atomically
 
@@ -40,12 +40,12 @@ def run(
     run_dir: str,
     seed: int,
     model: ModelSource,
-    prompts: Records,
+    prompts: RecordSource | Records,
     batch: BatchConfig,
     sampling: rollout.SamplingConfig,
     samples: int = 1,
     seeds: str | None = None,
-    score_texts: Reward | None = None,
+    score_texts: Reward | RewardSource | None = None,
     annotator: AnnotatorConfig | None = None,
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
@@ -54,12 +54,13 @@ def run(
     with a number for each, which its random bits then depend on instead of its place in the file. score_texts: scores
     written with each completion (the annotator needs "gold")."""
     bound = bound_config()
+    prompts = open_records(prompts)
     refuse_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples", samples, 1)
     own = None if seeds is None else {record.id: _seed(record, seeds) for record in prompts.train}
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
-    judge = None if score_texts is None else CheckedReward(score_texts, "run.score_texts")
+    judge = None if score_texts is None else CheckedReward(open_reward(score_texts), "run.score_texts")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     loaded = load_model(model, "lm", devices, rng)

@@ -95,7 +95,7 @@ def run(
             )
 
             # 5. One read of the metrics. Sampler, scorer and update agree, or nothing is saved.
-            metrics = jax.device_get(measured | updated) | judged.numbers
+            metrics = jax.device_get(measured | updated) | judged.metrics
             job.check_numbers(step, fetch(metrics))
             if not here.log(step, metrics, **job.cost(responses), batch=prepared):
                 state = job.roll_back(here, state)

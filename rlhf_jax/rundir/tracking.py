@@ -30,7 +30,7 @@ Metrics = Mapping[str, Any]
 def fetch(metrics: Metrics) -> dict[str, float | None]:
     """Plain numbers, sorted by name, with ONE transfer from the devices.
 
-    A Mean becomes total / weight in float64; None when its weight is 0 (nothing counted, which is no error).
+    A Mean becomes total / weight in float64; None when its weight is 0 (nothing counted, which is no error); None stays.
     NaN and infinities come back as they are.
     """
     values: dict[str, Any] = jax.device_get(dict(metrics))
@@ -38,7 +38,7 @@ def fetch(metrics: Metrics) -> dict[str, float | None]:
     for name in sorted(values):
         value = values[name]
         if not isinstance(value, Mean):
-            found[name] = float(value)
+            found[name] = None if value is None else float(value)
         elif float(value.weight) == 0.0:
             found[name] = None if float(value.total) == 0.0 else math.nan
         else:
