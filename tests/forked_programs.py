@@ -53,11 +53,11 @@ Call = Callable[[Path, Sequence[str]], Done]
 
 
 @contextlib.contextmanager
-def forked_programs(imports: str, environment: Mapping[str, str]) -> Iterator[Call]:
-    """imports: the modules that every command would import, 'a.b, c'."""
+def forked_programs(imports: str, environment: Mapping[str, str], root: Path = ROOT) -> Iterator[Call]:
+    """imports: the modules that every command would import, 'a.b, c'. root: the tree that has them."""
     command = [sys.executable, "-c", f"import {imports}\n{FORKING}"]
-    settings = {**environment, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=settings, stdin=PIPE, stdout=PIPE, text=True) as process:
+    settings = {**environment, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, cwd=root, env=settings, stdin=PIPE, stdout=PIPE, text=True) as process:
 
         def call(cwd: Path, argv: Sequence[str]) -> Done:
             print(json.dumps([str(cwd), list(argv)]), file=process.stdin, flush=True)

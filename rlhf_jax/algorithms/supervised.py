@@ -79,19 +79,18 @@ class SupervisedJob:
     heldout: Callable[[Params], Metrics] | None = None
     fold: Callable[[Any], Fold | None] = lambda batch: None
 
+    functions: Mapping[str, Jitted[..., Any]] = dataclasses.field(default_factory=dict)
+    """Further jitted functions of the algorithm, by name."""
+    phase_names: tuple[str, ...] = ("train",)
+    """The parts of a step that a deadline or a fault may name."""
+    subtree: str = "params"
+    """Where a checkpoint keeps the parameters of the model."""
     note_without_heldout: str = ""
     """What it means when nothing is held out."""
 
     templates_compared: ClassVar[Mapping[str, bool]] = {"policy": True}
     """Roles whose learned template must be the data's; True: that of responses as well."""
     role_names: ClassVar[Mapping[str, str]] = {}
-    subtree = "params"
-    """Where a checkpoint keeps the parameters of the model."""
-
-    @property
-    def phase_names(self) -> tuple[str, ...]:
-        """The parts of a step that a deadline or a fault may name."""
-        return ("train",)
 
     @property
     def inputs(self) -> list[Input]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import pytest
-
 from rlhf_jax.algorithms.cast import Cast
+
 from rlhf_jax.algorithms.models import Loaded, load_model
 from rlhf_jax.algorithms.scoring import RolloutModels
 from rlhf_jax.data import Form, Template

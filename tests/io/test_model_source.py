@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from gguf_files import FIELDS, write_gguf
 from llama_files import llama_fields, llama_tensors, write_checkpoint
+from rlhf_jax.algorithms.cast import plan_model
 from run_directories import make_run
 
-from rlhf_jax.algorithms.cast import plan_model
 from rlhf_jax.algorithms.models import Loaded, load_model, refuse_tokenizer
 from rlhf_jax.data import padding_id
 from rlhf_jax.errors import InputError

@@ -1,0 +1,59 @@
+"""Fine-tuning with an anchor.
+
+python experiments/train_anchored.py --gin_file=configs/anchored.gin
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gin
+
+from rlhf_jax import learn
+from rlhf_jax.algorithms import Anchored, assemble
+from rlhf_jax.config import bound_config
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, RecordSource
+from rlhf_jax.io.source import ModelSource
+from rlhf_jax.launch import launch, run_mode
+from rlhf_jax.loop import LoopConfig, open_job
+from rlhf_jax.parallel import MeshConfig, make_mesh
+
+
+@gin.configurable
+def run(
+    model: ModelSource,
+    batch: BatchConfig,
+    optimizer: learn.OptimizerConfig,
+    anchor: learn.AnchorConfig,
+    run_dir: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    records: RecordSource | Records | None = None,
+    loop: LoopConfig | None = None,
+    mesh: MeshConfig = MeshConfig(),
+) -> None:
+    """steps: optimizer steps. A plan (--plan) needs no run_dir, steps, seed, records and loop."""
+    bound = bound_config()
+    algorithm = Anchored(model=model, batch=batch, optimizer=optimizer, anchor=anchor, records=records)
+    if run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop):
+        return
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=steps, seed=seed, run_dir=run_dir)
+    with open_job(run_dir, bound=bound, job=job, seed=seed, loop=loop) as here:
+        state = job.restore(here)
+        for step in here.steps(here.resumed_step, steps):
+            rows = next(job.batches)
+            state, metrics = job.train_step(state, job.frozen, job.place(rows))
+            here.enter("measure")
+            moved = job.functions["measure"](state.params, job.frozen)
+            if not here.log(step, metrics | {"moved": moved}, batch=rows):
+                state = job.roll_back(here, state)
+                continue
+            job.save(here, step, state)
+
+
+if __name__ == "__main__":
+    launch(run)
