@@ -59,10 +59,16 @@ class DPO:
         policy = load_trained(setting, self.model, "lm", self.lora)
         load = setting.build.load
         reference = policy.base("lm") if self.lora else load(self.model, "lm", setting.mesh, setting.rng)
-        model, mesh, batch = policy.model, setting.mesh, self.batch
         encoded = self._data(setting, policy) if setting.build.runs else None
         if encoded is None:
-            policy.refuse_longer(batch.length, "BatchConfig.length")
+            policy.refuse_longer(self.batch.length, "BatchConfig.length")
+        return self.wire(setting, policy, reference, encoded)
+
+    def wire(
+        self, setting: Setting, policy: Loaded, reference: Loaded, encoded: SupervisedData | None
+    ) -> SupervisedJob:
+        """Return state and jitted functions for models that are loaded."""
+        model, mesh, batch = policy.model, setting.mesh, self.batch
         state, optimizer = first_state(setting, policy, self.optimizer)
 
         def loss(fold: Fold | None) -> LossFn:

@@ -12,8 +12,9 @@ from rlhf_jax import learn, rollout
 from rlhf_jax.algorithms import scoring
 from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.phases import Phase
-from rlhf_jax.algorithms.roles import load_roles
+from rlhf_jax.algorithms.roles import Roles, load_roles
 from rlhf_jax.algorithms.rollout_job import (
+    PromptData,
     RolloutJob,
     make_generate,
     make_score,
@@ -67,7 +68,7 @@ class GRPO:
 
     def assemble(self, setting: Setting) -> RolloutJob:
         """Return the models, the state, the four functions of an iteration and, for a run, prompts and rewards."""
-        mesh, config = setting.mesh, self.grpo
+        config = self.grpo
         texts = None
         if setting.build.runs:
             texts = TextRewards.beside(self.reward, self.reward_texts, self.reward_key, self.monitor)
@@ -75,6 +76,19 @@ class GRPO:
         anchored = config.kl_coefficient > 0
         roles = load_roles(setting, self.policy, self.reward, self.lora, value=False, reference=anchored)
         prompts, template = read_prompts(setting, self, roles, samples=self.samples)
+        ends = roles.ends(template, self.sampling.stop_strings)
+        return self.wire(setting, roles, ends, prompts, texts)
+
+    def wire(
+        self,
+        setting: Setting,
+        roles: Roles,
+        ends: Mapping[str, Any],
+        prompts: PromptData | None = None,
+        texts: TextRewards | None = None,
+    ) -> RolloutJob:
+        """Return state and jitted functions for models that are loaded. ends: what ends a response, as `Roles.ends` gives it."""
+        mesh, config = setting.mesh, self.grpo
         updates = config.epochs * config.minibatches
         optimizer = learn.make_optimizer(self.optimizer, setting.steps, updates, matrices=roles.matrices())
 
@@ -103,7 +117,7 @@ class GRPO:
             return learn.update_groups(train_step, state, batch, rng, config, frozen)
 
         rows, everywhere = batch_sharding(mesh), replicated(mesh)
-        generate = make_generate(roles, self, mesh, template)
+        generate = make_generate(roles, self, mesh, ends)
         rollouts = None
         if prompts is not None:
             sampled = (generate, prompts.batches, mesh, setting.train_rng, state.params, roles.frozen)

@@ -16,6 +16,7 @@ from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.phases import Phase
 from rlhf_jax.algorithms.roles import Roles, load_roles
 from rlhf_jax.algorithms.rollout_job import (
+    PromptData,
     RolloutJob,
     make_generate,
     make_score,
@@ -68,7 +69,7 @@ class PPO:
 
     def assemble(self, setting: Setting) -> RolloutJob:
         """Return the models, the state, the four functions of an iteration and, for a run, prompts and rewards."""
-        mesh, config = setting.mesh, self.ppo
+        config = self.ppo
         texts = None
         if setting.build.runs:
             texts = TextRewards.beside(self.reward, self.reward_texts, self.reward_key, self.monitor)
@@ -77,6 +78,19 @@ class PPO:
             setting, self.policy, self.reward, self.lora, share_trunk=self.share_trunk, value=True, reference=True
         )
         prompts, template = read_prompts(setting, self, roles, samples=1)
+        ends = roles.ends(template, self.sampling.stop_strings)
+        return self.wire(setting, roles, ends, prompts, texts)
+
+    def wire(
+        self,
+        setting: Setting,
+        roles: Roles,
+        ends: Mapping[str, Any],
+        prompts: PromptData | None = None,
+        texts: TextRewards | None = None,
+    ) -> RolloutJob:
+        """Return state and jitted functions for models that are loaded. ends: what ends a response, as `Roles.ends` gives it."""
+        mesh, config = setting.mesh, self.ppo
         optimizer = self._optimizer(setting.steps, roles)
 
         def begin(params: Params) -> learn.PPOState:
@@ -110,7 +124,7 @@ class PPO:
             return learn.PPOState(train, following), metrics | {"kl_coefficient": now}
 
         rows, everywhere = batch_sharding(mesh), replicated(mesh)
-        generate = make_generate(roles, self, mesh, template)
+        generate = make_generate(roles, self, mesh, ends)
         rollouts = None
         if prompts is not None:
             sampled = (generate, prompts.batches, mesh, setting.train_rng, state.train.params, roles.frozen)

@@ -15,9 +15,11 @@ from rlhf_jax import data, learn, ops
 from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.folds import row_fold
 from rlhf_jax.algorithms.heldout import heldout_metrics, heldout_scores
+from rlhf_jax.algorithms.models import Loaded
 from rlhf_jax.algorithms.phases import Phase, row_shape, token_batch_shape
 from rlhf_jax.algorithms.supervised import (
     Metrics,
+    SupervisedData,
     SupervisedJob,
     first_state,
     load_trained,
@@ -64,10 +66,14 @@ class RewardModel:
     def assemble(self, setting: Setting) -> SupervisedJob:
         """Return the model, its state, the jitted functions and, for a run, the batches."""
         loaded = load_trained(setting, self.model, "scalar", self.lora)
-        model, mesh, batch = loaded.model, setting.mesh, self.batch
-        encoded = pair_data(setting, self.records, loaded, batch) if setting.build.runs else None
+        encoded = pair_data(setting, self.records, loaded, self.batch) if setting.build.runs else None
         if encoded is None:
-            loaded.refuse_longer(batch.length, "BatchConfig.length")
+            loaded.refuse_longer(self.batch.length, "BatchConfig.length")
+        return self.wire(setting, loaded, encoded)
+
+    def wire(self, setting: Setting, loaded: Loaded, encoded: SupervisedData | None) -> SupervisedJob:
+        """Return state and jitted functions for a model that is loaded."""
+        model, mesh, batch = loaded.model, setting.mesh, self.batch
         state, optimizer = first_state(setting, loaded, self.optimizer)
         scores_of = functools.partial(sequence_scores, model)
 

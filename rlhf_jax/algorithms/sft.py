@@ -53,10 +53,14 @@ class SFT:
     def assemble(self, setting: Setting) -> SupervisedJob:
         """Return the model, its state, the jitted functions and, for a run, the batches."""
         loaded = load_trained(setting, self.model, "lm", self.lora)
-        model, mesh = loaded.model, setting.mesh
         encoded = self._data(setting, loaded) if setting.build.runs else None
         if encoded is None:
             loaded.refuse_longer(self.batch.length, "BatchConfig.length")
+        return self.wire(setting, loaded, encoded)
+
+    def wire(self, setting: Setting, loaded: Loaded, encoded: SupervisedData | None) -> SupervisedJob:
+        """Return state and jitted functions for a model that is loaded."""
+        model, mesh = loaded.model, setting.mesh
         state, optimizer = first_state(setting, loaded, self.optimizer)
 
         def loss(fold: Fold | None) -> LossFn:

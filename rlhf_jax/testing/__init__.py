@@ -6,6 +6,7 @@ from __future__ import annotations
 from rlhf_jax.data.trained_tokenizers import byte_tokenizer, train_bpe_tokenizer
 from rlhf_jax.testing.batches import completions, prompt_batch, random_prompts, token_batch
 from rlhf_jax.testing.devices import MESHES_OF_EIGHT, bytes_per_device, mesh_of, pretend_devices
+from rlhf_jax.testing.jobs import loaded_model, roles_of, setting_of
 from rlhf_jax.testing.models import random_params, tiny_config, tiny_model
 from rlhf_jax.testing.rewards import count_reward, table_reward
 from rlhf_jax.testing.same_run import difference
@@ -17,11 +18,14 @@ __all__ = [
     "completions",
     "count_reward",
     "difference",
+    "loaded_model",
     "mesh_of",
     "pretend_devices",
     "prompt_batch",
     "random_params",
     "random_prompts",
+    "roles_of",
+    "setting_of",
     "table_reward",
     "tiny_config",
     "tiny_model",
