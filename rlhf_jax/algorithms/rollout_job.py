@@ -357,7 +357,8 @@ def read_prompts(
 def make_generate(
     roles: Roles, algorithm: RolloutAlgorithm, mesh: Mesh, ends: Mapping[str, Any]
 ) -> Jitted[[Params, Params, PromptBatch, Rng], Completions]:
-    """Return the jitted sampler. ends: as `Roles.ends` gives it. With a rollout mesh it samples on the same devices in another shape (`rollout_copy`)."""
+    """Return the jitted sampler. ends: as `Roles.ends` gives it. With a rollout
+    mesh it samples on the same devices in another shape (`rollout_copy`)."""
     rollout_mesh = None if algorithm.rollout_mesh is None else remake_mesh(algorithm.rollout_mesh, mesh)
     options = {"sampling": algorithm.sampling, "slots": algorithm.slots, **ends}
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax import data, learn
-from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms import DPO, SFT, RewardModel
 from rlhf_jax.algorithms.heldout import heldout_metrics, heldout_scores, heldout_terms, loss_metrics
+from rlhf_jax.algorithms.models import Loaded
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import replicated, to_global
-from rlhf_jax.testing import mesh_of, random_params, tiny_config
+from rlhf_jax.parallel import to_global
+from rlhf_jax.testing import IN_MEMORY, loaded_model, mesh_of, random_params, setting_of, tiny_config
 from rlhf_jax.types import Term
 
 MESH = mesh_of()
@@ -30,11 +34,14 @@ def pairs(count: int) -> list[data.EncodedPair]:
     return [data.EncodedPair(*both, margin=0.5 * place) for place, both in enumerate(sides)]
 
 
-def begun(model: Model, seed: int = 0):
-    """(an optimiser, its state)."""
-    adam = learn.make_optimizer(learn.OptimizerConfig(learning_rate=0.0), 1)
-    params = jax.tree.map(jnp.asarray, random_params(model, seed))
-    return adam, jax.device_put(learn.initial_state(params, adam, jax.random.key(1)), replicated(MESH))
+def parts(rows: int) -> dict[str, Any]:
+    """What every description has: rows of 8 columns, a learning rate of 0."""
+    optimizer = learn.OptimizerConfig(learning_rate=0.0)
+    return {"model": IN_MEMORY, "batch": BatchConfig(rows, 8), "optimizer": optimizer}
+
+
+def in_memory(model: Model, seed: int = 0) -> Loaded:
+    return loaded_model(model, random_params(model, seed))
 
 
 def trained(step, state, frozen, batch) -> dict[str, float]:
@@ -54,9 +61,8 @@ def compared(held: dict, losses: dict[str, float]) -> None:
 def test_of_a_reward_model(centring):
     """Six pairs in batches of four against one step over six, and a float64 loop over their scores."""
     model = Model(tiny_config(head="scalar", num_layers=1))
-    adam, state = begun(model)
-    settings = {"microbatches": 1, "centring": centring}
-    step, evaluate = programs.reward_functions(model, adam, state, MESH, **settings)
+    job = RewardModel(**parts(6), centring=centring).wire(setting_of(MESH), in_memory(model), None)
+    step, evaluate, state = job.train_step, job.evaluate, job.state
     held = pairs(6)
     scores, terms = heldout_scores(evaluate, state.params, {}, held, MESH, **SHAPE)
     metrics = heldout_metrics(scores, terms)
@@ -76,9 +82,8 @@ def test_of_dpo():
         Model(tiny_config(num_layers=1)),
         learn.DPOConfig(beta=0.5, label_smoothing=0.1, sft_coefficient=0.3),
     )
-    adam, state = begun(model)
-    frozen = {"reference": random_params(model, 7)}
-    step, evaluate = programs.dpo_functions(model, model, adam, state, MESH, microbatches=1, dpo=config)
+    job = DPO(**parts(6), dpo=config).wire(setting_of(MESH), in_memory(model), in_memory(model, 7), None)
+    step, evaluate, state, frozen = job.train_step, job.evaluate, job.state, job.frozen
     held = pairs(6)
     scores, terms = heldout_scores(evaluate, state.params, frozen, held, MESH, **SHAPE)
     metrics = heldout_metrics(scores, terms)
@@ -93,8 +98,8 @@ def test_of_dpo():
 def test_of_demonstrations_to_a_mixture_of_experts():
     """The loss of the routers counts, as it does in training."""
     model = Model(tiny_config(num_layers=1, **EXPERTS))
-    adam, state = begun(model)
-    step, evaluate = programs.sft_functions(model, adam, state, MESH, microbatches=1)
+    job = SFT(**parts(4)).wire(setting_of(MESH), in_memory(model), None)
+    step, evaluate, state = job.train_step, job.evaluate, job.state
     rng = np.random.default_rng(1)
     held = [document(rng, 8) for _ in range(4)]
     metrics = loss_metrics(heldout_terms(evaluate, state.params, {}, data.evaluation_batches(held, **SHAPE), MESH))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from rlhf_jax import learn
-from rlhf_jax.algorithms import programs
+from rlhf_jax import learn, rollout
+from rlhf_jax.algorithms import GRPO
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import ActivationConstraint, born_sharded, to_global, tree_shardings
-from rlhf_jax.testing import mesh_of, random_params, tiny_config, token_batch
+from rlhf_jax.parallel import ActivationConstraint, to_global
+from rlhf_jax.testing import IN_MEMORY, mesh_of, random_params, random_prompts, roles_of, setting_of, tiny_config
 
 
 def kinds(tree) -> set[str]:
@@ -19,25 +20,31 @@ def kinds(tree) -> set[str]:
 def test_an_optimiser_that_sleeps_between_updates_changes_nothing() -> None:
     mesh = mesh_of(fsdp=8)
     model = Model(tiny_config(), ActivationConstraint(mesh))
-    adam = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-2), 4)
-    shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
-
-    def begin(params):
-        return learn.initial_state(params, adam, jax.random.key(0))
-
     params = random_params(model, 0)
-    awake, slept = (born_sharded(begin, shardings, mesh, params) for _ in range(2))
-    home = programs.placed(slept.opt_state)
-    step = programs.sft_functions(model, adam, awake, mesh, microbatches=1).train_step
-    batch = to_global(token_batch(np.random.default_rng(0).integers(2, 64, (8, 12)).tolist()), mesh)
+    algorithm = GRPO(
+        policy=IN_MEMORY,
+        batch=BatchConfig(8, 4),
+        samples=2,
+        sampling=rollout.SamplingConfig(max_new_tokens=4),
+        grpo=learn.GRPOConfig(),
+        optimizer=learn.OptimizerConfig(learning_rate=1e-2),
+        offload_optimizer=True,
+    )
+    ends = {"eos_ids": (2,), "pad_id": 0}
+    jobs = [algorithm.wire(setting_of(mesh, steps=4), roles_of(policy=(model, params)), ends) for _ in range(2)]
+    job, awake, slept = jobs[0], jobs[0].state, jobs[1].state
+    prompts = to_global(random_prompts(0, 8, 4, 64), mesh)
+    done = job.generate(awake.params, {}, prompts, jax.random.key(0))
+    scores = to_global(({"gold": np.arange(8, dtype=np.float32)}, np.ones(8, bool)), mesh)
+    batch, _ = job.prepare(job.score(awake.params, {}, done), *scores)
     for _ in range(3):
-        awake, _ = step(awake, {}, batch)
-    compiled = step._cache_size()
+        awake, _ = job.update(awake, {}, batch, jax.random.key(1), {})
+    compiled = job.update._cache_size()
     for _ in range(3):
-        slept = programs.asleep(slept)
+        slept = job.offload(slept)
         assert kinds(slept.opt_state) == {"pinned_host"} and kinds(slept.params) == {"device"}
-        slept, _ = step(programs.awake(slept, home), {}, batch)
-    assert step._cache_size() == compiled
+        slept, _ = job.update(job.reload(slept), {}, batch, jax.random.key(1), {})
+    assert job.update._cache_size() == compiled
     same = jax.tree.map(
         lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), awake.opt_state, slept.opt_state
     )

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import pytest
-from rlhf_jax.algorithms.cast import Cast
 
 from rlhf_jax.algorithms.models import Loaded, load_model
-from rlhf_jax.algorithms.scoring import RolloutModels
+from rlhf_jax.algorithms.roles import Roles
 from rlhf_jax.data import Form, Template
 from rlhf_jax.errors import InputError
 from rlhf_jax.io import export_pretrained
@@ -33,21 +32,21 @@ def loaded(
     return load_model(ModelSource(path=str(path), **source), head, mesh, None)
 
 
-def cast(policy: Loaded, judge: Loaded | None) -> Cast:
-    return Cast(policy, judge, RolloutModels(policy.model, None, None, None), {}, {})
+def roles(policy: Loaded, judge: Loaded | None) -> Roles:
+    return Roles(policy, judge, {"policy": policy.model}, {}, {})
 
 
 def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Path) -> None:
     policy, judge = loaded(tmp_path / "policy", CHAT), loaded(tmp_path / "reward", PLAIN, "scalar")
-    cast(policy, None).refuse_other_template(CHAT)
+    roles(policy, None).refuse_other_template(CHAT)
     with pytest.raises(
         InputError, match="reward: learned from .* another template .*style was 'plain', is 'chat'.*or set"
     ):
-        cast(policy, judge).refuse_other_template(CHAT)
+        roles(policy, judge).refuse_other_template(CHAT)
     with pytest.raises(InputError, match="policy: learned from .*set ModelSource.other_template = True"):
-        cast(policy, judge).refuse_other_template(PLAIN)
+        roles(policy, judge).refuse_other_template(PLAIN)
     allowed = loaded(tmp_path / "reward", PLAIN, "scalar", other_template=True)
-    cast(policy, allowed).refuse_other_template(CHAT)
+    roles(policy, allowed).refuse_other_template(CHAT)
     with pytest.raises(InputError, match="ModelSource.other_template = 1: give True or False"):
         ModelSource(path="x", other_template=1)  # type: ignore[arg-type]
 
@@ -55,11 +54,11 @@ def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Pat
 def test_models_that_say_nothing_are_compared_by_chat_template(tmp_path: Path) -> None:
     policy, judge = loaded(tmp_path / "policy", None), loaded(tmp_path / "reward", None, "scalar")
     for template in (CHAT, PLAIN, Template(style="raw")):
-        cast(policy, judge).refuse_other_template(template)
+        roles(policy, judge).refuse_other_template(template)
     other = loaded(tmp_path / "other", None, "scalar", CHATML.replace("<|eos|>", "<|pad|>"))
-    cast(policy, other).refuse_other_template(PLAIN)  # nothing says how it learned
+    roles(policy, other).refuse_other_template(PLAIN)  # nothing says how it learned
     with pytest.raises(InputError, match="other: learned from .* the chat templates differ: it learned"):
-        cast(policy, other).refuse_other_template(CHAT)
+        roles(policy, other).refuse_other_template(CHAT)
 
 
 def test_the_remedy_is_the_programs_own(tmp_path: Path) -> None:

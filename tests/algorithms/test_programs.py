@@ -3,7 +3,6 @@ they belong, one learning rate per rollout."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -11,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import rollout
-from rlhf_jax.algorithms import programs
-from rlhf_jax.algorithms.scoring import RolloutModels
+from rlhf_jax import algorithms, rollout
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import replicated, to_global
-from rlhf_jax.testing import mesh_of, random_params, random_prompts, tiny_config
+from rlhf_jax.parallel import to_global
+from rlhf_jax.testing import IN_MEMORY, mesh_of, random_params, random_prompts, roles_of, setting_of, tiny_config
 
 ROWS = 8
 PPO = PPOConfig(epochs=2, minibatches=2, kl_coefficient=0.3, missing_eos_penalty=None)
@@ -25,14 +23,24 @@ SAMPLING = rollout.SamplingConfig(temperature=0.7, max_new_tokens=6)
 ENDS = {"eos_ids": tuple(range(2, 10)), "pad_id": 0}
 
 
-def alone(policy):
-    return RolloutModels(policy, None, None, None)
+def described(config=PPO, rates=None, microbatches=1, **settings):
+    names = ("policy_optimizer", "value_optimizer")
+    return algorithms.PPO(
+        policy=IN_MEMORY,
+        batch=BatchConfig(ROWS, 4, microbatches),
+        sampling=SAMPLING,
+        ppo=config,
+        **dict(zip(names, rates or [OptimizerConfig()] * 2, strict=True)),
+        **settings,
+    )
 
 
 def test_the_learning_rate_stands_still_within_an_iteration_and_each_part_has_its_own():
     """Under a constant gradient Adam moves by its rate: 2 epochs x 2 minibatches at the full rate, then 4 at half (B29)."""
     rates = [OptimizerConfig(learning_rate=rate, schedule="linear") for rate in (0.1, 0.01)]
-    optimizer = programs.ppo_optimizer(programs.PPOSettings(2, SAMPLING, PPO, *rates), alone(Model(tiny_config())))
+    model = Model(tiny_config())
+    roles = roles_of(policy=(model, model.abstract()), value=(model, model.abstract()))
+    optimizer = described(rates=rates)._optimizer(2, roles)
     params = {"policy": {"w": jnp.zeros(())}, "value": {"w": jnp.zeros(())}}
     state, moved = optimizer.init(params), []
     for _ in range(8):
@@ -49,10 +57,9 @@ def test_a_value_head_on_the_policys_trunk_begins_at_zero(share_trunk):
     params = {"policy": random_params(model, 0)}
     if not share_trunk:
         params["value"] = random_params(model.with_head("scalar"), 1)
-    rate = OptimizerConfig()
-    settings = programs.PPOSettings(1, SAMPLING, PPO, rate, rate, share_trunk=share_trunk)
-    optimizer = programs.ppo_optimizer(settings, alone(model))
-    state = programs.ppo_beginning(optimizer, settings, jax.random.key(0))(params)
+    owners = {"policy": model, "value": model.with_head("scalar")}
+    roles = roles_of(**{role: (owners[role], tree) for role, tree in params.items()})
+    state = described(share_trunk=share_trunk).wire(setting_of(mesh_of()), roles, ENDS).state
     expected = params if not share_trunk else {"policy": {**params["policy"], "scalar_head": {"bias": 0, "kernel": 0}}}
     jax.tree.map(lambda found, leaf: np.testing.assert_array_equal(found, np.broadcast_to(leaf, found.shape)),
                  state.train.params, expected)  # fmt: skip
@@ -67,40 +74,40 @@ def built():
     """
     policy = Model(tiny_config(head="lm"))
     scalar = policy.with_head("scalar")
-    models = RolloutModels(policy, policy, scalar, scalar)
-    frozen = {"reference": random_params(policy, 0), "reward": random_params(scalar, 5)}
-    rate = OptimizerConfig(learning_rate=1e-3)
-    settings = programs.PPOSettings(1, SAMPLING, PPO, rate, rate, microbatches=2)
-    optimizer = programs.ppo_optimizer(settings, models)
+    both = {"policy": (policy, random_params(policy, 0)), "value": (scalar, random_params(scalar, 5))}
+    roles = roles_of(**both, reference=both["policy"], reward=both["value"])
+    algorithm = described(rates=(OptimizerConfig(learning_rate=1e-3),) * 2, microbatches=2)
 
-    def fresh():  # with a key of its own, because an update donates it, and placed as a run places its state
-        begin = programs.ppo_beginning(optimizer, settings, jax.random.key(1))
-        state = begin(jax.tree.map(jnp.asarray, {"policy": frozen["reference"], "value": frozen["reward"]}))
-        return jax.device_put(state, replicated(mesh_of()))
+    def job():  # with a state of its own, because an update donates it
+        return algorithm.wire(setting_of(mesh_of()), roles, ENDS)
 
-    return programs.ppo_functions(models, optimizer, fresh(), mesh_of(), settings, ENDS), fresh, frozen
+    return job(), lambda: job().state, roles.frozen
+
+
+UNSCORED = ({}, np.ones(ROWS, bool))
+"""No scores of texts; every response could be scored."""
 
 
 @functools.cache
 def iteration():
     """(completions, rollout, metrics, a rollout scored by other parameters, metrics of the update) of one iteration."""
-    (generate, score, prepare, update), fresh, frozen = built()
+    job, fresh, frozen = built()
     state = fresh()
-    done = generate(state.train.params, random_prompts(0, ROWS, 4, 64), jax.random.key(0))
+    done = job.generate(state.train.params, frozen, random_prompts(0, ROWS, 4, 64), jax.random.key(0))
     # What the policy has become after some training must reach neither the reference nor the reward.
     other = {"policy": random_params(Model(tiny_config(head="lm")), 1)}
     other["value"] = random_params(Model(tiny_config(head="scalar")), 2)
-    moved = jax.device_get(score(other, frozen, done))
-    scored = score(state.train.params, frozen, done)
-    prepared, metrics = prepare(scored, state.kl_coefficient)
+    moved = jax.device_get(job.score(other, frozen, done))
+    scored = job.score(state.train.params, frozen, done)
+    prepared, metrics = job.prepare(scored, *UNSCORED, state.kl_coefficient)
     kept = jax.device_get((done, scored, metrics, moved))
-    _, updated = update(state.train, prepared, jax.random.key(2))
+    _, updated = job.update(state, frozen, prepared, jax.random.key(2), job.measured(metrics))
     return *kept, jax.device_get(updated)
 
 
 def test_nothing_is_traced_or_compiled_twice():
     """Three iterations with prompts and replies of other lengths: JAX reports traces and compilations in the first only."""
-    (generate, score, prepare, update), fresh, frozen = built()
+    job, fresh, frozen = built()
     state, seen, lengths = fresh(), [], set()
 
     def listen(event: str, duration: float, **about) -> None:
@@ -113,10 +120,10 @@ def test_nothing_is_traced_or_compiled_twice():
         for index in range(3):
             before = len(seen)
             prompts = to_global(random_prompts(index, ROWS, 4, 64), mesh_of())
-            done = generate(state.train.params, prompts, jax.random.key(index))
-            prepared, _ = prepare(score(state.train.params, frozen, done), state.kl_coefficient)
-            train, _ = update(state.train, prepared, jax.random.key(index))
-            state = dataclasses.replace(state, train=train)
+            done = job.generate(state.train.params, frozen, prompts, jax.random.key(index))
+            scored = job.score(state.train.params, frozen, done)
+            prepared, metrics = job.prepare(scored, *to_global(UNSCORED, mesh_of()), state.kl_coefficient)
+            state, _ = job.update(state, frozen, prepared, jax.random.key(index), job.measured(metrics))
             lengths.add(tuple(np.asarray(done.mask).sum(axis=1)))
             assert index == 0 or seen[before:] == []
     finally:
@@ -138,10 +145,11 @@ def test_reference_and_reward_stay_what_they_are_when_the_policy_moves():
     """B18: the frozen parameters are arguments of their own; the policy's and the value model's are read by the others."""
     done, scored, _, moved, _ = iteration()
     np.testing.assert_array_equal(moved.ref_logprobs, scored.ref_logprobs)
-    np.testing.assert_array_equal(moved.scores, scored.scores)
+    scores = scored.scores["reward"]
+    np.testing.assert_array_equal(moved.scores["reward"], scores)
     assert np.abs(moved.logprobs - scored.logprobs).max() > 0.1 and np.abs(moved.values - scored.values).max() > 0.1
     # The value model began as the reward model: behind the last token its value is the score.
     ends = done.mask.sum(axis=1)
     for row in np.flatnonzero(ends < SAMPLING.max_new_tokens):
-        assert scored.values[row, ends[row]] == pytest.approx(scored.scores[row], abs=1e-5)
-    assert np.ptp(scored.scores) > 0.1
+        assert scored.values[row, ends[row]] == pytest.approx(scores[row], abs=1e-5)
+    assert np.ptp(scores) > 0.1

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from rlhf_jax import learn
-from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms import SFT
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
-from rlhf_jax.testing import tiny_config, token_batch
+from rlhf_jax.testing import IN_MEMORY, loaded_model, setting_of, tiny_config, token_batch
 
 MODEL = Model(tiny_config())
 BOUND = 1e-5
@@ -29,12 +30,13 @@ def batch(step: int) -> Any:
 def train(run_dir: Path, devices: int, begin: int, end: int) -> list[float]:
     """Steps begin + 1 ... end on so many devices, from the checkpoint of ``begin``; saves ``end``. The losses."""
     mesh = make_mesh(MESHES[devices], jax.devices()[:devices])
-    adam = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-2, schedule="cosine"), 9)
     shardings = tree_shardings(MODEL.abstract(), MODEL.logical_axes(), mesh)
     key = jax.random.key(0, impl="threefry2x32")
     params = born_sharded(MODEL.init, shardings, mesh, key)
-    state = born_sharded(lambda p: learn.initial_state(p, adam, key), shardings, mesh, params)
-    step_of, _ = programs.sft_functions(MODEL, adam, state, mesh, microbatches=2)
+    optimizer = learn.OptimizerConfig(learning_rate=1e-2, schedule="cosine")
+    algorithm = SFT(model=IN_MEMORY, batch=BatchConfig(8, 12, microbatches=2), optimizer=optimizer)
+    job = algorithm.wire(setting_of(mesh, steps=9), loaded_model(MODEL, params), None)
+    state, step_of = job.state, job.train_step
     losses = []
     with Checkpoints(run_dir, Retention(9)) as checkpoints:
         if begin:

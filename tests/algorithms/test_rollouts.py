@@ -130,13 +130,14 @@ def test_rewards_and_monitor_see_the_columns_of_the_prompt():
         return {"kind": [Failed("busy") if response.id == "q2" else 4.0 for response in responses], "sure": [0.5] * 3}
 
     judged = TextRewards.beside(None, verifier, "correct", judge)(done, records, tokenizer)
-    assert judged.scores.tolist() == [1.0, 1.0, 0.0] and judged.scores.dtype == np.float32 and judged.scored is None
+    assert judged.scores["correct"].tolist() == [1.0, 1.0, 0.0] and judged.scores["correct"].dtype == np.float32
+    assert judged.scored.tolist() == [True] * 3
     assert judged.metrics == {"monitor/kind": 4.0, "monitor/sure": 0.5, "monitor_failed": 1}
     judged = TextRewards.beside(None, judge, "kind", None)(done, records, tokenizer)
-    assert judged.scores.tolist() == [0.0, 4.0, 4.0] and judged.scored.tolist() == [False, True, True]
+    assert judged.scores["kind"].tolist() == [0.0, 4.0, 4.0] and judged.scored.tolist() == [False, True, True]
     assert judged.metrics == {"reward_failed": 1}
     judged = TextRewards.beside("model", None, "", judge)(done, records, tokenizer)
-    assert judged.scores is judged.scored is None and judged.metrics["monitor_failed"] == 1
+    assert judged.scores == {} and judged.scored.all() and judged.metrics["monitor_failed"] == 1
 
 
 def test_rewards_of_texts_name_what_is_missing():

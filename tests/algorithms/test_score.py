@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import ops
-from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values, score
+from rlhf_jax.algorithms.scoring import policy_and_values, score
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, as_token_batch, sequence_logprobs, sequence_scores
 from rlhf_jax.testing import completions, prompt_batch, random_params, tiny_model, token_batch
@@ -21,8 +21,15 @@ CRITIC, CRITIC_PARAMS = tiny_model("scalar", seed=3)
 ROWS = [([5, 6, 7], [20, 21, 2]), ([8], [22, 23, 24, 25, 26]), ([9, 10], [2])]
 WIDTH, LENGTH = 4, 5
 TEMPERATURE = 0.7
-BOTH = RolloutModels(POLICY, POLICY, CRITIC, CRITIC)
-TWO = RolloutModels(POLICY, POLICY, CRITIC, None)
+BOTH = {"policy": POLICY, "value": CRITIC, "reference": POLICY, "reward": CRITIC}
+TWO = {"policy": POLICY, "value": CRITIC, "reference": POLICY}
+BOTH_PARAMS = {
+    "policy": POLICY_PARAMS,
+    "value": CRITIC_PARAMS,
+    "reference": POLICY_PARAMS,
+    "reward": CRITIC_PARAMS,
+}
+TWO_PARAMS = {role: BOTH_PARAMS[role] for role in TWO}
 
 
 def done(pad_id=0, garbage=None):
@@ -49,14 +56,13 @@ def logits(model, params, tokens):
     return model.apply(params, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def read(models, policy, value, made):
-    return policy_and_values(models, policy, value, made, temperature=TEMPERATURE)
+def read(models, params, made):
+    call = functools.partial(policy_and_values, models, temperature=TEMPERATURE)
+    return jax.jit(call)({role: params[role] for role in models if role in params}, made)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def scored(models, params, made):
-    return score(models, params, made, temperature=TEMPERATURE)
+    return jax.jit(functools.partial(score, models, temperature=TEMPERATURE))(params, made)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,11 +90,11 @@ def test_values_are_read_before_their_token(shared):
     """V_t is the scalar at the token before t: at t itself it would have seen the action (B27)."""
     if shared:
         model, params = tiny_model("lm+scalar", seed=3)
-        models, arguments = RolloutModels(model, POLICY, None, None), (params, None)
+        models, given = {"policy": model}, {"policy": params}
     else:
         model, params = CRITIC, CRITIC_PARAMS
-        models, arguments = TWO, (POLICY_PARAMS, CRITIC_PARAMS)
-    logprobs, entropy, values = read(models, *arguments, done())
+        models, given = TWO, TWO_PARAMS
+    logprobs, entropy, values = read(models, given, done())
     assert logprobs.shape == entropy.shape == values.shape == (3, LENGTH) and values.dtype == jnp.float32
     for row, (prompt, response) in enumerate(ROWS):
         exact = np.asarray(scalars(model, params, alone(row)))[0]
@@ -99,14 +105,14 @@ def test_values_are_read_before_their_token(shared):
 
 def test_the_critic_made_of_the_reward_model_agrees_with_it():
     """Value behind the last token = reward of the text, where a column is left to read it."""
-    _, _, values = read(TWO, POLICY_PARAMS, CRITIC_PARAMS, done())
+    _, _, values = read(TWO, TWO_PARAMS, done())
     rewards = scores(CRITIC, CRITIC_PARAMS, as_token_batch(done()))
     np.testing.assert_allclose(values[0, 3], rewards[0], atol=1e-6)
     np.testing.assert_allclose(values[2, 1], rewards[2], atol=1e-6)
 
 
 def test_log_probabilities_and_entropy_at_the_temperature():
-    logprobs, entropy, _ = read(TWO, POLICY_PARAMS, CRITIC_PARAMS, done())
+    logprobs, entropy, _ = read(TWO, TWO_PARAMS, done())
     for row, (prompt, response) in enumerate(ROWS):
         exact = logits(POLICY, POLICY_PARAMS, alone(row))[0].astype(jnp.float32)
         at = exact[len(prompt) - 1 : len(prompt) - 1 + len(response)]
@@ -119,23 +125,25 @@ def test_log_probabilities_and_entropy_at_the_temperature():
 
 def test_a_policy_that_is_its_reference_has_no_divergence():
     """Exactly 0 at temperature .7: both sides run one definition; a temperature on one side only fails (B6)."""
-    rollout = scored(TWO, RolloutParams(POLICY_PARAMS, POLICY_PARAMS, CRITIC_PARAMS, None), done())
+    rollout = scored(TWO, TWO_PARAMS, done())
     np.testing.assert_array_equal(rollout.logprobs, rollout.ref_logprobs)
-    assert (rollout.scores == 0).all()  # no reward model: someone else's business
+    assert rollout.scores == {}  # no reward model: the score comes from elsewhere
     other = random_params(POLICY, 1)
-    moved = scored(TWO, RolloutParams(POLICY_PARAMS, other, CRITIC_PARAMS, None), done())
+    moved = scored(TWO, TWO_PARAMS | {"reference": other}, done())
     np.testing.assert_array_equal(moved.logprobs, rollout.logprobs)
     assert np.abs(moved.ref_logprobs - rollout.ref_logprobs).max() > 0.1
 
 
 def test_rewards_are_read_at_the_last_real_token():
-    params = RolloutParams(POLICY_PARAMS, POLICY_PARAMS, CRITIC_PARAMS, CRITIC_PARAMS)
+    params = BOTH_PARAMS
     rollout = scored(BOTH, params, done())
     for row, (prompt, response) in enumerate(ROWS):
         exact = np.asarray(scalars(CRITIC, CRITIC_PARAMS, alone(row)))[0, len(prompt) + len(response) - 1]
-        np.testing.assert_allclose(rollout.scores[row], exact, atol=1e-5)
+        np.testing.assert_allclose(rollout.scores["reward"][row], exact, atol=1e-5)
     # pad = end token: still the end token that was sampled, not the one before it and not the last column (B3)
-    np.testing.assert_allclose(scored(BOTH, params, done(pad_id=2)).scores, rollout.scores, atol=1e-6)
+    np.testing.assert_allclose(
+        scored(BOTH, params, done(pad_id=2)).scores["reward"], rollout.scores["reward"], atol=1e-6
+    )
 
 
 def test_left_padded_parts_score_like_right_padded_text():
@@ -154,12 +162,14 @@ def test_a_row_of_padding_scores_zero():
 
 def test_garbage_in_padding_changes_nothing():
     """Bit for bit, values after the end included: with "last_column" they are counted (B5)."""
-    params = RolloutParams(POLICY_PARAMS, random_params(POLICY, 1), CRITIC_PARAMS, CRITIC_PARAMS)
+    params = BOTH_PARAMS | {"reference": random_params(POLICY, 1)}
     clean, dirty = (scored(BOTH, params, made) for made in (done(), done(garbage=0)))
     assert (np.asarray(clean.completions.tokens) != dirty.completions.tokens).any()
-    for name in ("logprobs", "ref_logprobs", "values", "scores"):
+    for name in ("logprobs", "ref_logprobs", "values"):
         assert np.isfinite(getattr(clean, name)).all()
         np.testing.assert_array_equal(getattr(clean, name), getattr(dirty, name), err_msg=name)
+    assert np.isfinite(clean.scores["reward"]).all()
+    np.testing.assert_array_equal(clean.scores["reward"], dirty.scores["reward"])
 
 
 def test_token_log_probabilities_sit_at_their_own_column():
@@ -174,19 +184,18 @@ def test_token_log_probabilities_sit_at_their_own_column():
 
 
 def test_a_missing_model_or_its_parameters_are_named():
-    params = RolloutParams(POLICY_PARAMS, POLICY_PARAMS, CRITIC_PARAMS, CRITIC_PARAMS)
-    for models, given in ((BOTH, params.replace(reward=None)), (TWO, params)):
-        with pytest.raises(InputError, match=r"RolloutModels\.reward and RolloutParams\.reward"):
+    for models, given in ((BOTH, TWO_PARAMS), (TWO, BOTH_PARAMS)):
+        with pytest.raises(InputError, match="both the model and the parameters of the role 'reward'"):
             score(models, given, done(), temperature=1.0)
-    with pytest.raises(InputError, match=r"RolloutModels\.value"):
-        policy_and_values(TWO, POLICY_PARAMS, None, done(), temperature=1.0)
+    with pytest.raises(InputError, match=r"params\['value'\]"):
+        policy_and_values(TWO, {"policy": POLICY_PARAMS}, done(), temperature=1.0)
 
 
 def test_the_samplers_own_logprobs_save_the_policys_pass():
     """One pass of four less in the compiled program (each of the three left is of the same trunk); nothing else changes."""
     made = done()
     made = made.replace(logprobs=np.where(made.mask, -0.25, 0.0).astype(np.float32))
-    four = RolloutParams(POLICY_PARAMS, POLICY_PARAMS, CRITIC_PARAMS, CRITIC_PARAMS)
+    four = BOTH_PARAMS
 
     def run(sampler_logprobs):
         read = functools.partial(score, BOTH, temperature=TEMPERATURE, sampler_logprobs=sampler_logprobs)
@@ -196,6 +205,7 @@ def test_the_samplers_own_logprobs_save_the_policys_pass():
     (again, more), (own, less) = run(False), run(True)
     np.testing.assert_array_equal(own.logprobs, made.logprobs)
     assert np.abs(again.logprobs - made.logprobs).max() > 0.1
-    for name in ("ref_logprobs", "values", "scores"):
+    for name in ("ref_logprobs", "values"):
         np.testing.assert_allclose(getattr(own, name), getattr(again, name), atol=1e-6)
+    np.testing.assert_allclose(own.scores["reward"], again.scores["reward"], atol=1e-6)
     assert less < 0.8 * more

@@ -6,12 +6,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import doctor
-from rlhf_jax.algorithms import programs
+from rlhf_jax import doctor, learn
+from rlhf_jax.algorithms import SFT
 from rlhf_jax.data import Encoded, Template
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.learn import PPOConfig
 from rlhf_jax.models import Model
-from rlhf_jax.testing import byte_tokenizer, tiny_config, token_batch
+from rlhf_jax.testing import (
+    IN_MEMORY,
+    byte_tokenizer,
+    loaded_model,
+    mesh_of,
+    random_params,
+    setting_of,
+    tiny_config,
+    token_batch,
+)
 from rlhf_jax.types import Mean, Term
 
 TOKENIZER = byte_tokenizer()
@@ -107,7 +117,9 @@ def test_the_loss_that_is_checked_is_the_one_that_trains() -> None:
     """With experts it has a term of their routers, which a loss of log-probabilities alone lacks."""
     experts = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "router_coefficient": 0.5}
     model, batch = Model(tiny_config(**experts)), token_batch([[3, 4, 5, 2]])
-    terms = jax.eval_shape(programs.sft_loss(model), model.abstract(), {}, batch, jax.random.key(0))[0]
+    algorithm = SFT(model=IN_MEMORY, batch=BatchConfig(1, 4), optimizer=learn.OptimizerConfig())
+    job = algorithm.wire(setting_of(mesh_of()), loaded_model(model, random_params(model, 0)), None)
+    terms = jax.eval_shape(job.loss, model.abstract(), {}, batch, jax.random.key(0))[0]
     assert set(terms) == {"nll", "router"}
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from gguf_files import FIELDS, write_gguf
 from llama_files import llama_fields, llama_tensors, write_checkpoint
-from rlhf_jax.algorithms.cast import plan_model
 from run_directories import make_run
 
-from rlhf_jax.algorithms.models import Loaded, load_model, refuse_tokenizer
+from rlhf_jax.algorithms.models import Loaded, load_model, plan_model, refuse_tokenizer
 from rlhf_jax.data import padding_id
 from rlhf_jax.errors import InputError
 from rlhf_jax.io import describe_pretrained, load_pretrained, locate
@@ -88,7 +87,7 @@ def test_a_tokenizer_needs_no_padding_token(tmp_path: Path) -> None:
     tokenizer.pad_token = None
     tokenizer.save_pretrained(hf)
     assert padding_id(load(hf).tokenizer) == tokenizer.eos_token_id
-    plan = functools.partial(plan_model, head="lm", mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    plan = functools.partial(plan_model, head="lm", mesh=make_mesh(MeshConfig(), jax.devices()[:1]), rng=None)
     assert load(hf, pad_token="<|bos|>").tokenizer.pad_token_id == 1
     assert plan(ModelSource(path=str(hf), pad_token="<|bos|>")).tokenizer.pad_token_id == 1
     for made in (lambda: load(hf, pad_token="<pad>"), lambda: plan(ModelSource(path=str(hf), pad_token="<pad>"))):

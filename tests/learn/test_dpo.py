@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn
-from rlhf_jax.algorithms import programs
+from rlhf_jax.algorithms import DPO
 from rlhf_jax.batches import PairBatch
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.errors import InputError
 from rlhf_jax.learn import DPOConfig, gradients, make_dpo_loss
 from rlhf_jax.models import Model, sequence_logprobs
-from rlhf_jax.parallel import replicated
-from rlhf_jax.testing import mesh_of, random_params, tiny_config, token_batch
+from rlhf_jax.testing import IN_MEMORY, loaded_model, mesh_of, random_params, setting_of, tiny_config, token_batch
 
 KEY = jax.random.key(0)
 
@@ -115,12 +115,15 @@ def trained():
     """(metrics of 60 steps, held-out implicit rewards before and after) on pairs in which token 7 is preferred to 8."""
     model = Model(tiny_config(vocab_size=16, max_length=6))
     start, mesh, steps = random_params(model, 0), mesh_of(), 60
-    adam = learn.make_optimizer(learn.OptimizerConfig(learning_rate=3e-3), steps)
-    begin = learn.initial_state(jax.tree.map(jnp.asarray, start), adam, jax.random.key(1))
-    state = jax.device_put(begin, replicated(mesh))
-    settings = {"microbatches": 2, "dpo": DPOConfig(beta=0.1)}
-    step, evaluate = programs.dpo_functions(model, model, adam, state, mesh, **settings)
-    frozen, rng = {"reference": start}, np.random.default_rng(0)
+    algorithm = DPO(
+        model=IN_MEMORY,
+        batch=BatchConfig(16, 6, microbatches=2),
+        optimizer=learn.OptimizerConfig(learning_rate=3e-3),
+        dpo=DPOConfig(beta=0.1),
+    )
+    loaded = loaded_model(model, start)
+    job = algorithm.wire(setting_of(mesh, steps=steps), loaded, loaded, None)
+    state, step, evaluate, frozen, rng = job.state, job.train_step, job.evaluate, job.frozen, np.random.default_rng(0)
 
     def draw(rows):
         prompts = rng.integers(3, 7, (rows, 2)).tolist()
@@ -128,12 +131,12 @@ def trained():
         return PairBatch(*sides, np.zeros(rows, np.float32))
 
     held, history = draw(32), []
-    before = jax.device_get(evaluate(state.params, held, frozen)[1])
+    before = jax.device_get(evaluate(state.params, frozen, held)[1])
     for _ in range(steps):
         state, metrics = step(state, frozen, draw(16))
         history.append({name: float(mean.value()) for name, mean in metrics.items()})
     logprobs = sequence_logprobs(model, state.params, held.chosen)[0]
-    return history, before, jax.device_get(evaluate(state.params, held, frozen)[1]), logprobs
+    return history, before, jax.device_get(evaluate(state.params, frozen, held)[1]), logprobs
 
 
 def test_the_first_step_is_at_the_reference():

@@ -55,7 +55,7 @@ def rollout(scores, logprobs=None, reference=None, mask=MASK, ended=None) -> Rol
     logprobs = zeros if logprobs is None else np.float32(logprobs)
     done = completions(mask, ended).replace(logprobs=logprobs)
     reference = None if reference is None else np.float32(reference)
-    return Rollout(done, logprobs, reference, None, np.float32(scores))
+    return Rollout(done, logprobs, reference, None, {"gold": np.float32(scores)}, np.ones(len(scores), bool))
 
 
 def measured(config, logprobs, scores=(1.0, 0.0), microbatches=1, **about):

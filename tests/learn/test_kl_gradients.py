@@ -42,7 +42,9 @@ def rollout(arms: list[int], sampled: np.ndarray, reference: np.ndarray, scores:
     prompts = prompt_batch([[1]] * rows, prompt_ids=[0] * rows, sample_ids=range(rows))
     logs, anchor = (np.log(p)[arms][:, None].astype(np.float32) for p in (sampled, reference))
     done = completions(prompts, [[3 + arm] for arm in arms], length=1, eos_ids=(3, 4, 5), logprobs=logs)
-    return Rollout(done, logs, anchor, np.zeros((rows, 1), np.float32), np.float32(scores[arms]))
+    return Rollout(
+        done, logs, anchor, np.zeros((rows, 1), np.float32), {"gold": np.float32(scores[arms])}, np.ones(rows, bool)
+    )
 
 
 def logprobs(params, done):

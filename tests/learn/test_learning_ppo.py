@@ -16,11 +16,11 @@ import numpy as np
 import optax
 
 from rlhf_jax import learn, ops, rollout
-from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values, score
+from rlhf_jax.algorithms.scoring import policy_and_values, score
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model, as_token_batch, sequence_logprobs
 from rlhf_jax.testing import completions, count_reward, prompt_batch, random_params, table_reward, tiny_config
-from rlhf_jax.types import Completions
+from rlhf_jax.types import Completions, Rollout
 
 VOCAB, ROWS, LENGTH, ITERATIONS = 8, 128, 4, 100
 
@@ -42,14 +42,14 @@ class Task:
 POLICY = Model(tiny_config(vocab_size=VOCAB, max_length=2 + LENGTH))
 REFERENCE = random_params(POLICY, 2)
 REFERENCE["embed"]["embedding"] *= 0.3  # logits with spread .6: every token has a chance
-MODELS = RolloutModels(POLICY, POLICY, POLICY.with_head("scalar"), None)
+MODELS = {"policy": POLICY, "reference": POLICY, "value": POLICY.with_head("scalar")}
 CONFIG = PPOConfig(
     epochs=2, minibatches=2, value_coefficient=0.5, value_clip=None, missing_eos_penalty=None, whiten_advantages="none"
 )  # fmt: skip
 
 
 def policy_fn(params, done):
-    return policy_and_values(MODELS, params["policy"], params["value"], done, temperature=1.0)
+    return policy_and_values(MODELS, params, done, temperature=1.0)
 
 
 def make_optimizer():
@@ -69,10 +69,9 @@ def iterate(state, prompts, rng, task):
     done = rollout.generate(
         POLICY, state.params["policy"], prompts, sample_rng, sampling=sampling, eos_ids=tuple(eos), pad_id=0
     )
-    four = RolloutParams(state.params["policy"], REFERENCE, state.params["value"], None)
-    scored = score(MODELS, four, done, temperature=1.0)
-    scored = scored.replace(scores=table_reward(done, arms) + pays * count_reward(done, 5))
-    prepared, metrics = learn.prepare(scored, CONFIG, beta)
+    scored = score(MODELS, {**state.params, "reference": REFERENCE}, done, temperature=1.0)
+    paid = Rollout.of(scored, {"table": table_reward(done, arms), "count": pays * count_reward(done, 5)})
+    prepared, metrics = learn.prepare(paid, CONFIG, beta)
     step = learn.make_train_step(learn.make_ppo_loss(policy_fn, CONFIG), make_optimizer())
     state, updated = learn.update(step, state, prepared, order_rng, CONFIG)
     return state, metrics | updated

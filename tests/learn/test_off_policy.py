@@ -27,7 +27,7 @@ def bandit() -> Rollout:
     eos = (3, 4, 5)
     done = completions(prompts, [[3 + arm] for arm in ARMS], length=1, eos_ids=eos, logprobs=logs)
     old, zeros = np.log(POLICY)[ARMS][:, None].astype(np.float32), np.zeros((10, 1), np.float32)
-    return Rollout(done, old, old, zeros, np.float32(SCORES[ARMS]))
+    return Rollout(done, old, old, zeros, {"gold": np.float32(SCORES[ARMS])}, np.ones(len(ARMS), bool))
 
 
 def gradient(kind: str, importance: ImportanceConfig | None) -> np.ndarray:

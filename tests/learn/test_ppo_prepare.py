@@ -35,7 +35,8 @@ def rollout_of(responses, scores, *, logprobs=None, ref=None, values=None, lengt
         logprobs=stack([padded(row, length) for row in logprobs or zeros]),
         ref_logprobs=stack([padded(row, length) for row in ref or zeros]),
         values=stack([padded(row, length, 0.0) for row in values or zeros]),
-        scores=np.asarray(scores, np.float32),
+        scores={"gold": np.asarray(scores, np.float32)},
+        scored=np.ones(len(responses), bool),
     )
 
 

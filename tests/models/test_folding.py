@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from rlhf_jax import learn, ops, rollout
-from rlhf_jax.algorithms import programs
-from rlhf_jax.algorithms.folds import refuse_folded
-from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, score
+from rlhf_jax.algorithms import PPO
+from rlhf_jax.algorithms.folds import refuse_folded, row_fold
+from rlhf_jax.algorithms.roles import parameters_by_role
+from rlhf_jax.algorithms.scoring import folded as fold_models
+from rlhf_jax.algorithms.scoring import score
 from rlhf_jax.batches import TokenBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import Fold, Model, Picked, fold_of, sequence_logprobs
 from rlhf_jax.models.folding import fold
 from rlhf_jax.parallel import ActivationConstraint
-from rlhf_jax.testing import completions, mesh_of, prompt_batch, tiny_model
+from rlhf_jax.testing import IN_MEMORY, completions, mesh_of, prompt_batch, roles_of, setting_of, tiny_model
 
 LENGTHS = (8, 2, 7, 3)
 
@@ -156,32 +158,33 @@ def test_what_does_not_fit_is_not_a_number() -> None:
 def test_ppo_scores_and_updates_the_same() -> None:
     policy, params = tiny_model()
     value, value_params = tiny_model("scalar", seed=1)
-    models = RolloutModels(policy, policy, value, value)
+    owners = {"policy": (policy, params), "value": (value, value_params)}
+    roles = roles_of(**owners, reference=owners["policy"], reward=owners["value"])
     prompts = prompt_batch([[3, 4, 5], [6], [7, 8], [9, 10, 11, 12]])
     done = completions(prompts, [[13, 2], [14, 15, 16, 2], [17], [18, 19]], length=4)
     lengths = np.asarray(done.prompts.mask.sum(axis=1) + done.mask.sum(axis=1))
-    four = RolloutParams(params, params, value_params, value_params)
+    four = parameters_by_role(roles.trainable, roles.frozen)
     columns = done.prompts.tokens.shape[1] + done.tokens.shape[1]
     new = np.asarray(done.mask.sum(axis=1))
     settings = BatchConfig(4, 4, folded=True)
-    found = settings.fold(policy, 1, lengths, columns, new, done.tokens.shape[1])
+    found = row_fold(settings, policy, 1, lengths, columns, new, done.tokens.shape[1])
     assert found == Fold(10, 3)  # rows of 5, 5, 3 and 6 tokens: 5 + 5; 9 of them sampled, 2.25 a row
-    whole, folded = (score(m, four, done, temperature=1.0) for m in (models, models.folded(found)))
+    whole, folded = (score(m, four, done, temperature=1.0) for m in (roles.models, fold_models(roles.models, found)))
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
     rate = learn.OptimizerConfig(learning_rate=1e-3)
     config = learn.PPOConfig(epochs=2)
-    settings = programs.PPOSettings(10, rollout.SamplingConfig(max_new_tokens=4), config, rate, rate)
-    optimizer = programs.ppo_optimizer(settings, models)
-    mesh = mesh_of()
-    begin = programs.ppo_beginning(optimizer, settings, jax.random.key(0))
+    sampling = rollout.SamplingConfig(max_new_tokens=4)
+    rates = {"policy_optimizer": rate, "value_optimizer": rate}
+    algorithm = PPO(policy=IN_MEMORY, batch=settings, sampling=sampling, ppo=config, **rates)
 
     def updated(fold):
-        state = jax.jit(begin)({"policy": params, "value": value_params})
-        functions = programs.ppo_functions(models, optimizer, state, mesh, settings, {"eos_ids": (2,), "pad_id": 0})
-        prepared, _ = functions.prepare(whole, state.kl_coefficient)
-        return functions.update(state.train, prepared, jax.random.key(1), fold=fold)
+        job = algorithm.wire(setting_of(mesh_of(), steps=10), roles, {"eos_ids": (2,), "pad_id": 0})
+        prepared, metrics = job.prepare(whole, {}, np.ones(4, bool), job.state.kl_coefficient)
+        key, measured = jax.random.key(1), job.measured(metrics)
+        state, updates = job.update(job.state, roles.frozen, prepared, key, measured, fold=fold)
+        return state.train, updates
 
     (plain, metrics), (other, others) = updated(None), updated(found)
     assert float(metrics["loss"].value()) == pytest.approx(float(others["loss"].value()), rel=1e-4)
@@ -192,11 +195,11 @@ def test_ppo_scores_and_updates_the_same() -> None:
 def test_a_fold_needs_rows_that_divide() -> None:
     lengths, model = np.array([1, 1, 1, 1]), tiny_model()[0]
     folded = BatchConfig(4, 8, folded=True)
-    assert BatchConfig(4, 8).fold(model, 1, lengths, 8) is None
-    assert folded.fold(model, 1, lengths, 8) == Fold(2)
-    assert folded.fold(model, 3, lengths, 8) is None
+    assert row_fold(BatchConfig(4, 8), model, 1, lengths, 8) is None
+    assert row_fold(folded, model, 1, lengths, 8) == Fold(2)
+    assert row_fold(folded, model, 3, lengths, 8) is None
     split = Model(model.config, ActivationConstraint(mesh_of(data=4)))
-    assert folded.fold(split, 1, lengths, 8) is None
+    assert row_fold(folded, split, 1, lengths, 8) is None
     refuse_folded(folded, mesh_of(data=2))
     refuse_folded(BatchConfig(4, 8), mesh_of(sequence=2))
     with pytest.raises(InputError, match="BatchConfig.folded: rows are not folded where MeshConfig.sequence"):

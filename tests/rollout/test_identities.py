@@ -15,10 +15,11 @@ import optax
 import pytest
 
 from rlhf_jax import learn, rollout
-from rlhf_jax.algorithms.scoring import RolloutModels, RolloutParams, policy_and_values, score
+from rlhf_jax.algorithms.scoring import policy_and_values, score
 from rlhf_jax.learn import OptimizerConfig, PPOConfig
 from rlhf_jax.models import Model
 from rlhf_jax.testing import count_reward, random_params, random_prompts, tiny_config
+from rlhf_jax.types import Rollout
 
 ROWS = 8
 TEMPERATURE = 0.7
@@ -36,10 +37,10 @@ def build(shared: bool, dtype: str):
     policy = Model(tiny_config(head="lm+scalar" if shared else "lm", compute_dtype=dtype))
     reference, value = policy.with_head("lm"), None if shared else policy.with_head("scalar")
     params = {"policy": random_params(policy, 0)} | ({} if value is None else {"value": random_params(value, 5)})
-    models = RolloutModels(policy, reference, value, None)
+    models = {"policy": policy, "reference": reference} | ({} if value is None else {"value": value})
 
     def policy_fn(params, done):
-        return policy_and_values(models, params["policy"], params.get("value"), done, temperature=TEMPERATURE)
+        return policy_and_values(models, params, done, temperature=TEMPERATURE)
 
     return models, params, policy_fn
 
@@ -52,12 +53,12 @@ def collected(shared: bool, dtype: str):
     @jax.jit
     def collect(params):
         done = rollout.generate(
-            models.policy, params["policy"], random_prompts(0, ROWS, 4, 64), jax.random.key(0), sampling=SAMPLING,
+            models["policy"], params["policy"], random_prompts(0, ROWS, 4, 64), jax.random.key(0), sampling=SAMPLING,
             eos_ids=tuple(range(2, 10)), pad_id=0,
         )  # fmt: skip
         trunk = {name: tree for name, tree in params["policy"].items() if name != "scalar_head"}
-        four = RolloutParams(params["policy"], trunk, params.get("value"), None)
-        scored = score(models, four, done, temperature=TEMPERATURE).replace(scores=count_reward(done, 19))
+        scored = score(models, {**params, "reference": trunk}, done, temperature=TEMPERATURE)
+        scored = Rollout.of(scored, {"count": count_reward(done, 19)})
         return done, scored, *learn.prepare(scored, CONFIG, jnp.asarray(0.05))
 
     return collect(params)
