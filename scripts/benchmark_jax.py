@@ -21,12 +21,14 @@ import numpy as np
 from benchmark_rows import GSM8K, ROWS, SHAPES, Once, serve, stops
 
 from rlhf_jax import data, learn, rollout
-from rlhf_jax.algorithms import programs
-from rlhf_jax.algorithms.scoring import RolloutModels
+from rlhf_jax.algorithms import DPO, GRPO, PPO, SFT, RewardModel
+from rlhf_jax.algorithms.models import Loaded
+from rlhf_jax.algorithms.supervised import SupervisedJob
 from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Fold, Model, ModelConfig, fold_of
 from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
-from rlhf_jax.testing import prompt_batch
+from rlhf_jax.testing import IN_MEMORY, loaded_model, prompt_batch, roles_of, setting_of
 from rlhf_jax.types import Params
 
 SIZES = SHAPES[sys.argv[2]]
@@ -79,26 +81,22 @@ def drawn(model: Model) -> tuple[Params, Any]:
     return born_sharded(model.init, shardings, MESH, jax.random.key(0)), shardings
 
 
-def supervised(
-    model: Model,
-    functions: Any,
-    batch: Any,
-    amount: float,
-    flops: float,
-    frozen: Params | None = None,
-    fold: Fold | None = None,
-) -> Once:
-    """A training step. functions: (optimizer, state) -> `programs.SupervisedFunctions`."""
-    optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-5), 1000)
-    params, shardings = drawn(model)
-    held = {
-        "state": born_sharded(lambda p: learn.initial_state(p, optimizer, jax.random.key(1)), shardings, MESH, params)
-    }
-    del params
-    step, placed = functions(optimizer, held["state"]).train_step, to_global(batch, MESH)
+ONE_STEP = {"model": IN_MEMORY, "optimizer": learn.OptimizerConfig(learning_rate=1e-5)}
+"""What every description of a supervised step has."""
+
+
+def in_memory(model: Model) -> Loaded:
+    """The model with parameters drawn on their shards."""
+    return loaded_model(model, drawn(model)[0])
+
+
+def supervised(job: SupervisedJob, batch: Any, amount: float, flops: float, fold: Fold | None = None) -> Once:
+    """A training step."""
+    held, placed = {"state": job.state}, to_global(batch, MESH)
+    step, frozen = job.train_step, job.frozen
 
     def once() -> tuple[float, float]:
-        held["state"], metrics = step(held["state"], frozen or {}, placed, fold=fold)
+        held["state"], metrics = step(held["state"], frozen, placed, fold=fold)
         jax.block_until_ready((held["state"], metrics))
         return amount, flops
 
@@ -119,10 +117,9 @@ def training(batch: TokenBatch, lengths: Sequence[int]) -> Once:
     """An SFT step."""
     model, flops = Model(CONFIG), 3 * sum(map(SIZES.causal_flops, lengths))
 
-    def functions(optimizer: Any, state: Any) -> Any:
-        return programs.sft_functions(model, optimizer, state, MESH, microbatches=1)
-
-    return supervised(model, functions, batch, sum(lengths), flops)
+    algorithm = SFT(**ONE_STEP, batch=BatchConfig(*batch.tokens.shape))
+    job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(model), None)
+    return supervised(job, batch, sum(lengths), flops)
 
 
 def rm() -> Once:
@@ -141,10 +138,9 @@ def pairs(lengths: Sequence[int], width: int) -> Once:
     batch = PairBatch(padded(lengths[:8], width, 0), padded(lengths[8:], width, 1), np.zeros(8, np.float32))  # type: ignore[arg-type]
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
 
-    def functions(optimizer: Any, state: Any) -> Any:
-        return programs.reward_functions(model, optimizer, state, MESH, microbatches=1, centring=0.0)
-
-    return supervised(model, functions, batch, 8, flops, fold=fold_of(data.pair_lengths(batch), 16, width))
+    algorithm = RewardModel(**ONE_STEP, batch=BatchConfig(8, width))
+    job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(model), None)
+    return supervised(job, batch, 8, flops, fold_of(data.pair_lengths(batch), 16, width))
 
 
 def dpo() -> Once:
@@ -154,12 +150,10 @@ def dpo() -> Once:
     replies = [dataclasses.replace(side, loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides]
     batch = PairBatch(*replies, np.zeros(8, np.float32))  # type: ignore[arg-type]
 
-    def functions(optimizer: Any, state: Any) -> Any:
-        settings = {"microbatches": 1, "dpo": learn.DPOConfig()}
-        return programs.dpo_functions(policy, policy, optimizer, state, MESH, **settings)
-
+    algorithm = DPO(**ONE_STEP, batch=BatchConfig(8, 256))
+    job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(policy), in_memory(policy), None)
     fold = fold_of(data.pair_lengths(batch), 16, 256, data.pair_targets(batch), 255)
-    return supervised(policy, functions, batch, 8, SIZES.dpo_flops(), {"reference": drawn(policy)[0]}, fold)
+    return supervised(job, batch, 8, SIZES.dpo_flops(), fold)
 
 
 def generate() -> Once:
@@ -211,32 +205,39 @@ def ppo_ragged() -> Once:
 def iteration(ends: tuple[int, ...], least: int) -> Once:
     """Of PPO: sample, score, prepare, update."""
     policy, value = Model(CONFIG), Model(CONFIG.replace(head="scalar"))
-    models = RolloutModels(policy, policy, value, value)
-    both = {"policy": drawn(policy), "value": drawn(value)}
-    params = {name: each for name, (each, _) in both.items()}
-    frozen = {"reference": jax.tree.map(jnp.copy, params["policy"]), "reward": jax.tree.map(jnp.copy, params["value"])}
+    params = {"policy": drawn(policy)[0], "value": drawn(value)[0]}
+    copies = jax.tree.map(jnp.copy, params)
+    owners = {"policy": (policy, params["policy"]), "value": (value, params["value"])}
+    roles = roles_of(**owners, reference=(policy, copies["policy"]), reward=(value, copies["value"]))
     rate = learn.OptimizerConfig(learning_rate=1e-6)
     config = learn.PPOConfig(epochs=4, minibatches=1, old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
-    settings = programs.PPOSettings(1000, sampling, config, rate, rate, microbatches=2, slots=HALVED if ends else SLOTS)
-    optimizer = programs.ppo_optimizer(settings, models)
-    begin = programs.ppo_beginning(optimizer, settings, jax.random.key(2))
-    held = {"state": born_sharded(begin, {name: each for name, (_, each) in both.items()}, MESH, params)}
-    del params, both
-    four = programs.ppo_functions(models, optimizer, held["state"], MESH, settings, {"eos_ids": ends, "pad_id": 0})
+    algorithm = PPO(
+        policy=IN_MEMORY,
+        batch=BatchConfig(16, 64, microbatches=2),
+        sampling=sampling,
+        ppo=config,
+        policy_optimizer=rate,
+        value_optimizer=rate,
+        slots=HALVED if ends else SLOTS,
+    )
+    job = algorithm.wire(setting_of(MESH, steps=1000), roles, {"eos_ids": ends, "pad_id": 0})
+    held, frozen = {"state": job.state}, job.frozen
+    del params, copies, owners, roles
+    unscored = to_global(({}, np.ones(16, bool)), MESH)
     prompts = to_global(prompts_of(16), MESH)
 
     def once() -> tuple[float, float]:
         state = held["state"]
-        done = four.generate(state.train.params, prompts, jax.random.key(0))
+        done = job.generate(state.train.params, frozen, prompts, jax.random.key(0))
         replies = np.asarray(done.mask).sum(axis=1)
-        scored = four.score(state.train.params, frozen, done, fold=fold_of(64 + replies, 16, 128, replies, 64))
-        prepared, _ = four.prepare(scored, state.kl_coefficient)
+        scored = job.score(state.train.params, frozen, done, fold=fold_of(64 + replies, 16, 128, replies, 64))
+        prepared, measured = job.prepare(scored, *unscored, state.kl_coefficient)
         new = int(done.mask.sum())
         fold = fold_of(64 + replies, 8, 128, replies, 64)
-        train, metrics = four.update(state.train, prepared, jax.random.key(1), fold=fold)
-        held["state"] = dataclasses.replace(state, train=train)
-        jax.block_until_ready((train, metrics))
+        key = jax.random.key(1)
+        held["state"], metrics = job.update(state, frozen, prepared, key, job.measured(measured), fold=fold)
+        jax.block_until_ready((held["state"], metrics))
         return 1, SIZES.ppo_flops(new)
 
     return once
@@ -269,37 +270,38 @@ def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ah
     """Of GRPO: sample, score, prepare, update; 4 prompts x 4. The reward is the length, computed on the host. judge: seconds
     that something else takes for it. ahead: sample the next replies meanwhile."""
     policy = Model(CONFIG)
-    models = RolloutModels(policy, None, None, None)
     config = learn.GRPOConfig(old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
     rate = learn.OptimizerConfig(learning_rate=1e-6)
-    settings = programs.GRPOSettings(1000, 4, sampling, config, rate, slots=HALVED if ends else SLOTS)
-    optimizer = programs.grpo_optimizer(settings, models)
-    params, shardings = drawn(policy)
-
-    def begin(params: Params) -> Any:
-        return learn.initial_state(params, optimizer, jax.random.key(2))
-
-    held = {"state": born_sharded(begin, {"policy": shardings}, MESH, {"policy": params})}
-    del params
-    four = programs.grpo_functions(models, optimizer, held["state"], MESH, settings, {"eos_ids": ends, "pad_id": 0})
-    frozen = {"reference": None, "reward": None}
+    algorithm = GRPO(
+        policy=IN_MEMORY,
+        batch=BatchConfig(16, 64),
+        samples=4,
+        sampling=sampling,
+        grpo=config,
+        optimizer=rate,
+        slots=HALVED if ends else SLOTS,
+    )
+    roles = roles_of(policy=(policy, drawn(policy)[0]))
+    job = algorithm.wire(setting_of(MESH, steps=1000), roles, {"eos_ids": ends, "pad_id": 0})
+    held: dict[str, Any] = {"state": job.state}
+    del roles
     texts = np.random.default_rng(0).integers(3, SIZES.vocab, (4, 64)).tolist()
     each = {"prompt_ids": [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, "sample_ids": [0, 1, 2, 3] * 4}
     prompts = to_global(prompt_batch([text for text in texts for _ in range(4)], **each), MESH)
 
     def once() -> tuple[float, float]:
         state = held["state"]
-        done = held.pop("next", None) or four.generate(state.params, prompts, jax.random.key(0))
+        done = held.pop("next", None) or job.generate(state.params, {}, prompts, jax.random.key(0))
         lengths = np.asarray(done.mask).sum(axis=1)
         if ahead:
-            held["next"] = four.generate(state.params, prompts, jax.random.key(0))
+            held["next"] = job.generate(state.params, {}, prompts, jax.random.key(0))
         time.sleep(judge)
         fold = fold_of(64 + lengths, 16, 128, lengths, 64)
-        scores = to_global(lengths.astype(np.float32), MESH)
-        scored = four.score(state.params, frozen, done, fold=fold).replace(scores=scores)
-        prepared, _ = four.prepare(scored)
-        held["state"], metrics = four.update(state, prepared, jax.random.key(1), fold=fold)
+        scores = to_global(({"length": lengths.astype(np.float32)}, np.ones(16, bool)), MESH)
+        scored = job.score(state.params, {}, done, fold=fold)
+        prepared, _ = job.prepare(scored, *scores)
+        held["state"], metrics = job.update(state, {}, prepared, jax.random.key(1), {}, fold=fold)
         jax.block_until_ready((held["state"], metrics))
         return 1, SIZES.grpo_flops(int(lengths.sum()))
 

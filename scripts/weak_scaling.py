@@ -21,8 +21,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from jax.sharding import Mesh
 
 from rlhf_jax import learn, plan
+from rlhf_jax.algorithms import SFT, SHAPES
+from rlhf_jax.algorithms.build import Setting
+from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays, make_mesh, tree_shardings
+from rlhf_jax.testing import IN_MEMORY, loaded_model
 
 SLICES = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 LENGTH, ROWS_A_CHIP, FSDP = 768, 2, 4
@@ -53,16 +57,17 @@ class Scaled(NamedTuple):
     seconds: float
 
 
-def training_step(name: str, fsdp: int = FSDP) -> tuple[Model, Mesh, plan.Phase]:
+def training_step(name: str, fsdp: int = FSDP) -> tuple[Model, Mesh, plan.PlannedPhase]:
     """On the slice ``name``: the model there, its mesh, and the step as a phase. fsdp: chips that share the parameters."""
     where = plan.parse_slice(name)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp), where.devices())
     model = Model(CONFIG, ActivationConstraint(mesh))
     shapes = model.abstract()
     params = abstract_arrays(shapes, tree_shardings(shapes, model.logical_axes(), mesh))
-    adam = learn.make_optimizer(learn.OptimizerConfig(), 1)
-    sizes = {"rows": ROWS_A_CHIP * where.chips, "length": LENGTH, "microbatches": 1}
-    return model, mesh, plan.supervised_phases(model, params, adam, mesh, **sizes)[0]
+    batch = BatchConfig(ROWS_A_CHIP * where.chips, LENGTH)
+    algorithm = SFT(model=IN_MEMORY, batch=batch, optimizer=learn.OptimizerConfig())
+    job = algorithm.wire(Setting.of(mesh, 1, 0, SHAPES), loaded_model(model, params), None)
+    return model, mesh, plan.planned(algorithm.phases(job), job.models, mesh)[0]
 
 
 def scaled(name: str) -> Scaled:

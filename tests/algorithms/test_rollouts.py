@@ -23,7 +23,7 @@ NO_TEXTS, TEXTS = TextRewards(None, "", None), TextRewards.beside(None, lambda _
 
 
 @jax.jit
-def generate(params: Any, prompts: Any, rng: Any, frozen: Any) -> Completions:
+def generate(params: Any, frozen: Any, prompts: Any, rng: Any) -> Completions:
     """Every token is the number of the policy; the log-probability comes from the key, so that it can be told."""
     del frozen
     rows = prompts.tokens.shape[0]

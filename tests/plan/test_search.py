@@ -10,6 +10,10 @@ import jax
 import pytest
 
 from rlhf_jax import learn
+from rlhf_jax.algorithms import SFT, SHAPES
+from rlhf_jax.algorithms.build import Setting
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays, make_mesh, tree_shardings
 from rlhf_jax.plan import (
@@ -23,17 +27,17 @@ from rlhf_jax.plan import (
     better,
     compile_phase,
     parse_slice,
+    planned,
     promising,
     repair,
     summary,
-    supervised_phases,
     tables,
     variations,
     verdict,
     why,
 )
 from rlhf_jax.plan.search import SLACK, analytic_bytes, nearest
-from rlhf_jax.testing import tiny_config
+from rlhf_jax.testing import byte_tokenizer, loaded_model, tiny_config
 
 KEYS = Keys(unbound=(("slots", "run.slots = @SlotConfig()"),))
 START = Candidate(MeshConfig(), rows=64, microbatches=1, keys=KEYS)
@@ -42,11 +46,16 @@ CHIP = CHIPS["v5e"]
 
 def build(candidate: Candidate):
     mesh = make_mesh(candidate.mesh)
-    model = Model(tiny_config(remat=candidate.remat or False, num_layers=4, max_length=256), ActivationConstraint(mesh))
+    config = tiny_config(remat=candidate.remat or False, num_layers=4, max_length=256)
+    algorithm = SFT(
+        model=ModelSource(config=config, tokenizer=byte_tokenizer()),
+        batch=BatchConfig(candidate.rows, 128, candidate.microbatches),
+        optimizer=learn.OptimizerConfig(),
+    )
+    model = Model(config, ActivationConstraint(mesh))
     params = abstract_arrays(model.abstract(), tree_shardings(model.abstract(), model.logical_axes(), mesh))
-    adam = learn.make_optimizer(learn.OptimizerConfig(), 1)
-    sizes = {"rows": candidate.rows, "length": 128, "microbatches": candidate.microbatches}
-    return mesh, supervised_phases(model, params, adam, mesh, **sizes)[:1]
+    job = algorithm.wire(Setting.of(mesh, 1, 0, SHAPES), loaded_model(model, params), None)
+    return mesh, planned(algorithm.phases(job), job.models, mesh)[:1]
 
 
 @functools.cache
