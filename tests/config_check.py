@@ -4,8 +4,7 @@ Each line of stdin is a command line of an experiment; each line of stdout its v
 see, "stages": the command lines of a pipeline's stages}. gin keeps its state for the whole process, so every command gets
 a fork of its own.
 
-Builders that read files (all but those of the support desk) are replaced by ones that check their arguments and give
-something empty: the files are wherever the macros will say. The support desk makes a few records instead of thousands.
+Builders of records and rewards read nothing before a run is assembled: the files are wherever the macros will say.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from absl import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-FEW = 24
 
 
 class Built(BaseException):
@@ -37,27 +36,14 @@ class Built(BaseException):
         self.arguments = arguments
 
 
-def without_files(register: Callable[..., Any]) -> Callable[..., Any]:
-    """gin.register that puts an empty thing in the place of what a function would read from files."""
+NEEDED = ("run_dir", "steps", "seed", "loop", "records", "prompts")
+"""What a plan may lack and a run may not."""
 
-    def registering(made: Any = None, **named: Any) -> Any:
-        if made is None:
-            return functools.partial(registering, **named)
-        if not inspect.isfunction(made) or made.__name__.startswith("desk_") or made.__name__ == "byte_tokenizer":
-            return register(made, **named)
-        signature = inspect.signature(made)
 
-        @functools.wraps(made)
-        def empty(*arguments: Any, **keywords: Any) -> Any:
-            signature.bind(*arguments, **keywords)
-            room = sys.modules["rlhf_jax.config.surface"]
-            kinds = {"Records": room.Records([], [], room.Template(style="raw")), "Reward": room.support_desk.score}
-            return kinds[made.__annotations__["return"]]
-
-        empty.__signature__ = signature  # type: ignore[attr-defined]
-        return register(empty, **named)
-
-    return registering
+def refuse_missing(arguments: dict[str, Any]) -> None:
+    missing = [name for name in NEEDED if name in arguments and arguments[name] is None]
+    if missing and flags.FLAGS.plan is None:
+        raise InputError(f"run.{missing[0]}: has no value")
 
 
 def in_place_of(run: Callable[..., None]) -> Callable[..., None]:
@@ -68,6 +54,7 @@ def in_place_of(run: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(*arguments, **keywords)
         bound.apply_defaults()
         parsing.bound_config()
+        refuse_missing(bound.arguments)
         raise Built(bound.arguments)
 
     functools.update_wrapper(build, run)
@@ -82,7 +69,6 @@ def without_run(configurable: Callable[..., Any]) -> Callable[..., Any]:
     return lambda made: configurable(in_place_of(made) if made.__name__ == "run" else made)
 
 
-gin.register = without_files(gin.register)
 gin.configurable = without_run(gin.configurable)
 
 import jax  # noqa: E402
@@ -90,20 +76,9 @@ import jax  # noqa: E402
 from rlhf_jax import learn, models  # noqa: E402
 from rlhf_jax.algorithms.models import refuse_tokenizer  # noqa: E402
 from rlhf_jax.config import parsing, surface  # noqa: E402, F401
-from rlhf_jax.data import (  # noqa: E402
-    record_builders,
-    support_desk_replies,
-)
+from rlhf_jax.errors import InputError  # noqa: E402
 from rlhf_jax.io.source import ModelSource  # noqa: E402
 from rlhf_jax.launch import launching  # noqa: E402
-
-
-def few(make: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda desk, split, start, count: make(desk, split, start, min(count, FEW))
-
-
-for name in ("corpus_text", "demonstration_records", "prompt_records"):
-    setattr(record_builders, name, few(getattr(support_desk_replies, name)))
 
 
 def load(script: Path) -> Any:
@@ -117,7 +92,7 @@ def load(script: Path) -> Any:
 
 def look_into(arguments: dict[str, Any]) -> None:
     """Models and optimisers as shapes. Raises where they do not fit together."""
-    steps, batch, ppo = arguments.get("steps", 1), arguments.get("batch"), arguments.get("ppo")
+    steps, batch, ppo = arguments.get("steps") or 1, arguments.get("batch"), arguments.get("ppo")
     params: Any = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
     matrices: Any = {"kernel": True}
     for source in arguments.values():

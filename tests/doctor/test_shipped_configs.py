@@ -28,12 +28,14 @@ CHATML = (
 )
 DOCTOR = """
 import runpy
-import rlhf_jax.doctor
+import rlhf_jax.doctor.mode
 
 def stop(*arguments, **keywords):
     raise SystemExit(0)
 
-rlhf_jax.doctor.gradient_check = rlhf_jax.doctor.memory_check = stop
+rlhf_jax.doctor.mode._number_checks = stop
+rlhf_jax.algorithms.supervised.SupervisedJob.rehearse = stop
+rlhf_jax.algorithms.rollout_job.RolloutJob.rehearse = stop
 runpy.run_path({path!r}, run_name="__main__")
 """
 FEW = ("desk_corpus.count", "desk_demonstrations.count", "desk_prompts.count", "desk_tokenizer.documents")
@@ -98,7 +100,7 @@ def macros(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
 @pytest.fixture(scope="module")
 def server() -> Iterator[Call]:
     environment: dict[str, Any] = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}  # one device
-    with forked_programs("rlhf_jax.config.surface, rlhf_jax.doctor, rlhf_jax.algorithms.cast", environment) as call:
+    with forked_programs("rlhf_jax.config.surface, rlhf_jax.doctor, rlhf_jax.algorithms", environment) as call:
         yield call
 
 
@@ -106,11 +108,12 @@ def server() -> Iterator[Call]:
     "config", [pytest.param(name, marks=[pytest.mark.slow] * (Path(name).stem in SLOW)) for name in CONFIGS]
 )
 def test_nothing_wrong(config: str, macros: dict[str, dict[str, str]], tmp_path: Path, server: Call) -> None:
-    (tmp_path / "doctor.py").write_text(DOCTOR.format(path=str(ROOT / "experiments" / "doctor.py")))
+    script = re.search(r"python experiments/(train_\w+)\.py", (ROOT / config).read_text())[1]
+    (tmp_path / "doctor.py").write_text(DOCTOR.format(path=str(ROOT / "experiments" / f"{script}.py")))
     text = (ROOT / config).read_text()
     text += "".join((ROOT / name).read_text() for name in re.findall(r"^include '(.*)'", text, re.MULTILINE))
     values = {name: value for name, value in macros[config.split("/")[1]].items() if f"%{name}" in text}
-    argv = ["doctor.py", f"--gin_file={config}", f"--gin_bindings=run.run_dir = {str(tmp_path / 'run')!r}"]
+    argv = ["doctor.py", "--doctor", f"--gin_file={config}", f"--gin_bindings=run.run_dir = {str(tmp_path / 'run')!r}"]
     if "RUN_DIR" in text:
         argv[-1] = f"--gin_bindings=RUN_DIR = {str(tmp_path / 'run')!r}"
     argv += [f"--gin_bindings={name} = {value!r}" for name, value in values.items()]

@@ -13,10 +13,7 @@ from typing import Any
 from compiler_flags import COMPILER
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTS = (
-    "rlhf_jax.reports.pipeline_page, rlhf_jax.algorithms.cast, rlhf_jax.config.surface, "
-    "rlhf_jax.algorithms.programs, rich.table"
-)
+IMPORTS = "rlhf_jax.reports.pipeline_page, rlhf_jax.algorithms, rlhf_jax.config.surface, rlhf_jax.doctor, rich.table"
 """What every experiment imports, for a process that forks itself."""
 STAGES = ("base", "sft", "completions", "reward", "ppo", "evaluation")
 

@@ -1,4 +1,4 @@
-"""experiments/doctor.py on good configurations and on broken ones: it says what is wrong, and touches nothing."""
+"""--doctor of the training scripts on good configurations and on broken ones: it says what is wrong, and touches nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def slow(config: str):
 
 def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Done:
     given = {name: chain / path for name, path in PLACES[config].items()} | places
-    argv = [str(ROOT / "experiments" / "doctor.py"), f"--gin_file=configs/smoke/{config}.gin"]
+    argv = [str(ROOT / "experiments" / f"train_{config}.py"), f"--gin_file=configs/smoke/{config}.gin", "--doctor"]
     argv += [f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items()]
     argv += [f"--gin_bindings=RUN_DIR = {str(tmp_path / 'run')!r}", *(f"--gin_bindings={text}" for text in bindings)]
     before = sorted(path.name for path in tmp_path.iterdir())

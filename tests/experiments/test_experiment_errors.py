@@ -90,7 +90,7 @@ CASES = {
     "reference to another kind": Case(
         *EVALUATE,
         ["run.prompts = @desk_gold()"],
-        "--gin_bindings='run.prompts = @desk_gold()': run.prompts = @desk_gold(): must be a reference that gives Records",
+        "--gin_bindings='run.prompts = @desk_gold()': run.prompts = @desk_gold(): must be a reference that gives RecordSource or a reference that gives Records",
     ),
     "list of the wrong things": Case(
         *EVALUATE,
@@ -103,13 +103,14 @@ CASES = {
         ["OptimizerConfig.b1 = 1.5"],
         "--gin_bindings='OptimizerConfig.b1 = 1.5': OptimizerConfig.b1 = 1.5: give a number",
     ),
-    "stage of another program": Case(
-        "plan",
+    "a file of another program": Case(
+        "train_sft",
         "dpo",
         [],
-        "--stage=sft: the file binds run.dpo, which --stage=dpo reads; remove one",
-        ("--stage=sft", "--topology=local"),
+        "configs/smoke/dpo.gin:",
+        ("--plan=local",),
     ),
+    "a plan and a check at once": Case(*SFT, [], "--plan, --doctor: give one of them", ("--plan=local", "--doctor")),
     "rollouts of an older policy, uncorrected": Case(
         *PPO,
         ["run.one_step_off = True"],

@@ -290,11 +290,13 @@ def test_bad_fields_are_refused_by_name(field, value):
 def test_a_rollout_with_one_bad_number_is_not_learned_from(where, bad):
     """One bad number in row 0: no row of the rollout may be learned from, in whichever minibatch."""
     rollout = two_rows()
-    array = np.array(getattr(rollout, where))
+    field = getattr(rollout, where)
+    array = np.array(field["gold"] if where == "scores" else field)
     array[(0,) * array.ndim] = bad
+    changed = {"gold": array} if where == "scores" else array
     for whiten in ("rollout", "none"):
         batch, metrics = prepare(
-            rollout.replace(**{where: array}), PPOConfig(whiten_advantages=whiten), jnp.asarray(0.05)
+            rollout.replace(**{where: changed}), PPOConfig(whiten_advantages=whiten), jnp.asarray(0.05)
         )
         assert float(metrics["rollout_refused"].value()) == 1.0
         assert np.isnan(batch.advantages).all()
