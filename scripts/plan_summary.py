@@ -1,4 +1,4 @@
-"""Plans that experiments/plan.py wrote with --json, a row each, as a table for docs/tpu.md.
+"""Plans that training scripts wrote with --plan_json, a row each, as a table for docs/tpu.md.
 
 python scripts/plan_summary.py runs/plans/*.json
 """

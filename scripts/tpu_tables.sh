@@ -15,8 +15,8 @@ plan() { # plan NAME CONFIG TOPOLOGY MACRO=VALUE...
     for macro in "$@"; do bindings+=("--gin_bindings=$macro"); done
     if ((${#wanted[@]})) && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
     echo "== $name" >&2
-    "$python" experiments/plan.py --gin_file="configs/plan/$config.gin" --topology="$topology" "${bindings[@]}" \
-        --keep="$out/programs" --json="$out/$name.json" --markdown="$pages/$name.md" || echo "$name: exit code $?" >&2
+    "$python" experiments/train_ppo.py --gin_file="configs/plan/$config.gin" --plan="$topology" "${bindings[@]}" \
+        --plan_keep="$out/programs" --plan_json="$out/$name.json" --plan_markdown="$pages/$name.md" || echo "$name: exit code $?" >&2
 }
 
 wanted=("$@")

@@ -84,7 +84,7 @@ def memory_check(state: Any, extra: Any) -> Finding:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     words = f"{worst / 1e9:.3f} GB of parameters and optimiser on the fullest of {len(held)} devices"
     if limit is None:
-        return Finding("ok", "memory", f"{words}; activations come on top (experiments/plan.py says how much)")
+        return Finding("ok", "memory", f"{words}; activations come on top (--plan says how much)")
     return judge(
         "memory", worst < 0.9 * limit, f"{words}, of {limit / 1e9:.1f} GB", "more devices, or a smaller param_dtype"
     )

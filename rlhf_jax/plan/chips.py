@@ -79,7 +79,7 @@ class Slice:
         except (RuntimeError, ValueError, NotImplementedError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(
-                f"--topology={self.name}: {first} (compiling for a TPU needs the [tpu] extra: EXTRAS=dev,tpu scripts/setup.sh)"
+                f"--plan={self.name}: {first} (compiling for a TPU needs the [tpu] extra: EXTRAS=dev,tpu scripts/setup.sh)"
             ) from error
         return list(described.devices)
 
@@ -89,10 +89,10 @@ def parse_slice(name: str) -> Slice:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
     if found is None or found[1] not in CHIPS:
         raise InputError(
-            f"--topology={name}: give CHIP:AxB or CHIP:AxBxC, chip one of {', '.join(CHIPS)}, for instance v5p:2x2x4; "
+            f"--plan={name}: give CHIP:AxB or CHIP:AxBxC, chip one of {', '.join(CHIPS)}, for instance v5p:2x2x4; "
             "append *2 for two slices"
         )
     grid = tuple(int(size) for size in found[2].split("x"))
     if 0 in grid or (found[3] is not None and int(found[3]) < 1):
-        raise InputError(f"--topology={name}: every size must be at least 1")
+        raise InputError(f"--plan={name}: every size must be at least 1")
     return Slice(name, CHIPS[found[1]], grid, int(found[3] or 1))

@@ -11,11 +11,32 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf_jax.data import Demonstration, EncodedSet, Fields, Message, Template, encode_demonstration, encode_prompt
-from rlhf_jax.data.record_builders import comparison_file, demonstration_file, prompt_file
+from rlhf_jax.data import (
+    Demonstration,
+    EncodedSet,
+    Fields,
+    Message,
+    Template,
+    encode_demonstration,
+    encode_prompt,
+    record_builders,
+)
 from rlhf_jax.data.record_sets import Records, encode_records, tell_left_out
 from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
+
+
+def comparison_file(*arguments: Any, **settings: Any) -> Records:
+    return record_builders.comparison_file(*arguments, **settings).read()
+
+
+def demonstration_file(*arguments: Any, **settings: Any) -> Records:
+    return record_builders.demonstration_file(*arguments, **settings).read()
+
+
+def prompt_file(*arguments: Any, **settings: Any) -> Records:
+    return record_builders.prompt_file(*arguments, **settings).read()
+
 
 RAW = Template(style="raw")
 Rows = list[dict[str, Any]]

@@ -125,7 +125,7 @@ def test_every_reply_cut_off(chain: Path, tmp_path: Path, server: Call) -> None:
 
 
 def test_a_configuration_of_something_else(tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "experiments" / "doctor.py")]
+    script = [sys.executable, str(ROOT / "experiments" / "doctor.py"), "--experiment=train_ppo"]
     done = subprocess.run(
         [*script, "--gin_file=configs/smoke/evaluate.gin"], capture_output=True, text=True, cwd=tmp_path
     )

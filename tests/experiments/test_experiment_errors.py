@@ -90,7 +90,8 @@ CASES = {
     "reference to another kind": Case(
         *EVALUATE,
         ["run.prompts = @desk_gold()"],
-        "--gin_bindings='run.prompts = @desk_gold()': run.prompts = @desk_gold(): must be a reference that gives RecordSource or a reference that gives Records",
+        "--gin_bindings='run.prompts = @desk_gold()': run.prompts = @desk_gold(): must be a reference that "
+        "gives RecordSource",
     ),
     "list of the wrong things": Case(
         *EVALUATE,

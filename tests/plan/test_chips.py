@@ -16,7 +16,7 @@ def test_names_of_slices() -> None:
 
 @pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5p:2", "v5p:2x2x2x2", "v5p:0x2", "v5p:2x2*0", "v5p-16"])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"--topology={name.replace('*', '.')}: "):
+    with pytest.raises(InputError, match=f"--plan={name.replace('*', '.')}: "):
         parse_slice(name)
 
 

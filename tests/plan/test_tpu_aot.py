@@ -74,11 +74,13 @@ def logged(log: Path) -> str:
     return "\n".join(file.read_text(errors="replace") for file in files)
 
 
-def plan(tmp_path: Path, *flags: str, config: str = CONFIG, code: int = 0, log: Path | None = None) -> tuple[dict, str]:
+def plan(
+    tmp_path: Path, *flags: str, experiment: str = "sft", config: str = CONFIG, code: int = 0, log: Path | None = None
+) -> tuple[dict, str]:
     file, out = tmp_path / "x.gin", tmp_path / "plan.json"
     file.write_text(config)
-    arguments = [f"--gin_file={file}", "--compilation_cache=off", f"--json={out}", *flags]
-    done = run("experiments/plan.py", *arguments, code=code, log=log)
+    arguments = [f"--gin_file={file}", "--compilation_cache=off", f"--plan_json={out}", *flags]
+    done = run(f"experiments/train_{experiment}.py", *arguments, code=code, log=log)
     return json.loads(out.read_text()), done.stderr
 
 
@@ -95,7 +97,9 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def ppo(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The plan of a small PPO on v5e 2x4 that samples with tensor 2, and the compiler's log."""
     directory, log = tmp_path_factory.mktemp("ppo"), tmp_path_factory.mktemp("log")
-    told, _ = plan(directory, "--topology=v5e:2x4", "--gin_bindings=ROLLOUT_TENSOR=2", config=PPO, log=log)
+    told, _ = plan(
+        directory, "--plan=v5e:2x4", "--gin_bindings=ROLLOUT_TENSOR=2", experiment="ppo", config=PPO, log=log
+    )
     return told | {"log": logged(log)}
 
 
@@ -157,7 +161,7 @@ def test_the_cache_is_as_large_as_predicted(ppo: dict) -> None:
 def test_memory_is_within_15_percent_of_the_analytic_sum(tmp_path: Path) -> None:
     """A step of Llama 3 8B, one sequence of 4096 a chip: 12 bytes of state a weight over 16 chips, and what
     `plan.analytic` knows of the rest."""
-    told, _ = plan(tmp_path, "--topology=v5p:2x2x4", "--stage=sft", config="include 'configs/plan/llama3_8b_sft.gin'")
+    told, _ = plan(tmp_path, "--plan=v5p:2x2x4", config="include 'configs/plan/llama3_8b_sft.gin'")
     step = told["phases"][0]
     analytic = sum(step["memory"]["resident"].values()) + sum(step["analytic"].values())
     assert step["memory"]["resident"]["parameters"] == pytest.approx(4 * 8.03e9 / 16, rel=0.01)
@@ -177,7 +181,7 @@ def test_weak_scaling() -> None:
 
 def test_what_does_not_fit_ends_with_3_and_names_the_nearest_change(tmp_path: Path) -> None:
     big = ["--gin_bindings=BatchConfig.batch_size = 512", "--gin_bindings=ModelConfig.remat = False"]
-    told, stderr = plan(tmp_path, "--topology=v5e:2x4", "--stage=sft", "--repairs=3", *big, code=3)
+    told, stderr = plan(tmp_path, "--plan=v5e:2x4", "--plan_repairs=3", *big, code=3)
     step = told["phases"][0]
     assert not step["fits"] and step["largest"]
     last = stderr.splitlines()[-1]

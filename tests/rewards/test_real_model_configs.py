@@ -206,17 +206,17 @@ def test_grpo_is_paid_by_the_number_of_the_prompts_answer(train: Callable[..., l
 
 def test_sentiment_prompts_are_plain_text_and_name_their_files(reviews: Path) -> None:
     corpus = SentimentCorpus(str(reviews))
-    records = sentiment_prompts(corpus, limit=5)
+    records = sentiment_prompts(corpus, limit=5).read()
     assert records.template == Template(style="raw") and records.heldout == []
     assert records.train == opening_prompts(corpus)[:5]
     assert records.train[0].prompt[0] == Message("user", " ".join(records.train[0].prompt[0].content.split()[:8]))
     assert [Path(given.path).name for given in records.as_inputs()] == ["rt-polarity.pos", "rt-polarity.neg"]
-    both = sentiment_prompts(corpus, "heldout", "both").train
+    both = sentiment_prompts(corpus, "heldout", "both").read().train
     assert both == opening_prompts(corpus, "heldout", "both") and len(both) > len(records.train)
 
 
 def test_sentiment_scores_go_with_the_opinion(reviews: Path) -> None:
-    score = sentiment_scores(SentimentCorpus(str(reviews)))
+    score = sentiment_scores(SentimentCorpus(str(reviews))).make()
     texts = (" it is moving and funny", " it is dull and grim")
     values = score([Response((), text, ended=False) for text in texts])
     assert values["sentiment"][0] > 0 > values["sentiment"][1]
@@ -231,4 +231,4 @@ def test_a_sentiment_reward_no_better_than_chance_is_refused(reviews: Path) -> N
     with pytest.raises(
         InputError, match=r"reviews: the sentiment reward is right on \d+ of \d+ .* no better than chance"
     ):
-        sentiment_scores(SentimentCorpus(str(reviews)))
+        sentiment_scores(SentimentCorpus(str(reviews))).make()
