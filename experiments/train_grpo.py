@@ -56,17 +56,18 @@ def run(
     """steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
     model) and reward_texts (its ``reward_key`` is the score). The rest as in train_ppo."""
     bound = bound_config()
-    texts = {"prompts": prompts, "reward_texts": reward_texts, "reward_key": reward_key, "monitor": monitor}
-    sampler = {"sampling": sampling, "slots": slots, "rollout_mesh": rollout_mesh, "one_step_off": one_step_off}
-    models = {"policy": policy, "reward": reward, "lora": lora}
-    learning = {"samples": samples, "grpo": grpo, "optimizer": optimizer, "offload_optimizer": offload_optimizer}
-    algorithm = GRPO(batch=batch, **models, **texts, **sampler, **learning)
-    if run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop):
+    algorithm = GRPO(
+        policy=policy, reward=reward, lora=lora, batch=batch, samples=samples, prompts=prompts, grpo=grpo,
+        sampling=sampling, slots=slots, rollout_mesh=rollout_mesh, one_step_off=one_step_off, optimizer=optimizer,
+        reward_texts=reward_texts, reward_key=reward_key, monitor=monitor, offload_optimizer=offload_optimizer,
+    )  # fmt: skip
+    settings = run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop)
+    if settings is None:  # --plan, --doctor
         return
-    job = assemble(algorithm, mesh=make_mesh(mesh), steps=steps, seed=seed, run_dir=run_dir)
-    with open_job(run_dir, bound=bound, job=job, seed=seed, loop=loop) as here:
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
         state = job.restore(here)
-        for step in here.steps(here.resumed_step, steps):
+        for step in here.steps(here.resumed_step, settings.steps):
             # 1. Sample.
             here.enter("rollout")
             state = job.offload(state)

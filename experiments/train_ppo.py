@@ -61,19 +61,19 @@ def run(
     one_step_off: sample the next rollout while texts are judged, by the policy before the update (docs/performance.md).
     A plan (--plan) needs no run_dir, steps, seed, prompts and loop."""
     bound = bound_config()
-    models = {"policy": policy, "reward": reward, "share_trunk": share_trunk, "lora": lora}
-    texts = {"prompts": prompts, "reward_texts": reward_texts, "reward_key": reward_key, "monitor": monitor}
-    sampler = {"sampling": sampling, "slots": slots, "rollout_mesh": rollout_mesh, "one_step_off": one_step_off}
-    optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     algorithm = PPO(
-        batch=batch, ppo=ppo, offload_optimizer=offload_optimizer, **models, **texts, **sampler, **optimizers
-    )
-    if run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop):
+        policy=policy, reward=reward, share_trunk=share_trunk, lora=lora, batch=batch, prompts=prompts, ppo=ppo,
+        sampling=sampling, slots=slots, rollout_mesh=rollout_mesh, one_step_off=one_step_off,
+        reward_texts=reward_texts, reward_key=reward_key, monitor=monitor, offload_optimizer=offload_optimizer,
+        policy_optimizer=policy_optimizer, value_optimizer=value_optimizer,
+    )  # fmt: skip
+    settings = run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop)
+    if settings is None:  # --plan, --doctor
         return
-    job = assemble(algorithm, mesh=make_mesh(mesh), steps=steps, seed=seed, run_dir=run_dir)
-    with open_job(run_dir, bound=bound, job=job, seed=seed, loop=loop) as here:
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
         state = job.restore(here)
-        for step in here.steps(here.resumed_step, steps):
+        for step in here.steps(here.resumed_step, settings.steps):
             # 1. Sample.
             here.enter("rollout")
             state = job.offload(state)

@@ -15,7 +15,7 @@ import gin
 from rlhf_jax import learn
 from rlhf_jax.algorithms import RewardModel, assemble
 from rlhf_jax.algorithms.heldout import heldout_metrics
-from rlhf_jax.algorithms.reward import NORMALISATION, normalisation, scaling_scores
+from rlhf_jax.algorithms.reward import normalisation, scaling_scores
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
@@ -24,6 +24,7 @@ from rlhf_jax.launch import launch, run_mode
 from rlhf_jax.loop import LoopConfig, open_job
 from rlhf_jax.models import LoraConfig
 from rlhf_jax.parallel import MeshConfig, make_mesh
+from rlhf_jax.storage.names import NORMALISATION
 
 
 @gin.configurable
@@ -48,16 +49,20 @@ def run(
     same for every reward model.
     """
     bound = bound_config()
-    parts = {"model": model, "records": records, "batch": batch, "optimizer": optimizer}
-    algorithm = RewardModel(**parts, centring=centring, lora=lora)
-    if run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop):
+    algorithm = RewardModel(
+        model=model, records=records, batch=batch, optimizer=optimizer, centring=centring, lora=lora
+    )
+    settings = run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop)
+    if settings is None:  # --plan, --doctor
         return
-    job = assemble(algorithm, mesh=make_mesh(mesh), steps=steps, seed=seed, run_dir=run_dir)
-    with open_job(run_dir, bound=bound, job=job, seed=seed, loop=loop) as here:
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
         state, rewards = job.restore(here), None
-        if here.resumed_step < steps:  # whoever loads the run meanwhile must not get the numbers of an older step
+        if (
+            here.resumed_step < settings.steps
+        ):  # whoever loads the run meanwhile must not get the numbers of an older step
             (here.directory / NORMALISATION).unlink(missing_ok=True)
-        for step in here.steps(here.resumed_step, steps):
+        for step in here.steps(here.resumed_step, settings.steps):
             pairs = next(job.batches)
             state, metrics = job.train_step(state, job.frozen, job.place(pairs), fold=job.fold(pairs))
             if not here.log(step, metrics, batch=pairs):

@@ -5,6 +5,7 @@ The flags of both are defined here, once.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from typing import Any, Protocol
 
@@ -50,6 +51,16 @@ class Described(Protocol):
     def run_only(self) -> tuple[str, ...]: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What a run needs and a plan may lack."""
+
+    run_dir: str
+    steps: int
+    seed: int
+    loop: LoopConfig
+
+
 def run_mode(
     algorithm: Described,
     *,
@@ -58,8 +69,8 @@ def run_mode(
     seed: int | None,
     run_dir: str | None,
     loop: LoopConfig | None,
-) -> bool:
-    """Do what --plan or --doctor asks for and return True; return False for a run.
+) -> RunSettings | None:
+    """Do what --plan or --doctor asks for and return None; return the settings of a run, all of which have a value.
 
     A plan needs neither data nor run_dir, steps, seed and loop; the doctor needs the data. Raises InputError naming the first
     parameter that a run needs and that has no value.
@@ -70,12 +81,13 @@ def run_mode(
         from rlhf_jax.plan import plan_run
 
         plan_run(algorithm, mesh, 1 if steps is None else steps, _options())  # type: ignore[arg-type]
-        return True
+        return None
     data = {name: getattr(algorithm, name) for name in algorithm.run_only}
     needed = {"run_dir": run_dir, "steps": steps, "seed": seed, "loop": loop}
     _refuse_missing(data if flags.FLAGS.doctor else {**needed, **data})
     if not flags.FLAGS.doctor:
-        return False
+        assert run_dir is not None and steps is not None and seed is not None and loop is not None
+        return RunSettings(run_dir, steps, seed, loop)
     from rlhf_jax.doctor import examine
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,7 +99,7 @@ def run_mode(
             run_dir=f"{scratch}/run" if run_dir is None else run_dir,
             loop=LoopConfig() if loop is None else loop,
         )
-    return True
+    return None
 
 
 def _refuse_missing(values: dict[str, Any]) -> None:

@@ -39,12 +39,13 @@ def run(
     """steps: optimizer steps. A plan (--plan) needs no run_dir, steps, seed, records and loop."""
     bound = bound_config()
     algorithm = Anchored(model=model, batch=batch, optimizer=optimizer, anchor=anchor, records=records)
-    if run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop):
+    settings = run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop)
+    if settings is None:  # --plan, --doctor
         return
-    job = assemble(algorithm, mesh=make_mesh(mesh), steps=steps, seed=seed, run_dir=run_dir)
-    with open_job(run_dir, bound=bound, job=job, seed=seed, loop=loop) as here:
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
         state = job.restore(here)
-        for step in here.steps(here.resumed_step, steps):
+        for step in here.steps(here.resumed_step, settings.steps):
             rows = next(job.batches)
             state, metrics = job.train_step(state, job.frozen, job.place(rows))
             here.enter("measure")
