@@ -103,3 +103,10 @@ def test_an_unknown_phase_is_refused_when_the_run_opens(train, tmp_path: Path) -
     done = train(f"--gin_bindings=RUN_DIR = '{tmp_path}/run'", *bindings, code=2)
     assert "Fault.point = 'update': one of train, measure, log" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_guide_shows_these_files() -> None:
+    guide = (ROOT / "docs" / "extending.md").read_text()
+    for name in ("learn.py", "algorithm.py", "experiment.py"):
+        assert (TOY / name).read_text() in guide
+    assert (ROOT / "rlhf_jax" / "models" / "families" / "mistral.py").read_text() in guide
