@@ -18,7 +18,7 @@ from rlhf_jax.checkpoint_files.manifest import saved_steps
 @pytest.mark.parametrize(
     ("arguments", "macros"),
     [
-        pytest.param(("train_sft", "sft"), {"BASE": "base"}, id="sft"),
+        pytest.param(("train_sft", "sft"), {"BASE": "base"}, id="sft", marks=pytest.mark.slow),  # as PPO below
         pytest.param(
             ("train_reward", "reward"),
             {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},

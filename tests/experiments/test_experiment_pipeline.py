@@ -44,6 +44,7 @@ def test_a_finished_pipeline_starts_nothing(chain: Path) -> None:
     assert files(chain) == before
 
 
+@pytest.mark.slow  # a pipeline that is stopped; test_a_finished_pipeline_starts_nothing is in the default suite
 def test_stopped_resumed_and_no_longer_true(chain: Path, tmp_path: Path) -> None:
     config, directory = tmp_path / "two.gin", tmp_path / "run"
     config.write_text(TWO_STAGES)

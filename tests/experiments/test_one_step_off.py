@@ -32,6 +32,7 @@ class Reference(str):
         return str(self)
 
 
+@pytest.mark.slow  # tests/algorithms/test_rollouts.py shows what is sampled by which policy, saved and taken up again
 def test_ppo_one_step_off(chain: Path, begin, tmp_path: Path) -> None:
     begin = begin_with_weights(begin, "PPOConfig")
     finish(begin("train_ppo", "ppo", "unbroken", **places(chain)))

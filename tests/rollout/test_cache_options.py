@@ -66,10 +66,19 @@ LAYERS = {
     "all slide": {"layer_pattern": ("sliding",), "sliding_window": 3},
     "a window longer than most prompts": {"layer_pattern": ("full", "sliding", "sliding"), "sliding_window": 11},
 }
+IN_SLOTS = ("slots that are refilled often", "a prefix, then chunks, in slots")
 REFILLED = {
     "slots that are refilled often": SlotConfig(slots=2, prefill=2, smallest=1),
     "int8 in slots": SlotConfig(slots=3, prefill=2, cache="int8", separate_layers=True),
 }
+
+
+OTHERS = [
+    *(("one in two slides", name) for name in (OPTIONS | REFILLED) if name not in IN_SLOTS),
+    ("all slide", "a prefix, then chunks, in slots"),
+    ("all slide", "int8 in slots"),
+    *(("a window longer than most prompts", name) for name in ("a prefix, then chunks, in slots", *REFILLED)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +103,11 @@ def all_columns(model, params, slots):
 @pytest.mark.parametrize(
     ("layers", "name"),
     [
-        *(("one in two slides", name) for name in (OPTIONS | REFILLED)),
-        *((layers, name) for layers in list(LAYERS)[1:] for name in ("a prefix, then chunks, in slots", *REFILLED)),
+        ("one in two slides", "slots that are refilled often"),
+        ("one in two slides", "a prefix, then chunks, in slots"),
+        ("all slide", "slots that are refilled often"),
+        # The other options and windows go through the same cache, one compiled sampler each.
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
     ],
 )
 def test_layers_that_slide_keep_only_their_window(layers, name, windowed):

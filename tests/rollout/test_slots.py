@@ -70,7 +70,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+OFTEN = ("refilled in groups", "moved together")
+
+
+@pytest.mark.parametrize(
+    "name",
+    # The others differ in how often the same refill happens.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in LAYOUTS],
+)
 def test_slots_change_no_token(name, one_each):
     assert_same(sample(PROMPTS, LAYOUTS[name]), one_each)
 
