@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from rlhf_jax.io import (
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, int8, lora
 from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, replicated, tree_shardings
+from rlhf_jax.parallel.overview import parameter_summary, parameter_table
 from rlhf_jax.storage.files import json_text, write_atomically
 from rlhf_jax.storage.inputs import Input
-from rlhf_jax.storage.names import CARD, TOKENIZER
+from rlhf_jax.storage.names import CARD, PARAMETERS, TOKENIZER
 from rlhf_jax.types import Params, Rng
 
 
@@ -292,3 +294,11 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
 def plan_reward(source: ModelSource, mesh: Mesh) -> Loaded:
     """As `load_reward`, see `plan_model`; a new model will do."""
     return plan_model(source, "scalar", mesh)
+
+
+def write_overview(run_dir: Path, trained: Params, frozen: Params) -> None:
+    """Write parameters.txt, a line for each array, and say on stderr how many parameters there are."""
+    trees = {"trained": trained} | ({"frozen": frozen} if jax.tree.leaves(frozen) else {})
+    if jax.process_index() == 0:
+        write_atomically(run_dir / PARAMETERS, parameter_table(trees))
+        print(parameter_summary(trees), file=sys.stderr)

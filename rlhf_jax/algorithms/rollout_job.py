@@ -16,7 +16,7 @@ from rlhf_jax import data, learn, rollout
 from rlhf_jax.algorithms import scoring
 from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.folds import refuse_folded, row_fold
-from rlhf_jax.algorithms.models import write_model_card
+from rlhf_jax.algorithms.models import write_model_card, write_overview
 from rlhf_jax.algorithms.phases import Phase, Work, prompt_batch_shape, rng_shape, row_shape, shapes_of_rows
 from rlhf_jax.algorithms.rehearsal import DataFacts, Gradient, Rehearsal, RolloutFacts
 from rlhf_jax.algorithms.roles import Roles, parameters_by_role
@@ -198,6 +198,7 @@ class RolloutJob:
         place = self.rollouts.within(self.subtree)
         source: dict[str, Any] = {"base": policy.input, "generation": policy.generation}
         write_model_card(directory, self.models["policy"], policy.tokenizer, records.template, subtree=place, **source)
+        write_overview(directory, self.params(self.state), self.frozen)
 
     # ---- the steps of an iteration
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rlhf_jax import data, learn
 from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.folds import refuse_folded
-from rlhf_jax.algorithms.models import Loaded, with_adapters, write_model_card
+from rlhf_jax.algorithms.models import Loaded, with_adapters, write_model_card, write_overview
 from rlhf_jax.algorithms.phases import Phase, Work
 from rlhf_jax.algorithms.rehearsal import DataFacts, Rehearsal
 from rlhf_jax.algorithms.saving import SavingRun
@@ -117,6 +117,7 @@ class SupervisedJob:
         tell_left_out(records, self.data.train, self.data.heldout, model.tokenizer)
         source: dict[str, Any] = {"base": model.input, "generation": model.generation}
         write_model_card(directory, model.model, model.tokenizer, records.template, self.subtree, **source)
+        write_overview(directory, self.state.params, self.frozen)
 
     def place(self, batch: Any) -> Any:
         """Return a host batch on the devices."""

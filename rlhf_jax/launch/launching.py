@@ -41,6 +41,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "distributed", None, "Join other processes: auto, or HOST:PORT,PROCESSES,INDEX (parallel/distributed.py)."
 )
+flags.DEFINE_string("profile", None, "Trace these steps, FIRST:LAST, into RUN_DIR/profile for TensorBoard or XProf.")
 flags.DEFINE_string(
     "sync",
     None,
@@ -59,7 +60,9 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 def _usage(run_fn: Callable[..., object]) -> str:
     """The experiment's own words and the flags of all."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
-    return usage(words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync", *MODE_FLAGS))
+    return usage(
+        words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync", "profile", *MODE_FLAGS)
+    )
 
 
 def _keep_failed_saves_to_one_line() -> None:

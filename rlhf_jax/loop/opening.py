@@ -17,6 +17,7 @@ from rlhf_jax.config.parsing import BoundConfig
 from rlhf_jax.errors import InputError
 from rlhf_jax.loop.faults import Faults
 from rlhf_jax.loop.loop_config import LoopConfig
+from rlhf_jax.loop.profile import Profile
 from rlhf_jax.loop.run import Run
 from rlhf_jax.loop.signals import Signals
 from rlhf_jax.loop.status import Status
@@ -95,6 +96,7 @@ def open_run(
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
     loop.refuse_unknown_phases(phases)
     directory = Path(run_dir).expanduser().absolute()
+    profile = Profile.asked(directory)
     refuse_place(directory)
     mirror = fetched_mirror(directory, stage, output)
     refuse_foreign(directory, stage)
@@ -140,7 +142,18 @@ def open_run(
         retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
         checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
         run = Run(
-            directory, stage, loop, resumed, tracker, checkpoints, signals, watchdog, faults, status, tuple(phases)
+            directory,
+            stage,
+            loop,
+            resumed,
+            tracker,
+            checkpoints,
+            signals,
+            watchdog,
+            faults,
+            status,
+            profile,
+            tuple(phases),
         )
         stack.callback(run.close_display)
         yield run

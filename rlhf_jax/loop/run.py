@@ -33,6 +33,7 @@ from rlhf_jax.loop import bad_steps
 from rlhf_jax.loop.cold_start import tell_first_step
 from rlhf_jax.loop.faults import PHASES, Faults
 from rlhf_jax.loop.loop_config import LoopConfig, due
+from rlhf_jax.loop.profile import Profile
 from rlhf_jax.loop.progress import Display
 from rlhf_jax.loop.signals import Signals
 from rlhf_jax.loop.status import Status
@@ -62,6 +63,7 @@ class Run:
     watchdog: Watchdog
     faults: Faults
     status: Status
+    profile: Profile
     phases: tuple[str, ...] = ("train",)
     total: int = 0
     bad: list[int] = field(default_factory=list)
@@ -112,11 +114,14 @@ class Run:
         self.total, self._saved, self._timed = total, start, (start, time.monotonic())
         self._display = Display(self.stage, start, total, self.loop.progress and jax.process_index() == 0)
         self._step, self.signals.in_loop = start, True
+        self.profile.begin(start, total)
         try:
             while self._step < total:
                 self._step += 1
+                self.profile.before(self._step)
                 self._enter(self.phases[0], first=True)
                 yield self._step
+                self.profile.after(self._step)
                 if self._going_back:
                     raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
                 if self._step == start + 1:
@@ -127,6 +132,7 @@ class Run:
                     self._leave(self._step)
             self._enter("end")
         finally:
+            self.profile.end()
             self.signals.in_loop = False
             self.watchdog.enter("", 0)
             self.close_display()

@@ -30,7 +30,7 @@ from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.rundir.checkpoints import SAVING
 from rlhf_jax.rundir.provenance import read_provenance
 from rlhf_jax.rundir.resume import lock, make_directory, refuse_foreign
-from rlhf_jax.storage.names import CHECKPOINTS, MANIFEST, PROVENANCE
+from rlhf_jax.storage.names import CHECKPOINTS, MANIFEST, PROFILE, PROVENANCE
 from rlhf_jax.storage.remote import asked_url, download, is_remote, listing, one_line, open_store
 
 
@@ -249,7 +249,9 @@ class Mirror:
             here = saved_steps(self.directory)  # before the logs are read: they hold the way to these steps
             for path in sorted(self.directory.rglob("*")):
                 name = path.relative_to(self.directory).as_posix()
-                if not (name.startswith(f"{CHECKPOINTS}/") or path.name == ".lock" or path.suffix == ".tmp"):
+                if not (
+                    name.startswith((f"{CHECKPOINTS}/", f"{PROFILE}/")) or path.name == ".lock" or path.suffix == ".tmp"
+                ):
                     self._upload(name)
             there = self._listing()
             for step in here:

@@ -24,6 +24,7 @@ from rlhf_jax.storage.names import (
     MANIFEST,
     METRICS,
     OPERATIVE_CONFIG,
+    PARAMETERS,
     PROVENANCE,
     STATUS,
     TIMING,
@@ -42,6 +43,7 @@ MADE_ON_OPENING = {
     STATUS,
     CARD,
     TOKENIZER,
+    PARAMETERS,
 }
 TEMPORARY = frozenset(f"{name}.tmp" for name in MADE_ON_OPENING)
 """What `write_atomically` leaves of these when it is killed."""

@@ -28,12 +28,14 @@ Metrics = Mapping[str, Any]
 
 
 def fetch(metrics: Metrics) -> dict[str, float | None]:
-    """Plain numbers, sorted by name, with ONE transfer from the devices.
+    """Plain numbers, sorted by name, with one transfer from the devices, none when everything is on the host.
 
     A Mean becomes total / weight in float64; None when its weight is 0 (nothing counted, which is no error); None stays.
     NaN and infinities come back as they are.
     """
-    values: dict[str, Any] = jax.device_get(dict(metrics))
+    values: dict[str, Any] = dict(metrics)
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
+        values = jax.device_get(values)
     found: dict[str, float | None] = {}
     for name in sorted(values):
         value = values[name]

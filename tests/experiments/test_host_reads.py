@@ -33,9 +33,8 @@ def test_every_kind_of_read_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_iteration_of_ppo_reads_seven_times_and_says_so(chain: Path, tmp_path: Path) -> None:
-    """The replies; the metrics of prepare, of the update, and both for the guard and for the log; the KL coefficient, and
-    its next value on the way back to the devices. Beside them only saving and the start read anything."""
+def test_an_iteration_of_ppo_reads_twice_and_says_so(chain: Path, tmp_path: Path) -> None:
+    """The responses, and all metrics at once. Beside them only saving and the start read anything."""
     steps = 4
     places = {"RUN_DIR": tmp_path / "ppo", "POLICY": chain / "sft", "REWARD": chain / "reward"}
     run = command("train_ppo", "configs/smoke/ppo.gin", **places)
@@ -46,7 +45,6 @@ def test_an_iteration_of_ppo_reads_seven_times_and_says_so(chain: Path, tmp_path
         ("rlhf_jax/algorithms/models.py", "refuse_not_finite"),
     }
     assert {read: count for read, count in seen.items() if read[1:] not in outside} == {
-        ("explicit", "rlhf_jax/parallel/placement.py", "to_host"): 2 * steps,
-        ("explicit", "rlhf_jax/parallel/placement.py", "on_all"): steps,
-        ("explicit", "rlhf_jax/rundir/tracking.py", "fetch"): 4 * steps,
+        ("explicit", "rlhf_jax/parallel/placement.py", "to_host"): steps,
+        ("explicit", "experiments/train_ppo.py", "run"): steps,
     }
