@@ -19,12 +19,15 @@ __all__ = ["ARRAYS", "DPO", "GRPO", "PPO", "SFT", "SHAPES", "Algorithm", "Phase"
 
 
 class Algorithm(Protocol):
-    """A description of an algorithm. name: of the stage. run_only: fields that a run needs and a plan does not."""
+    """A description of an algorithm. name: of the stage. run_only: fields that a run needs and a plan does not.
+    phase_names: the parts of a step that a deadline or a fault may name."""
 
     @property
     def name(self) -> str: ...
     @property
     def run_only(self) -> tuple[str, ...]: ...
+    @property
+    def phase_names(self) -> tuple[str, ...]: ...
     def assemble(self, setting: Setting) -> Any: ...
     def phases(self, job: Any) -> list[Phase]: ...
 

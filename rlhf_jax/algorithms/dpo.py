@@ -48,6 +48,7 @@ class DPO:
 
     name: ClassVar[str] = "dpo"
     run_only: ClassVar[tuple[str, ...]] = ("records",)
+    phase_names: ClassVar[tuple[str, ...]] = ("train",)
 
     def __post_init__(self) -> None:
         refuse_unused(self.batch, "packed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -297,8 +296,7 @@ def plan_reward(source: ModelSource, mesh: Mesh) -> Loaded:
 
 
 def write_overview(run_dir: Path, trained: Params, frozen: Params) -> None:
-    """Write parameters.txt, a line for each array, and say on stderr how many parameters there are."""
+    """Write parameters.txt: how many parameters there are, and a line for each array."""
     trees = {"trained": trained} | ({"frozen": frozen} if jax.tree.leaves(frozen) else {})
     if jax.process_index() == 0:
-        write_atomically(run_dir / PARAMETERS, parameter_table(trees))
-        print(parameter_summary(trees), file=sys.stderr)
+        write_atomically(run_dir / PARAMETERS, f"{parameter_summary(trees)}\n\n{parameter_table(trees)}")

@@ -16,6 +16,7 @@ from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.phases import Phase
 from rlhf_jax.algorithms.roles import Roles, load_roles
 from rlhf_jax.algorithms.rollout_job import (
+    PHASES,
     PromptData,
     RolloutJob,
     make_generate,
@@ -63,6 +64,7 @@ class PPO:
 
     name: ClassVar[str] = "ppo"
     run_only: ClassVar[tuple[str, ...]] = ("prompts",)
+    phase_names: ClassVar[tuple[str, ...]] = PHASES
 
     def __post_init__(self) -> None:
         refuse_unused(self.batch, "packed")

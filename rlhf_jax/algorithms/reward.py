@@ -57,6 +57,7 @@ class RewardModel:
 
     name: ClassVar[str] = "reward"
     run_only: ClassVar[tuple[str, ...]] = ("records",)
+    phase_names: ClassVar[tuple[str, ...]] = ("train",)
 
     def __post_init__(self) -> None:
         refuse_unused(self.batch, "packed")

@@ -45,6 +45,7 @@ class SFT:
 
     name: ClassVar[str] = "sft"
     run_only: ClassVar[tuple[str, ...]] = ("records",)
+    phase_names: ClassVar[tuple[str, ...]] = ("train",)
     """Fields that a run needs and a plan does not."""
 
     def __post_init__(self) -> None:

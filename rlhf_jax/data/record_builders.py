@@ -10,10 +10,11 @@ from rlhf_jax.data.pairs import comparisons
 from rlhf_jax.data.record_files import HeldOut, RecordFile, read_sides
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.data.records import Fields, Unusable, demonstrations, prompts
+from rlhf_jax.data.support_desk import SPLITS
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.turn_tokens import LossOn
-from rlhf_jax.errors import InputError, require_whole
+from rlhf_jax.errors import InputError, require_one_of, require_whole
 from rlhf_jax.records import Demonstration, Message, Prompt
 
 DESK_TEMPLATE = Template(style="plain", prompt_format="{prompt}", response_prefix=" ")
@@ -61,6 +62,7 @@ def desk_demonstrations(desk: DeskConfig, start: int, count: int, heldout: int =
 def desk_prompts(desk: DeskConfig, split: str, start: int, count: int) -> RecordSource:
     """Prompts of the support desk (as ``train``)."""
     _require_cases("desk_prompts", start, count)
+    require_one_of("desk_prompts.split", split, tuple(SPLITS))
 
     def read() -> Records:
         rows = prompt_records(desk, split, start, count)

@@ -31,8 +31,7 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
     "doctor", False, "Check the configuration, the data and one step; train nothing, write nothing to run_dir."
 )
-MODE_FLAGS = (
-    "plan",
+PLAN_FLAGS = (
     "plan_json",
     "plan_html",
     "plan_markdown",
@@ -40,15 +39,18 @@ MODE_FLAGS = (
     "plan_repairs",
     "plan_keep",
     "show_sharding",
-    "doctor",
 )
+MODE_FLAGS = ("plan", *PLAN_FLAGS, "doctor")
 
 
 class Described(Protocol):
-    """A description of an algorithm (`rlhf_jax.algorithms`). run_only: fields that a run needs and a plan does not."""
+    """A description of an algorithm (`rlhf_jax.algorithms`). run_only: fields that a run needs and a plan does not.
+    phase_names: the parts of a step that a deadline or a fault may name."""
 
     @property
     def run_only(self) -> tuple[str, ...]: ...
+    @property
+    def phase_names(self) -> tuple[str, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ def run_mode(
     """
     if flags.FLAGS.plan is not None and flags.FLAGS.doctor:
         raise InputError("--plan, --doctor: give one of them")
+    if flags.FLAGS.plan is None and (unread := _given(PLAN_FLAGS)):
+        raise InputError(f"--{unread}: has no effect without --plan; add --plan=SLICE or --plan=local, or remove it")
     if flags.FLAGS.plan is not None:
         from rlhf_jax.plan import plan_run
 
@@ -85,6 +89,8 @@ def run_mode(
     data = {name: getattr(algorithm, name) for name in algorithm.run_only}
     needed = {"run_dir": run_dir, "steps": steps, "seed": seed, "loop": loop}
     _refuse_missing(data if flags.FLAGS.doctor else {**needed, **data})
+    if loop is not None:
+        loop.refuse_unknown_phases(algorithm.phase_names)
     if not flags.FLAGS.doctor:
         assert run_dir is not None and steps is not None and seed is not None and loop is not None
         return RunSettings(run_dir, steps, seed, loop)
@@ -100,6 +106,11 @@ def run_mode(
             loop=LoopConfig() if loop is None else loop,
         )
     return None
+
+
+def _given(names: tuple[str, ...]) -> str | None:
+    """Return the first of these flags that is not at its default."""
+    return next((name for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default), None)
 
 
 def _refuse_missing(values: dict[str, Any]) -> None:

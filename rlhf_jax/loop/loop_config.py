@@ -67,7 +67,7 @@ class LoopConfig:
         known = (*phases, *PHASES)
         for phase, _ in self.deadlines:
             if phase not in ("step", *known):
-                raise InputError(f"LoopConfig.deadlines: no phase {phase!r}; phases: step, {', '.join(known)}")
+                raise InputError(f"LoopConfig.deadlines: no phase {phase!r}; use one of step, {', '.join(known)}")
         for fault in self.faults:
             if fault.point not in (*known, *SAVING):
                 raise InputError(f"Fault.point = {fault.point!r}: one of {', '.join((*known, *SAVING))}")

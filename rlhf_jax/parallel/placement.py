@@ -65,12 +65,6 @@ def to_host(tree: _T) -> _T:
     return host
 
 
-def on_all(tree: _T, mesh: Mesh) -> _T:
-    """Numbers of the host, the same in every process, as arrays on all devices of ``mesh``."""
-    placed: _T = jax.device_put(jax.device_get(tree), replicated(mesh))
-    return placed
-
-
 def to_global(batch: _T, mesh: Mesh) -> _T:
     """A host batch (numpy, the whole of it in every process) as global arrays with rows over the batch axes.
 

@@ -61,11 +61,11 @@ def plan_run(algorithm: Algorithm, mesh: MeshConfig, steps: int, options: PlanOp
     """Print the plan of a run, and write it where the options say. Raises RunStopped when a phase does not fit."""
     where = None if options.slice == LOCAL else parse_slice(options.slice)
     if where is not None:
-        # Programs for a slice that is not there can be written to JAX's cache, but not read: --keep is theirs.
+        # Programs for a slice that is not there can be written to JAX's cache, but not read: --plan_keep is theirs.
         jax.config.update("jax_enable_compilation_cache", False)
     chip, devices = (None, jax.devices()) if where is None else (where.chip, where.devices())
     if options.search and chip is None:
-        raise InputError("--search: needs a slice; local devices have no roofline")
+        raise InputError("--plan_search: needs a slice; local devices have no roofline")
     build = _build(algorithm, steps, devices)
     fields: Any = algorithm
     slots = getattr(fields, "slots", None)

@@ -161,7 +161,7 @@ def repair(
         chips = wrong[0].chips * resident / chip.hbm_usable
         return f"what stays in HBM alone is more than a chip has: take a slice of at least {2 ** math.ceil(math.log2(chips))} chips"
     if most < 1:
-        return "not looked for (--repairs)"
+        return "not looked for (--plan_repairs)"
     tried = 0
     shards = ActivationConstraint(mesh).parts("act_batch")
     for candidate in nearest(start, remat, minibatches, "generate" in names, shards):

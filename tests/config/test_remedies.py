@@ -62,8 +62,6 @@ def test_named_settings_of_an_object_are_its_parameters() -> None:
     runs, wrong, seen = run_parameters(), [], 0
     for place, text in messages("data", "io", "config", "rundir", "loop", "algorithms", "launch"):
         for owner, name in re.findall(r"\b([A-Z][a-z]+[A-Za-z]*|run|[a-z]+_file)\.([a-z][a-z_]+)\b(?![.(/])", text):
-            if owner in ("RolloutModels", "RolloutParams"):  # arguments of a function, not settings
-                continue
             known = runs if owner == "run" else parameters(owner)
             seen += 1
             if name not in known and name not in ("gin", "json", "safetensors"):

@@ -41,6 +41,7 @@ class Anchored:
 
     name: ClassVar[str] = "anchored"
     run_only: ClassVar[tuple[str, ...]] = ("records",)
+    phase_names: ClassVar[tuple[str, ...]] = ("train", "measure")
 
     def assemble(self, setting: Setting) -> SupervisedJob:
         """Return the model, its anchor, the state, the jitted functions and, for a run, the batches."""
@@ -73,7 +74,7 @@ class Anchored:
             microbatches=self.batch.microbatches,
             data=self._data(setting, loaded) if setting.build.runs else None,
             functions={"measure": jitted(measure, out=replicated(mesh))},
-            phase_names=("train", "measure"),
+            phase_names=self.phase_names,
             subtree="params",
         )
 

@@ -1,0 +1,91 @@
+"""What a training script does besides training, and what it refuses then."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import flags
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.launch import launching, run_mode  # noqa: F401  defines the flags
+from rlhf_jax.launch.modes import RunSettings
+from rlhf_jax.loop import LoopConfig
+from rlhf_jax.loop.faults import Fault
+from rlhf_jax.parallel import MeshConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Described:
+    records: Any = "some"
+    run_only = ("records",)
+    phase_names = ("train",)
+
+
+SETTINGS: dict[str, Any] = {"run_dir": "runs/x", "steps": 3, "seed": 0, "loop": LoopConfig()}
+
+
+@pytest.fixture(autouse=True)
+def defaults() -> Iterator[None]:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["x"])
+    yield
+    for name in ("plan", "plan_json", "doctor"):
+        flags.FLAGS[name].value = flags.FLAGS[name].default
+
+
+def test_a_run_gets_its_settings() -> None:
+    assert run_mode(Described(), mesh=MeshConfig(), **SETTINGS) == RunSettings("runs/x", 3, 0, SETTINGS["loop"])
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "records"])
+def test_a_run_refuses_each_by_key(name: str) -> None:
+    algorithm = Described(None) if name == "records" else Described()
+    settings = SETTINGS | ({name: None} if name in SETTINGS else {})
+    with pytest.raises(InputError, match=f"run.{name}: has no value; bind it"):
+        run_mode(algorithm, mesh=MeshConfig(), **settings)
+
+
+def test_the_doctor_needs_data_alone() -> None:
+    flags.FLAGS.doctor = True
+    with pytest.raises(InputError, match="run.records: has no value"):
+        run_mode(Described(None), mesh=MeshConfig(), **dict.fromkeys(SETTINGS))
+
+
+def test_flags_that_nothing_reads_are_refused() -> None:
+    flags.FLAGS.plan_json = "x.json"
+    with pytest.raises(InputError, match="--plan_json: has no effect without --plan"):
+        run_mode(Described(), mesh=MeshConfig(), **SETTINGS)
+    flags.FLAGS.plan, flags.FLAGS.doctor = "local", True
+    with pytest.raises(InputError, match="--plan, --doctor: give one of them"):
+        run_mode(Described(), mesh=MeshConfig(), **SETTINGS)
+
+
+def test_phases_are_checked_before_anything_is_loaded() -> None:
+    with pytest.raises(InputError, match=r"LoopConfig.deadlines: no phase 'roll'; use one of step, train, log"):
+        run_mode(Described(), mesh=MeshConfig(), **SETTINGS | {"loop": LoopConfig(deadlines=(("roll", 3.0),))})
+    with pytest.raises(InputError, match="Fault.point = 'update': one of train, log"):
+        run_mode(Described(), mesh=MeshConfig(), **SETTINGS | {"loop": LoopConfig(faults=(Fault("update", "kill"),))})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--topology=local"], "error: --experiment=: name the training script: train_dpo, train_grpo"),
+        (["plan", "--experiment=train_x", "--topology=local"], "error: --experiment=train_x: name the training"),
+        (["plan", "--experiment=train_sft"], "error: --topology: give it, for instance --topology=v5p:2x2x4"),
+        (["doctor"], "error: --experiment=: name the training script"),
+    ],
+)
+def test_what_hands_over_says_what_is_missing(arguments: list[str], message: str) -> None:
+    script, *rest = arguments
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *rest]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
