@@ -140,9 +140,16 @@ class Rollout:
         counts: Array | None = None,
         token_rewards: Array | None = None,
     ) -> Rollout:
-        """Join what the models say with the scores of texts. counts: bool [B], responses that could be scored; None = all."""
+        """Join what the models say with the scores of texts. counts: bool [B], responses that could be scored; None = all.
+
+        Raises InputError for one name on both sides, and when nothing gives a score.
+        """
         counts = jnp.ones(scored.completions.ended.shape, jnp.bool_) if counts is None else counts
+        if twice := sorted(scored.scores.keys() & scores.keys()):
+            raise InputError(f"Rollout.of: a model and a text reward both give the score {twice[0]!r}; rename one")
         joined = scored.scores | scores
+        if not joined:
+            raise InputError("Rollout.of: nothing gives a score; give a reward model or scores of texts")
         return cls(
             scored.completions, scored.logprobs, scored.ref_logprobs, scored.values, joined, counts, token_rewards
         )

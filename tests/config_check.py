@@ -77,7 +77,7 @@ import jax  # noqa: E402
 from rlhf_jax import learn, models  # noqa: E402
 from rlhf_jax.algorithms.models import refuse_tokenizer  # noqa: E402
 from rlhf_jax.config import parsing, surface  # noqa: E402, F401
-from rlhf_jax.data import support_desk_replies, trained_tokenizers  # noqa: E402
+from rlhf_jax.data import support_desk_replies, tokenizer_builders  # noqa: E402
 from rlhf_jax.errors import InputError  # noqa: E402
 from rlhf_jax.io.source import ModelSource  # noqa: E402
 from rlhf_jax.launch import launching  # noqa: E402
@@ -88,7 +88,7 @@ def few(desk: Any, split: str, start: int, count: int) -> Any:
     return support_desk_replies.corpus_text(desk, split, start, min(count, FEW))
 
 
-trained_tokenizers.corpus_text = few
+tokenizer_builders.corpus_text = few
 
 
 def load(script: Path) -> Any:

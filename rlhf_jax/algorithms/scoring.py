@@ -62,7 +62,7 @@ def score(
     own; under jit that pass then does not exist, unless the policy's trunk carries the values. Raises InputError for a role
     that only one of the two mappings has.
     """
-    for role in ("reference", "reward"):
+    for role in ROLES:
         if (role in models) != (role in params):
             raise InputError(f"score: give both the model and the parameters of the role {role!r}, or neither")
     policy, values = models["policy"], None

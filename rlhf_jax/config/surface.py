@@ -9,7 +9,7 @@ import gin
 
 from rlhf_jax.data import DeskConfig, Fields, Template, record_builders
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.trained_tokenizers import byte_tokenizer, desk_tokenizer
+from rlhf_jax.data.tokenizer_builders import byte_tokenizer, desk_tokenizer
 from rlhf_jax.feedback import AnnotatorConfig
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.learn import DPOConfig, GRPOConfig, ImportanceConfig, OptimizerConfig, PPOConfig

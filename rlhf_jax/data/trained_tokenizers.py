@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text
 from rlhf_jax.errors import InputError
 
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
@@ -80,8 +79,3 @@ def _byte_characters() -> list[str]:
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_in = iter(range(256, 512))
     return [chr(byte) if byte in visible else chr(next(stand_in)) for byte in range(256)]
-
-
-def desk_tokenizer(desk: DeskConfig, vocab_size: int = 1024, documents: int = 3000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the support desk's corpus."""
-    return train_bpe_tokenizer(list(corpus_text(desk, "train", 0, documents)), vocab_size)

@@ -154,14 +154,16 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     rollout = without_unscored(rollout)
     done, mask = rollout.completions, rollout.completions.mask
     scores = rollout.score
-    if rollout.token_rewards is not None:  # one advantage for all tokens of a response
-        scores = scores + ops.masked_sum(rollout.token_rewards, mask, axis=1)
     if config.score_clip is not None:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
         scores = ops.penalise_missing_eos(
             scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
         )
+    if (
+        rollout.token_rewards is not None
+    ):  # as in PPO beside the clipped score; one advantage for all tokens of a response
+        scores = scores + ops.masked_sum(rollout.token_rewards, mask, axis=1)
     if rollout.ref_logprobs is not None and config.kl_in == "reward":
         kl = ops.kl_term(rollout.logprobs, rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
         scores = scores - config.kl_coefficient * ops.masked_sum(kl, mask, axis=1)

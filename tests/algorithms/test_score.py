@@ -184,9 +184,12 @@ def test_token_log_probabilities_sit_at_their_own_column():
 
 
 def test_a_missing_model_or_its_parameters_are_named():
-    for models, given in ((BOTH, TWO_PARAMS), (TWO, BOTH_PARAMS)):
-        with pytest.raises(InputError, match="both the model and the parameters of the role 'reward'"):
-            score(models, given, done(), temperature=1.0)
+    for role in BOTH:
+        less = {name: model for name, model in BOTH.items() if name != role}
+        given = {name: BOTH_PARAMS[name] for name in less}
+        for models, params in ((BOTH, given), (less, BOTH_PARAMS)):
+            with pytest.raises(InputError, match=f"both the model and the parameters of the role '{role}'"):
+                score(models, params, done(), temperature=1.0)
     with pytest.raises(InputError, match=r"params\['value'\]"):
         policy_and_values(TWO, {"policy": POLICY_PARAMS}, done(), temperature=1.0)
 
