@@ -1,4 +1,12 @@
-"""Opening a run directory: refuse what may not be, lock, find the checkpoint to go on from, record; and close in order."""
+"""Opening a run directory: refuse what may not be, lock, find the checkpoint to go on from, record; and close in order.
+
+A start begins from the first of these that there is:
+
+1. with --sync=URL, the newest whole step at the URL, when the directory has none that is newer (`rundir.mirror`);
+2. the newest whole step in RUN_DIR/checkpoints (`rundir.checkpoints.newest_verified`);
+3. the model of ModelSource.path;
+4. a new model of ModelSource.config, drawn from the seed.
+"""
 
 from __future__ import annotations
 
