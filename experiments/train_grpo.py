@@ -91,9 +91,7 @@ def run(
             # 4. Update, epochs times minibatches.
             here.enter("update")
             state, key = job.reload(state), job.update_key(step)
-            state, updated = job.update(
-                state, job.frozen, prepared, key, job.measured(measured), fold=job.update_fold(responses)
-            )
+            state, updated = job.update(state, job.frozen, prepared, key, measured, fold=job.update_fold(responses))
 
             # 5. One read of the metrics. Sampler, scorer and update agree, or nothing is saved.
             metrics = jax.device_get(measured | updated) | judged.metrics

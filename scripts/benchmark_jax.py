@@ -236,7 +236,7 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
         new = int(done.mask.sum())
         fold = fold_of(64 + replies, 8, 128, replies, 64)
         key = jax.random.key(1)
-        held["state"], metrics = job.update(state, frozen, prepared, key, job.measured(measured), fold=fold)
+        held["state"], metrics = job.update(state, frozen, prepared, key, measured, fold=fold)
         jax.block_until_ready((held["state"], metrics))
         return 1, SIZES.ppo_flops(new)
 

@@ -90,7 +90,7 @@ class DPO:
             name=self.name,
             mesh=mesh,
             models={"policy": model, "reference": reference.model},
-            loaded={"policy": policy},
+            loaded={"policy": policy.without_params()},
             state=state,
             frozen=policy.frozen | {"reference": reference.params},
             train_step=make_step(loss, model, optimizer, state, mesh, batch.microbatches),

@@ -12,26 +12,23 @@ from rlhf_jax import learn, rollout
 from rlhf_jax.algorithms import scoring
 from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.phases import Phase
+from rlhf_jax.algorithms.prompts import PromptData, read_prompts
 from rlhf_jax.algorithms.roles import Roles, load_roles
-from rlhf_jax.algorithms.rollout_job import (
-    PHASES,
-    PromptData,
-    RolloutJob,
-    make_generate,
-    make_score,
-    read_prompts,
-    rollout_phases,
-)
-from rlhf_jax.algorithms.rollouts import Rollouts, refuse_uncorrected
+from rlhf_jax.algorithms.rollout_job import PHASES, Iteration, RolloutJob, StateView, make_rollout_job
+from rlhf_jax.algorithms.rollout_phases import rollout_phases
+from rlhf_jax.algorithms.rollouts import refuse_uncorrected
 from rlhf_jax.algorithms.text_rewards import TextRewards
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.errors import InputError, refuse_unused, require_whole
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, Model, lora, policy_logprobs
-from rlhf_jax.parallel import MeshConfig, batch_sharding, jitted, replicated, shardings_of
+from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import Reward, RewardSource
 from rlhf_jax.types import LossFn, Mean, Params, Rng, Rollout, Scored, TrainState
+
+VIEW = StateView(subtree="params/policy", train=lambda state: state, with_train=lambda state, train: train)
+"""Where `TrainState` keeps its parts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +95,7 @@ class GRPO:
             return learn.initial_state(params, optimizer, setting.train_rng)
 
         state = setting.build.born(begin, roles.shardings(mesh), mesh, roles.trainable)
+        roles = roles.without_trainable()
 
         def prepare(
             scored: Scored, scores: dict[str, jax.Array], counts: jax.Array
@@ -118,31 +116,16 @@ class GRPO:
             train_step = learn.make_train_step(loss, optimizer, microbatches=self.batch.microbatches)
             return learn.update_groups(train_step, state, batch, rng, config, frozen)
 
-        rows, everywhere = batch_sharding(mesh), replicated(mesh)
-        generate = make_generate(roles, self, mesh, ends)
-        rollouts = None
-        if prompts is not None:
-            sampled = (generate, prompts.batches, mesh, setting.train_rng, state.params, roles.frozen)
-            rollouts = Rollouts(*sampled, one_step_off=self.one_step_off)
-        return RolloutJob(
-            name=self.name,
-            subtree="params/policy",
-            algorithm=self,
-            limits=config,
-            mesh=mesh,
-            roles=roles,
-            state=state,
-            train_state=lambda state: state,
-            with_train=lambda state, train: train,
-            generate=generate,
-            score=make_score(roles, self, config, mesh),
-            prepare=jitted(prepare, out=(rows, everywhere)),
-            update=jitted(update, out=(shardings_of(state), everywhere), donate=(0,), static=("fold",)),
-            loss=self._loss(roles.models),
-            extra=lambda state: (),
-            rng=setting.train_rng,
-            data=prompts,
-            rollouts=rollouts,
+        return make_rollout_job(
+            self,
+            config,
+            setting,
+            roles,
+            state,
+            view=VIEW,
+            iteration=Iteration(prepare, update, self._loss(roles.models)),
+            ends=ends,
+            prompts=prompts,
             texts=texts,
         )
 

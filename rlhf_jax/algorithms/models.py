@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,12 @@ class Loaded:
     template: Template | None = None
     compared: bool = True
 
+    def without_params(self) -> Loaded:
+        """Return the model without the parameters that are trained, so that the state of a run holds the only copy of them."""
+        return dataclasses.replace(self, params={})
+
     def as_inputs(self, name: str) -> list[Input]:
-        """For `open_run`."""
+        """List what provenance records of the model, under ``name``."""
         return [] if self.input is None else [Input(name, self.input, self.revision)]
 
     def base(self, head: Head) -> Loaded:
@@ -296,7 +301,9 @@ def plan_reward(source: ModelSource, mesh: Mesh) -> Loaded:
 
 
 def write_overview(run_dir: Path, trained: Params, frozen: Params) -> None:
-    """Write parameters.txt: how many parameters there are, and a line for each array."""
+    """Write parameters.txt, a summary and a line for each array; print the summary on stderr."""
     trees = {"trained": trained} | ({"frozen": frozen} if jax.tree.leaves(frozen) else {})
     if jax.process_index() == 0:
-        write_atomically(run_dir / PARAMETERS, f"{parameter_summary(trees)}\n\n{parameter_table(trees)}")
+        summary = parameter_summary(trees)
+        print(summary, file=sys.stderr)
+        write_atomically(run_dir / PARAMETERS, f"{summary}\n\n{parameter_table(trees)}")

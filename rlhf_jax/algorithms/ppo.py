@@ -14,26 +14,28 @@ from rlhf_jax import learn, rollout
 from rlhf_jax.algorithms import scoring
 from rlhf_jax.algorithms.build import Setting
 from rlhf_jax.algorithms.phases import Phase
+from rlhf_jax.algorithms.prompts import PromptData, read_prompts
 from rlhf_jax.algorithms.roles import Roles, load_roles
-from rlhf_jax.algorithms.rollout_job import (
-    PHASES,
-    PromptData,
-    RolloutJob,
-    make_generate,
-    make_score,
-    read_prompts,
-    rollout_phases,
-)
-from rlhf_jax.algorithms.rollouts import Rollouts, refuse_uncorrected
+from rlhf_jax.algorithms.rollout_job import PHASES, Iteration, RolloutJob, StateView, make_rollout_job
+from rlhf_jax.algorithms.rollout_phases import rollout_phases
+from rlhf_jax.algorithms.rollouts import refuse_uncorrected
 from rlhf_jax.algorithms.text_rewards import TextRewards
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.errors import refuse_unused
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, Model, lora
-from rlhf_jax.parallel import MeshConfig, batch_sharding, jitted, replicated, shardings_of
+from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rewards import Reward, RewardSource
-from rlhf_jax.types import LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Scored, TrainState
+from rlhf_jax.types import LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Scored
+
+VIEW = StateView(
+    subtree="train/params/policy",
+    train=lambda state: state.train,
+    with_train=lambda state, train: dataclasses.replace(state, train=train),
+    extra=lambda state: (state.kl_coefficient,),
+)
+"""Where `learn.PPOState` keeps its parts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class PPO:
             return learn.PPOState(train, jnp.asarray(config.kl_coefficient, jnp.float32))
 
         state = setting.build.born(begin, roles.shardings(mesh), mesh, roles.trainable)
+        roles = roles.without_trainable()
 
         def prepare(
             scored: Scored, scores: dict[str, jax.Array], counts: jax.Array, kl_coefficient: jax.Array
@@ -125,31 +128,16 @@ class PPO:
             following = learn.next_kl_coefficient(config, now, measured["kl"].value(), self.batch.batch_size)
             return learn.PPOState(train, following), metrics | {"kl_coefficient": now}
 
-        rows, everywhere = batch_sharding(mesh), replicated(mesh)
-        generate = make_generate(roles, self, mesh, ends)
-        rollouts = None
-        if prompts is not None:
-            sampled = (generate, prompts.batches, mesh, setting.train_rng, state.train.params, roles.frozen)
-            rollouts = Rollouts(*sampled, one_step_off=self.one_step_off)
-        return RolloutJob(
-            name=self.name,
-            subtree="train/params/policy",
-            algorithm=self,
-            limits=config,
-            mesh=mesh,
-            roles=roles,
-            state=state,
-            train_state=_train_state,
-            with_train=_with_train,
-            generate=generate,
-            score=make_score(roles, self, config, mesh),
-            prepare=jitted(prepare, out=(rows, everywhere)),
-            update=jitted(update, out=(shardings_of(state), everywhere), donate=(0,), static=("fold",)),
-            loss=self._loss(roles.models),
-            extra=lambda state: (state.kl_coefficient,),
-            rng=setting.train_rng,
-            data=prompts,
-            rollouts=rollouts,
+        return make_rollout_job(
+            self,
+            config,
+            setting,
+            roles,
+            state,
+            view=VIEW,
+            iteration=Iteration(prepare, update, self._loss(roles.models)),
+            ends=ends,
+            prompts=prompts,
             texts=texts,
         )
 
@@ -174,11 +162,3 @@ class PPO:
         """Return the four phases of an iteration, for shapes."""
         names = () if self.reward_texts is None else (self.reward_key,)
         return rollout_phases(job, names)
-
-
-def _train_state(state: learn.PPOState) -> TrainState:
-    return state.train
-
-
-def _with_train(state: learn.PPOState, train: TrainState) -> learn.PPOState:
-    return dataclasses.replace(state, train=train)

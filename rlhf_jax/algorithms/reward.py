@@ -94,7 +94,7 @@ class RewardModel:
             name=self.name,
             mesh=mesh,
             models={"model": model},
-            loaded={"model": loaded},
+            loaded={"model": loaded.without_params()},
             state=state,
             frozen=loaded.frozen,
             train_step=make_step(loss, model, optimizer, state, mesh, batch.microbatches),

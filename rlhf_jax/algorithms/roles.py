@@ -42,6 +42,11 @@ class Roles:
         """What the run reads, for its provenance."""
         return [entry for role, model in self.loaded.items() for entry in model.as_inputs(role)]
 
+    def without_trainable(self) -> Roles:
+        """Return the roles without the parameters that are trained, so that the state of a run holds the only copy of them."""
+        trainable: dict[str, Params] = {role: {} for role in self.trainable}
+        return dataclasses.replace(self, policy=self.policy.without_params(), trainable=trainable)
+
     def refuse_other_template(self, template: Template) -> None:
         """Raises InputError when policy or reward model learned from conversations that ``template`` writes otherwise."""
         used = Form(template, self.policy.tokenizer)

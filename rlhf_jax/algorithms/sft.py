@@ -75,7 +75,7 @@ class SFT:
             name=self.name,
             mesh=mesh,
             models={"model": model},
-            loaded={"model": loaded},
+            loaded={"model": loaded.without_params()},
             state=state,
             frozen=loaded.frozen,
             train_step=make_step(loss, model, optimizer, state, mesh, self.batch.microbatches),

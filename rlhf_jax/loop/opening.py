@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from rlhf_jax.loop.status import Status
 from rlhf_jax.loop.watchdog import Watchdog
 from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, newest_verified
-from rlhf_jax.rundir.mirror import fetched_mirror
+from rlhf_jax.rundir.mirror import Mirror, fetched_mirror
 from rlhf_jax.rundir.outputs import record_outputs
 from rlhf_jax.rundir.provenance import describe, versions, write_provenance
 from rlhf_jax.rundir.resume import (
@@ -109,63 +109,83 @@ def open_run(
     mirror = fetched_mirror(directory, stage, output)
     refuse_foreign(directory, stage)
     refuse_steps(directory, bound.operative, latest_step(directory) or 0)
-    described = [describe(given) for given in inputs]
+    identity: dict[str, Any] = {"stage": stage, "seed": seed, "inputs": [describe(entry) for entry in inputs]}
     first = jax.process_index() == 0
-    with _held(directory), contextlib.ExitStack() as stack:
+    with _locked(directory), contextlib.ExitStack() as stack:
         if first and mirror is not None:
             stack.enter_context(mirror)
-        done = stack.enter_context(_outputs_recorded(directory))
+        finish = stack.enter_context(_outputs_recorded(directory))
         signals = stack.enter_context(Signals())
-        reached = latest_step(directory) or 0
-        if reached or (output is not None and (directory / output).is_file()):
-            now = {"stage": stage, "seed": seed, "inputs": described}
-            holds = f"is at step {reached}" if reached else f"holds {output}"
-            refuse_changes(directory, now, bound.operative, holds)
-        refuse_unshared_directory(directory, agreed(os.getpid()))
+        _refuse_changed_run(directory, identity, bound, output)
         resumed = agreed(newest_verified(directory) if first else 0)
         if first and mirror is not None:
             mirror.claim(stage, seed, bound.operative)
         if first:
-            write_provenance(directory, stage=stage, seed=seed, inputs=described, resumed_step=resumed, mesh=mesh)
+            write_provenance(directory, **identity, resumed_step=resumed, mesh=mesh)
             write_atomically(directory / CONFIG, bound.config)
             write_atomically(directory / OPERATIVE_CONFIG, bound.operative)
-        tracker = Tracker(directory, stage, resumed_step=resumed, tensorboard=loop.tensorboard)
-        stack.callback(tracker.close)
-        status, faults = Status(directory), Faults(loop.faults)
-        stack.callback(status.close)
-        watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
-        stack.enter_context(watchdog)
-
-        def at(point: str, step: int, place: Path) -> None:
-            status.update(saving="" if point == "retain" else f"{point} {step}")
-            faults.at(point, step, place)
-            if mirror is not None and point == "retain":
-                mirror.start()
-
-        facts = {
-            "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
-            "inputs": {entry["name"]: entry["fingerprint"] for entry in described},
-            "versions": versions(),
-        }
-        retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
-        checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
-        run = Run(
-            directory,
-            stage,
-            loop,
-            resumed,
-            tracker,
-            checkpoints,
-            signals,
-            watchdog,
-            faults,
-            status,
-            profile,
-            tuple(phases),
-        )
+        run = _assemble_run(stack, directory, identity, bound, loop, resumed, signals, profile, mirror, tuple(phases))
         stack.callback(run.close_display)
         yield run
-        done()
+        finish()
+
+
+def _refuse_changed_run(directory: Path, identity: Mapping[str, Any], bound: BoundConfig, output: str | None) -> None:
+    """Raise InputError when a run that has something to lose was begun otherwise, or is not in the first process's directory."""
+    reached = latest_step(directory) or 0
+    if reached or (output is not None and (directory / output).is_file()):
+        content = f"is at step {reached}" if reached else f"holds {output}"
+        refuse_changes(directory, identity, bound.operative, content)
+    refuse_unshared_directory(directory, agreed(os.getpid()))
+
+
+def _assemble_run(
+    stack: contextlib.ExitStack,
+    directory: Path,
+    identity: Mapping[str, Any],
+    bound: BoundConfig,
+    loop: LoopConfig,
+    resumed: int,
+    signals: Signals,
+    profile: Profile,
+    mirror: Mirror | None,
+    phases: tuple[str, ...],
+) -> Run:
+    """Return the run with its logs, watchdog and checkpoints, which ``stack`` closes in the opposite order."""
+    tracker = Tracker(directory, identity["stage"], resumed_step=resumed, tensorboard=loop.tensorboard)
+    stack.callback(tracker.close)
+    status, faults = Status(directory), Faults(loop.faults)
+    stack.callback(status.close)
+    watchdog = Watchdog(directory, dict(loop.deadlines), loop.stop_within, lambda: signals.since)
+    stack.enter_context(watchdog)
+
+    def at(point: str, step: int, place: Path) -> None:
+        status.update(saving="" if point == "retain" else f"{point} {step}")
+        faults.at(point, step, place)
+        if mirror is not None and point == "retain":
+            mirror.start()
+
+    facts = {
+        "config": hashlib.sha256(bound.operative.encode()).hexdigest(),
+        "inputs": {entry["name"]: entry["fingerprint"] for entry in identity["inputs"]},
+        "versions": versions(),
+    }
+    retention = Retention(loop.keep, loop.keep_best, loop.best_metric, loop.best)
+    checkpoints = stack.enter_context(Checkpoints(directory, retention, facts=facts, at=at))
+    return Run(
+        directory=directory,
+        stage=identity["stage"],
+        loop=loop,
+        resumed_step=resumed,
+        tracker=tracker,
+        checkpoints=checkpoints,
+        signals=signals,
+        watchdog=watchdog,
+        faults=faults,
+        status=status,
+        profile=profile,
+        phases=phases,
+    )
 
 
 @contextlib.contextmanager
@@ -178,7 +198,7 @@ def _outputs_recorded(directory: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _held(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Iterator[None]:
     """Make the run directory and hold its lock. An InputError removes a directory that this call made and in which nothing
     was done; only the holder of the lock removes, while it holds it."""
     if jax.process_index() != 0:

@@ -21,6 +21,7 @@ class Profile:
     directory: Path
     first: int = 0
     last: int = 0
+    _traced: list[int] = dataclasses.field(default_factory=list)
     _tracing: bool = False
 
     @classmethod
@@ -36,16 +37,27 @@ class Profile:
         return cls(directory, first, last)
 
     def begin(self, start: int, total: int) -> None:
-        """Say on stderr when no step of the window will run. start: the step that the run goes on from."""
-        if self.first and (self.first <= start or self.first > total) and jax.process_index() == 0:
-            words = "is done already" if self.first <= start else f"comes after the last step, {total}"
-            print(f"--profile: step {self.first} {words}; nothing is traced", file=sys.stderr)
+        """Say on stderr which steps of the window the run will not do. start: the step that the run goes on from."""
+        if not self.first or jax.process_index() != 0:
+            return
+        if self.first <= start:
+            print(f"--profile: step {self.first} is done already; nothing is traced", file=sys.stderr)
+        elif self.first > total:
+            print(
+                f"--profile: step {self.first} comes after the last step, {total}; nothing is traced", file=sys.stderr
+            )
+        elif self.last > total:
+            print(
+                f"--profile: step {self.last} comes after the last step, {total}; the trace ends there", file=sys.stderr
+            )
 
     def before(self, step: int) -> None:
-        """Start the trace when ``step`` is the first of the window."""
-        if step == self.first:
+        """Start the trace when ``step`` is the first of the window; a window is traced once, also when a rollback repeats it."""
+        if step == self.first and not self._traced:
             jax.profiler.start_trace(str(self.directory / PROFILE))
             self._tracing = True
+        if self._tracing:
+            self._traced.append(step)
 
     def after(self, step: int) -> None:
         """End the trace when ``step`` is the last of the window."""
@@ -58,4 +70,5 @@ class Profile:
             self._tracing = False
             jax.profiler.stop_trace()
             if jax.process_index() == 0:
-                print(f"profile of steps {self.first} to {self.last}: {self.directory / PROFILE}", file=sys.stderr)
+                steps = f"{self._traced[0]} to {self._traced[-1]}"
+                print(f"profile of steps {steps}: {self.directory / PROFILE}", file=sys.stderr)

@@ -86,11 +86,12 @@ class Run:
     def restore(self, state: Any, host: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """(state, host) of the newest checkpoint, onto the shardings of ``state``; those given when there is none.
 
+        The arrays of ``state`` are freed before a checkpoint is read: the devices never hold two states.
         Raises InputError when the checkpoint holds other leaves, shapes, dtypes or host keys.
         """
         if not self.resumed_step:
             return state, dict(host)
-        state, saved = self.checkpoints.restore(state, self.resumed_step, verified=True)
+        state, saved = self.checkpoints.restore(state, self.resumed_step, verified=True, donate=True)
         self.bad = list(saved.pop(OWN, {}).get("bad_steps", []))
         if saved.keys() != host.keys():
             place = checkpoint_dir(self.directory) / str(self.resumed_step)
@@ -231,11 +232,12 @@ class Run:
         self._going_back = policy == "rollback"
 
     def rolled_back(self, state: Any) -> Any:
-        """The newest checkpoint's state, onto the shardings of ``state``; the next step is the one after it. What the
-        program keeps on the host, the data's position above all, stays: the batches since then are passed over."""
+        """Return the newest checkpoint's state on the shardings of ``state``, whose arrays are freed; the next step follows it.
+
+        Values that the program keeps on the host, such as the position in the data, stay: the batches since then are skipped."""
         self.checkpoints.drain()
         step = agreed(latest_step(self.directory) or 0)
-        state, _ = self.checkpoints.restore(state, step)
+        state, _ = self.checkpoints.restore(state, step, donate=True)
         self.tracker.rewind(step)
         self._step, self._saved, self._going_back = step, step, False
         self._timed, self._tokens = (step, time.monotonic()), 0

@@ -258,10 +258,13 @@ class Checkpoints:
             return {}
         return found
 
-    def restore(self, state: Any, step: int | None = None, *, verified: bool = False) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, state: Any, step: int | None = None, *, verified: bool = False, donate: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
         """(state, host) of ``step`` (the newest when None), onto the shardings of ``state`` (arrays or their abstract).
 
-        The mesh may differ from the one that saved. verified: its files were just hashed, don't again.
+        The mesh may differ from the one that saved. verified: its files were just hashed, don't again. donate: free the arrays of
+        ``state`` before the step is read, so that the devices never hold two states.
         Raises DamagedCheckpoint, or InputError naming every leaf that is missing, extra or of another shape or dtype.
         """
         self.drain()
@@ -269,7 +272,10 @@ class Checkpoints:
         body = read_manifest(place) if verified else verify(place)
         remedy = "restore it with the configuration that saved it"
         refuse_other_layout(place, body["layout"], layout(state), remedy)
-        return read_state(place, abstract(state)), body["host"]
+        target = abstract(state)
+        if donate:
+            _free(state)
+        return read_state(place, target), body["host"]
 
     def drain(self) -> None:
         """Wait for the background save. Raises RunStopped when it failed: a lost save is never exit code 0."""
@@ -288,6 +294,12 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._writer.close()
+
+
+def _free(state: Any) -> None:
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
 
 
 def _yield_the_cores() -> None:

@@ -25,6 +25,7 @@ from rlhf_jax.storage.names import (
     METRICS,
     OPERATIVE_CONFIG,
     PARAMETERS,
+    PROFILE,
     PROVENANCE,
     STATUS,
     TIMING,
@@ -44,6 +45,7 @@ MADE_ON_OPENING = {
     CARD,
     TOKENIZER,
     PARAMETERS,
+    PROFILE,
 }
 TEMPORARY = frozenset(f"{name}.tmp" for name in MADE_ON_OPENING)
 """What `write_atomically` leaves of these when it is killed."""
@@ -51,7 +53,7 @@ NOT_STORABLE = "*?[]\\"
 """Characters that Orbax reads as a pattern or as a separator: with one of them in a path it writes elsewhere, finds nothing, or
 finds the files of another run."""
 OWN_PLACES = {
-    PROVENANCE: {CHECKPOINTS, "tensorboard", TOKENIZER, BAD_STEPS},
+    PROVENANCE: {CHECKPOINTS, "tensorboard", TOKENIZER, BAD_STEPS, PROFILE},
     CARD: {CHECKPOINTS, TOKENIZER},
     "pipeline.json": {"compilation_cache"},
     "sweep.json": {"compilation_cache", "logs"},

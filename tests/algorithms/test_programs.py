@@ -101,7 +101,7 @@ def iteration():
     scored = job.score(state.train.params, frozen, done)
     prepared, metrics = job.prepare(scored, *UNSCORED, state.kl_coefficient)
     kept = jax.device_get((done, scored, metrics, moved))
-    _, updated = job.update(state, frozen, prepared, jax.random.key(2), job.measured(metrics))
+    _, updated = job.update(state, frozen, prepared, jax.random.key(2), metrics)
     return *kept, jax.device_get(updated)
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_traced_or_compiled_twice():
             done = job.generate(state.train.params, frozen, prompts, jax.random.key(index))
             scored = job.score(state.train.params, frozen, done)
             prepared, metrics = job.prepare(scored, *to_global(UNSCORED, mesh_of()), state.kl_coefficient)
-            state, _ = job.update(state, frozen, prepared, jax.random.key(index), job.measured(metrics))
+            state, _ = job.update(state, frozen, prepared, jax.random.key(index), metrics)
             lengths.add(tuple(np.asarray(done.mask).sum(axis=1)))
             assert index == 0 or seen[before:] == []
     finally:

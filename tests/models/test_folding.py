@@ -182,7 +182,7 @@ def test_ppo_scores_and_updates_the_same() -> None:
     def updated(fold):
         job = algorithm.wire(setting_of(mesh_of(), steps=10), roles, {"eos_ids": (2,), "pad_id": 0})
         prepared, metrics = job.prepare(whole, {}, np.ones(4, bool), job.state.kl_coefficient)
-        key, measured = jax.random.key(1), job.measured(metrics)
+        key, measured = jax.random.key(1), metrics
         state, updates = job.update(job.state, roles.frozen, prepared, key, measured, fold=fold)
         return state.train, updates
 

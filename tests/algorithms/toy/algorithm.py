@@ -65,7 +65,7 @@ class Anchored:
             name=self.name,
             mesh=mesh,
             models={"model": model},
-            loaded={"model": loaded},
+            loaded={"model": loaded.without_params()},
             state=state,
             frozen={"anchor": anchor},
             train_step=make_step(loss, model, optimizer, state, mesh, self.batch.microbatches),

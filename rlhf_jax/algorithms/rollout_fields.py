@@ -1,0 +1,48 @@
+"""The fields that PPO and GRPO have in common."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from rlhf_jax.data.batch_config import BatchConfig
+from rlhf_jax.data.record_sets import Records, RecordSource
+from rlhf_jax.parallel import MeshConfig
+from rlhf_jax.rollout import SamplingConfig, SlotConfig
+
+
+class Limits(Protocol):
+    """The fields that PPOConfig and GRPOConfig have in common."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def minibatches(self) -> int: ...
+    @property
+    def max_sampler_gap(self) -> float: ...
+    @property
+    def max_identity_gap(self) -> float: ...
+    @property
+    def old_logprobs(self) -> str: ...
+    @property
+    def importance(self) -> Any: ...
+
+
+class RolloutAlgorithm(Protocol):
+    """The fields that the descriptions `PPO` and `GRPO` have in common."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def batch(self) -> BatchConfig: ...
+    @property
+    def sampling(self) -> SamplingConfig: ...
+    @property
+    def slots(self) -> SlotConfig: ...
+    @property
+    def rollout_mesh(self) -> MeshConfig | None: ...
+    @property
+    def prompts(self) -> RecordSource | Records | None: ...
+    @property
+    def offload_optimizer(self) -> bool: ...
+    @property
+    def one_step_off(self) -> bool: ...
