@@ -25,8 +25,8 @@ from rlhf_jax.algorithms.models import load_model, load_reward
 from rlhf_jax.algorithms.template_date import keep_date, with_date
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, tell_left_out
-from rlhf_jax.errors import InputError, refuse_unused, require_whole
+from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, report_skipped
+from rlhf_jax.errors import InputError, check_unused, require_whole
 from rlhf_jax.evaluate import Evaluated, compare, completion_rows
 from rlhf_jax.io import locate
 from rlhf_jax.io.source import ModelSource
@@ -60,7 +60,7 @@ def run(
     other_template: names of policies that are taken though they learned from conversations written otherwise than prompts."""
     bound = bound_config()
     prompts = open_records(prompts)
-    refuse_unused(batch, "packed", "folded", "microbatches")
+    check_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples_shown", samples_shown, 0)
     if score_texts is None and reward is None:
         raise InputError("run.score_texts, run.reward: nothing to score with; give one of them, or both")
@@ -120,16 +120,18 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
             f"{judge.input}: its tokenizer is not that of {source.path}; ids of one mean nothing to the other"
         )
     for each in filter(None, (loaded, judge)):
-        each.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
+        each.check_max_length(
+            batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens"
+        )
     prompts = with_date(prompts, loaded, directory)
     used, allowed = data.Form(prompts.template, tokenizer), "name the policy in run.other_template"
-    loaded.refuse_other_template(used, responses=False, remedy=allowed)
+    loaded.check_template(used, responses=False, remedy=allowed)
     if judge is not None:
-        judge.refuse_other_template(used, responses=True)
+        judge.check_template(used, responses=True)
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
-    rollout.refuse_unshared(encoded.items, slots)
-    tell_left_out(prompts, encoded, none, tokenizer)
+    rollout.check_shared_prompts(encoded.items, slots)
+    report_skipped(prompts, encoded, none, tokenizer)
     vocabulary = loaded.model.config.vocab_size
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 

@@ -22,8 +22,8 @@ from rlhf_jax.algorithms.template_date import keep_date, with_date
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, tell_left_out
-from rlhf_jax.errors import InputError, refuse_unused, require_whole
+from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, report_skipped
+from rlhf_jax.errors import InputError, check_unused, require_whole
 from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.launch import launch
@@ -55,7 +55,7 @@ def run(
     written with each completion (the annotator needs "gold")."""
     bound = bound_config()
     prompts = open_records(prompts)
-    refuse_unused(batch, "packed", "folded", "microbatches")
+    check_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples", samples, 1)
     own = None if seeds is None else {record.id: _seed(record, seeds) for record in prompts.train}
     if annotator is not None and (samples < 2 or score_texts is None):
@@ -64,8 +64,10 @@ def run(
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")
     loaded = load_model(model, "lm", devices, rng)
-    loaded.refuse_other_template(data.Form(prompts.template, loaded.tokenizer), responses=False)
-    loaded.refuse_longer(batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens")
+    loaded.check_template(data.Form(prompts.template, loaded.tokenizer), responses=False)
+    loaded.check_max_length(
+        batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens"
+    )
 
     inputs = [*loaded.as_inputs("model"), *prompts.as_inputs()]
     loop = LoopConfig(tensorboard=False)
@@ -105,8 +107,8 @@ def _sample(
     prompts = with_date(prompts, loaded, directory)
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
-    rollout.refuse_unshared(encoded.items, slots)
-    tell_left_out(prompts, encoded, none, tokenizer)
+    rollout.check_shared_prompts(encoded.items, slots)
+    report_skipped(prompts, encoded, none, tokenizer)
     vocabulary = loaded.model.config.vocab_size
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 

@@ -33,10 +33,10 @@ from rlhf_jax.reports.pipeline_page import write_report
 from rlhf_jax.rundir import lock, make_directory
 from rlhf_jax.rundir.outputs import changed_outputs
 from rlhf_jax.rundir.provenance import changed_inputs
-from rlhf_jax.rundir.resume import OWN_PLACES, names_in, refuse_place
+from rlhf_jax.rundir.resume import OWN_PLACES, check_run_place, names_in
 from rlhf_jax.storage.files import field, json_text, read_object, write_atomically
 from rlhf_jax.storage.names import PROVENANCE
-from rlhf_jax.storage.remote import asked_url
+from rlhf_jax.storage.remote import sync_url
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "pipeline.json"
@@ -71,7 +71,7 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
     bound = bound_config()
     directory = Path(run_dir).expanduser().absolute()
     check(stages, seed)
-    refuse_place(directory)
+    check_run_place(directory)
     _refuse_foreign(directory, [stage.name for stage in stages])
     make_directory(directory)
     with lock(directory):
@@ -112,7 +112,7 @@ def bindings(stage: Stage, directory: Path, seed: int) -> list[str]:
 def command(stage: Stage, directory: Path, seed: int) -> list[str]:
     """What runs a stage."""
     flags = [f"--gin_file={stage.gin_file}", *(f"--gin_bindings={text}" for text in bindings(stage, directory, seed))]
-    if (url := asked_url()) is not None:
+    if (url := sync_url()) is not None:
         flags.append(f"--sync={url.rstrip('/')}/{stage.name}")
     return [sys.executable, str(ROOT / "experiments" / f"{stage.experiment}.py"), *flags]
 

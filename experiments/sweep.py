@@ -46,7 +46,7 @@ from rlhf_jax.messages import behind, printable
 from rlhf_jax.rundir import lock, make_directory
 from rlhf_jax.rundir.outputs import changed_outputs
 from rlhf_jax.rundir.provenance import changed_inputs
-from rlhf_jax.rundir.resume import names_in, refuse_place
+from rlhf_jax.rundir.resume import check_run_place, names_in
 from rlhf_jax.statistics.intervals import Interval, across_seeds
 from rlhf_jax.storage.files import field, json_text, read_object, write_atomically
 from rlhf_jax.sweep.settings import PlannedRun, expand, final_metrics, plan
@@ -152,7 +152,7 @@ def planned() -> list[PlannedRun]:
 
 def read_record(out: Path) -> Record:
     """sweep.json. Raises InputError when OUT belongs to something else."""
-    refuse_place(out)
+    check_run_place(out)
     file, found = out / RECORD, names_in(out) - {".lock", f"{RECORD}.tmp"}
     if RECORD not in found:
         if found:

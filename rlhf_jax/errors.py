@@ -59,7 +59,7 @@ class RunStopped(RuntimeError):
     """A guard stopped the run (non-finite number, sampler and scorer disagree, ...). Exit code 3."""
 
 
-def refuse_unused(config: Any, *names: str) -> None:
+def check_unused(config: Any, *names: str) -> None:
     """Raises InputError for a field that this experiment does not read and that is not left at its default: a binding
     without effect."""
     for field in dataclasses.fields(config):

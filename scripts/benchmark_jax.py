@@ -27,7 +27,7 @@ from rlhf_jax.algorithms.supervised import SupervisedJob
 from rlhf_jax.batches import PairBatch, TokenBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Fold, Model, ModelConfig, fold_of
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
+from rlhf_jax.parallel import MeshConfig, init_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.testing import IN_MEMORY, loaded_model, prompt_batch, roles_of, setting_of
 from rlhf_jax.types import Params
 
@@ -78,7 +78,7 @@ def padded(lengths: Sequence[int], width: int, seed: int) -> TokenBatch:
 def drawn(model: Model) -> tuple[Params, Any]:
     """Fresh parameters and their shardings."""
     shardings = tree_shardings(model.abstract(), model.logical_axes(), MESH)
-    return born_sharded(model.init, shardings, MESH, jax.random.key(0)), shardings
+    return init_sharded(model.init, shardings, MESH, jax.random.key(0)), shardings
 
 
 ONE_STEP = {"model": IN_MEMORY, "optimizer": learn.OptimizerConfig(learning_rate=1e-5)}

@@ -75,7 +75,7 @@ gin.configurable = without_run(gin.configurable)
 import jax  # noqa: E402
 
 from rlhf_jax import learn, models  # noqa: E402
-from rlhf_jax.algorithms.models import refuse_tokenizer  # noqa: E402
+from rlhf_jax.algorithms.models import check_tokenizer  # noqa: E402
 from rlhf_jax.config import parsing, surface  # noqa: E402, F401
 from rlhf_jax.data import support_desk_replies, tokenizer_builders  # noqa: E402
 from rlhf_jax.errors import InputError  # noqa: E402
@@ -107,7 +107,7 @@ def look_into(arguments: dict[str, Any]) -> None:
     matrices: Any = {"kernel": True}
     for source in arguments.values():
         if isinstance(source, ModelSource) and source.config is not None:
-            refuse_tokenizer(source.config, source.tokenizer)
+            check_tokenizer(source.config, source.tokenizer)
             params, matrices = models.Model(source.config).abstract(), models.Model(source.config).matrices()
     for optimizer in arguments.values():
         if isinstance(optimizer, learn.OptimizerConfig):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from rlhf_jax.algorithms.models import Loaded, load_model, load_reward, plan_model, plan_reward
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Head
-from rlhf_jax.parallel import born_abstract, born_sharded
+from rlhf_jax.parallel import init_abstract, init_sharded
 from rlhf_jax.types import Rng
 
 
@@ -29,17 +29,17 @@ class LoadReward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """load, load_reward: a model from its source. born: a state on its shards (`parallel.born_sharded`). runs: whether what
+    """load, load_reward: a model from its source. init: a state on its shards (`parallel.init_sharded`). runs: whether what
     is built can run; checks that belong to a run are not made for shapes."""
 
     load: LoadModel
     load_reward: LoadReward
-    born: Any
+    init: Any
     runs: bool
 
 
-ARRAYS = Build(load_model, load_reward, born_sharded, True)
-SHAPES = Build(plan_model, plan_reward, born_abstract, False)
+ARRAYS = Build(load_model, load_reward, init_sharded, True)
+SHAPES = Build(plan_model, plan_reward, init_abstract, False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from rlhf_jax.algorithms.supervised import (
 from rlhf_jax.batches import PairBatch, TokenBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
-from rlhf_jax.errors import InputError, refuse_unused
+from rlhf_jax.errors import InputError, check_unused
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, Model, lora, sequence_logprobs
 from rlhf_jax.parallel import jitted, replicated
@@ -51,7 +51,7 @@ class DPO:
     phase_names: ClassVar[tuple[str, ...]] = ("train",)
 
     def __post_init__(self) -> None:
-        refuse_unused(self.batch, "packed")
+        check_unused(self.batch, "packed")
 
     def assemble(self, setting: Setting) -> SupervisedJob:
         """Return policy and reference, the state, the jitted functions and, for a run, the batches."""
@@ -62,7 +62,7 @@ class DPO:
         reference = policy.base("lm") if self.lora else load(self.model, "lm", setting.mesh, setting.rng)
         encoded = self._data(setting, policy) if setting.build.runs else None
         if encoded is None:
-            policy.refuse_longer(self.batch.length, "BatchConfig.length")
+            policy.check_max_length(self.batch.length, "BatchConfig.length")
         return self.wire(setting, policy, reference, encoded)
 
     def wire(
@@ -104,7 +104,7 @@ class DPO:
 
     def _data(self, setting: Setting, policy: Loaded) -> SupervisedData:
         encoded = pair_data(setting, self.records, policy, self.batch)
-        policy.refuse_other_template(data.Form(encoded.records.template, policy.tokenizer), responses=True)
+        policy.check_template(data.Form(encoded.records.template, policy.tokenizer), responses=True)
         if any(pair.margin for pair in (*encoded.train.items, *encoded.heldout.items)):
             raise InputError("Fields.margin: the losses of DPO have no margins; unset it (train_reward reads them)")
         return encoded

@@ -10,7 +10,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import Fold, Model, fold_of
 
 
-def refuse_folded(batch: BatchConfig, mesh: Mesh) -> None:
+def check_fold(batch: BatchConfig, mesh: Mesh) -> None:
     """Raises InputError for rows that shall be folded where the mesh splits their columns."""
     if batch.folded and mesh.shape["sequence"] > 1:
         raise InputError("BatchConfig.folded: rows are not folded where MeshConfig.sequence splits them; remove one")
@@ -26,6 +26,6 @@ def row_fold(
     target_columns: int = 0,
 ) -> Fold | None:
     """Return what `models.fold_of` says for rows with these lengths, int [rows], read in ``splits`` parts on the devices
-    of ``model``; None when ``batch`` is not ``folded``. Where columns are split over devices: `refuse_folded`."""
+    of ``model``; None when ``batch`` is not ``folded``. Where columns are split over devices: `check_fold`."""
     rows, left = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
     return fold_of(lengths, rows, columns, targets, target_columns) if batch.folded and not left else None

@@ -16,11 +16,11 @@ from rlhf_jax.algorithms.prompts import PromptData, read_prompts
 from rlhf_jax.algorithms.roles import Roles, load_roles
 from rlhf_jax.algorithms.rollout_job import PHASES, Iteration, RolloutJob, StateView, make_rollout_job
 from rlhf_jax.algorithms.rollout_phases import rollout_phases
-from rlhf_jax.algorithms.rollouts import refuse_uncorrected
+from rlhf_jax.algorithms.rollouts import check_one_step_off
 from rlhf_jax.algorithms.text_rewards import TextRewards
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
-from rlhf_jax.errors import InputError, refuse_unused, require_whole
+from rlhf_jax.errors import InputError, check_unused, require_whole
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, Model, lora, policy_logprobs
 from rlhf_jax.parallel import MeshConfig
@@ -58,7 +58,7 @@ class GRPO:
     phase_names: ClassVar[tuple[str, ...]] = PHASES
 
     def __post_init__(self) -> None:
-        refuse_unused(self.batch, "packed")
+        check_unused(self.batch, "packed")
         require_whole("run.samples", self.samples, 2)
         if self.batch.batch_size % self.samples:
             raise InputError(
@@ -71,7 +71,7 @@ class GRPO:
         texts = None
         if setting.build.runs:
             texts = TextRewards.beside(self.reward, self.reward_texts, self.reward_key, self.monitor)
-            refuse_uncorrected(self.one_step_off, config, texts)
+            check_one_step_off(self.one_step_off, config, texts)
         anchored = config.kl_coefficient > 0
         roles = load_roles(setting, self.policy, self.reward, self.lora, value=False, reference=anchored)
         prompts, template = read_prompts(setting, self, roles, samples=self.samples)
@@ -94,7 +94,7 @@ class GRPO:
         def begin(params: Params) -> TrainState:
             return learn.initial_state(params, optimizer, setting.train_rng)
 
-        state = setting.build.born(begin, roles.shardings(mesh), mesh, roles.trainable)
+        state = setting.build.init(begin, roles.shardings(mesh), mesh, roles.trainable)
         roles = roles.without_trainable()
 
         def prepare(

@@ -30,7 +30,7 @@ from rlhf_jax.io import (
 )
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Head, LoraConfig, Model, ModelConfig, int8, lora
-from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, born_sharded, replicated, tree_shardings
+from rlhf_jax.parallel import ActivationConstraint, abstract_arrays, init_sharded, replicated, tree_shardings
 from rlhf_jax.parallel.overview import parameter_summary, parameter_table
 from rlhf_jax.storage.files import json_text, write_atomically
 from rlhf_jax.storage.inputs import Input
@@ -83,7 +83,7 @@ class Loaded:
             return None
         return form_difference(Form(learned, self.tokenizer), used, responses=responses)
 
-    def refuse_other_template(
+    def check_template(
         self, used: Form, *, responses: bool, remedy: str = "set ModelSource.other_template = True"
     ) -> None:
         """Raises InputError when the model learned from conversations that are written otherwise than ``used``."""
@@ -93,7 +93,7 @@ class Loaded:
                 f"write these as it learned them, or {remedy}"
             )
 
-    def refuse_longer(self, tokens: int, what: str) -> None:
+    def check_max_length(self, tokens: int, what: str) -> None:
         """Raises InputError when sequences of ``tokens`` are longer than the model's max_length: rotary positions past
         it give numbers, and nonsense. what: the keys that decide the length."""
         limit = self.model.config.max_length
@@ -126,7 +126,7 @@ def write_model_card(
     tokenizer.save_pretrained(run_dir / TOKENIZER)
 
 
-def refuse_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> None:
+def check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> None:
     """Raises InputError for a tokenizer that the model cannot be trained with. It needs no padding token (`padding_id`).
 
     path: of a model that exists; None for a new one, whose vocabulary can be chosen.
@@ -150,9 +150,9 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     """
     if source.config is not None:
         model = Model(source.config.replace(head=head), ActivationConstraint(mesh))
-        refuse_tokenizer(model.config, source.tokenizer)
+        check_tokenizer(model.config, source.tokenizer)
         shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
-        return Loaded(model, born_sharded(model.init, shardings, mesh, rng), source.tokenizer, None)
+        return Loaded(model, init_sharded(model.init, shardings, mesh, rng), source.tokenizer, None)
     assert source.path is not None
     location = locate(source.path)
     model, params, tokenizer = load_pretrained(
@@ -160,8 +160,8 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
     )
     model = dataclasses.replace(model, config=adapted(model.config, source))
     set_pad_token(tokenizer, source)
-    refuse_tokenizer(model.config, tokenizer, source.path)
-    refuse_not_finite(params, source.path, mesh)
+    check_tokenizer(model.config, tokenizer, source.path)
+    check_finite(params, source.path, mesh)
     generation = source_generation(model.config, location, source.path)
     return Loaded(
         model,
@@ -196,7 +196,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> No
     tokenizer.pad_token = source.pad_token
 
 
-def refuse_not_finite(params: Params, path: str, mesh: Mesh) -> None:
+def check_finite(params: Params, path: str, mesh: Mesh) -> None:
     """Raises InputError for weights that are NaN or infinite, with the name of the first: whatever is sampled, scored or
     trained with them is nothing."""
     paths = jax.tree_util.tree_leaves_with_path(params)
@@ -252,7 +252,7 @@ def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: 
         struct: Any = jax.ShapeDtypeStruct
         adapters = jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), drawn, at)
     else:
-        adapters = born_sharded(fresh, shardings, mesh, rng)
+        adapters = init_sharded(fresh, shardings, mesh, rng)
     return dataclasses.replace(loaded, model=model, params=adapters | trained, frozen={"base": base})
 
 
@@ -288,7 +288,7 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
         config = adapted(saved.replace(head=head, param_dtype=source.param_dtype or saved.param_dtype), source)
         set_pad_token(tokenizer, source)
         generation = source_generation(config, locate(source.path), source.path)
-    refuse_tokenizer(config, tokenizer, source.path)
+    check_tokenizer(config, tokenizer, source.path)
     model = Model(config, ActivationConstraint(mesh))
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
     params = abstract_arrays(model.abstract(), shardings)

@@ -18,11 +18,11 @@ from rlhf_jax.algorithms.prompts import PromptData, read_prompts
 from rlhf_jax.algorithms.roles import Roles, load_roles
 from rlhf_jax.algorithms.rollout_job import PHASES, Iteration, RolloutJob, StateView, make_rollout_job
 from rlhf_jax.algorithms.rollout_phases import rollout_phases
-from rlhf_jax.algorithms.rollouts import refuse_uncorrected
+from rlhf_jax.algorithms.rollouts import check_one_step_off
 from rlhf_jax.algorithms.text_rewards import TextRewards
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
-from rlhf_jax.errors import refuse_unused
+from rlhf_jax.errors import check_unused
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, Model, lora
 from rlhf_jax.parallel import MeshConfig
@@ -69,7 +69,7 @@ class PPO:
     phase_names: ClassVar[tuple[str, ...]] = PHASES
 
     def __post_init__(self) -> None:
-        refuse_unused(self.batch, "packed")
+        check_unused(self.batch, "packed")
 
     def assemble(self, setting: Setting) -> RolloutJob:
         """Return the models, the state, the four functions of an iteration and, for a run, prompts and rewards."""
@@ -77,7 +77,7 @@ class PPO:
         texts = None
         if setting.build.runs:
             texts = TextRewards.beside(self.reward, self.reward_texts, self.reward_key, self.monitor)
-            refuse_uncorrected(self.one_step_off, config, texts)
+            check_one_step_off(self.one_step_off, config, texts)
         roles = load_roles(
             setting, self.policy, self.reward, self.lora, share_trunk=self.share_trunk, value=True, reference=True
         )
@@ -104,7 +104,7 @@ class PPO:
             train = learn.initial_state(params, optimizer, setting.train_rng)
             return learn.PPOState(train, jnp.asarray(config.kl_coefficient, jnp.float32))
 
-        state = setting.build.born(begin, roles.shardings(mesh), mesh, roles.trainable)
+        state = setting.build.init(begin, roles.shardings(mesh), mesh, roles.trainable)
         roles = roles.without_trainable()
 
         def prepare(

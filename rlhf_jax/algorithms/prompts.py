@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax import data, rollout
 from rlhf_jax.algorithms.build import Setting
-from rlhf_jax.algorithms.folds import refuse_folded
+from rlhf_jax.algorithms.folds import check_fold
 from rlhf_jax.algorithms.roles import Roles
 from rlhf_jax.algorithms.rollout_fields import RolloutAlgorithm
 from rlhf_jax.algorithms.template_date import with_date
@@ -37,16 +37,16 @@ def read_prompts(
     columns = batch.length + algorithm.sampling.max_new_tokens
     limit = "BatchConfig.length + SamplingConfig.max_new_tokens"
     if not setting.build.runs:
-        roles.refuse_longer(columns, limit)
+        roles.check_max_length(columns, limit)
         return None, data.Template(style="raw") if source is None else source.template
-    refuse_folded(batch, setting.mesh)
+    check_fold(batch, setting.mesh)
     assert source is not None and setting.run_dir is not None
     records = with_date(open_records(source), roles.policy, setting.run_dir)
-    roles.refuse_other_template(records.template)
-    roles.refuse_longer(columns, limit)
+    roles.check_template(records.template)
+    roles.check_max_length(columns, limit)
     tokenizer = roles.policy.tokenizer
     encoded, dropped = encode_prompts(records, tokenizer, batch.length)
-    rollout.refuse_unshared(encoded.items, algorithm.slots)
+    rollout.check_shared_prompts(encoded.items, algorithm.slots)
     shape = {"batch_size": batch.batch_size // samples, "length": batch.length, "pad_id": data.padding_id(tokenizer)}
     batches = data.prompt_batches(encoded.items, samples=samples, seed=setting.seed, **shape)
     return PromptData(

@@ -30,7 +30,7 @@ from rlhf_jax.algorithms.supervised import (
 from rlhf_jax.batches import PairBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
-from rlhf_jax.errors import InputError, RunStopped, refuse_unused
+from rlhf_jax.errors import InputError, RunStopped, check_unused
 from rlhf_jax.io import wrong_normalisation
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, lora, sequence_scores
@@ -60,7 +60,7 @@ class RewardModel:
     phase_names: ClassVar[tuple[str, ...]] = ("train",)
 
     def __post_init__(self) -> None:
-        refuse_unused(self.batch, "packed")
+        check_unused(self.batch, "packed")
         if not self.centring >= 0:
             raise InputError(f"run.centring = {self.centring!r}: give a number >= 0")
 
@@ -69,7 +69,7 @@ class RewardModel:
         loaded = load_trained(setting, self.model, "scalar", self.lora)
         encoded = pair_data(setting, self.records, loaded, self.batch) if setting.build.runs else None
         if encoded is None:
-            loaded.refuse_longer(self.batch.length, "BatchConfig.length")
+            loaded.check_max_length(self.batch.length, "BatchConfig.length")
         return self.wire(setting, loaded, encoded)
 
     def wire(self, setting: Setting, loaded: Loaded, encoded: SupervisedData | None) -> SupervisedJob:

@@ -47,16 +47,16 @@ class Roles:
         trainable: dict[str, Params] = {role: {} for role in self.trainable}
         return dataclasses.replace(self, policy=self.policy.without_params(), trainable=trainable)
 
-    def refuse_other_template(self, template: Template) -> None:
+    def check_template(self, template: Template) -> None:
         """Raises InputError when policy or reward model learned from conversations that ``template`` writes otherwise."""
         used = Form(template, self.policy.tokenizer)
         for role, model in self.loaded.items():
-            model.refuse_other_template(used, responses=role == "reward")
+            model.check_template(used, responses=role == "reward")
 
-    def refuse_longer(self, tokens: int, what: str) -> None:
-        """As `Loaded.refuse_longer`, for every model (a value model is as long as what it started from)."""
+    def check_max_length(self, tokens: int, what: str) -> None:
+        """As `Loaded.check_max_length`, for every model (a value model is as long as what it started from)."""
         for model in self.loaded.values():
-            model.refuse_longer(tokens, what)
+            model.check_max_length(tokens, what)
 
     def shardings(self, mesh: Mesh) -> Params:
         """Return the shardings of what is trained."""

@@ -23,7 +23,7 @@ from rlhf_jax.algorithms.sampling import Score, make_generate, make_score
 from rlhf_jax.algorithms.saving import SavingRun
 from rlhf_jax.algorithms.text_rewards import TextRewards, TextScores
 from rlhf_jax.batches import PromptBatch
-from rlhf_jax.data.record_sets import tell_left_out
+from rlhf_jax.data.record_sets import report_skipped
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import Fold, Model
 from rlhf_jax.parallel import Jitted, batch_sharding, jitted, replicated, shardings_of, to_global, to_host
@@ -143,7 +143,7 @@ class RolloutJob:
         """Say what was left out of the prompts, and write what makes the run directory a model."""
         assert self.data is not None and self.rollouts is not None
         policy, records = self.roles.policy, self.data.records
-        tell_left_out(records, self.data.encoded, self.data.dropped, policy.tokenizer)
+        report_skipped(records, self.data.encoded, self.data.dropped, policy.tokenizer)
         place = self.rollouts.within(self.view.subtree)
         source: dict[str, Any] = {"base": policy.input, "generation": policy.generation}
         write_model_card(directory, self.models["policy"], policy.tokenizer, records.template, subtree=place, **source)

@@ -115,7 +115,7 @@ class Rollouts:
         return f"state/{subtree}" if self.one_step_off else subtree
 
 
-def refuse_uncorrected(one_step_off: bool, algorithm: Correction, texts: TextRewards) -> None:
+def check_one_step_off(one_step_off: bool, algorithm: Correction, texts: TextRewards) -> None:
     """Raises InputError for one_step_off without a correction for samples of an older policy, or without anything to
     overlap."""
     if not isinstance(one_step_off, bool):

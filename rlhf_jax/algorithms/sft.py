@@ -26,7 +26,7 @@ from rlhf_jax.algorithms.supervised import (
 from rlhf_jax.batches import TokenBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
-from rlhf_jax.errors import refuse_unused
+from rlhf_jax.errors import check_unused
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, lora
 from rlhf_jax.parallel import jitted, replicated
@@ -49,14 +49,14 @@ class SFT:
     """Fields that a run needs and a plan does not."""
 
     def __post_init__(self) -> None:
-        refuse_unused(self.batch, "folded")
+        check_unused(self.batch, "folded")
 
     def assemble(self, setting: Setting) -> SupervisedJob:
         """Return the model, its state, the jitted functions and, for a run, the batches."""
         loaded = load_trained(setting, self.model, "lm", self.lora)
         encoded = self._data(setting, loaded) if setting.build.runs else None
         if encoded is None:
-            loaded.refuse_longer(self.batch.length, "BatchConfig.length")
+            loaded.check_max_length(self.batch.length, "BatchConfig.length")
         return self.wire(setting, loaded, encoded)
 
     def wire(self, setting: Setting, loaded: Loaded, encoded: SupervisedData | None) -> SupervisedJob:
@@ -95,7 +95,7 @@ class SFT:
 
         records, train, heldout = read_records(setting, self.records, data.Demonstration, loaded, encode)
         longest = max((len(item.tokens) for item in (*train.items, *heldout.items)), default=0)
-        loaded.refuse_longer(longest, "BatchConfig.length")
+        loaded.check_max_length(longest, "BatchConfig.length")
         rows = data.pack(train.items, batch.length) if batch.packed else train.items
         shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": pad}
         batches = data.token_batches(rows, seed=setting.seed, **shape)

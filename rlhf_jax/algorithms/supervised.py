@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import data, learn
 from rlhf_jax.algorithms.build import Setting
-from rlhf_jax.algorithms.folds import refuse_folded
+from rlhf_jax.algorithms.folds import check_fold
 from rlhf_jax.algorithms.models import Loaded, with_adapters, write_model_card, write_overview
 from rlhf_jax.algorithms.phases import Phase, Work
 from rlhf_jax.algorithms.rehearsal import DataFacts, Rehearsal
@@ -22,7 +22,7 @@ from rlhf_jax.algorithms.template_date import with_date
 from rlhf_jax.batches import TokenBatch
 from rlhf_jax.data import Batches
 from rlhf_jax.data.batch_config import BatchConfig
-from rlhf_jax.data.record_sets import Records, RecordSource, encode_records, open_records, tell_left_out
+from rlhf_jax.data.record_sets import Records, RecordSource, encode_records, open_records, report_skipped
 from rlhf_jax.errors import InputError
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, Head, LoraConfig, Model, lora, sequence_logprobs, sequence_logprobs_and_router_loss
@@ -114,7 +114,7 @@ class SupervisedJob:
         assert self.data is not None
         model = next(iter(self.loaded.values()))
         records = self.data.records
-        tell_left_out(records, self.data.train, self.data.heldout, model.tokenizer)
+        report_skipped(records, self.data.train, self.data.heldout, model.tokenizer)
         source: dict[str, Any] = {"base": model.input, "generation": model.generation}
         write_model_card(directory, model.model, model.tokenizer, records.template, self.subtree, **source)
         write_overview(directory, self.state.params, self.frozen)
@@ -195,13 +195,13 @@ def pair_data(
     setting: Setting, source: RecordSource | Records | None, loaded: Loaded, batch: BatchConfig
 ) -> SupervisedData:
     """Return comparisons encoded and batched."""
-    refuse_folded(batch, setting.mesh)
+    check_fold(batch, setting.mesh)
 
     def encode(record: data.Comparison, records: Records) -> data.EncodedPair | data.Skipped:
         return data.encode_comparison(record, loaded.tokenizer, records.template, max_length=batch.length)
 
     records, train, heldout = read_records(setting, source, data.Comparison, loaded, encode)
-    loaded.refuse_longer(batch.length, "BatchConfig.length")
+    loaded.check_max_length(batch.length, "BatchConfig.length")
     shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": data.padding_id(loaded.tokenizer)}
     batches = data.pair_batches(train.items, seed=setting.seed, **shape)
     documents = [side for item in train.items for side in (item.chosen, item.rejected)]
@@ -225,7 +225,7 @@ def first_state(
     def begin(params: Params) -> TrainState:
         return learn.initial_state(params, adam, setting.train_rng)
 
-    return setting.build.born(begin, shardings, setting.mesh, loaded.params), adam
+    return setting.build.init(begin, shardings, setting.mesh, loaded.params), adam
 
 
 def make_step(

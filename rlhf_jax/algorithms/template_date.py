@@ -17,7 +17,7 @@ from rlhf_jax.io import locate, read_template, template_from
 from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.storage.files import write_atomically
 from rlhf_jax.storage.names import CARD, TEMPLATE
-from rlhf_jax.storage.remote import asked_url, is_remote, one_line, open_store
+from rlhf_jax.storage.remote import is_remote, one_line, open_store, sync_url
 
 
 def with_date(records: Records, loaded: Loaded, run_dir: str | Path) -> Records:
@@ -43,7 +43,7 @@ def keep_date(directory: Path, template: Template) -> None:
 
 def _kept(run_dir: Path) -> Template | None:
     """The template of a run that goes on, also of one that only --sync has so far."""
-    template, url = read_template(run_dir), asked_url()
+    template, url = read_template(run_dir), sync_url()
     if template is not None or url is None or not is_remote(url):
         return template
     with one_line(url, "read the run's template"):

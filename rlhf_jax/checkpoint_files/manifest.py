@@ -119,7 +119,7 @@ def layout(state: Any) -> Layout:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
-def refuse_other_layout(place: Path, saved: Layout, wanted: Layout, remedy: str) -> None:
+def check_layout(place: Path, saved: Layout, wanted: Layout, remedy: str) -> None:
     """Raises InputError naming every missing, extra, reshaped or re-typed leaf (the first eight of them)."""
     wrong = [f"{name} is missing" for name in sorted(wanted.keys() - saved.keys())]
     wrong += [f"{name} is not expected" for name in sorted(saved.keys() - wanted.keys())]
@@ -252,7 +252,7 @@ def read_state(place: Path, target: Any) -> Any:
         raise InputError(f"{place}: cannot read the arrays ({first_line(error)}); use an older step") from error
 
 
-def refuse_missing_leaves(place: Path, wanted: Layout) -> None:
+def check_leaves(place: Path, wanted: Layout) -> None:
     """Compare the arrays that lie in ``state`` with ``wanted``, by opening each as a reader does.
 
     Orbax reports success when it has written somewhere else or has not merged what it wrote. A random key is stored as its

@@ -187,7 +187,7 @@ def _returns(reference: Name) -> Any:
     return made if isinstance(made, type) else _hints(selector).get("return", Any)
 
 
-def _refuse_wrong_types(scanned: Sequence[Binding]) -> None:
+def _check_argument_types(scanned: Sequence[Binding]) -> None:
     """Raises InputError at the first binding whose value is not of its parameter's type."""
 
     bindings, macros = settled(scanned, _full)
@@ -215,7 +215,7 @@ def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
         gin.finalize()
     except Exception as error:
         raise InputError(explain_parse(str(error), scanned, _configurables(), _parameters)) from error
-    _refuse_wrong_types(scanned)
+    _check_argument_types(scanned)
     if unused:
         names = "; ".join(f"{b.place}: {'/'.join(filter(None, (b.scope, b.selector)))}.{b.argument}" for b in unused)
         print(f"left out, since what they belong to was replaced: {names}", file=sys.stderr)

@@ -100,7 +100,7 @@ def encode_prompts(
     return encode_records(prompts, Prompt, encode)
 
 
-def tell_left_out(
+def report_skipped(
     records: Records,
     train: data.EncodedSet[Any, Any],
     heldout: data.EncodedSet[Any, Any],

@@ -24,7 +24,7 @@ from rlhf_jax.io.tensors import Tensors, listed, open_safetensors
 from rlhf_jax.io.tokenizers import check_vocabulary, load_tokenizer, tokenizer_from_gguf
 from rlhf_jax.models import Head, Model, ModelConfig, lora, unconstrained
 from rlhf_jax.models.families import config_from_hf, weights_of
-from rlhf_jax.parallel import RULES, ActivationConstraint, MeshConfig, born_sharded, make_mesh, tree_shardings
+from rlhf_jax.parallel import RULES, ActivationConstraint, MeshConfig, init_sharded, make_mesh, tree_shardings
 from rlhf_jax.parallel.rules import Rules
 from rlhf_jax.storage.names import TOKENIZER
 from rlhf_jax.types import Params, Rng
@@ -70,13 +70,13 @@ def load_pretrained(
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh, rules)
     params = opened.read(config, shardings)
     if param_dtype == "float16":
-        _refuse_overflow(params, path)
+        _check_overflow(params, path)
     if "scalar_head" in shardings and "scalar_head" not in params:
 
         def fresh(rng: Rng) -> Params:
             return {"scalar_head": model.init(rng)["scalar_head"]}
 
-        params |= born_sharded(fresh, shardings, mesh, rng)
+        params |= init_sharded(fresh, shardings, mesh, rng)
     return Pretrained(model, params, opened.tokenizer)
 
 
@@ -133,7 +133,7 @@ def _chosen_head(saved: Head, wanted: Head | None, rng: Rng | None, path: str | 
     return wanted
 
 
-def _refuse_overflow(params: Params, path: str | Path) -> None:
+def _check_overflow(params: Params, path: str | Path) -> None:
     """float16 ends at 65504, where float32 and bfloat16 go on."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if wrong := [jax.tree_util.keystr(at, simple=True, separator="/") for at, x in leaves if not jnp.isfinite(x).all()]:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.checkpoint_files.manifest import layout, read_state, refuse_other_layout, verify
+from rlhf_jax.checkpoint_files.manifest import check_layout, layout, read_state, verify
 from rlhf_jax.checkpoint_files.reading import reading_step
 from rlhf_jax.data import Template
 from rlhf_jax.errors import InputError, fits_float32
@@ -77,7 +77,7 @@ def _read_parameters(place: Path, subtree: str, saved_as: Params, like: Params) 
     saved = {name[len(subtree) + 1 :]: entry for name, entry in whole.items() if name.startswith(subtree + "/")}
     if not saved:
         raise InputError(f"{place}: the saved state has no {subtree!r}, which {CARD} names; restore {CARD}")
-    refuse_other_layout(place, saved, layout(saved_as), f"{CARD} and checkpoint are not of one run")
+    check_layout(place, saved, layout(saved_as), f"{CARD} and checkpoint are not of one run")
     target: Any = like
     for key in reversed(subtree.split("/")):
         target = {key: target}

@@ -88,9 +88,9 @@ def run_mode(
         return None
     data = {name: getattr(algorithm, name) for name in algorithm.run_only}
     needed = {"run_dir": run_dir, "steps": steps, "seed": seed, "loop": loop}
-    _refuse_missing(data if flags.FLAGS.doctor else {**needed, **data})
+    _check_bound(data if flags.FLAGS.doctor else {**needed, **data})
     if loop is not None:
-        loop.refuse_unknown_phases(algorithm.phase_names)
+        loop.check_phases(algorithm.phase_names)
     if not flags.FLAGS.doctor:
         assert run_dir is not None and steps is not None and seed is not None and loop is not None
         return RunSettings(run_dir, steps, seed, loop)
@@ -113,7 +113,7 @@ def _given(names: tuple[str, ...]) -> str | None:
     return next((name for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default), None)
 
 
-def _refuse_missing(values: dict[str, Any]) -> None:
+def _check_bound(values: dict[str, Any]) -> None:
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise InputError(f"run.{missing[0]}: has no value; bind it in the gin file or with --gin_bindings")

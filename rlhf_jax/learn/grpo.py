@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from rlhf_jax import ops
 from rlhf_jax.errors import InputError, require_number, require_one_of, require_whole
 from rlhf_jax.learn.epochs import run_epochs
-from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
+from rlhf_jax.learn.importance import ImportanceConfig, check_double_counting, rollout_weights
 from rlhf_jax.learn.kl import require_kl_kind
 from rlhf_jax.learn.ppo import response_metrics, without_unscored
 from rlhf_jax.types import Completions, LossFn, Mean, Params, Rng, Rollout, Term, TrainState, TrainStep
@@ -97,7 +97,7 @@ class GRPOConfig:
         for name, low in least.items():
             require_number(f"GRPOConfig.{name}", getattr(self, name), low)
         require_kl_kind("GRPOConfig", self.kl_estimator, self.kl_in, self.biased_kl)
-        refuse_double_counting("GRPOConfig", self.importance, self.old_logprobs)
+        check_double_counting("GRPOConfig", self.importance, self.old_logprobs)
         if self.ratio == "sequence" and self.reduction != "sequences":
             raise InputError(
                 "GRPOConfig.ratio = 'sequence': its loss is one number a response and needs reduction = 'sequences'"

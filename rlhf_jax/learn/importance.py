@@ -36,7 +36,7 @@ class ImportanceConfig:
         require_number("ImportanceConfig.high", self.high, 1.0)
 
 
-def refuse_double_counting(name: str, importance: ImportanceConfig | None, old_logprobs: str) -> None:
+def check_double_counting(name: str, importance: ImportanceConfig | None, old_logprobs: str) -> None:
     """Raises InputError for weights where the ratio of the loss begins at the sampler anyway. name: of the configuration."""
     if importance is not None and old_logprobs == "sampler":
         raise InputError(

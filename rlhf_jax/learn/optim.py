@@ -142,7 +142,7 @@ def make_optimizer(
     if config.weight_decay and matrices is not None:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_flags_of(matrices)))
     adamw = optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps, updates_per_step)))
-    return adamw if config.spike is None else refuse_spikes(adamw, config.spike, config.spike_memory)
+    return adamw if config.spike is None else check_spikes(adamw, config.spike, config.spike_memory)
 
 
 class SpikeState(NamedTuple):
@@ -156,7 +156,7 @@ class SpikeState(NamedTuple):
     refused: Array
 
 
-def refuse_spikes(
+def check_spikes(
     optimizer: optax.GradientTransformation, sigmas: float, memory: int
 ) -> optax.GradientTransformationExtraArgs:
     """``optimizer`` that leaves everything as it was when loss or gradient norm is a spike; ``update`` takes ``loss``.

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from rlhf_jax import ops
 from rlhf_jax.errors import InputError, require_number, require_one_of, require_whole
 from rlhf_jax.learn.epochs import run_epochs
-from rlhf_jax.learn.importance import ImportanceConfig, refuse_double_counting, rollout_weights
+from rlhf_jax.learn.importance import ImportanceConfig, check_double_counting, rollout_weights
 from rlhf_jax.learn.kl import require_kl_kind
 from rlhf_jax.types import Completions, LossFn, Mean, Params, PolicyBatch, Rng, Rollout, Term, TrainState, TrainStep
 
@@ -93,7 +93,7 @@ class PPOConfig:
         for name in ("discount", "lam"):
             require_number(f"PPOConfig.{name}", getattr(self, name), 0.0, 1.0)
         require_kl_kind("PPOConfig", self.kl_kind, "reward", self.biased_kl)
-        refuse_double_counting("PPOConfig", self.importance, self.old_logprobs)
+        check_double_counting("PPOConfig", self.importance, self.old_logprobs)
         if self.kl_target == 0:
             raise InputError("PPOConfig.kl_target = 0: give nats above 0, or None for a fixed kl_coefficient")
 

@@ -81,7 +81,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
     """A pure step; jit it with ``donate_argnums=0``. Metrics: ``loss``, ``loss/TERM``, ``grad_norm``, ``refused`` and the
     loss's own.
 
-    When the loss or the gradient norm is not finite, or the optimiser calls it a spike (`refuse_spikes`), the state comes
+    When the loss or the gradient norm is not finite, or the optimiser calls it a spike (`check_spikes`), the state comes
     back as it was (only the step has advanced) and ``refused`` is 1: nothing bad was committed, and the run's loop decides
     what follows.
     """

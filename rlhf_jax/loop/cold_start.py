@@ -114,7 +114,7 @@ def _use_default() -> None:
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
 
 
-def tell_first_step() -> None:
+def report_first_step() -> None:
     """`ColdStart.tell` of this process; nothing when it was not launched, or has told already."""
     if _watched:
         _watched.pop().tell()

@@ -62,7 +62,7 @@ class LoopConfig:
             if not seconds > 0:
                 raise InputError(f"LoopConfig.deadlines: must be ('phase', seconds > 0), got {(phase, seconds)!r}")
 
-    def refuse_unknown_phases(self, phases: Sequence[str]) -> None:
+    def check_phases(self, phases: Sequence[str]) -> None:
         """Raises InputError for a deadline or a fault of a phase that the run does not have. phases: of its algorithm."""
         known = (*phases, *PHASES)
         for phase, _ in self.deadlines:

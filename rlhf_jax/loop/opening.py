@@ -36,14 +36,14 @@ from rlhf_jax.rundir.mirror import Mirror, fetched_mirror
 from rlhf_jax.rundir.outputs import record_outputs
 from rlhf_jax.rundir.provenance import describe, versions, write_provenance
 from rlhf_jax.rundir.resume import (
+    check_changes,
+    check_run_place,
+    check_shared_directory,
+    check_stage,
+    check_steps,
     forget,
     lock,
     make_directory,
-    refuse_changes,
-    refuse_foreign,
-    refuse_place,
-    refuse_steps,
-    refuse_unshared_directory,
     remove_temporary,
 )
 from rlhf_jax.rundir.tracking import Tracker
@@ -102,13 +102,13 @@ def open_run(
     """
     if is_remote(run_dir):
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
-    loop.refuse_unknown_phases(phases)
+    loop.check_phases(phases)
     directory = Path(run_dir).expanduser().absolute()
-    profile = Profile.asked(directory)
-    refuse_place(directory)
+    profile = Profile.from_flags(directory)
+    check_run_place(directory)
     mirror = fetched_mirror(directory, stage, output)
-    refuse_foreign(directory, stage)
-    refuse_steps(directory, bound.operative, latest_step(directory) or 0)
+    check_stage(directory, stage)
+    check_steps(directory, bound.operative, latest_step(directory) or 0)
     identity: dict[str, Any] = {"stage": stage, "seed": seed, "inputs": [describe(entry) for entry in inputs]}
     first = jax.process_index() == 0
     with _locked(directory), contextlib.ExitStack() as stack:
@@ -116,7 +116,7 @@ def open_run(
             stack.enter_context(mirror)
         finish = stack.enter_context(_outputs_recorded(directory))
         signals = stack.enter_context(Signals())
-        _refuse_changed_run(directory, identity, bound, output)
+        _check_same_run(directory, identity, bound, output)
         resumed = agreed(newest_verified(directory) if first else 0)
         if first and mirror is not None:
             mirror.claim(stage, seed, bound.operative)
@@ -130,13 +130,13 @@ def open_run(
         finish()
 
 
-def _refuse_changed_run(directory: Path, identity: Mapping[str, Any], bound: BoundConfig, output: str | None) -> None:
+def _check_same_run(directory: Path, identity: Mapping[str, Any], bound: BoundConfig, output: str | None) -> None:
     """Raise InputError when a run that has something to lose was begun otherwise, or is not in the first process's directory."""
     reached = latest_step(directory) or 0
     if reached or (output is not None and (directory / output).is_file()):
         content = f"is at step {reached}" if reached else f"holds {output}"
-        refuse_changes(directory, identity, bound.operative, content)
-    refuse_unshared_directory(directory, agreed(os.getpid()))
+        check_changes(directory, identity, bound.operative, content)
+    check_shared_directory(directory, agreed(os.getpid()))
 
 
 def _assemble_run(

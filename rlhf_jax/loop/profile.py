@@ -25,7 +25,7 @@ class Profile:
     _tracing: bool = False
 
     @classmethod
-    def asked(cls, directory: Path) -> Profile:
+    def from_flags(cls, directory: Path) -> Profile:
         """Return what --profile asks for. Raises InputError for another form than FIRST:LAST."""
         text = flags.FLAGS.profile if flags.FLAGS.is_parsed() and "profile" in flags.FLAGS else None
         if text is None:

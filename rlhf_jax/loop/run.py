@@ -30,7 +30,7 @@ import jax
 from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, latest_step
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.loop import bad_steps
-from rlhf_jax.loop.cold_start import tell_first_step
+from rlhf_jax.loop.cold_start import report_first_step
 from rlhf_jax.loop.faults import PHASES, Faults
 from rlhf_jax.loop.loop_config import LoopConfig, due
 from rlhf_jax.loop.profile import Profile
@@ -126,7 +126,7 @@ class Run:
                 if self._going_back:
                     raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
                 if self._step == start + 1:
-                    tell_first_step()
+                    report_first_step()
                 self._stopping = self._stopping or self.signals.agreed()
                 # A signal between save() and here found the step unsaved: the next step will be saved, then we leave.
                 if self._stopping and (self._saved == self._step or not self._offered):
@@ -292,12 +292,12 @@ class Run:
             return
         self._enter("save")
         self._check()
-        self._refuse_unknown_metric(step)
+        self._check_best_metric(step)
         measured = self._measured[1] if self._measured[0] == step else {}
         self.checkpoints.save(step, state, {**host, OWN: {"bad_steps": list(self.bad)}}, measured)
         self._saved = step
 
-    def _refuse_unknown_metric(self, step: int) -> None:
+    def _check_best_metric(self, step: int) -> None:
         metric, evaluated = self.loop.best_metric, step >= max(self.loop.evaluate_every, self.loop.log_every)
         if self.loop.keep_best and evaluated and self._known and metric not in self._known:
             raise InputError(

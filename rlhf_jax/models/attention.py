@@ -78,7 +78,7 @@ def self_attention(
             query, key, value, segment_ids, window=window, scale=scale, implementation="cudnn"
         )
     if (parts := constrain.parts("act_length")) > 1:
-        refuse_length(segment_ids.shape[1], parts)
+        check_length(segment_ids.shape[1], parts)
 
         def ring(query: Array, key: Array, value: Array) -> Array:
             axes = ("act_batch", "act_kv_heads", "act_length", "act_head_dim")
@@ -130,7 +130,7 @@ def chosen(config: ModelConfig, constrain: Constrain) -> str:
     return next(name for name in ("splash", "cudnn", "xla") if not _lacks(ABILITIES[name], config, platform, split))
 
 
-def refuse_length(columns: int, parts: int) -> None:
+def check_length(columns: int, parts: int) -> None:
     """Raises InputError when rows do not divide over the devices that split their columns."""
     if columns % parts:
         raise InputError(

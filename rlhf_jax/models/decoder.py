@@ -24,7 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layer_kinds import LayerKind
 from rlhf_jax.models.layout import Constrain
 from rlhf_jax.models.lookup import look_up
-from rlhf_jax.models.lora import LoraConfig, add_adapters, refuse_no_target
+from rlhf_jax.models.lora import LoraConfig, add_adapters, check_lora_targets
 from rlhf_jax.models.moe import Routing
 from rlhf_jax.models.parts import Block, Embedding, ScalarHead, hidden_norm
 from rlhf_jax.models.weights import Kernel, precision_of, soft_cap, weights_first
@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
         }
         if lora is not None:
             named = {name for stack in stacks.values() for name in add_adapters(stack, config, lora, rngs, dropout)}
-            refuse_no_target(lora, named)
+            check_lora_targets(lora, named)
         if int8:
             _quantize(config, stacks.values())
         by_first = {path.removeprefix("layers/"): stack for path, stack in stacks.items()}

@@ -88,7 +88,7 @@ def add_adapters(layers: nnx.Module, config: ModelConfig, lora: LoraConfig, rngs
     return names
 
 
-def refuse_no_target(lora: LoraConfig, names: set[str]) -> None:
+def check_lora_targets(lora: LoraConfig, names: set[str]) -> None:
     """Raises InputError when the regular expression names none of the matrices."""
     if not any(re.fullmatch(lora.targets, name) for name in names):
         raise InputError(

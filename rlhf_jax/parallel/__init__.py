@@ -4,8 +4,8 @@ from rlhf_jax.parallel.jitted import Jitted, jitted, shardings_of
 from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_between, remake_mesh
 from rlhf_jax.parallel.placement import (
     abstract_arrays,
-    born_abstract,
-    born_sharded,
+    init_abstract,
+    init_sharded,
     state_shardings,
     to_global,
     to_host,
@@ -27,8 +27,8 @@ __all__ = [
     "MeshConfig",
     "abstract_arrays",
     "batch_sharding",
-    "born_abstract",
-    "born_sharded",
+    "init_abstract",
+    "init_sharded",
     "jitted",
     "make_mesh",
     "mesh_between",

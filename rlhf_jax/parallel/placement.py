@@ -36,15 +36,15 @@ def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) ->
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
-def born_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
+def init_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
     """``make(*arguments)`` under jit with every output created on its shards: no device ever holds the whole."""
     shardings = state_shardings(jax.eval_shape(make, *arguments), param_shardings, mesh)
     made: _T = jax.jit(make, out_shardings=shardings)(*arguments)
     return made
 
 
-def born_abstract(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
-    """What `born_sharded` would return, as ShapeDtypeStructs with shardings: for planning."""
+def init_abstract(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
+    """What `init_sharded` would return, as ShapeDtypeStructs with shardings: for planning."""
     shapes = jax.eval_shape(make, *arguments)
     placed: _T = abstract_arrays(shapes, state_shardings(shapes, param_shardings, mesh))
     return placed

@@ -110,7 +110,7 @@ class SlotConfig:
             )
 
 
-def refuse_unshared(prompts: Sequence[Sequence[int]], slots: SlotConfig) -> None:
+def check_shared_prompts(prompts: Sequence[Sequence[int]], slots: SlotConfig) -> None:
     """Raises InputError when two prompts (token ids, no padding) differ in their first ``slots.shared_prefix`` tokens, or
     one has no more than these."""
     length = slots.shared_prefix

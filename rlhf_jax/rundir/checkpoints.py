@@ -29,6 +29,8 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.checkpoint_files.manifest import (
     DamagedCheckpoint,
+    check_layout,
+    check_leaves,
     checkpoint_dir,
     find_step,
     first_line,
@@ -39,8 +41,6 @@ from rlhf_jax.checkpoint_files.manifest import (
     manifest_text,
     read_manifest,
     read_state,
-    refuse_missing_leaves,
-    refuse_other_layout,
     saved_steps,
     verify,
 )
@@ -227,7 +227,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         body = json.loads(text)
-        refuse_missing_leaves(saving, body["layout"])
+        check_leaves(saving, body["layout"])
         self._at("hash", step, saving)
         write_atomically(saving / MANIFEST, manifest_text(body | {"files": hash_files(saving)}))
         self._at("commit", step, saving)
@@ -271,7 +271,7 @@ class Checkpoints:
         place = find_step(self.run_dir, step)
         body = read_manifest(place) if verified else verify(place)
         remedy = "restore it with the configuration that saved it"
-        refuse_other_layout(place, body["layout"], layout(state), remedy)
+        check_layout(place, body["layout"], layout(state), remedy)
         target = abstract(state)
         if donate:
             _free(state)

@@ -29,9 +29,9 @@ from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.rundir.checkpoints import SAVING
 from rlhf_jax.rundir.provenance import read_provenance
-from rlhf_jax.rundir.resume import lock, make_directory, refuse_foreign
+from rlhf_jax.rundir.resume import check_stage, lock, make_directory
 from rlhf_jax.storage.names import CHECKPOINTS, MANIFEST, PROFILE, PROVENANCE
-from rlhf_jax.storage.remote import asked_url, download, is_remote, listing, one_line, open_store
+from rlhf_jax.storage.remote import download, is_remote, listing, one_line, open_store, sync_url
 
 
 def _same_run(mark: dict[str, Any], what: dict[str, Any]) -> bool:
@@ -51,7 +51,7 @@ def _now() -> str:
 
 def fetched_mirror(directory: Path, stage: str, output: str | None = None) -> Mirror | None:
     """The mirror of a run, after the first process has fetched what is there. None without --sync. output: as of `open_run`."""
-    url = asked_url()
+    url = sync_url()
     if url is None:
         return None
     if not is_remote(url):
@@ -63,7 +63,7 @@ def fetched_mirror(directory: Path, stage: str, output: str | None = None) -> Mi
     except InputError as error:
         raise InputError(f"--sync={error}") from error
     if jax.process_index() == 0:
-        refuse_foreign(directory, stage)
+        check_stage(directory, stage)
         mirror.fetch(stage, output)
     agreed(0)  # the others look at the directory next
     return mirror
@@ -154,7 +154,7 @@ class Mirror:
             return {}
         return mark if isinstance(mark, dict) else {}
 
-    def _refuse_other_owner(self) -> None:
+    def _check_owner(self) -> None:
         owner = self._owner()
         if owner.get("start") != self._mark["start"]:
             raise LostOwnership(
@@ -245,7 +245,7 @@ class Mirror:
 
     def _push(self) -> None:
         with one_line(self.url, "copy the run there"):
-            self._refuse_other_owner()
+            self._check_owner()
             here = saved_steps(self.directory)  # before the logs are read: they hold the way to these steps
             for path in sorted(self.directory.rglob("*")):
                 name = path.relative_to(self.directory).as_posix()
@@ -255,7 +255,7 @@ class Mirror:
                     self._upload(name)
             there = self._listing()
             for step in here:
-                self._refuse_other_owner()
+                self._check_owner()
                 self._push_step(step, there)
             self._forget_steps(set(here), there)
 

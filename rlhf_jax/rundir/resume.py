@@ -86,11 +86,11 @@ def lock(directory: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
-    os.fsync(file.fileno())  # other hosts look for it, see refuse_unshared_directory
+    os.fsync(file.fileno())  # other hosts look for it, see check_shared_directory
     return file
 
 
-def refuse_place(directory: Path) -> None:
+def check_run_place(directory: Path) -> None:
     """Raises InputError for a path that checkpoints cannot be stored under, and for one inside a place that another run,
     pipeline or sweep keeps for itself: its retention would remove what lies there."""
     if wrong := [c for c in str(directory) if c in NOT_STORABLE or c == "\0" or "\ud800" <= c <= "\udfff"]:
@@ -106,7 +106,7 @@ def refuse_place(directory: Path) -> None:
                 )
 
 
-def refuse_unshared_directory(directory: Path, owner: int) -> None:
+def check_shared_directory(directory: Path, owner: int) -> None:
     """Raises InputError when ``directory`` is not the one that process ``owner`` has locked: the processes of a run write
     parts of one checkpoint, which directories of their own would never hold whole."""
     file = directory / ".lock"
@@ -117,7 +117,7 @@ def refuse_unshared_directory(directory: Path, owner: int) -> None:
         )
 
 
-def refuse_foreign(directory: Path, stage: str) -> None:
+def check_stage(directory: Path, stage: str) -> None:
     """Raises InputError when ``directory`` holds files and is no run of this stage: nothing is written into a mistyped
     path, and no run's record is overwritten by another program's."""
     names = names_in(directory)
@@ -130,7 +130,7 @@ def refuse_foreign(directory: Path, stage: str) -> None:
         raise InputError(f"{directory}: belongs to a run of stage {theirs!r}, this is {stage!r}; give another run_dir")
 
 
-def refuse_steps(directory: Path, operative: str, step: int) -> None:
+def check_steps(directory: Path, operative: str, step: int) -> None:
     """Raises InputError when the steps asked for are none, or fewer than the run has done already.
 
     step: the newest by its name. A directory without a manifest is no step that was done; opening the run sets it aside.
@@ -146,7 +146,7 @@ def refuse_steps(directory: Path, operative: str, step: int) -> None:
             )
 
 
-def refuse_changes(directory: Path, now: Mapping[str, Any], operative: str, holds: str) -> None:
+def check_changes(directory: Path, now: Mapping[str, Any], operative: str, holds: str) -> None:
     """Raises InputError by name when a resumed run is not the run that was begun.
 
     now: {"stage", "seed", "inputs"}; a path may move when it still holds the same content. holds: what would be lost,

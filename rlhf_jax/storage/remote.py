@@ -150,6 +150,6 @@ def _is_whole(place: Path) -> bool:
     return all((place / name).is_file() and hash_file(place / name) == kept for name, kept in hashes.items())
 
 
-def asked_url() -> str | None:
+def sync_url() -> str | None:
     """What --sync says."""
     return flags.FLAGS.sync if flags.FLAGS.is_parsed() else None

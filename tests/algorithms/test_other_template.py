@@ -38,15 +38,15 @@ def roles(policy: Loaded, judge: Loaded | None) -> Roles:
 
 def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Path) -> None:
     policy, judge = loaded(tmp_path / "policy", CHAT), loaded(tmp_path / "reward", PLAIN, "scalar")
-    roles(policy, None).refuse_other_template(CHAT)
+    roles(policy, None).check_template(CHAT)
     with pytest.raises(
         InputError, match="reward: learned from .* another template .*style was 'plain', is 'chat'.*or set"
     ):
-        roles(policy, judge).refuse_other_template(CHAT)
+        roles(policy, judge).check_template(CHAT)
     with pytest.raises(InputError, match="policy: learned from .*set ModelSource.other_template = True"):
-        roles(policy, judge).refuse_other_template(PLAIN)
+        roles(policy, judge).check_template(PLAIN)
     allowed = loaded(tmp_path / "reward", PLAIN, "scalar", other_template=True)
-    roles(policy, allowed).refuse_other_template(CHAT)
+    roles(policy, allowed).check_template(CHAT)
     with pytest.raises(InputError, match="ModelSource.other_template = 1: give True or False"):
         ModelSource(path="x", other_template=1)  # type: ignore[arg-type]
 
@@ -54,17 +54,17 @@ def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Pat
 def test_models_that_say_nothing_are_compared_by_chat_template(tmp_path: Path) -> None:
     policy, judge = loaded(tmp_path / "policy", None), loaded(tmp_path / "reward", None, "scalar")
     for template in (CHAT, PLAIN, Template(style="raw")):
-        roles(policy, judge).refuse_other_template(template)
+        roles(policy, judge).check_template(template)
     other = loaded(tmp_path / "other", None, "scalar", CHATML.replace("<|eos|>", "<|pad|>"))
-    roles(policy, other).refuse_other_template(PLAIN)  # nothing says how it learned
+    roles(policy, other).check_template(PLAIN)  # nothing says how it learned
     with pytest.raises(InputError, match="other: learned from .* the chat templates differ: it learned"):
-        roles(policy, other).refuse_other_template(CHAT)
+        roles(policy, other).check_template(CHAT)
 
 
 def test_the_remedy_is_the_programs_own(tmp_path: Path) -> None:
     """An export serves its plain format as a chat template: written as chat it agrees, in another format it does not."""
     policy = loaded(tmp_path / "policy", PLAIN)
-    policy.refuse_other_template(Form(CHAT, policy.tokenizer), responses=False)
+    policy.check_template(Form(CHAT, policy.tokenizer), responses=False)
     other = Form(Template(style="plain", prompt_format="{prompt}"), policy.tokenizer)
     with pytest.raises(InputError, match="or name the policy in run.other_template"):
-        policy.refuse_other_template(other, responses=False, remedy="name the policy in run.other_template")
+        policy.check_template(other, responses=False, remedy="name the policy in run.other_template")

@@ -13,7 +13,7 @@ from rlhf_jax import learn
 from rlhf_jax.algorithms import SFT
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Model
-from rlhf_jax.parallel import MeshConfig, born_sharded, make_mesh, to_global, tree_shardings
+from rlhf_jax.parallel import MeshConfig, init_sharded, make_mesh, to_global, tree_shardings
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
 from rlhf_jax.testing import IN_MEMORY, loaded_model, setting_of, tiny_config, token_batch
 
@@ -32,7 +32,7 @@ def train(run_dir: Path, devices: int, begin: int, end: int) -> list[float]:
     mesh = make_mesh(MESHES[devices], jax.devices()[:devices])
     shardings = tree_shardings(MODEL.abstract(), MODEL.logical_axes(), mesh)
     key = jax.random.key(0, impl="threefry2x32")
-    params = born_sharded(MODEL.init, shardings, mesh, key)
+    params = init_sharded(MODEL.init, shardings, mesh, key)
     optimizer = learn.OptimizerConfig(learning_rate=1e-2, schedule="cosine")
     algorithm = SFT(model=IN_MEMORY, batch=BatchConfig(8, 12, microbatches=2), optimizer=optimizer)
     job = algorithm.wire(setting_of(mesh, steps=9), loaded_model(MODEL, params), None)

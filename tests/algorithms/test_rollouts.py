@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import data, learn
-from rlhf_jax.algorithms.rollouts import Ahead, Rollouts, refuse_uncorrected, row_lengths, step_keys
+from rlhf_jax.algorithms.rollouts import Ahead, Rollouts, check_one_step_off, row_lengths, step_keys
 from rlhf_jax.algorithms.text_rewards import TextRewards
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import MeshConfig, make_mesh
@@ -102,17 +102,17 @@ def test_row_lengths():
 def test_one_step_off_needs_a_correction_and_something_to_overlap():
     weighted = learn.PPOConfig(importance=learn.ImportanceConfig())
     for config in (weighted, learn.GRPOConfig(old_logprobs="sampler")):
-        refuse_uncorrected(True, config, TEXTS)
+        check_one_step_off(True, config, TEXTS)
         with pytest.raises(InputError, match="run.one_step_off: without run.reward_texts or run.monitor"):
-            refuse_uncorrected(True, config, NO_TEXTS)
+            check_one_step_off(True, config, NO_TEXTS)
     for config in (learn.PPOConfig(), learn.GRPOConfig()):
-        refuse_uncorrected(False, config, NO_TEXTS)
+        check_one_step_off(False, config, NO_TEXTS)
         with pytest.raises(
             InputError, match=rf"weigh them with {type(config).__name__}.importance = @ImportanceConfig\(\)"
         ):
-            refuse_uncorrected(True, config, TEXTS)
+            check_one_step_off(True, config, TEXTS)
     with pytest.raises(InputError, match="run.one_step_off = 1: give True or False"):
-        refuse_uncorrected(1, weighted, TEXTS)
+        check_one_step_off(1, weighted, TEXTS)
 
 
 def test_rewards_and_monitor_see_the_columns_of_the_prompt():

@@ -75,7 +75,7 @@ def test_a_run_that_makes_no_model_keeps_the_date(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("clock")
 def test_a_run_that_moved_takes_the_date_of_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_card(tmp_path / "copy", {"date": "2025-01-01"})
-    monkeypatch.setattr(template_date, "asked_url", lambda: f"file://{tmp_path}/copy")
+    monkeypatch.setattr(template_date, "sync_url", lambda: f"file://{tmp_path}/copy")
     assert with_date(PROMPTS, loaded(), tmp_path / "run").template.date == "2025-01-01"
-    monkeypatch.setattr(template_date, "asked_url", lambda: f"file://{tmp_path}/nothing")
+    monkeypatch.setattr(template_date, "sync_url", lambda: f"file://{tmp_path}/nothing")
     assert with_date(PROMPTS, loaded(), tmp_path / "run").template.date == "2026-11-30"

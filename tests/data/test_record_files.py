@@ -21,7 +21,7 @@ from rlhf_jax.data import (
     encode_prompt,
     record_builders,
 )
-from rlhf_jax.data.record_sets import Records, encode_records, tell_left_out
+from rlhf_jax.data.record_sets import Records, encode_records, report_skipped
 from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
 
@@ -93,7 +93,7 @@ def test_heldout_records_of_their_own_file(write: Callable[..., str], capsys: py
     sides = encode_records(
         records, Demonstration, lambda r: encode_demonstration(r, byte_tokenizer(), RAW, max_length=64)
     )
-    tell_left_out(records, *sides, byte_tokenizer())
+    report_skipped(records, *sides, byte_tokenizer())
     told = capsys.readouterr().err
     assert "training records: 6 of 8 used; left out: prompt is in the held-out data 2" in told
     assert f"held-out records: 3 of 4 used; left out: field 'response' is null 1; the first: {heldout}:3: field" in told
@@ -186,5 +186,5 @@ def test_keys_that_nothing_reads_are_listed_once(capsys: pytest.CaptureFixture[s
     talk = (Message("user", "q", {"mood": "good", "name": "Ann"}),)
     records = Records([Demonstration(str(n), talk, "r", keys={"mood": "bad"}) for n in range(3)], [], Template())
     nothing = EncodedSet([], [], Counter())
-    tell_left_out(records, nothing, nothing, byte_tokenizer("{{ messages[0].name }}"))
+    report_skipped(records, nothing, nothing, byte_tokenizer("{{ messages[0].name }}"))
     assert capsys.readouterr().err == "messages: keys that the template does not read: 'mood' (6)\n"

@@ -43,7 +43,7 @@ cold_start.watch(sys.argv[1] or None)
 print(jax.config.jax_compilation_cache_dir)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((50, 50))).block_until_ready()
-cold_start.tell_first_step()
+cold_start.report_first_step()
 """
 
 

@@ -41,8 +41,8 @@ def test_an_iteration_of_ppo_reads_twice_and_says_so(chain: Path, tmp_path: Path
     seen = Counter(tuple(read) for read in reads([*run, f"--gin_bindings=run.steps = {steps}"], tmp_path / "reads"))
     outside = {
         ("rlhf_jax/rundir/checkpoints.py", "save"),
-        ("rlhf_jax/parallel/placement.py", "born_sharded"),
-        ("rlhf_jax/algorithms/models.py", "refuse_not_finite"),
+        ("rlhf_jax/parallel/placement.py", "init_sharded"),
+        ("rlhf_jax/algorithms/models.py", "check_finite"),
     }
     assert {read: count for read, count in seen.items() if read[1:] not in outside} == {
         ("explicit", "rlhf_jax/parallel/placement.py", "to_host"): steps,

@@ -16,7 +16,7 @@ from gguf_files import FIELDS, write_gguf
 from llama_files import llama_fields, llama_tensors, write_checkpoint
 from run_directories import make_run
 
-from rlhf_jax.algorithms.models import Loaded, load_model, plan_model, refuse_tokenizer
+from rlhf_jax.algorithms.models import Loaded, check_tokenizer, load_model, plan_model
 from rlhf_jax.data import padding_id
 from rlhf_jax.errors import InputError
 from rlhf_jax.io import describe_pretrained, load_pretrained, locate
@@ -127,8 +127,8 @@ def test_added_tokens_count_among_the_ids_of_a_new_model() -> None:
     with pytest.raises(
         InputError, match=r"vocab_size = 259: the tokenizer has token id 259 \('<more>'\); set at least 260"
     ):
-        refuse_tokenizer(tiny_config(vocab_size=259), tokenizer)
-    refuse_tokenizer(tiny_config(vocab_size=260), tokenizer)
+        check_tokenizer(tiny_config(vocab_size=259), tokenizer)
+    check_tokenizer(tiny_config(vocab_size=260), tokenizer)
 
 
 def test_a_source_says_one_thing() -> None:

@@ -25,7 +25,7 @@ from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.loop import LoopConfig, Run, bad_steps, due, open_run
 from rlhf_jax.loop.faults import Fault, flip_bit
 from rlhf_jax.loop.progress import headline, line
-from rlhf_jax.rundir.resume import lock, refuse_unshared_directory
+from rlhf_jax.rundir.resume import check_shared_directory, lock
 from rlhf_jax.storage.inputs import Input
 from rlhf_jax.types import Mean
 
@@ -621,8 +621,8 @@ def test_plain_progress_line() -> None:
 def test_processes_that_do_not_share_the_run_directory_are_refused(tmp_path: Path) -> None:
     """The second of two processes looks for the lock of the first: none, or that of an earlier run, is another directory."""
     with pytest.raises(InputError, match="not the directory that the first process has opened"):
-        refuse_unshared_directory(tmp_path, os.getpid())
+        check_shared_directory(tmp_path, os.getpid())
     with lock(tmp_path):
-        refuse_unshared_directory(tmp_path, os.getpid())
+        check_shared_directory(tmp_path, os.getpid())
         with pytest.raises(InputError, match="file system that all hosts share"):
-            refuse_unshared_directory(tmp_path, os.getpid() + 1)
+            check_shared_directory(tmp_path, os.getpid() + 1)

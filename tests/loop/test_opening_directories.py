@@ -11,7 +11,7 @@ from rlhf_jax.config import BoundConfig
 from rlhf_jax.errors import InputError
 from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.rundir import resume
-from rlhf_jax.rundir.resume import forget, lock, make_directory, names_in, refuse_place
+from rlhf_jax.rundir.resume import check_run_place, forget, lock, make_directory, names_in
 
 BOUND = BoundConfig("run.steps = 1\n", "run.steps = 1\n")
 
@@ -110,17 +110,17 @@ def test_inside_what_a_run_keeps_for_itself(inside: str, tmp_path: Path) -> None
         pass
     (tmp_path / "link").symlink_to(tmp_path / "outer" / "checkpoints")
     with pytest.raises(InputError, match="outer/checkpoints, which belongs to"):
-        refuse_place(tmp_path / "link" / "inner")
+        check_run_place(tmp_path / "link" / "inner")
     assert list((tmp_path / "outer" / "checkpoints").iterdir()) == []
 
 
 def test_other_places_are_free(tmp_path: Path) -> None:
     with opened(tmp_path / "outer"):
         pass
-    refuse_place(tmp_path / "outer" / "evaluation")
-    refuse_place(tmp_path / "checkpoints" / "run")  # no run's
+    check_run_place(tmp_path / "outer" / "evaluation")
+    check_run_place(tmp_path / "checkpoints" / "run")  # no run's
     (tmp_path / "model.json").touch()
     (tmp_path / "pipeline.json").touch()
     for name in ("checkpoints", "compilation_cache"):
         with pytest.raises(InputError, match="which belongs to"):
-            refuse_place(tmp_path / name / "run")
+            check_run_place(tmp_path / name / "run")

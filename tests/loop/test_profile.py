@@ -76,7 +76,7 @@ def test_a_run_inside_a_profile_is_refused(ask, tmp_path: Path) -> None:
 def test_steps_that_do_not_run_are_said(ask, tmp_path: Path, capsys) -> None:
     for text in ("2:3", "12:13", None):
         ask(text)
-        Profile.asked(tmp_path).begin(5, 9)
+        Profile.from_flags(tmp_path).begin(5, 9)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "--profile: step 2 is done already; nothing is traced",

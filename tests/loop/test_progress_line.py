@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from rlhf_jax.data import EncodedSet, Template
-from rlhf_jax.data.record_sets import Records, tell_left_out
+from rlhf_jax.data.record_sets import Records, report_skipped
 from rlhf_jax.loop.progress import Display, headline
 from rlhf_jax.testing import byte_tokenizer
 
@@ -44,6 +44,6 @@ def test_held_out_figures_stay_on_the_line(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(("dropped", "warning"), [(2, ""), (3, "warning: ")])  # of 10 and of 11: .2, .27
 def test_many_rows_left_out_are_a_warning(dropped: int, warning: str, capsys: pytest.CaptureFixture[str]) -> None:
     train: EncodedSet = EncodedSet([[1]] * 8, [], Counter({"too long": dropped}))
-    tell_left_out(Records([], [], Template(style="raw")), train, EncodedSet([], [], Counter()), byte_tokenizer())
+    report_skipped(Records([], [], Template(style="raw")), train, EncodedSet([], [], Counter()), byte_tokenizer())
     told = f"{warning}training records: 8 of {8 + dropped} used; left out: too long {dropped}\n"
     assert capsys.readouterr().err == told

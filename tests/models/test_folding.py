@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import learn, ops, rollout
 from rlhf_jax.algorithms import PPO
-from rlhf_jax.algorithms.folds import refuse_folded, row_fold
+from rlhf_jax.algorithms.folds import check_fold, row_fold
 from rlhf_jax.algorithms.roles import parameters_by_role
 from rlhf_jax.algorithms.scoring import folded as fold_models
 from rlhf_jax.algorithms.scoring import score
@@ -200,7 +200,7 @@ def test_a_fold_needs_rows_that_divide() -> None:
     assert row_fold(folded, model, 3, lengths, 8) is None
     split = Model(model.config, ActivationConstraint(mesh_of(data=4)))
     assert row_fold(folded, split, 1, lengths, 8) is None
-    refuse_folded(folded, mesh_of(data=2))
-    refuse_folded(BatchConfig(4, 8), mesh_of(sequence=2))
+    check_fold(folded, mesh_of(data=2))
+    check_fold(BatchConfig(4, 8), mesh_of(sequence=2))
     with pytest.raises(InputError, match="BatchConfig.folded: rows are not folded where MeshConfig.sequence"):
-        refuse_folded(folded, mesh_of(sequence=2))
+        check_fold(folded, mesh_of(sequence=2))

@@ -29,7 +29,7 @@ from rlhf_jax.parallel import (
     ActivationConstraint,
     MeshConfig,
     batch_sharding,
-    born_sharded,
+    init_sharded,
     remake_mesh,
     to_global,
     tree_shardings,
@@ -308,7 +308,7 @@ def test_the_state_keeps_its_place_over_donated_steps():
     optimizer = learn.make_optimizer(learn.OptimizerConfig(learning_rate=1e-2), steps=10)
     step = learn.make_train_step(loss, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    state = born_sharded(lambda p: learn.initial_state(p, optimizer, jax.random.key(0)), shardings, mesh, params)
+    state = init_sharded(lambda p: learn.initial_state(p, optimizer, jax.random.key(0)), shardings, mesh, params)
     before = jax.tree.map(lambda leaf: (leaf.sharding, leaf.ndim), state)
     held = bytes_per_device(state)
     placed_batch = to_global(batch, mesh)

@@ -16,7 +16,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.parallel import (
     ActivationConstraint,
-    born_sharded,
+    init_sharded,
     replicated,
     state_shardings,
     to_global,
@@ -48,7 +48,7 @@ def test_parameters_and_moments_shrink_as_predicted(name):
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
     params = jax.device_put(random_params(model, 0), shardings)
     optimizer = learn.make_optimizer(learn.OptimizerConfig(weight_decay=0.1), steps=10, matrices=model.matrices())
-    state = born_sharded(functools.partial(adam_state, model, optimizer), shardings, mesh, params)
+    state = init_sharded(functools.partial(adam_state, model, optimizer), shardings, mesh, params)
 
     one = parameter_bytes(model.config, fsdp, tensor)
     assert set(bytes_per_device(state.params).values()) == {one} and len(bytes_per_device(state.params)) == 8
@@ -92,7 +92,7 @@ def test_initial_parameters_are_the_same_on_every_mesh():
         return {"embed": tree["embed"], "layers": {"attention": {"output": tree["layers"]["attention"]["output"]}}}
 
     shardings = some(tree_shardings(model.abstract(), model.logical_axes(), mesh))
-    params = born_sharded(lambda key: some(model.init(key)), shardings, mesh, jax.random.key(3))
+    params = init_sharded(lambda key: some(model.init(key)), shardings, mesh, jax.random.key(3))
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
     alone = jax.jit(lambda key: some(model.init(key)))(jax.random.key(3))
     for here, there in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):

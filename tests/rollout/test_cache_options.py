@@ -15,7 +15,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import as_token_batch, empty_cache
 from rlhf_jax.models.cache import Quantised, restored, stored
 from rlhf_jax.plan.memory import cache_bytes
-from rlhf_jax.rollout import SamplingConfig, SlotConfig, generate, refuse_unshared
+from rlhf_jax.rollout import SamplingConfig, SlotConfig, check_shared_prompts, generate
 from rlhf_jax.rollout.slots import Job, first_fill, read_prompts
 from rlhf_jax.testing import prompt_batch, tiny_model
 
@@ -178,12 +178,12 @@ def test_bytes_of_a_cache():
 
 
 def test_prompts_that_do_not_share_the_prefix_are_named():
-    refuse_unshared(LISTS, SlotConfig(shared_prefix=3))
-    refuse_unshared([[1], [2]], SlotConfig())
+    check_shared_prompts(LISTS, SlotConfig(shared_prefix=3))
+    check_shared_prompts([[1], [2]], SlotConfig())
     with pytest.raises(InputError, match="shared_prefix = 3: prompt 1 begins otherwise"):
-        refuse_unshared([[1, 2, 3, 4], [1, 2, 4, 4]], SlotConfig(shared_prefix=3))
+        check_shared_prompts([[1, 2, 3, 4], [1, 2, 4, 4]], SlotConfig(shared_prefix=3))
     with pytest.raises(InputError, match="shared_prefix = 4: prompt 0 has 4 tokens"):
-        refuse_unshared([[1, 2, 3, 4]], SlotConfig(shared_prefix=4))
+        check_shared_prompts([[1, 2, 3, 4]], SlotConfig(shared_prefix=4))
     with pytest.raises(InputError, match="leaves nothing of prompts of 12 columns"):
         run(MODEL, PARAMS, SlotConfig(shared_prefix=12))
 

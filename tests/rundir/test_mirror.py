@@ -29,7 +29,7 @@ URL = "memory://bucket/runs/x"
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch):
     """Where --sync=URL leads."""
-    monkeypatch.setattr(mirror, "asked_url", lambda: URL)
+    monkeypatch.setattr(mirror, "sync_url", lambda: URL)
     memory = fsspec.filesystem("memory")
     yield memory
     memory.store.clear()
@@ -124,7 +124,7 @@ def test_what_is_something_else_is_left_alone(store: Any, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="seed changed from 0 to 1"):
         train(tmp_path / "c", 1, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mirror, "asked_url", lambda: None)
+        patch.setattr(mirror, "sync_url", lambda: None)
         train(tmp_path / "d", 2)
     provenance = json.loads((tmp_path / "d" / "provenance.json").read_text())
     provenance["launches"][0]["time"] = "2000-01-01T00:00:00Z"
@@ -138,7 +138,7 @@ def test_what_is_something_else_is_left_alone(store: Any, tmp_path: Path) -> Non
 def test_a_start_without_a_step_is_nothing_to_lose(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copied by a start that failed early; the next one saved a step and was killed before it could copy."""
     with monkeypatch.context() as patch:
-        patch.setattr(mirror, "asked_url", lambda: None)
+        patch.setattr(mirror, "sync_url", lambda: None)
         train(tmp_path / "run", 1)
     early = {"stage": "toy", "launches": [{"time": "2000-01-01T00:00:00Z"}]}
     store.pipe("/bucket/runs/x/provenance.json", json.dumps(early).encode())
@@ -149,7 +149,7 @@ def test_a_run_that_saves_no_steps_is_not_another(store: Any, tmp_path: Path, mo
     """Its output is what there is to lose."""
     write(tmp_path / "one", "one")
     with monkeypatch.context() as patch:
-        patch.setattr(mirror, "asked_url", lambda: None)
+        patch.setattr(mirror, "sync_url", lambda: None)
         write(tmp_path / "two", "two")
     provenance = json.loads((tmp_path / "two" / "provenance.json").read_text())
     provenance["launches"][0]["time"] = "2000-01-01T00:00:00Z"
@@ -266,7 +266,7 @@ def test_a_damaged_record_there_is_named(store: Any, tmp_path: Path, text: str) 
 def test_where_no_copy_can_be(url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path without a scheme made a directory of that name where the command was given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mirror, "asked_url", lambda: url.format(here=tmp_path))
+    monkeypatch.setattr(mirror, "sync_url", lambda: url.format(here=tmp_path))
     with pytest.raises(InputError, match=message):
         train(tmp_path / "run", 1)
     assert list(tmp_path.iterdir()) == []

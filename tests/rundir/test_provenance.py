@@ -14,7 +14,7 @@ from rlhf_jax.rundir import fingerprint, fingerprint_path, lineage, read_provena
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention
 from rlhf_jax.rundir.outputs import changed_outputs, record_outputs
 from rlhf_jax.rundir.provenance import changed_content, changed_inputs, describe, write_provenance
-from rlhf_jax.rundir.resume import refuse_changes
+from rlhf_jax.rundir.resume import check_changes
 from rlhf_jax.storage.inputs import Input
 
 
@@ -178,7 +178,7 @@ def test_files_beside_a_checkpoint_are_part_of_the_input(name: str, tmp_path: Pa
     with pytest.raises(
         InputError, match=f"input 'policy': the content of {tmp_path}/sft/{name} is not what the run began"
     ):
-        refuse_changes(tmp_path / "ppo", now, "run.stage = 'ppo'\n", "is at step 2")
+        check_changes(tmp_path / "ppo", now, "run.stage = 'ppo'\n", "is at step 2")
 
 
 def test_a_record_without_such_files_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_the_model_under_adapters_is_part_of_the_input(tmp_path: Path) -> None:
     assert changed_inputs(tmp_path / "a") == changed_inputs(tmp_path / "b") == ["policy"]
     now = {"stage": "ppo", "seed": 3, "inputs": [describe(Input("policy", str(tmp_path / "lora")))]}
     with pytest.raises(InputError, match=f"input 'policy': the content of {tmp_path}/sft/model.json is not what"):
-        refuse_changes(tmp_path / "a", now, "run.stage = 'ppo'\n", "is at step 2")
+        check_changes(tmp_path / "a", now, "run.stage = 'ppo'\n", "is at step 2")
 
 
 @pytest.mark.parametrize(

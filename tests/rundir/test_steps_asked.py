@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.rundir.resume import refuse_place, refuse_steps
+from rlhf_jax.rundir.resume import check_run_place, check_steps
 
 
 def test_an_empty_directory_is_no_step_that_was_done(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "999").mkdir(parents=True)
-    refuse_steps(tmp_path, "run.steps = 3\n", 999)
+    check_steps(tmp_path, "run.steps = 3\n", 999)
     (tmp_path / "checkpoints" / "999" / "manifest.json").touch()
     with pytest.raises(InputError, match="already at step 999, asked for 3 "):
-        refuse_steps(tmp_path, "run.steps = 3\n", 999)
+        check_steps(tmp_path, "run.steps = 3\n", 999)
 
 
 def test_a_nul_in_the_path_is_named() -> None:
     with pytest.raises(InputError, match="cannot be stored under a path with"):
-        refuse_place(Path("/runs/a\0b"))
+        check_run_place(Path("/runs/a\0b"))
