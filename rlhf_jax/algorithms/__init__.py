@@ -1,4 +1,4 @@
-"""What an algorithm is made of, once: a frozen description, and one function that assembles models, state, jitted functions and
+"""One definition per algorithm: a frozen description, and one function that assembles models, state, jitted functions and
 data, from arrays (a run) or from shapes (a plan)."""
 
 from __future__ import annotations

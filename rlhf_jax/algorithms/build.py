@@ -1,4 +1,4 @@
-"""What a job is assembled from: arrays for a run, shapes for a plan."""
+"""The two ways to assemble a job: from arrays for a run, from shapes for a plan."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ SHAPES = Build(plan_model, plan_reward, init_abstract, False)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Where and how a job is assembled. steps: of the whole run, for schedules. rng: the key of initialisation. train_rng: the key
-    of the run. run_dir: where a date that a chat template writes is kept."""
+    """The settings with which a job is assembled.
+
+    steps: of the whole run, for schedules. rng: the key of initialisation. train_rng: the key of the run. run_dir: keeps the date
+    that
+    a chat template writes.
+    """
 
     mesh: Mesh
     steps: int

@@ -11,7 +11,7 @@ from rlhf_jax.models import Fold, Model, fold_of
 
 
 def check_fold(batch: BatchConfig, mesh: Mesh) -> None:
-    """Raises InputError for rows that shall be folded where the mesh splits their columns."""
+    """Check that rows are not folded over a mesh that splits their columns. Raises InputError otherwise."""
     if batch.folded and mesh.shape["sequence"] > 1:
         raise InputError("BatchConfig.folded: rows are not folded where MeshConfig.sequence splits them; remove one")
 
@@ -25,7 +25,9 @@ def row_fold(
     targets: np.ndarray | None = None,
     target_columns: int = 0,
 ) -> Fold | None:
-    """Return what `models.fold_of` says for rows with these lengths, int [rows], read in ``splits`` parts on the devices
-    of ``model``; None when ``batch`` is not ``folded``. Where columns are split over devices: `check_fold`."""
-    rows, left = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
-    return fold_of(lengths, rows, columns, targets, target_columns) if batch.folded and not left else None
+    """Return how `models.fold_of` pairs rows; None when ``batch`` is not ``folded``.
+
+    lengths: int [rows], read in ``splits`` parts on the devices of ``model``. A mesh that splits columns: see `check_fold`.
+    """
+    rows, remainder = divmod(len(lengths), splits * model.constrain.parts("act_batch"))
+    return fold_of(lengths, rows, columns, targets, target_columns) if batch.folded and not remainder else None

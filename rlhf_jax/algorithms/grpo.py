@@ -33,8 +33,10 @@ VIEW = StateView(subtree="params/policy", train=lambda state: state, with_train=
 
 @dataclasses.dataclass(frozen=True)
 class GRPO:
-    """What GRPO is made of: the parameters of `train_grpo`. batch.batch_size: responses of an iteration, ``samples`` of each
-    prompt. The rest as of `PPO`."""
+    """A description of GRPO: the parameters of `train_grpo`.
+
+    batch.batch_size: responses of an iteration, ``samples`` of each prompt. The other fields are those of `PPO`.
+    """
 
     policy: ModelSource
     batch: BatchConfig
@@ -86,7 +88,10 @@ class GRPO:
         prompts: PromptData | None = None,
         texts: TextRewards | None = None,
     ) -> RolloutJob:
-        """Return state and jitted functions for models that are loaded. ends: what ends a response, as `Roles.ends` gives it."""
+        """Return state and jitted functions for models that are loaded.
+
+        ends: the tokens and texts that end a response (`Roles.ends`).
+        """
         mesh, config = setting.mesh, self.grpo
         updates = config.epochs * config.minibatches
         optimizer = learn.make_optimizer(self.optimizer, setting.steps, updates, matrices=roles.matrices())

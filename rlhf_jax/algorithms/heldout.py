@@ -1,4 +1,4 @@
-"""The training objective on held-out data, and how well held-out comparisons are ranked."""
+"""The training objective and the accuracy of rankings on held-out data."""
 
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ def heldout_scores(
 
 
 def _summed(parts: Sequence[Terms]) -> Terms:
-    """Totals and weights added; coefficients are the same in every part."""
-    first, *others = parts
-    for terms in others:
-        first = {
-            name: Term(mine.total + terms[name].total, mine.weight + terms[name].weight, mine.coefficient)
-            for name, mine in first.items()
+    """Add totals and weights; coefficients are the same in every part."""
+    total, *remaining = parts
+    for terms in remaining:
+        total = {
+            name: Term(term.total + terms[name].total, term.weight + terms[name].weight, term.coefficient)
+            for name, term in total.items()
         }
-    return first
+    return total
 
 
 def loss_metrics(terms: Terms) -> dict[str, float | None]:
-    """What is recorded of a loss: ``heldout/loss``, the sum of coefficient * total / weight as in a training step over all
-    of the data at once, and when it has several terms each of them, before its coefficient. A term that nothing counts for
-    adds 0; None when nothing counts at all."""
+    """Return the metrics of a loss: ``heldout/loss``, and each term when there are several.
+
+    The loss is the sum of coefficient * total / weight, as of one training step over all of the data; a term is given without its
+    coefficient. A term with weight 0 adds 0; the loss is None when every weight is 0.
+    """
     numbers = jax.device_get(terms)
     means = {name: float(term.total) / float(term.weight) for name, term in numbers.items() if term.weight}
     loss = sum(float(numbers[name].coefficient) * mean for name, mean in means.items())
@@ -57,7 +59,7 @@ def loss_metrics(terms: Terms) -> dict[str, float | None]:
 
 
 def heldout_metrics(scores: np.ndarray, terms: Terms) -> Mapping[str, float | None]:
-    """What is recorded of comparisons. scores: [2, N]."""
+    """Return accuracy with its interval, and the loss, of comparisons. scores: float32 [2, N], chosen and rejected."""
     accuracy = pairwise_accuracy(*scores)
     return {
         "heldout/accuracy": accuracy.mean,

@@ -1,4 +1,4 @@
-"""Models as an experiment uses them: loaded on their shards, with adapters, written down so that the run can be loaded."""
+"""Models of an experiment: loaded onto their shards, with adapters, and described in the run directory so that it can be loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ from rlhf_jax.types import Params, Rng
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model ready to use. input: what provenance records (None for a new model); revision: its commit on the hub.
+    """A model ready to use.
+
+    input: its path in the provenance, None for a new model; revision: its commit on the hub.
 
     frozen: {}, or with adapters {"base": ...}; params are then the adapters and the scalar head (`models.lora`).
     generation: the generation config of the model's source (`io.read_generation`). template: of the conversations that it
@@ -66,39 +68,42 @@ class Loaded:
         return [] if self.input is None else [Input(name, self.input, self.revision)]
 
     def base(self, head: Head) -> Loaded:
-        """The frozen base of an adapted model by itself, under ``head``: the same arrays, no copy."""
+        """Return the frozen base of an adapted model under ``head``, with the same arrays."""
         model = dataclasses.replace(self.model, lora=None).with_head(head)
         return dataclasses.replace(self, model=model, params=self.frozen["base"], frozen={})
 
-    def template_difference(self, used: Form, *, responses: bool) -> str | None:
-        """Say how the model learned to write conversations otherwise than ``used``; None when it did not, when nothing says
-        how it learned, and when its source allows it (`ModelSource.other_template`).
+    def template_difference(self, form: Form, *, responses: bool) -> str | None:
+        """Describe how the conversations that the model was trained on differ from ``form``.
 
-        Of a model whose template is not known, chat templates are compared. responses: as in `data.form_difference`.
+        Returns None when they do not differ, when nothing says how it was trained, and when its source permits it
+        (`ModelSource.other_template`). Without a stored template the chat templates are compared. responses: as in
+        `data.form_difference`.
         """
         learned = self.template
-        if learned is None and used.template.style == "chat" and self.tokenizer.chat_template:
-            learned = used.template
+        if learned is None and form.template.style == "chat" and self.tokenizer.chat_template:
+            learned = form.template
         if not self.compared or learned is None:
             return None
-        return form_difference(Form(learned, self.tokenizer), used, responses=responses)
+        return form_difference(Form(learned, self.tokenizer), form, responses=responses)
 
     def check_template(
-        self, used: Form, *, responses: bool, remedy: str = "set ModelSource.other_template = True"
+        self, form: Form, *, responses: bool, remedy: str = "set ModelSource.other_template = True"
     ) -> None:
-        """Raises InputError when the model learned from conversations that are written otherwise than ``used``."""
-        if difference := self.template_difference(used, responses=responses):
+        """Check that the model was trained on conversations written as ``form``. Raises InputError otherwise."""
+        if difference := self.template_difference(form, responses=responses):
             raise InputError(
-                f"{self.input}: learned from conversations of another template than these are written with: {difference}; "
-                f"write these as it learned them, or {remedy}"
+                f"{self.input}: was trained on conversations of another template: {difference}; "
+                f"use the template that it was trained with, or {remedy}"
             )
 
-    def check_max_length(self, tokens: int, what: str) -> None:
-        """Raises InputError when sequences of ``tokens`` are longer than the model's max_length: rotary positions past
-        it give numbers, and nonsense. what: the keys that decide the length."""
+    def check_max_length(self, tokens: int, keys: str) -> None:
+        """Check that sequences of ``tokens`` fit the max_length of the model, beyond which rotary positions are meaningless.
+
+        keys: the gin keys that decide the length. Raises InputError otherwise.
+        """
         limit = self.model.config.max_length
         if tokens > limit:
-            raise InputError(f"{what}: sequences of {tokens} tokens; the model's max_length is {limit}")
+            raise InputError(f"{keys}: sequences of {tokens} tokens; the model's max_length is {limit}")
 
 
 def write_model_card(
@@ -127,9 +132,9 @@ def write_model_card(
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> None:
-    """Raises InputError for a tokenizer that the model cannot be trained with. It needs no padding token (`padding_id`).
+    """Check that the model can be trained with the tokenizer, which needs no padding token (`padding_id`).
 
-    path: of a model that exists; None for a new one, whose vocabulary can be chosen.
+    path: of an existing model; None for a new one, whose vocabulary can be chosen. Raises InputError otherwise.
     """
     if path is not None:
         check_vocabulary(tokenizer, config.vocab_size, path)
@@ -144,9 +149,10 @@ def check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, pat
 
 
 def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> Loaded:
-    """The model under ``head``, on its shards. A scalar head that the checkpoint lacks is drawn from ``rng`` (None: refused).
+    """Load the model under ``head`` onto its shards.
 
-    A reward model (head "scalar") that keeps reward_normalisation.json gets gain and bias folded into its head.
+    A scalar head that the checkpoint lacks is drawn from ``rng``, or refused when ``rng`` is None. Gain and bias of a reward model
+    (head "scalar") with reward_normalisation.json are folded into its head.
     """
     if source.config is not None:
         model = Model(source.config.replace(head=head), ActivationConstraint(mesh))
@@ -176,8 +182,11 @@ def load_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None) -> 
 
 
 def source_generation(config: ModelConfig, location: Location, path: str) -> dict[str, Any]:
-    """The generation config of a model's source. Raises InputError for end ids that the model does not have: it would never
-    stop there, and its export would be refused after the training."""
+    """Return the generation config of a model's source.
+
+    Raises InputError for end ids outside the vocabulary: sampling would never stop there, and the export would be refused after the
+    training.
+    """
     generation = read_generation(location)
     if outside := [end for end in end_ids(generation) if end >= config.vocab_size]:
         raise InputError(
@@ -188,7 +197,7 @@ def source_generation(config: ModelConfig, location: Location, path: str) -> dic
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
-    """Make ``source.pad_token``, when it is given, the padding token. Raises InputError for one outside the vocabulary."""
+    """Set ``source.pad_token`` as the padding token, when there is one. Raises InputError for one outside the vocabulary."""
     if source.pad_token is None:
         return
     if source.pad_token not in tokenizer.get_vocab():
@@ -197,8 +206,7 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> No
 
 
 def check_finite(params: Params, path: str, mesh: Mesh) -> None:
-    """Raises InputError for weights that are NaN or infinite, with the name of the first: whatever is sampled, scored or
-    trained with them is nothing."""
+    """Check that all weights are finite. Raises InputError with the name of the first array that is not."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     floats = [(name, leaf) for name, leaf in paths if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not floats:
@@ -216,21 +224,21 @@ def check_finite(params: Params, path: str, mesh: Mesh) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def _count_not_finite(leaves: list[jax.Array], everywhere: jax.sharding.Sharding) -> jax.Array:
     counts = jnp.stack([(~jnp.isfinite(leaf)).sum(dtype=jnp.float32) for leaf in leaves])
-    placed: jax.Array = jax.lax.with_sharding_constraint(counts, everywhere)
-    return placed
+    constrained: jax.Array = jax.lax.with_sharding_constraint(counts, everywhere)
+    return constrained
 
 
 def adapted(config: ModelConfig, source: ModelSource) -> ModelConfig:
-    """``config`` of a saved model with what ``source`` wants otherwise."""
+    """Return ``config`` of a saved model with the fields that ``source`` overrides."""
     chosen = {name: getattr(source, name) for name in ("compute_dtype", "remat", "logits_chunk", "attention")}
     return config.replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: Rng) -> Loaded:
-    """``loaded`` with fresh adapters to train, everything else frozen; itself when ``settings`` is None.
+    """Return ``loaded`` with fresh adapters to train and everything else frozen; ``loaded`` itself when ``settings`` is None.
 
-    The scalar head of a reward or value model is trained whole. Works on shapes too. Raises InputError for a new model
-    (shapes may be of one: a plan needs sizes alone).
+    The scalar head of a reward or value model is trained whole. Works on shapes too. Raises InputError for a new model, except for
+    shapes: a plan needs sizes alone.
     """
     if settings is None:
         return loaded
@@ -247,18 +255,17 @@ def with_adapters(loaded: Loaded, settings: LoraConfig | None, mesh: Mesh, rng: 
         return {name: tree for name, tree in adapters.items() if name != lora.HEAD}
 
     if planned:
-        drawn = jax.eval_shape(fresh, rng)
-        at = {name: lora.split(shardings)[1][name] for name in drawn}
+        shapes = jax.eval_shape(fresh, rng)
+        at = {name: lora.split(shardings)[1][name] for name in shapes}
         struct: Any = jax.ShapeDtypeStruct
-        adapters = jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), drawn, at)
+        adapters = jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), shapes, at)
     else:
         adapters = init_sharded(fresh, shardings, mesh, rng)
     return dataclasses.replace(loaded, model=model, params=adapters | trained, frozen={"base": base})
 
 
 def with_base_dtype(loaded: Loaded, settings: LoraConfig, mesh: Mesh) -> Loaded:
-    """``loaded``, which nothing trains, with its matrices as ``settings.base_dtype`` says; itself when they are so already.
-    Works on shapes too."""
+    """Return ``loaded``, which is not trained, with its matrices in ``settings.base_dtype``. Works on shapes too."""
     if not settings.int8 or loaded.model.int8:
         return loaded
     model = dataclasses.replace(loaded.model, int8=True)
@@ -270,14 +277,14 @@ def with_base_dtype(loaded: Loaded, settings: LoraConfig, mesh: Mesh) -> Loaded:
 
 
 def load_reward(source: ModelSource, mesh: Mesh) -> Loaded:
-    """A trained reward model. Raises InputError for one without a scalar head of its own: it would score at random."""
+    """Load a trained reward model. Raises InputError for one without a trained scalar head: it would score at random."""
     if source.config is not None:
         raise InputError("ModelSource.config: a new reward model scores at random; give path, a run of train_reward")
     return load_model(source, "scalar", mesh, None)
 
 
 def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = None) -> Loaded:
-    """As `load_model`, with ShapeDtypeStructs on their shards for parameters: nothing is read but headers, nothing drawn."""
+    """Return the model of `load_model` with shapes for parameters: only headers are read and nothing is drawn."""
     del rng
     generation: dict[str, Any] = {}
     if source.config is not None:
@@ -296,7 +303,7 @@ def plan_model(source: ModelSource, head: Head, mesh: Mesh, rng: Rng | None = No
 
 
 def plan_reward(source: ModelSource, mesh: Mesh) -> Loaded:
-    """As `load_reward`, see `plan_model`; a new model will do."""
+    """Return the reward model of `load_reward` with shapes for parameters; it may be new."""
     return plan_model(source, "scalar", mesh)
 
 

@@ -1,4 +1,4 @@
-"""The phases of a run: the jitted functions with their arguments and the work that they do. `plan` says what that costs."""
+"""The phases of a run: jitted functions with their arguments and their work, whose cost `plan` computes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlhf_jax.types import Rng
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one model does in one call of a phase.
+    """The work of one model in one call of a phase.
 
-    role: of the model. kind: "forward", "train" (forward and backward) or "decode" (sampling). rows: sequences. columns: of a
-    sequence; decode: of a prompt. read: columns at which the head is read; decode: tokens that are sampled at most. parts: how
-    many parts the rows are read in, one after another. summed: whether gradients of several parts are added up. slots: of the
-    sampler, 0 = one for each row. mesh: where it happens, None = the mesh of the run.
+    role: of the model. kind: "forward", "train" (forward and backward) or "decode" (sampling). rows: number of sequences. columns:
+    sequence length; for decode the prompt length. read: columns at which the head is evaluated; for decode the largest response
+    length. parts: microbatches, one after another. summed: whether gradients of several parts are added. slots: of the sampler, 0 =
+    one for each row. mesh: None = the mesh of the run.
     """
 
     role: str
@@ -40,9 +40,10 @@ class Work:
 class Phase:
     """One jitted function of a run, with shapes for its arguments.
 
-    resident: everything that stays in device memory meanwhile, by kind, whether the phase reads it or not. tokens: that one pass
-    of a call reads or writes, padding included. passes: how often a call does its work (epochs). looped: the state is carried
-    through a loop inside the program.
+    resident: everything in device memory during the phase, by kind, whether the phase reads it or not. tokens: read or written by
+    one pass, padding included. passes: how often a call does its work (epochs). looped: the state is carried through a loop inside
+    the
+    program.
     """
 
     name: str
@@ -68,7 +69,7 @@ def token_batch_shape(mesh: Mesh, *rows: int, length: int) -> TokenBatch:
 
 
 def prompt_batch_shape(mesh: Mesh, rows: int, length: int) -> PromptBatch:
-    """Return the shapes of what `data.prompt_batches` makes."""
+    """Return the shapes of a batch of `data.prompt_batches`."""
     numbers = row_shape(mesh, jnp.int32, rows)
     flags = row_shape(mesh, jnp.bool_, rows, length)
     return PromptBatch(row_shape(mesh, jnp.int32, rows, length), flags, numbers, numbers)
@@ -81,6 +82,6 @@ def rng_shape() -> Rng:
 
 
 def shapes_of_rows(mesh: Mesh, function: Any, *arguments: Any) -> Any:
-    """Return the shapes of what ``function`` gives for these shapes; every output has rows of the batch first."""
-    made = jax.eval_shape(function, *arguments)
-    return abstract_arrays(made, jax.tree.map(lambda _: batch_sharding(mesh), made))
+    """Return the shapes of the outputs of ``function``, each of which has the rows of the batch first."""
+    shapes = jax.eval_shape(function, *arguments)
+    return abstract_arrays(shapes, jax.tree.map(lambda _: batch_sharding(mesh), shapes))

@@ -40,11 +40,15 @@ VIEW = StateView(
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """What PPO is made of: the parameters of `train_ppo`. prompts: None in a plan of sizes alone. Exactly one of reward (a model;
-    the value model starts from it) and reward_texts (its ``reward_key`` is the score). monitor: scores of the texts that are logged
-    and not trained on. share_trunk: the value head stands on the policy's trunk. rollout_mesh: the run's devices in another shape,
-    for sampling. offload_optimizer: its state lies with the hosts but for updates. one_step_off: the next rollout is sampled while
-    texts are judged, by the policy before the update."""
+    """A description of PPO: the parameters of `train_ppo`.
+
+    prompts: None in a plan. reward, reward_texts: exactly one; a reward model, from which the value model starts, or a function of
+    texts whose ``reward_key`` is the score. monitor: scores of texts that are logged and not trained on. share_trunk: put the value
+    head on the policy's trunk. rollout_mesh: the run's devices in another shape, for sampling. offload_optimizer: keep the
+    optimizer
+    state in host memory during rollouts. one_step_off: sample the next rollout with the policy before the update, while texts are
+    judged.
+    """
 
     policy: ModelSource
     batch: BatchConfig
@@ -93,7 +97,10 @@ class PPO:
         prompts: PromptData | None = None,
         texts: TextRewards | None = None,
     ) -> RolloutJob:
-        """Return state and jitted functions for models that are loaded. ends: what ends a response, as `Roles.ends` gives it."""
+        """Return state and jitted functions for models that are loaded.
+
+        ends: the tokens and texts that end a response (`Roles.ends`).
+        """
         mesh, config = setting.mesh, self.ppo
         optimizer = self._optimizer(setting.steps, roles)
 
@@ -124,9 +131,9 @@ class PPO:
             loss = lora.on_adapters(self._loss(scoring.folded(roles.models, fold)), None)
             train_step = learn.make_train_step(loss, optimizer, microbatches=self.batch.microbatches)
             train, metrics = learn.update(train_step, state.train, batch, rng, config, frozen)
-            now = state.kl_coefficient
-            following = learn.next_kl_coefficient(config, now, measured["kl"].value(), self.batch.batch_size)
-            return learn.PPOState(train, following), metrics | {"kl_coefficient": now}
+            coefficient = state.kl_coefficient
+            following = learn.next_kl_coefficient(config, coefficient, measured["kl"].value(), self.batch.batch_size)
+            return learn.PPOState(train, following), metrics | {"kl_coefficient": coefficient}
 
         return make_rollout_job(
             self,
@@ -142,7 +149,7 @@ class PPO:
         )
 
     def _optimizer(self, steps: int, roles: Roles) -> optax.GradientTransformation:
-        """One optimizer for the policy's leaves, one for the value model's."""
+        """Return one optimizer for the leaves of the policy and another for those of the value model."""
         updates, matrices = self.ppo.epochs * self.ppo.minibatches, roles.matrices()
         configs = {"policy": self.policy_optimizer, "value": self.value_optimizer}
         optimizers = {

@@ -32,7 +32,7 @@ class PromptData:
 def read_prompts(
     setting: Setting, algorithm: RolloutAlgorithm, roles: Roles, samples: int
 ) -> tuple[PromptData | None, data.Template]:
-    """(prompts encoded and batched, ``samples`` rows of each; None for shapes, their template)."""
+    """Return (the prompts, encoded and batched with ``samples`` rows each; their template). The prompts are None in a plan."""
     batch, source = algorithm.batch, algorithm.prompts
     columns = batch.length + algorithm.sampling.max_new_tokens
     limit = "BatchConfig.length + SamplingConfig.max_new_tokens"

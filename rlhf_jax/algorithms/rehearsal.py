@@ -1,4 +1,4 @@
-"""One step of an algorithm tried out, for the checks before a run."""
+"""A rehearsal: one step of an algorithm, run for the checks of the doctor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from rlhf_jax.types import LossFn, Mean, Params
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """What is checked of encoded data. documents: token sequences that are learned from, None where prompts are only sampled
-    to: prompts holds their tokens. left_out: records that were too long. length: columns of a row. heldout: how many records are
-    held out, None where there is no such side; note: what that means. examples, examples_a_step: rows in all, and of a step."""
+    """Facts about encoded data that the doctor checks.
+
+    documents: token sequences to train on; None for an algorithm that samples, whose tokens are in prompts. left_out: records that
+    were
+    too long. length: columns of a row. heldout: number of held-out records, None where there is no held-out split; note: its
+    consequence. examples, examples_a_step: rows in all and of a step.
+    """
 
     template: Template
     examples: int
@@ -31,7 +35,7 @@ class DataFacts:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutFacts:
-    """What is checked of one rollout. limits: PPOConfig or GRPOConfig."""
+    """Facts about one rollout that the doctor checks. limits: PPOConfig or GRPOConfig."""
 
     metrics: Mapping[str, Mean]
     limits: Any
@@ -44,8 +48,12 @@ Gradient = tuple[LossFn, Params, Any, Params, int]
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """step: run one more optimizer step and return its metrics. state: the state now. text_scores: what rewards of texts said, by
-    the parameter of the run; keys: the score among them that counts. gradient: None where adapters train (their base is frozen)."""
+    """One step of an algorithm and what it measured.
+
+    step: run one more optimizer step and return its metrics. state: return the current state. text_scores: scores of text rewards
+    by
+    parameter of the run; keys: the score among them that is trained on. gradient: None with adapters, whose base is frozen.
+    """
 
     step: Callable[[], Mapping[str, Any]]
     state: Callable[[], Any]

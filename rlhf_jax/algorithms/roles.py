@@ -22,9 +22,14 @@ from rlhf_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """policy, reward: as they were loaded. models: by role. trainable: the parameters {"policy"[, "value"]}. frozen: those of
-    "reference" and "reward" where there are such, with adapters also {"base": {"policy"[, "value"]}}, of which the policy's is the
-    reference itself and the value's the reward model's trunk."""
+    """The models of a run by role.
+
+    policy, reward: as they were loaded. models: by role. trainable: parameters by role, {"policy"[, "value"]}. frozen: parameters
+    of
+    "reference" and "reward" where they exist; with adapters also {"base": {"policy"[, "value"]}}, where the base of the policy is
+    the
+    reference itself and the base of the value model is the trunk of the reward model.
+    """
 
     policy: Loaded
     reward: Loaded | None
@@ -39,7 +44,7 @@ class Roles:
 
     @property
     def inputs(self) -> list[Input]:
-        """What the run reads, for its provenance."""
+        """The inputs of the run, for its provenance."""
         return [entry for role, model in self.loaded.items() for entry in model.as_inputs(role)]
 
     def without_trainable(self) -> Roles:
@@ -48,27 +53,30 @@ class Roles:
         return dataclasses.replace(self, policy=self.policy.without_params(), trainable=trainable)
 
     def check_template(self, template: Template) -> None:
-        """Raises InputError when policy or reward model learned from conversations that ``template`` writes otherwise."""
-        used = Form(template, self.policy.tokenizer)
-        for role, model in self.loaded.items():
-            model.check_template(used, responses=role == "reward")
+        """Check that policy and reward model were trained on conversations as ``template`` writes them.
 
-    def check_max_length(self, tokens: int, what: str) -> None:
-        """As `Loaded.check_max_length`, for every model (a value model is as long as what it started from)."""
+        Raises InputError otherwise.
+        """
+        form = Form(template, self.policy.tokenizer)
+        for role, model in self.loaded.items():
+            model.check_template(form, responses=role == "reward")
+
+    def check_max_length(self, tokens: int, keys: str) -> None:
+        """Check the length of sequences for every model (`Loaded.check_max_length`)."""
         for model in self.loaded.values():
-            model.check_max_length(tokens, what)
+            model.check_max_length(tokens, keys)
 
     def shardings(self, mesh: Mesh) -> Params:
-        """Return the shardings of what is trained."""
+        """Return the shardings of the trainable parameters."""
         owners = {role: self.models[role] for role in self.trainable}
         return {role: tree_shardings(owner.abstract(), owner.logical_axes(), mesh) for role, owner in owners.items()}
 
     def matrices(self) -> Params:
-        """Return `Model.matrices` of what is trained."""
+        """Return `Model.matrices` of the trainable parameters."""
         return {role: self.models[role].matrices() for role in self.trainable}
 
     def ends(self, template: Template, stop_strings: Any) -> dict[str, Any]:
-        """Return what ends a response, as the sampler takes it."""
+        """Return the tokens and texts that end a response, as the sampler takes them."""
         size = self.models["policy"].config.vocab_size
         return sampler_ends(self.policy.tokenizer, template, stop_strings, size, self.policy.generation)
 

@@ -1,4 +1,4 @@
-"""The policy laid out for sampling, on the run's devices in another shape."""
+"""A copy of the policy for sampling, on the run's devices in another mesh shape."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlhf_jax.types import Params
 
 
 def rollout_copy(model: Model, params: Params, mesh: Mesh) -> tuple[Model, Params]:
-    """The model and its parameters as they lie on ``mesh``, matrices in the dtype they are multiplied in: call it under jit.
+    """Return the model and its parameters on ``mesh``, matrices in the dtype of their products. Call it under jit.
 
     Parameters that training splits over fsdp would be gathered for every token; here they are gathered once a rollout.
-    The dtype is the one every product casts to anyway, so tokens and log-probabilities stay the same.
+    The dtype is the one that every product casts to anyway, so tokens and log-probabilities stay the same.
     """
-    here = model.constrain.mesh if isinstance(model.constrain, ActivationConstraint) else mesh
-    stops = [stop for stop in (mesh_between(here, mesh), mesh) if stop is not None]
+    training_mesh = model.constrain.mesh if isinstance(model.constrain, ActivationConstraint) else mesh
+    stops = [stop for stop in (mesh_between(training_mesh, mesh), mesh) if stop is not None]
     model = dataclasses.replace(model, constrain=ActivationConstraint(mesh))
     shardings = [tree_shardings(model.abstract(), model.logical_axes(), stop) for stop in stops]
 

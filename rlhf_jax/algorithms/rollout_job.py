@@ -59,7 +59,7 @@ class Update(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StateView:
-    """Where the state of an algorithm keeps its parts.
+    """Access to the parts of an algorithm's state.
 
     subtree: the path of the policy's parameters in a checkpoint. train: return the `TrainState` inside a state. with_train: return
     the state with another `TrainState`. extra: return the further arguments of ``prepare`` that the state holds.
@@ -126,21 +126,21 @@ class RolloutJob:
 
     @property
     def frozen(self) -> Params:
-        """Parameters that nothing trains."""
+        """The parameters that are not trained."""
         return self.roles.frozen
 
     @property
     def inputs(self) -> list[Input]:
-        """What the run reads, for its provenance."""
+        """The inputs of the run, for its provenance."""
         return [*self.roles.inputs, *([] if self.data is None else self.data.records.as_inputs())]
 
     def check(self, evaluate_every: int) -> None:
-        """Raises InputError for a loop that evaluates: there is no held-out objective."""
+        """Check that the loop does not evaluate: there is no held-out objective. Raises InputError otherwise."""
         if evaluate_every:
             raise InputError(f"LoopConfig.evaluate_every = {evaluate_every!r}: has no effect here; remove it")
 
     def begin(self, directory: Path) -> None:
-        """Say what was left out of the prompts, and write what makes the run directory a model."""
+        """Report skipped prompts, and write the files that make the run directory a model."""
         assert self.data is not None and self.rollouts is not None
         policy, records = self.roles.policy, self.data.records
         report_skipped(records, self.data.encoded, self.data.dropped, policy.tokenizer)
@@ -175,38 +175,40 @@ class RolloutJob:
         return self.view.train(state).params
 
     def score_fold(self, responses: Completions) -> Fold | None:
-        """How the scorer reads rows of these lengths. responses: numpy."""
+        """Return how the scorer folds rows of these lengths. responses: numpy."""
         return row_fold(self.algorithm.batch, self.models["policy"], 1, *row_lengths(responses))
 
     def update_fold(self, responses: Completions) -> Fold | None:
-        """How the update reads rows of these lengths."""
+        """Return how the update folds rows of these lengths. responses: numpy."""
         splits = self.limits.minibatches * self.algorithm.batch.microbatches
         return row_fold(self.algorithm.batch, self.models["policy"], splits, *row_lengths(responses))
 
     def judge(self, responses: Completions) -> TextScores:
-        """Return what the hosts say of the texts of these responses (numpy)."""
+        """Return the scores of the texts of these responses (numpy)."""
         assert self.texts is not None and self.data is not None
         return self.texts(responses, self.data.encoded.records, self.roles.policy.tokenizer)
 
     def place(self, scores: TextScores) -> tuple[dict[str, jax.Array], jax.Array]:
         """Return the scores of texts, and which responses have one, on the devices."""
         host: Any = (dict(scores.scores), scores.scored)
-        placed: tuple[dict[str, jax.Array], jax.Array] = to_global(host, self.mesh)
-        return placed
+        arrays: tuple[dict[str, jax.Array], jax.Array] = to_global(host, self.mesh)
+        return arrays
 
     def update_key(self, step: int) -> Rng:
-        """The key that orders the update's minibatches."""
+        """Return the key that orders the minibatches of the update."""
         return step_keys(self.rng, step)[1]
 
     def cost(self, responses: Completions) -> dict[str, Any]:
-        """Return the sampled tokens, and the share of the sampler's slots that was of use, for the timing of a step."""
+        """Return the number of sampled tokens and the utilisation of the sampler's slots, for the timing of a step."""
         tokens = int(responses.mask.sum())
         assert responses.slot_steps is not None
         return {"tokens": tokens, "timing": {"slot_use": tokens / int(responses.slot_steps.sum())}}
 
     def check_numbers(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Raises RunStopped when sampler, scorer and update contradict each other, so that nothing of the iteration is saved; warns
-        of a negative KL and of rewards without spread."""
+        """Check that sampler, scorer and update agree, before anything of the iteration is saved.
+
+        Warns of a negative KL and of rewards without spread. Raises RunStopped when they contradict each other.
+        """
         assert self.rollouts is not None
         stale = self.rollouts.stale
         learn.stop_if_sampler_differs(step, values.get("sampler_gap"), self.limits, stale=stale)
@@ -217,7 +219,7 @@ class RolloutJob:
     # ---- checks before a run
 
     def data_facts(self) -> DataFacts:
-        """Return what is checked of the prompts."""
+        """Return the facts about the prompts that the doctor checks."""
         assert self.data is not None
         shape, rows = self.data, self.data.rows
         return DataFacts(
@@ -289,7 +291,10 @@ def make_rollout_job(
     prompts: PromptData | None,
     texts: TextRewards | None,
 ) -> RolloutJob:
-    """Return the job of an iteration's functions over a state. ends: as `Roles.ends` returns it. prompts, texts: None in a plan."""
+    """Return the job of an iteration's functions over a state.
+
+    ends: the tokens and texts that end a response (`Roles.ends`). prompts, texts: None in a plan.
+    """
     mesh, rng = setting.mesh, setting.train_rng
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     generate = make_generate(roles, algorithm, mesh, ends)

@@ -1,5 +1,8 @@
-"""The rollouts of PPO and GRPO, one an iteration; with one_step_off each is sampled while the texts of the one before it are
-judged on the hosts, by the policy before that one's update."""
+"""The rollouts of PPO and GRPO, one an iteration.
+
+With one_step_off, a rollout is sampled by the policy before the update of the preceding one, while the hosts judge the preceding
+texts.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,19 @@ from rlhf_jax.types import Completions, Params, Rng
 
 @struct.dataclass
 class Ahead:
-    """What a checkpoint of a run with one_step_off holds. state: as without. completions: the next iteration's rollout, which
-    the policy that sampled it is gone for: a resumed run could not sample it again."""
+    """The content of a checkpoint of a run with one_step_off.
+
+    state: as without. completions: the rollout of the next iteration. A resumed run could not sample it again, because the policy
+    that
+    sampled it no longer exists.
+    """
 
     state: Any
     completions: Completions
 
 
 class Correction(Protocol):
-    """What is read of PPOConfig and GRPOConfig."""
+    """The fields of PPOConfig and GRPOConfig that correct for samples of an older policy."""
 
     @property
     def importance(self) -> Any: ...
@@ -37,22 +44,26 @@ class Correction(Protocol):
 
 
 def step_keys(rng: Rng, step: int) -> Rng:
-    """(key to sample with, key that orders the update's minibatches) of an iteration. rng: the run's."""
+    """Return the keys of an iteration: (for sampling, for the order of the minibatches). rng: the run's key."""
     return jax.random.split(jax.random.fold_in(rng, step))
 
 
-def row_lengths(replies: Completions) -> tuple[np.ndarray, int, np.ndarray, int]:
-    """(tokens of each row, columns of a row, tokens of each response, columns of a response): what `BatchConfig.fold` needs.
-    replies: numpy."""
-    mask, prompts = np.asarray(replies.mask), np.asarray(replies.prompts.mask)
+def row_lengths(completions: Completions) -> tuple[np.ndarray, int, np.ndarray, int]:
+    """Return (tokens of each row, columns of a row, tokens of each response, columns of a response) for `folds.row_fold`.
+
+    completions: numpy.
+    """
+    mask, prompts = np.asarray(completions.mask), np.asarray(completions.prompts.mask)
     new, most = mask.sum(axis=1), mask.shape[1]
     return prompts.sum(axis=1) + new, prompts.shape[1] + most, new, most
 
 
 class Rollouts:
-    """Draws prompts and samples. stale: the rollout taken last is of an older policy than the present one.
+    """A source of rollouts, which draws prompts and samples.
 
-    generate: (params, frozen, prompts, rng) -> Completions. rng: the run's key. params: what is trained, for its shapes.
+    stale: whether an older policy sampled the last rollout. generate: (params, frozen, prompts, rng) -> Completions. rng: the
+    run's key.
+    params: trained parameters, for their shapes.
     """
 
     def __init__(
@@ -74,9 +85,11 @@ class Rollouts:
 
     def _shapes(self, params: Params) -> Completions:
         before = self._batches.get_state()
-        made = jax.eval_shape(self._generate, params, self._frozen, next(self._batches), self._rng)
+        completions = jax.eval_shape(self._generate, params, self._frozen, next(self._batches), self._rng)
         self._batches.set_state(before)
-        shapes: Completions = abstract_arrays(made, jax.tree.map(lambda _: batch_sharding(self._mesh), made))
+        shapes: Completions = abstract_arrays(
+            completions, jax.tree.map(lambda _: batch_sharding(self._mesh), completions)
+        )
         return shapes
 
     def _sample(self, step: int, params: Params) -> Completions:
@@ -84,40 +97,46 @@ class Rollouts:
         return self._generate(params, self._frozen, prompts, step_keys(self._rng, step)[0])
 
     def take(self, step: int, params: Params) -> Completions:
-        """The rollout of ``step``: what `begin` sampled, else sampled now. Waits for it."""
+        """Return the rollout of ``step``: the one that `begin` sampled, else a new one. Waits for the devices."""
         self.stale = self._next is not None
-        found = self._sample(step, params) if self._next is None else self._next
+        completions = self._sample(step, params) if self._next is None else self._next
         self._next = None
-        jax.block_until_ready(found)
-        return found
+        jax.block_until_ready(completions)
+        return completions
 
     def begin(self, step: int, params: Params) -> None:
-        """With one_step_off the devices begin the rollout of ``step``; does not wait for them."""
+        """Start the rollout of ``step`` with one_step_off, without waiting for the devices; do nothing without it."""
         if self.one_step_off:
             self._next = self._sample(step, params)
 
     def packed(self, state: Any) -> Any:
-        """``state`` as it is saved: with one_step_off `Ahead`, with shapes for a rollout that is not there yet."""
+        """Return ``state`` as a checkpoint holds it: with one_step_off an `Ahead`.
+
+        Shapes stand in place of a rollout that is not sampled yet.
+        """
         if not self.one_step_off:
             return state
         return Ahead(state, self._shape if self._next is None else self._next)
 
     def unpacked(self, saved: Any, *, keep: bool) -> Any:
-        """The state of what `packed` gave or a checkpoint of that. keep: go on with its rollout; else the next one is of the
-        policy that then is (at a run's beginning, and after a rollback, whose prompts are passed over)."""
+        """Return the state inside the result of `packed` or of its checkpoint.
+
+        keep: continue with its rollout; otherwise the next rollout is sampled by the policy of its iteration (at the start of a
+        run, and
+        after a rollback, whose prompts are skipped).
+        """
         if not self.one_step_off:
             return saved
         self._next = saved.completions if keep else None
         return saved.state
 
     def within(self, subtree: str) -> str:
-        """Where a part of the state, ``subtree``, lies in a checkpoint."""
+        """Return the path in a checkpoint of ``subtree``, a part of the state."""
         return f"state/{subtree}" if self.one_step_off else subtree
 
 
 def check_one_step_off(one_step_off: bool, algorithm: Correction, texts: TextRewards) -> None:
-    """Raises InputError for one_step_off without a correction for samples of an older policy, or without anything to
-    overlap."""
+    """Check that one_step_off corrects for samples of an older policy and has something to overlap. Raises InputError otherwise."""
     if not isinstance(one_step_off, bool):
         raise InputError(f"run.one_step_off = {one_step_off!r}: give True or False")
     if not one_step_off:

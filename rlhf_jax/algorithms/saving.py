@@ -1,4 +1,4 @@
-"""What a job needs of the open run that saves its state."""
+"""The interface of the open run that saves the state of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions scored with the models of PPO and GRPO, a mapping by role: log-probabilities, values, model rewards."""
+"""Scoring completions with the models of PPO and GRPO: log-probabilities, values and rewards of models."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ Models = Mapping[str, Model]
 
 
 def folded(models: Models, fold: Fold | None) -> dict[str, Model]:
-    """Return the models reading rows so (`Model.folded`)."""
+    """Return the models with rows folded so (`Model.folded`)."""
     return {role: model.folded(fold) for role, model in models.items()}
 
 
 def policy_and_values(
     models: Models, params: Mapping[str, Params], completions: Completions, *, temperature: float
 ) -> tuple[Array, Array, Array]:
-    """(logprobs, entropy, values), float32 [B, T] each. Values are NOT masked (conventions differ in where they count):
-    after the column behind the last response token, the first that could see the whole response, its value is repeated,
-    because padding has no state of its own (Ziegler et al. 2019 copy the last real state there)."""
+    """Return (logprobs, entropy, values), float32 [B, T] each.
+
+    Values are not masked, because conventions differ in where they count. The column after the last response token is the first
+    that
+    sees the whole response; its value is repeated in later columns, because padding has no state of its own (Ziegler et al. 2019
+    copy
+    the last real state there). Raises InputError for a value model without parameters.
+    """
     hidden = response_hidden(models["policy"], params["policy"], completions)
     logprobs, entropy = response_logprobs(
         models["policy"], params["policy"], hidden, completions, temperature=temperature
@@ -56,7 +61,7 @@ def score(
     temperature: float,
     sampler_logprobs: bool = False,
 ) -> Scored:
-    """Return what the models say of completions, at the sampling temperature. Pure; jit with models and temperature static.
+    """Score completions with every model, at the sampling temperature. Pure; jit with models and temperature static.
 
     models, params: by role. sampler_logprobs: take the policy's log-probabilities from the sampler instead of a pass of their
     own; under jit that pass then does not exist, unless the policy's trunk carries the values. Raises InputError for a role

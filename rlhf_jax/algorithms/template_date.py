@@ -1,6 +1,6 @@
-"""The date that a chat template writes: one for a whole run, kept with its model.
+"""The date that a chat template writes: one for a whole run, stored with its model.
 
-Templates that write "Today Date: 30 Nov 2026" would make other texts every day, and no run could go on after midnight.
+A template that writes "Today Date: 30 Nov 2026" renders other texts every day, so that no run could be resumed after midnight.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def with_date(records: Records, loaded: Loaded, run_dir: str | Path) -> Records:
     if template.date is not None or not writes_date(loaded.tokenizer, template):
         return records
     model = None if loaded.input is None else read_template(locate(loaded.input).path)
-    dates = (kept.date for kept in (_kept(Path(run_dir).expanduser()), model) if kept is not None)
+    dates = (source.date for source in (_run_template(Path(run_dir).expanduser()), model) if source is not None)
     date = next((date for date in dates if date is not None), None) or _today()
     return dataclasses.replace(records, template=dataclasses.replace(template, date=date))
 
 
 def keep_date(directory: Path, template: Template) -> None:
-    """Keep the date of a program that makes no model, which would keep it, in template.json."""
+    """Write the date to template.json, for a program that makes no model that would store it."""
     if template.date is not None and not (directory / TEMPLATE).is_file():
         write_atomically(directory / TEMPLATE, json.dumps(dataclasses.asdict(template), indent=2) + "\n")
 
 
-def _kept(run_dir: Path) -> Template | None:
-    """The template of a run that goes on, also of one that only --sync has so far."""
+def _run_template(run_dir: Path) -> Template | None:
+    """Return the template of a run that is resumed, also of one that only --sync has so far; None for a new run."""
     template, url = read_template(run_dir), sync_url()
     if template is not None or url is None or not is_remote(url):
         return template
@@ -53,5 +53,5 @@ def _kept(run_dir: Path) -> Template | None:
 
 
 def _today() -> str:
-    """The date on the first process's clock."""
+    """Return the date on the clock of the first process."""
     return datetime.date.fromordinal(agreed(datetime.date.today().toordinal())).isoformat()

@@ -1,4 +1,4 @@
-"""Rewards that come from texts."""
+"""Rewards and monitors that score texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ AnyReward = Reward | RewardSource
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
-    """What the hosts say of a rollout's texts.
+    """The scores of the texts of a rollout.
 
-    scores: {name: float32 [B]}, 0 where scoring failed; {} when only models score. scored: bool [B], which could be scored.
-    metrics: what to report beside: ``monitor/NAME``, means of the monitor's scores, and how many responses could not be
+    scores: {name: float32 [B]}, 0 where scoring failed; {} when only models score. scored: bool [B], whether a response could be
     scored.
+    metrics: ``monitor/NAME``, means of the monitor's scores, and the number of responses that could not be scored.
     """
 
     scores: Mapping[str, np.ndarray]
@@ -33,8 +33,10 @@ class TextScores:
 
 @dataclasses.dataclass(frozen=True)
 class TextRewards:
-    """What the hosts make of responses as texts. rewards: its ``key`` is the score, None: a model gives it. monitor: scores
-    that are logged and not trained on."""
+    """The text reward and the monitor of a run.
+
+    rewards: its ``key`` is the score; None when a model scores. monitor: scores that are logged and not trained on.
+    """
 
     rewards: CheckedReward | None
     key: str
@@ -42,7 +44,10 @@ class TextRewards:
 
     @classmethod
     def beside(cls, model: Any, rewards: AnyReward | None, key: str, monitor: AnyReward | None) -> TextRewards:
-        """Raises InputError unless exactly one of ``model`` (the reward model's source) and ``rewards`` is given."""
+        """Open reward and monitor.
+
+        model: the source of the reward model. Raises InputError unless there is one of model and rewards.
+        """
         if (model is None) == (rewards is None):
             raise InputError("run.reward, run.reward_texts: give exactly one")
         return cls(
@@ -62,20 +67,20 @@ class TextRewards:
         return self.rewards is not None or self.monitor is not None
 
     def columns(
-        self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+        self, completions: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, dict[str, Scores]]:
-        """Return every score of ``reward_texts`` and ``monitor`` under these names. replies: numpy. records: the prompts.
+        """Return every score of ``reward_texts`` and ``monitor`` under these names. completions: numpy. records: the prompts.
 
-        Raises InputError for answers that are no scores, RunStopped when no response could be scored.
+        Raises InputError for values that are not scores, RunStopped when no response could be scored.
         """
         if not self.read_texts:
             return {}
-        responses = data.responses(replies, records, tokenizer)
+        responses = data.responses(completions, records, tokenizer)
         scorers = {"reward_texts": self.rewards, "monitor": self.monitor}
         return {name: dict(scorer(responses)) for name, scorer in scorers.items() if scorer is not None}
 
     def chosen(self, columns: Mapping[str, Mapping[str, Scores]], rows: int) -> TextScores:
-        """Return the scores that count, and what to report beside them. rows: responses."""
+        """Return the scores to train on, and the metrics to report. rows: number of responses."""
         scores: dict[str, np.ndarray] = {}
         scored = np.ones(rows, np.bool_)
         metrics: dict[str, Any] = {}
@@ -90,6 +95,8 @@ class TextRewards:
             metrics["monitor_failed"] = failed
         return TextScores(scores, scored, metrics)
 
-    def __call__(self, replies: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> TextScores:
-        """Return what the hosts say of these responses (numpy); raises as `columns`."""
-        return self.chosen(self.columns(replies, records, tokenizer), len(replies.ended))
+    def __call__(
+        self, completions: Completions, records: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+    ) -> TextScores:
+        """Score these responses (numpy). Raises as `columns` does."""
+        return self.chosen(self.columns(completions, records, tokenizer), len(completions.ended))
