@@ -1,4 +1,4 @@
-"""Programs refuse a model that learned from conversations of another template than their data is written with."""
+"""Programs refuse a model that was trained on conversations of another template than their data."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Pat
     policy, judge = loaded(tmp_path / "policy", CHAT), loaded(tmp_path / "reward", PLAIN, "scalar")
     roles(policy, None).check_template(CHAT)
     with pytest.raises(
-        InputError, match="reward: learned from .* another template .*style was 'plain', is 'chat'.*or set"
+        InputError, match="reward: was trained on .* another template .*style was 'plain', is 'chat'.*or set"
     ):
         roles(policy, judge).check_template(CHAT)
-    with pytest.raises(InputError, match="policy: learned from .*set ModelSource.other_template = True"):
+    with pytest.raises(InputError, match="policy: was trained on .*set ModelSource.other_template = True"):
         roles(policy, judge).check_template(PLAIN)
     allowed = loaded(tmp_path / "reward", PLAIN, "scalar", other_template=True)
     roles(policy, allowed).check_template(CHAT)
@@ -57,7 +57,7 @@ def test_models_that_say_nothing_are_compared_by_chat_template(tmp_path: Path) -
         roles(policy, judge).check_template(template)
     other = loaded(tmp_path / "other", None, "scalar", CHATML.replace("<|eos|>", "<|pad|>"))
     roles(policy, other).check_template(PLAIN)  # nothing says how it learned
-    with pytest.raises(InputError, match="other: learned from .* the chat templates differ: it learned"):
+    with pytest.raises(InputError, match="other: was trained on .* the chat templates differ: it learned"):
         roles(policy, other).check_template(CHAT)
 
 
