@@ -1,7 +1,7 @@
 """Batches that the data pipeline hands to the devices, as numpy arrays or as arrays of jax.
 
 This module does not import jax: `types` registers the classes as pytrees. Letters in shapes: ``B`` rows of a batch, ``P`` prompt
-columns (left-padded), ``T`` response columns (right-padded), ``S`` columns of a whole sequence.
+columns (left-padded), ``T`` response columns (right-padded), ``S`` columns of a whole sequence, ``K`` rows of a group.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int32
@@ -39,12 +41,37 @@ class TokenBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class PairBatch(_Batch):
-    """Comparisons: row i of ``chosen`` was preferred to row i of ``rejected``. margin: float32 [B] (0 when unknown)."""
+class RankedBatch(_Batch):
+    """Groups of K responses to the same prompt, ranked. Every array has the group first: microbatches are cut over B, never
+    through a group. A pair is K = 2: k = 0 was preferred to k = 1.
 
-    chosen: TokenBatch
-    rejected: TokenBatch
+    rows: arrays of shape [B, K, S].
+    mask: bool [B, K], False for rows that only fill up a group or a batch.
+    label: float32 [B, K], rank, rating or probability, higher is better, equal labels are ties; of a pair 1 and 0.
+    margin: float32 [B], by how much the best response is better (0 when unknown).
+    weight: float32 [B], what the group counts in the loss.
+    """
+
+    rows: TokenBatch
+    mask: Bool[Array, "B K"]
+    label: Float[Array, "B K"]
     margin: Float[Array, "B"]  # noqa: F821  (jaxtyping axis name)
+    weight: Float[Array, "B"]  # noqa: F821
+
+    @classmethod
+    def of_pairs(cls, chosen: TokenBatch, rejected: TokenBatch, margin: Any = None) -> Self:
+        """Join two host batches (numpy): row i of ``chosen`` was preferred to row i of ``rejected``. margin: [B], None = 0.
+
+        Rows of padding alone have mask False and label 0; a pair with such a row has weight 0.
+        """
+        fields = [field.name for field in dataclasses.fields(TokenBatch)]
+        both: Any = {name: np.stack([getattr(chosen, name), getattr(rejected, name)], axis=1) for name in fields}
+        rows: Any = TokenBatch(**both)
+        mask: Any = (rows.segment_ids > 0).any(axis=2)
+        label: Any = np.where(mask, np.array([1, 0], np.float32), np.float32(0))
+        numbers: Any = np.zeros(len(mask), np.float32) if margin is None else np.asarray(margin, np.float32)
+        weight: Any = mask.all(axis=1).astype(np.float32)
+        return cls(rows, mask, label, numbers, weight)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlhf_jax.batches import PairBatch, PromptBatch, TokenBatch
+from rlhf_jax.batches import PromptBatch, RankedBatch, TokenBatch
 from rlhf_jax.errors import InputError
 
 Params = dict[str, Any]
@@ -25,7 +25,7 @@ Rng = jax.Array
 """A typed ``threefry2x32`` key (``jax.random.key``)."""
 
 
-for _batch in (TokenBatch, PairBatch, PromptBatch):
+for _batch in (TokenBatch, RankedBatch, PromptBatch):
     jax.tree_util.register_dataclass(
         _batch, data_fields=[field.name for field in dataclasses.fields(_batch)], meta_fields=[]
     )
@@ -46,19 +46,32 @@ class Mean:
 
     @classmethod
     def of(cls, values: Array, mask: Array | None = None) -> Mean:
-        """The mean of ``values`` over True entries of ``mask`` (all entries when None). Raises InputError for a mask that is
-        not boolean."""
+        """Return the mean of ``values`` over True entries of ``mask`` (all entries when None). Raises InputError for a mask that
+        is not boolean; numbers that say how much an item counts go to `weighted`."""
         values = values.astype(jnp.float32)
         if mask is None:
             return cls(values.sum(), jnp.asarray(values.size, jnp.float32))
-        if mask.dtype != jnp.bool_:
-            raise InputError(f"Mean.of: mask of dtype {mask.dtype}: give booleans, True = counts")
+        _require_booleans("Mean.of", mask)
         counted = jnp.broadcast_to(mask, values.shape)
         return cls(jnp.where(counted, values, 0.0).sum(), counted.sum().astype(jnp.float32))
+
+    @classmethod
+    def weighted(cls, values: Array, mask: Array, weight: Array) -> Mean:
+        """Return the mean of ``values`` over True entries of ``mask`` in which an item counts ``weight`` times: values 1 and 4 with
+        weights 3 and 1 give 7 / 4. mask, weight: of the shape of values, or broadcast to it. Values where the mask is False or the
+        weight is 0 are not read. Raises InputError for a mask that is not boolean."""
+        _require_booleans("Mean.weighted", mask)
+        counts = jnp.broadcast_to(jnp.where(mask, weight, 0.0).astype(jnp.float32), values.shape)
+        return cls(jnp.where(counts != 0, values.astype(jnp.float32) * counts, 0.0).sum(), counts.sum())
 
     def value(self) -> Float[Array, ""]:
         """``total / weight``; NaN when nothing counted."""
         return self.total / self.weight
+
+
+def _require_booleans(name: str, mask: Array) -> None:
+    if mask.dtype != jnp.bool_:
+        raise InputError(f"{name}: mask of dtype {mask.dtype}: give booleans, True = counts")
 
 
 @struct.dataclass

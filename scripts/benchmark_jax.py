@@ -24,7 +24,7 @@ from rlhf_jax import data, learn, rollout
 from rlhf_jax.algorithms import DPO, GRPO, PPO, SFT, RewardModel
 from rlhf_jax.algorithms.models import Loaded
 from rlhf_jax.algorithms.supervised import SupervisedJob
-from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.batches import RankedBatch, TokenBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Fold, Model, ModelConfig, fold_of
 from rlhf_jax.parallel import MeshConfig, init_sharded, make_mesh, to_global, tree_shardings
@@ -135,7 +135,7 @@ def rm_ragged() -> Once:
 def pairs(lengths: Sequence[int], width: int) -> Once:
     """A reward model's step."""
     model = Model(CONFIG.replace(head="scalar"))
-    batch = PairBatch(padded(lengths[:8], width, 0), padded(lengths[8:], width, 1), np.zeros(8, np.float32))  # type: ignore[arg-type]
+    batch = RankedBatch.of_pairs(padded(lengths[:8], width, 0), padded(lengths[8:], width, 1))
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
 
     algorithm = RewardModel(**ONE_STEP, batch=BatchConfig(8, width))
@@ -148,7 +148,7 @@ def dpo() -> Once:
     policy = Model(CONFIG)
     sides = (padded([256] * 8, 256, seed) for seed in (0, 1))
     replies = [dataclasses.replace(side, loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides]
-    batch = PairBatch(*replies, np.zeros(8, np.float32))  # type: ignore[arg-type]
+    batch = RankedBatch.of_pairs(*replies)
 
     algorithm = DPO(**ONE_STEP, batch=BatchConfig(8, 256))
     job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(policy), in_memory(policy), None)

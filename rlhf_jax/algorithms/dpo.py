@@ -24,7 +24,7 @@ from rlhf_jax.algorithms.supervised import (
     policy_logprobs,
     supervised_phases,
 )
-from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.batches import RankedBatch, TokenBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.errors import InputError, check_unused
@@ -76,13 +76,12 @@ class DPO:
             logprobs = policy_logprobs(model.folded(fold))
             return learn.make_dpo_loss(logprobs, _reference_logprobs(reference.model.folded(fold)), self.dpo)
 
-        def evaluate(params: Params, frozen: Params, batch: PairBatch) -> PairEvaluation:
+        def evaluate(params: Params, frozen: Params, batch: RankedBatch) -> PairEvaluation:
             terms_of = learn.make_dpo_terms(policy_logprobs(model), _reference_logprobs(reference.model), self.dpo)
             terms, rewards, _ = terms_of(lora.whole(params, frozen), frozen, batch)
-            half = rewards.shape[0] // 2
-            return terms, (rewards[:half], rewards[half:])
+            return terms, learn.pair_halves(rewards)
 
-        def fold(pairs: PairBatch) -> Fold | None:
+        def fold(pairs: RankedBatch) -> Fold | None:
             columns = (data.pair_lengths(pairs), batch.length, data.pair_targets(pairs), batch.length - 1)
             return row_fold(batch, model, batch.microbatches, *columns)
 

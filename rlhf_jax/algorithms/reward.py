@@ -27,7 +27,7 @@ from rlhf_jax.algorithms.supervised import (
     pair_data,
     supervised_phases,
 )
-from rlhf_jax.batches import PairBatch
+from rlhf_jax.batches import RankedBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.errors import InputError, RunStopped, check_unused
@@ -83,11 +83,11 @@ class RewardModel:
                 functools.partial(sequence_scores, model.folded(fold)), centring=self.centring
             )
 
-        def evaluate(params: Params, frozen: Params, batch: PairBatch) -> PairEvaluation:
+        def evaluate(params: Params, frozen: Params, batch: RankedBatch) -> PairEvaluation:
             scores = learn.pair_scores(scores_of, lora.whole(params, frozen), batch)
             return learn.reward_terms(*scores, batch, self.centring), scores
 
-        def fold(pairs: PairBatch) -> Fold | None:
+        def fold(pairs: RankedBatch) -> Fold | None:
             return row_fold(batch, model, batch.microbatches, data.pair_lengths(pairs), batch.length)
 
         job = SupervisedJob(
@@ -119,10 +119,12 @@ def pair_metrics(job: SupervisedJob, params: Params) -> Metrics:
     return heldout_metrics(*heldout_scores(job.evaluate, params, job.frozen, items, job.mesh, **shape))
 
 
-def pair_batch_shape(job: SupervisedJob, batch: BatchConfig) -> PairBatch:
+def pair_batch_shape(job: SupervisedJob, batch: BatchConfig) -> RankedBatch:
     """Return the shapes of what `data.pair_batches` makes."""
-    one = token_batch_shape(job.mesh, batch.batch_size, length=batch.length)
-    return PairBatch(one, one, row_shape(job.mesh, jnp.float32, batch.batch_size))
+    mesh, groups = job.mesh, batch.batch_size
+    rows = token_batch_shape(mesh, groups, 2, length=batch.length)
+    labels, numbers = row_shape(mesh, jnp.float32, groups, 2), row_shape(mesh, jnp.float32, groups)
+    return RankedBatch(rows, row_shape(mesh, jnp.bool_, groups, 2), labels, numbers, numbers)
 
 
 def scaling_scores(job: SupervisedJob, params: Params) -> tuple[np.ndarray, dict[str, Term]]:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from rlhf_jax.batches import PairBatch, PromptBatch, TokenBatch
+from rlhf_jax.batches import PromptBatch, RankedBatch, TokenBatch
 from rlhf_jax.data.encode import Encoded, EncodedPair
 from rlhf_jax.data.packing import Row, stack_rows
 from rlhf_jax.errors import InputError
@@ -111,12 +111,12 @@ def token_batches(
 
 def pair_batches(
     pairs: Sequence[EncodedPair], *, batch_size: int, length: int, seed: int, pad_id: int
-) -> Batches[PairBatch]:
-    """Endless PairBatch [batch_size, length] (numpy). Raises InputError."""
+) -> Batches[RankedBatch]:
+    """Endless RankedBatch [batch_size, 2, length] (numpy). Raises InputError."""
     kept = list(pairs)
     _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in kept), length)
 
-    def make(indices: list[int]) -> PairBatch:
+    def make(indices: list[int]) -> RankedBatch:
         return _stack_pairs([kept[index] for index in indices], len(indices), length, pad_id)
 
     content = _hash_documents((pair.chosen, pair.rejected) for pair in kept)
@@ -125,15 +125,16 @@ def pair_batches(
     return Batches(make, examples=len(kept), batch_size=batch_size, seed=seed, settings=settings)
 
 
-def pair_lengths(pairs: PairBatch) -> np.ndarray:
-    """Tokens of every row, the chosen ones and then the rejected ones, int [2 B]."""
-    sides = (pairs.chosen, pairs.rejected)
-    return np.concatenate([(np.asarray(side.segment_ids) > 0).sum(axis=1) for side in sides])
+def pair_lengths(pairs: RankedBatch) -> np.ndarray:
+    """Return the tokens of every row, the chosen ones and then the rejected ones, int [2 B]."""
+    lengths: np.ndarray = (np.asarray(pairs.rows.segment_ids) > 0).sum(axis=2)
+    return lengths.T.reshape(-1)
 
 
-def pair_targets(pairs: PairBatch) -> np.ndarray:
-    """Tokens of every row that are predicted, in the order of `pair_lengths`, int [2 B]."""
-    return np.concatenate([np.asarray(side.loss_mask)[:, 1:].sum(axis=1) for side in (pairs.chosen, pairs.rejected)])
+def pair_targets(pairs: RankedBatch) -> np.ndarray:
+    """Return how many tokens of every row are predicted, in the order of `pair_lengths`, int [2 B]."""
+    targets: np.ndarray = np.asarray(pairs.rows.loss_mask)[:, :, 1:].sum(axis=2)
+    return targets.T.reshape(-1)
 
 
 def prompt_batches(
@@ -174,7 +175,7 @@ def evaluation_batches(
 
 def evaluation_pair_batches(
     pairs: Sequence[EncodedPair], *, batch_size: int, length: int, pad_id: int
-) -> Iterator[PairBatch]:
+) -> Iterator[RankedBatch]:
     """Every pair once, in order; rows that fill up the last batch are padding on both sides. Raises InputError."""
     kept = list(pairs)
     _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in kept), length)
@@ -206,12 +207,12 @@ def evaluation_prompt_batches(
         yield dataclasses.replace(batch, prompt_id=numbers, sample_id=first, seed=own)
 
 
-def _stack_pairs(pairs: Sequence[EncodedPair], rows: int, length: int, pad_id: int) -> PairBatch:
+def _stack_pairs(pairs: Sequence[EncodedPair], rows: int, length: int, pad_id: int) -> RankedBatch:
     chosen = stack_rows(_filled([pair.chosen for pair in pairs], rows), length, pad_id)
     rejected = stack_rows(_filled([pair.rejected for pair in pairs], rows), length, pad_id)
     margin = np.zeros(rows, np.float32)
     margin[: len(pairs)] = [pair.margin for pair in pairs]
-    return PairBatch(chosen=chosen, rejected=rejected, margin=margin)  # type: ignore[arg-type]
+    return RankedBatch.of_pairs(chosen, rejected, margin)
 
 
 def _stack_prompts(prompts: Sequence[Sequence[int]], indices: Sequence[int], length: int, pad_id: int) -> PromptBatch:

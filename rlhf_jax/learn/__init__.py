@@ -15,7 +15,8 @@ from rlhf_jax.learn.ppo import (
     prepare,
     update,
 )
-from rlhf_jax.learn.reward import make_reward_loss, pair_mask, pair_scores, reward_terms
+from rlhf_jax.learn.ranked import pair_halves, pair_mask, pair_mean, pair_rows, rank_major
+from rlhf_jax.learn.reward import make_reward_loss, pair_scores, reward_terms
 from rlhf_jax.learn.sft import make_sft_loss
 from rlhf_jax.learn.step import gradients, initial_state, make_train_step
 
@@ -42,11 +43,15 @@ __all__ = [
     "make_train_step",
     "minibatch_indices",
     "next_kl_coefficient",
+    "pair_halves",
     "pair_mask",
+    "pair_mean",
+    "pair_rows",
     "pair_scores",
     "ppo_optimizer_labels",
     "prepare",
     "prepare_groups",
+    "rank_major",
     "reward_terms",
     "scale_by_adam_tf",
     "stop_if_not_identity",

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import ops
-from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.batches import RankedBatch, TokenBatch
 from rlhf_jax.errors import InputError, require_number
-from rlhf_jax.learn.reward import pair_mask
+from rlhf_jax.learn.ranked import pair_halves, pair_mask, pair_mean, pair_rows
 from rlhf_jax.learn.sft import LogprobsFn
 from rlhf_jax.types import LossFn, Mean, Params, Rng, Term
 
@@ -68,26 +68,27 @@ def _reply(values: Array, mask: Array, config: DPOConfig) -> Array:
 
 def make_dpo_terms(
     logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig
-) -> Callable[[Params, Params, PairBatch], tuple[dict[str, Term], Array, Array]]:
+) -> Callable[[Params, Params, RankedBatch], tuple[dict[str, Term], Array, Array]]:
     """(params, frozen, batch) -> (the terms of `make_dpo_loss`, implicit rewards [2 B], log-probabilities [2 B, S]); rows are
     the chosen replies and then the rejected ones."""
 
-    def terms_of(params: Params, frozen: Params, batch: PairBatch) -> tuple[dict[str, Term], Array, Array]:
-        both: TokenBatch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    def terms_of(params: Params, frozen: Params, batch: RankedBatch) -> tuple[dict[str, Term], Array, Array]:
+        both = pair_rows(batch)
         logprobs, _, *router = logprobs_fn(params, both)
         reference = jax.lax.stop_gradient(reference_fn(frozen, both))
         rewards = implicit_rewards(logprobs, reference, both, config)
-        half = rewards.shape[0] // 2
+        chosen, rejected = pair_halves(rewards)
         losses = ops.preference_loss(
-            (rewards[:half] - rewards[half:]) / config.beta,
+            (chosen - rejected) / config.beta,
             beta=config.beta,
             kind=config.loss,
             label_smoothing=config.label_smoothing,
         )
-        preference = Mean.of(losses, pair_mask(batch))
+        preference = pair_mean(losses, batch)
         terms = {"preference": Term(preference.total, preference.weight)}
         if config.sft_coefficient:
-            nll = Mean.of(-logprobs[:half], batch.chosen.loss_mask)
+            targets = batch.rows.loss_mask[:, 0] & pair_mask(batch)[:, None]
+            nll = Mean.weighted(-pair_halves(logprobs)[0], targets, batch.weight[:, None])
             terms["nll"] = Term(nll.total, nll.weight, config.sft_coefficient)
         if router:
             tokens = (both.segment_ids > 0).sum().astype(jnp.float32)
@@ -99,27 +100,25 @@ def make_dpo_terms(
 
 def make_dpo_loss(logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig) -> LossFn:
     """Mean over pairs of `ops.preference_loss`, plus ``sft_coefficient`` times the chosen replies' mean negative
-    log-likelihood per token. Both sides go through one forward pass.
+    log-likelihood per token, both by the weights of the pairs. Both sides go through one forward pass.
 
-    Metrics: accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected of the implicit rewards, and
-    logprob_chosen, logprob_rejected: nats a reply, those of the chosen one fall too when beta is small.
+    Metrics, every pair alike: accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected of the implicit
+    rewards, and logprob_chosen, logprob_rejected: nats a reply, those of the chosen one fall too when beta is small.
     """
     terms_of = make_dpo_terms(logprobs_fn, reference_fn, config)
 
-    def loss(params: Params, frozen: Params, batch: PairBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
+    def loss(params: Params, frozen: Params, batch: RankedBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
         del rng
         terms, rewards, logprobs = terms_of(params, frozen, batch)
-        half, counts = rewards.shape[0] // 2, pair_mask(batch)
-        chosen, rejected = rewards[:half], rewards[half:]
-        targets = jnp.concatenate([batch.chosen.loss_mask, batch.rejected.loss_mask])
-        totals = ops.masked_sum(logprobs, targets, axis=1)
+        counts, (chosen, rejected) = pair_mask(batch), pair_halves(rewards)
+        totals = pair_halves(ops.masked_sum(logprobs, pair_rows(batch).loss_mask, axis=1))
         metrics = {
             "accuracy": Mean.of(chosen > rejected, counts),
             "reward_gap": Mean.of(chosen - rejected, counts),
             "reward_chosen": Mean.of(chosen, counts),
             "reward_rejected": Mean.of(rejected, counts),
-            "logprob_chosen": Mean.of(totals[:half], counts),
-            "logprob_rejected": Mean.of(totals[half:], counts),
+            "logprob_chosen": Mean.of(totals[0], counts),
+            "logprob_rejected": Mean.of(totals[1], counts),
         }
         return terms, metrics
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import data
 from rlhf_jax.data import (
     Batches,
     Encoded,
@@ -173,9 +174,14 @@ def test_damaged_state_is_refused(damage: dict[str, Any]) -> None:
 def test_pairs_stay_together() -> None:
     stream = pair_batches(pairs(10), batch_size=5, length=5, seed=2, pad_id=0)
     for batch in itertools.islice(stream, 4):
-        np.testing.assert_array_equal(batch.rejected.tokens[:, 0], batch.chosen.tokens[:, 0] + 100)
-        np.testing.assert_array_equal(batch.margin, batch.chosen.tokens[:, 0] / 2)
-        assert batch.margin.dtype == np.float32 and batch.chosen.tokens.shape == (5, 5)
+        first = batch.rows.tokens[:, :, 0]
+        np.testing.assert_array_equal(first[:, 1], first[:, 0] + 100)
+        np.testing.assert_array_equal(batch.margin, first[:, 0] / 2)
+        np.testing.assert_array_equal(batch.label, [[1, 0]] * 5)
+        assert batch.mask.all() and batch.rows.tokens.shape == (5, 2, 5) and batch.weight.tolist() == [1.0] * 5
+        assert batch.label.dtype == batch.margin.dtype == batch.weight.dtype == np.float32
+        assert data.pair_lengths(batch).tolist() == [3] * 5 + [4] * 5
+        assert data.pair_targets(batch).tolist() == [2] * 5 + [3] * 5
 
 
 def test_prompts_are_left_padded_and_named() -> None:
@@ -211,9 +217,11 @@ def test_evaluation_covers_each_example_once_in_order() -> None:
 
 def test_evaluation_of_pairs_and_prompts() -> None:
     *_, last = evaluation_pair_batches(pairs(5), batch_size=4, length=5, pad_id=0)
-    np.testing.assert_array_equal(last.chosen.tokens[:, 0], [5, 0, 0, 0])
+    np.testing.assert_array_equal(last.rows.tokens[:, :, 0], [[5, 105], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(last.mask, [[True, True], [False, False], [False, False], [False, False]])
+    assert last.weight.tolist() == [1.0, 0.0, 0.0, 0.0] and not last.label[1:].any()
     np.testing.assert_array_equal(last.margin, [2.5, 0, 0, 0])
-    assert not last.chosen.loss_mask[1:].any() and not last.rejected.segment_ids[1:].any()
+    assert not last.rows.loss_mask[1:].any() and not last.rows.segment_ids[1:].any()
     prompts = list(evaluation_prompt_batches([[1], [2], [3]], batch_size=2, length=2, pad_id=0))
     np.testing.assert_array_equal(np.concatenate([batch.prompt_id for batch in prompts]), [0, 1, 2, -1])
     np.testing.assert_array_equal(prompts[-1].tokens, [[0, 3], [0, 3]])

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import learn
 from rlhf_jax.algorithms import DPO
-from rlhf_jax.batches import PairBatch
+from rlhf_jax.batches import RankedBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.errors import InputError
 from rlhf_jax.learn import DPOConfig, gradients, make_dpo_loss
@@ -21,11 +21,11 @@ from rlhf_jax.testing import IN_MEMORY, loaded_model, mesh_of, random_params, se
 KEY = jax.random.key(0)
 
 
-def pairs() -> PairBatch:
+def pairs() -> RankedBatch:
     """Two pairs and a filler; prompts of one token, replies chosen 2 and 1, rejected 1 and 3 tokens."""
     chosen = token_batch([[5, 1, 2], [5, 3], []], length=4, prompt_lengths=[1, 1, 0])
     rejected = token_batch([[5, 4], [5, 1, 1, 3], []], length=4, prompt_lengths=[1, 1, 0])
-    return PairBatch(chosen, rejected, np.zeros(3, np.float32))
+    return RankedBatch.of_pairs(chosen, rejected)
 
 
 def table(params, batch):
@@ -128,14 +128,14 @@ def trained():
     def draw(rows):
         prompts = rng.integers(3, 7, (rows, 2)).tolist()
         sides = [token_batch([[*p, token] for p in prompts], length=6, prompt_lengths=[2] * rows) for token in (7, 8)]
-        return PairBatch(*sides, np.zeros(rows, np.float32))
+        return RankedBatch.of_pairs(*sides)
 
     held, history = draw(32), []
     before = jax.device_get(evaluate(state.params, frozen, held)[1])
     for _ in range(steps):
         state, metrics = step(state, frozen, draw(16))
         history.append({name: float(mean.value()) for name, mean in metrics.items()})
-    logprobs = sequence_logprobs(model, state.params, held.chosen)[0]
+    logprobs = sequence_logprobs(model, state.params, jax.tree.map(lambda leaf: leaf[:, 0], held.rows))[0]
     return history, before, jax.device_get(evaluate(state.params, frozen, held)[1]), logprobs
 
 

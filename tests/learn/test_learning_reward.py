@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import learn
-from rlhf_jax.batches import PairBatch
+from rlhf_jax.batches import RankedBatch
 from rlhf_jax.models import Model, sequence_scores
 from rlhf_jax.testing import random_params, tiny_config, token_batch
 
 LIKED, LENGTH, ROWS = 7, 12, 64
 
 
-def draw(rng: np.random.Generator, pairs: int) -> PairBatch:
+def draw(rng: np.random.Generator, pairs: int) -> RankedBatch:
     """Texts of 4 ... 12 tokens; of two the one with more of token 7 is preferred, wherever it stands in the text."""
     sides: tuple[list, list] = ([], [])
     while len(sides[0]) < pairs:
@@ -26,7 +26,7 @@ def draw(rng: np.random.Generator, pairs: int) -> PairBatch:
             sides[0].append(better)
             sides[1].append(worse)
     chosen, rejected = (token_batch(side, length=LENGTH) for side in sides)
-    return PairBatch(chosen, rejected, np.zeros(pairs, np.float32))
+    return RankedBatch.of_pairs(chosen, rejected)
 
 
 def test_a_planted_preference_is_recovered():
@@ -51,6 +51,6 @@ def test_a_planted_preference_is_recovered():
     print(f"held-out accuracy {before:.3f} -> {accuracy:.3f}, last loss {losses[-1]:.3f}")
     assert before < 0.8 and accuracy > 0.95
     # it learned to count: more of the liked token is worth more
-    counts = np.array([np.sum(row == LIKED) for row in np.asarray(held_out.chosen.tokens)])
+    counts = np.array([np.sum(row == LIKED) for row in np.asarray(held_out.rows.tokens)[:, 0]])
     assert np.corrcoef(counts, chosen)[0, 1] > 0.75
     assert abs(np.concatenate([chosen, rejected]).mean()) < np.concatenate([chosen, rejected]).std()  # centred

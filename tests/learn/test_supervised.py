@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.batches import PairBatch
+from rlhf_jax.batches import RankedBatch
 from rlhf_jax.learn import gradients, make_reward_loss, make_sft_loss, pair_mask, pair_scores
 from rlhf_jax.testing import token_batch
 
@@ -35,9 +35,9 @@ def table(params, batch):
     return params["table"][batch.tokens[:, 0]]
 
 
-def pairs(chosen, rejected, margin=None) -> PairBatch:
+def pairs(chosen, rejected, margin=None) -> RankedBatch:
     sides = [token_batch([[t] if t else [] for t in side], length=2) for side in (chosen, rejected)]
-    return PairBatch(*sides, np.zeros(len(chosen), np.float32) if margin is None else np.float32(margin))
+    return RankedBatch.of_pairs(*sides, margin)
 
 
 TABLE = {"table": jnp.array([99.0, 1.0, 0.0, -2.0])}

@@ -17,7 +17,7 @@ import pytest
 from rlhf_jax import learn, rollout
 from rlhf_jax.algorithms.rollout_copy import rollout_copy
 from rlhf_jax.algorithms.scoring import policy_and_values, score
-from rlhf_jax.batches import PairBatch, TokenBatch
+from rlhf_jax.batches import RankedBatch, TokenBatch
 from rlhf_jax.models import (
     Model,
     policy_logprobs,
@@ -115,7 +115,7 @@ def reward(mesh):
     model = model_of(mesh, "scalar")
     loss = learn.make_reward_loss(functools.partial(sequence_scores, model), centring=0.1)
     margin = np.linspace(0, 1, ROWS, dtype=np.float32)
-    return loss, placed(model, 0, mesh), PairBatch(random_tokens(0), random_tokens(1), margin)
+    return loss, placed(model, 0, mesh), RankedBatch.of_pairs(random_tokens(0), random_tokens(1), margin)
 
 
 def ppo(mesh):
@@ -138,7 +138,7 @@ def dpo(mesh):
 
     logprobs = functools.partial(sequence_logprobs, model)
     loss = learn.make_dpo_loss(logprobs, reference, learn.DPOConfig(sft_coefficient=0.1))
-    pairs = PairBatch(random_tokens(0), random_tokens(1), np.zeros(ROWS, np.float32))
+    pairs = RankedBatch.of_pairs(random_tokens(0), random_tokens(1))
     return loss, placed(model, 0, mesh), pairs, {"reference": placed(model, 1, mesh)}
 
 
