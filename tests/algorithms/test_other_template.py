@@ -40,7 +40,7 @@ def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Pat
     policy, judge = loaded(tmp_path / "policy", CHAT), loaded(tmp_path / "reward", PLAIN, "scalar")
     roles(policy, None).check_template(CHAT)
     with pytest.raises(
-        InputError, match="reward: was trained on .* another template .*style was 'plain', is 'chat'.*or set"
+        InputError, match="reward: was trained on .* another template: .*style was 'plain', is 'chat'.*or set"
     ):
         roles(policy, judge).check_template(CHAT)
     with pytest.raises(InputError, match="policy: was trained on .*set ModelSource.other_template = True"):
