@@ -33,7 +33,7 @@ from rlhf_jax.reports.pipeline_page import write_report
 from rlhf_jax.rundir import lock, make_directory
 from rlhf_jax.rundir.outputs import changed_outputs
 from rlhf_jax.rundir.provenance import changed_inputs
-from rlhf_jax.rundir.resume import OWN_PLACES, check_run_place, names_in
+from rlhf_jax.rundir.resume import RESERVED_DIRECTORIES, check_run_place, names_in
 from rlhf_jax.storage.files import field, json_text, read_object, write_atomically
 from rlhf_jax.storage.names import PROVENANCE
 from rlhf_jax.storage.remote import sync_url
@@ -57,7 +57,7 @@ class Stage:
     def __post_init__(self) -> None:
         if not (ROOT / "experiments" / f"{self.experiment}.py").is_file():
             raise InputError(f"Stage.experiment = {self.experiment!r}: no experiments/{self.experiment}.py")
-        if self.name in OWN_PLACES[RECORD]:
+        if self.name in RESERVED_DIRECTORIES[RECORD]:
             raise InputError(
                 f"Stage.name = {self.name!r}: the pipeline keeps files of its own there; give another name"
             )

@@ -32,7 +32,7 @@ from rlhf_jax.loop.status import Status
 from rlhf_jax.loop.watchdog import Watchdog
 from rlhf_jax.parallel.distributed import agreed
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, newest_verified
-from rlhf_jax.rundir.mirror import Mirror, fetched_mirror
+from rlhf_jax.rundir.mirror import Mirror, open_mirror
 from rlhf_jax.rundir.outputs import record_outputs
 from rlhf_jax.rundir.provenance import describe, versions, write_provenance
 from rlhf_jax.rundir.resume import (
@@ -41,10 +41,10 @@ from rlhf_jax.rundir.resume import (
     check_shared_directory,
     check_stage,
     check_steps,
-    forget,
     lock,
     make_directory,
     remove_temporary,
+    remove_unused,
 )
 from rlhf_jax.rundir.tracking import Tracker
 from rlhf_jax.storage.files import write_atomically
@@ -106,7 +106,7 @@ def open_run(
     directory = Path(run_dir).expanduser().absolute()
     profile = Profile.from_flags(directory)
     check_run_place(directory)
-    mirror = fetched_mirror(directory, stage, output)
+    mirror = open_mirror(directory, stage, output)
     check_stage(directory, stage)
     check_steps(directory, bound.operative, latest_step(directory) or 0)
     identity: dict[str, Any] = {"stage": stage, "seed": seed, "inputs": [describe(entry) for entry in inputs]}
@@ -214,5 +214,5 @@ def _locked(directory: Path) -> Iterator[None]:
             yield
         except InputError:
             if fresh:
-                forget(directory)
+                remove_unused(directory)
             raise

@@ -1,9 +1,9 @@
-"""A copy of the run directory at a URL (--sync=gs://bucket/runs/x), for machines that do not live as long as their run.
+"""Copies of the run directory at a URL (--sync=gs://bucket/runs/x), for preemptible machines.
 
-Opening the run fetches what an earlier machine left there; after every checkpoint, and at the end, what is new goes there in the
-background. Logs and cards go before a checkpoint, its manifest last: a step that has a manifest there is whole, and the metrics
-that lead to it are there too. One machine writes: the first process of a run, whose start is named in URL/owner.json while it
-runs. A later start of the same run takes the URL over, and the earlier one is stopped at its next copy.
+Opening the run downloads the copy that an earlier machine uploaded; after every checkpoint, and at the end, new files are
+uploaded in the background. Logs and model cards are uploaded before a checkpoint, and its manifest last: a step whose manifest
+is at the URL is complete, and so are its metrics. One machine writes: the first process of a run. URL/owner.json names its
+start while it runs. A later start of the same run takes the URL over, and the earlier one stops at its next upload.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rlhf_jax.storage.names import CHECKPOINTS, MANIFEST, PROFILE, PROVENANCE
 from rlhf_jax.storage.remote import download, is_remote, listing, one_line, open_store, sync_url
 
 
-def _same_run(mark: dict[str, Any], what: dict[str, Any]) -> bool:
-    if any(mark.get(key) != what[key] for key in ("stage", "seed")) or not isinstance(mark.get("operative"), str):
+def _is_same_run(mark: dict[str, Any], identity: dict[str, Any]) -> bool:
+    if any(mark.get(key) != identity[key] for key in ("stage", "seed")) or not isinstance(mark.get("operative"), str):
         return False
-    return all(change.allowed for change in changes(mark["operative"], what["operative"]))
+    return all(change.allowed for change in changes(mark["operative"], identity["operative"]))
 
 
 def _owner_words(mark: dict[str, Any]) -> str:
@@ -45,12 +45,15 @@ def _owner_words(mark: dict[str, Any]) -> str:
     return ", ".join(f"{name} {mark[name]}" for name in names if name in mark) or "its mark is gone"
 
 
-def _now() -> str:
+def _utc_time() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def fetched_mirror(directory: Path, stage: str, output: str | None = None) -> Mirror | None:
-    """The mirror of a run, after the first process has fetched what is there. None without --sync. output: as of `open_run`."""
+def open_mirror(directory: Path, stage: str, output: str | None = None) -> Mirror | None:
+    """Return the mirror of a run after the first process has downloaded the copy at the URL; None without --sync.
+
+    output: see `open_run`.
+    """
     url = sync_url()
     if url is None:
         return None
@@ -65,7 +68,7 @@ def fetched_mirror(directory: Path, stage: str, output: str | None = None) -> Mi
     if jax.process_index() == 0:
         check_stage(directory, stage)
         mirror.fetch(stage, output)
-    agreed(0)  # the others look at the directory next
+    agreed(0)  # the other processes read the directory next
     return mirror
 
 
@@ -77,77 +80,90 @@ class LostOwnership(InputError):
 
 
 class Mirror:
-    """directory: of the run, on this machine. url: where its copy is kept, nothing or a run."""
+    """The copy of a run directory at a URL.
+
+    directory: of the run, on this machine.
+    url: of the copy; holds nothing or a run.
+    """
 
     def __init__(self, directory: Path, url: str) -> None:
         self.directory, self.url = directory, url
         self._fs, self._root = open_store(url)
         if isinstance(self._fs, LocalFileSystem):
-            here, there = directory.resolve(), Path(self._root).resolve()
-            if here.is_relative_to(there) or there.is_relative_to(here):
+            local, remote = directory.resolve(), Path(self._root).resolve()
+            if local.is_relative_to(remote) or remote.is_relative_to(local):
                 raise InputError(f"{url}: the run directory, {directory}, or one in the other; give it another place")
         self._thread = ThreadPoolExecutor(1, "mirror")
         self._pending: Future[None] | None = None
-        self._copied: dict[str, tuple[int, int]] = {}  # size and time of what is there
+        self._copied: dict[str, tuple[int, int]] = {}  # size and time of the uploaded files
         self._mark: dict[str, Any] = {}
 
     def fetch(self, stage: str, output: str | None = None) -> None:
-        """What lies at the URL, when this machine has no step as new. A step without a manifest is not taken. output: the file
-        that a run without checkpoints leaves; it counts as a step.
+        """Download the run at the URL when its newest step is newer than those of this machine.
 
-        Raises InputError when something else is there: no run, one of another stage, or not the run that is here.
+        A step without a manifest is ignored.
+        output: the file that a run without checkpoints writes; it counts as a step.
+        Raises InputError when the URL holds files that are no run, a run of another stage, or another run than ``directory``.
         """
         with one_line(self.url, "fetch the run"):
-            there = self._listing()
-            if not there:
+            files = self._listing()
+            if not files:
                 return
-            if PROVENANCE not in there:
-                raise InputError(f"{self.url}: holds files and no run ({min(there)}); give --sync another URL")
-            its_stage, its_first = self._who()
-            if its_stage != stage:
+            if PROVENANCE not in files:
+                raise InputError(f"{self.url}: holds files and no run ({min(files)}); give --sync another URL")
+            remote_stage, first_launch = self._read_identity()
+            if remote_stage != stage:
                 raise InputError(
-                    f"{self.url}: a run of stage {its_stage!r}, this is {stage!r}; give --sync another URL"
+                    f"{self.url}: a run of stage {remote_stage!r}, this is {stage!r}; give --sync another URL"
                 )
-            steps, ours = steps_among(there), read_provenance(self.directory)
+            steps, record = steps_among(files), read_provenance(self.directory)
             newest = latest_step(self.directory) or int(output is not None and (self.directory / output).is_file())
-            reached = max(steps, default=int(output in there))
-            if newest and reached and ours is not None and ours["launches"][0] != its_first:
+            newest_remote = max(steps, default=int(output in files))
+            if newest and newest_remote and record is not None and record["launches"][0] != first_launch:
                 raise InputError(f"{self.url}: another run than {self.directory}; give --sync or run_dir another place")
-            if not reached:  # no step came whole: there is nothing to go on from
+            if not newest_remote:  # no complete step: there is nothing to resume
                 return
-            if newest >= reached and ours is not None:
+            if newest >= newest_remote and record is not None:
                 return
             make_directory(self.directory)
             with lock(self.directory):
-                self._fetch(there, steps, output)
+                self._fetch(files, steps, output)
             print(f"{self.directory}: fetched from {self.url} (steps {steps})", file=sys.stderr)
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         return {name: entry for name, entry in listing(self._fs, self._root).items() if name != OWNER}
 
-    # ---- whose the URL is
+    # ---- ownership of the URL
 
     def claim(self, stage: str, seed: int, operative: str) -> None:
-        """Mark the URL as this start's. A start of the same run that was killed, or that runs still, loses it.
+        """Write owner.json, so that the URL belongs to this start; an earlier start of the same run loses it.
 
-        Raises InputError when another run has marked it and has copied no step yet: nothing else shows that it is in use.
+        Raises InputError when another run owns the URL and has uploaded no step yet: only its mark shows that the URL is in use.
         """
-        where = {"host": os.uname().nodename, "directory": str(self.directory)}
-        what = {"stage": stage, "seed": seed, "operative": operative}
+        location = {"host": os.uname().nodename, "directory": str(self.directory)}
+        identity = {"stage": stage, "seed": seed, "operative": operative}
         with one_line(self.url, "mark it as this run's"):
-            before = self._owner()
-            ours = before and (_same_run(before, what) or all(before.get(k) == v for k, v in where.items()))
-            if before and not ours and not steps_among(self._listing()):
+            owner = self._owner()
+            is_same_run = owner and (
+                _is_same_run(owner, identity) or all(owner.get(k) == v for k, v in location.items())
+            )
+            if owner and not is_same_run and not steps_among(self._listing()):
                 raise InputError(
-                    f"{self.url}: in use by another run ({_owner_words(before)}); give --sync another URL, or remove "
+                    f"{self.url}: in use by another run ({_owner_words(owner)}); give --sync another URL, or remove "
                     f"{OWNER} there when that run is over"
                 )
-            self._mark = {"start": secrets.token_hex(16), "time": _now(), "process": os.getpid(), **where, **what}
+            self._mark = {
+                "start": secrets.token_hex(16),
+                "time": _utc_time(),
+                "process": os.getpid(),
+                **location,
+                **identity,
+            }
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(f"{self._root}/{OWNER}", (json.dumps(self._mark, indent=1) + "\n").encode())
 
     def _owner(self) -> dict[str, Any]:
-        """Read who has marked the URL; {} for nobody, or for a mark that is not readable."""
+        """Return the content of owner.json; {} when it is missing or unreadable."""
         try:
             mark = json.loads(self._fs.cat_file(f"{self._root}/{OWNER}"))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -163,47 +179,47 @@ class Mirror:
             )
 
     def _release(self) -> None:
-        """Remove the mark, when it is still this start's."""
+        """Remove owner.json when it still names this start."""
         if self._mark and self._owner().get("start") == self._mark["start"]:
             self._fs.rm_file(f"{self._root}/{OWNER}")
             if isinstance(self._fs, LocalFileSystem):
-                with contextlib.suppress(OSError):  # an empty directory was made for the mark alone
+                with contextlib.suppress(OSError):  # a directory that was made for owner.json alone
                     self._fs.rmdir(self._root)
 
-    def _who(self) -> tuple[str, dict[str, Any]]:
-        """(stage, first start) of the run at the URL."""
+    def _read_identity(self) -> tuple[str, dict[str, Any]]:
+        """Return (stage, first launch) of the run at the URL."""
         text = self._fs.cat_file(f"{self._root}/{PROVENANCE}")
         try:
-            found = json.loads(text)
-            return str(found["stage"]), dict(found["launches"][0])
+            record = json.loads(text)
+            return str(record["stage"]), dict(record["launches"][0])
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise InputError(
                 f"{self.url}: {PROVENANCE} is damaged there; remove what is there, or give --sync another URL"
             ) from error
 
-    def _fetch(self, there: dict[str, Any], steps: list[int], output: str | None) -> None:
-        """The run's record first, so that what a kill leaves is known as a run; the output, which counts as a step, last."""
-        for name in sorted(there, key=lambda name: (name == output, name != PROVENANCE)):
+    def _fetch(self, files: dict[str, Any], steps: list[int], output: str | None) -> None:
+        """Download the run: its provenance first, so that a killed download is recognised as a run, and ``output`` last."""
+        for name in sorted(files, key=lambda name: (name == output, name != PROVENANCE)):
             if not name.startswith(f"{CHECKPOINTS}/"):
-                self._download(name, there, self.directory / name)
+                self._download(name, files, self.directory / name)
         for step in steps:
-            place, saving = (checkpoint_dir(self.directory) / f"{step}{suffix}" for suffix in ("", SAVING))
-            if place.exists():
+            step_dir, saving = (checkpoint_dir(self.directory) / f"{step}{suffix}" for suffix in ("", SAVING))
+            if step_dir.exists():
                 continue
             shutil.rmtree(saving, ignore_errors=True)
-            at = f"{CHECKPOINTS}/{step}/"
-            for name in there:
-                if name.startswith(at):
-                    self._download(name, there, saving / name.removeprefix(at))
-            saving.rename(place)
+            prefix = f"{CHECKPOINTS}/{step}/"
+            for name in files:
+                if name.startswith(prefix):
+                    self._download(name, files, saving / name.removeprefix(prefix))
+            saving.rename(step_dir)
 
-    def _download(self, name: str, there: dict[str, Any], to: Path) -> None:
-        temporary = to.with_name(to.name + ".tmp")
-        download(self._fs, f"{self._root}/{name}", there[name], temporary)
-        temporary.replace(to)
+    def _download(self, name: str, files: dict[str, Any], target: Path) -> None:
+        temporary = target.with_name(target.name + ".tmp")
+        download(self._fs, f"{self._root}/{name}", files[name], temporary)
+        temporary.replace(target)
 
     def start(self) -> None:
-        """Copy what is new, in the background; nothing when that is under way still: the next checkpoint comes with it.
+        """Upload new files in the background; do nothing while an upload is in progress: the next one includes them.
 
         Raises RunStopped when another start has taken the URL over.
         """
@@ -212,7 +228,7 @@ class Mirror:
             self._pending = self._thread.submit(self._push)
 
     def _warn(self) -> None:
-        """Of a copy that failed; the next one starts where it left off."""
+        """Print a warning when the last upload failed; the next one continues it."""
         if self._pending is not None and (error := self._pending.exception()):
             if isinstance(error, LostOwnership):
                 raise RunStopped(str(error)) from error
@@ -224,8 +240,10 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Copy what is left and wait for it; what could not be used (InputError) is not copied. Raises RunStopped when that
-        fails: then what is at the URL is not the run."""
+        """Upload the remaining files and wait; after an InputError nothing is uploaded.
+
+        Raises RunStopped when the upload fails: then the copy at the URL is not the whole run.
+        """
         self._thread.shutdown()
         if not self._mark:
             return
@@ -246,39 +264,40 @@ class Mirror:
     def _push(self) -> None:
         with one_line(self.url, "copy the run there"):
             self._check_owner()
-            here = saved_steps(self.directory)  # before the logs are read: they hold the way to these steps
+            # List the steps before the logs are read: the logs then hold the metrics of these steps.
+            steps = saved_steps(self.directory)
             for path in sorted(self.directory.rglob("*")):
                 name = path.relative_to(self.directory).as_posix()
                 if not (
                     name.startswith((f"{CHECKPOINTS}/", f"{PROFILE}/")) or path.name == ".lock" or path.suffix == ".tmp"
                 ):
                     self._upload(name)
-            there = self._listing()
-            for step in here:
+            files = self._listing()
+            for step in steps:
                 self._check_owner()
-                self._push_step(step, there)
-            self._forget_steps(set(here), there)
+                self._push_step(step, files)
+            self._remove_old_steps(set(steps), files)
 
-    def _push_step(self, step: int, there: dict[str, Any]) -> None:
-        place, at = checkpoint_dir(self.directory) / str(step), f"{CHECKPOINTS}/{step}"
-        manifest = f"{at}/{MANIFEST}"
+    def _push_step(self, step: int, files: dict[str, Any]) -> None:
+        step_dir, prefix = checkpoint_dir(self.directory) / str(step), f"{CHECKPOINTS}/{step}"
+        manifest = f"{prefix}/{MANIFEST}"
         try:
-            if manifest in there:
-                if self._fs.cat_file(f"{self._root}/{manifest}") == (place / MANIFEST).read_bytes():
+            if manifest in files:
+                if self._fs.cat_file(f"{self._root}/{manifest}") == (step_dir / MANIFEST).read_bytes():
                     return
                 self._fs.rm_file(f"{self._root}/{manifest}")
-            for path in sorted(place.rglob("*")):
+            for path in sorted(step_dir.rglob("*")):
                 if path.name != MANIFEST:
-                    self._upload(f"{at}/{path.relative_to(place).as_posix()}")
+                    self._upload(f"{prefix}/{path.relative_to(step_dir).as_posix()}")
             self._upload(manifest)
-        except FileNotFoundError:  # retention has removed the step meanwhile: without a manifest it counts for nothing
-            if place.exists():
+        except FileNotFoundError:  # retention has removed the step meanwhile; without a manifest it is ignored
+            if step_dir.exists():
                 raise
 
-    def _forget_steps(self, here: set[int], there: dict[str, Any]) -> None:
-        """Remove the steps that retention removed here, the manifest first."""
-        for step in {name.split("/")[1] for name in there if name.startswith(f"{CHECKPOINTS}/")} - set(map(str, here)):
-            if f"{CHECKPOINTS}/{step}/{MANIFEST}" in there:
+    def _remove_old_steps(self, steps: set[int], files: dict[str, Any]) -> None:
+        """Remove the steps at the URL that retention removed from ``directory``, the manifest first."""
+        for step in {name.split("/")[1] for name in files if name.startswith(f"{CHECKPOINTS}/")} - set(map(str, steps)):
+            if f"{CHECKPOINTS}/{step}/{MANIFEST}" in files:
                 self._fs.rm_file(f"{self._root}/{CHECKPOINTS}/{step}/{MANIFEST}")
             self._fs.rm(f"{self._root}/{CHECKPOINTS}/{step}", recursive=True)
 
@@ -286,8 +305,8 @@ class Mirror:
         path = self.directory / name
         if not path.is_file():
             return
-        now = path.stat()
-        if self._copied.get(name) != (now.st_size, now.st_mtime_ns):
+        stat = path.stat()
+        if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns):
             self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
             self._fs.put_file(str(path), f"{self._root}/{name}")
-            self._copied[name] = (now.st_size, now.st_mtime_ns)
+            self._copied[name] = (stat.st_size, stat.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, commit, devices, command, and the content of everything it read.
+"""Provenance of a run: versions, commit, devices, command, and the content of every input.
 
 ``RUN_DIR/provenance.json`` holds ``stage``, ``seed``, ``inputs`` (name, path, fingerprint; of a run directory also its
 step, the files read beside it and the fingerprint of its configuration; of a file that a run wrote also that run), ``launches``,
@@ -49,9 +49,9 @@ PACKAGES = (
 
 
 def fingerprint_path(path: str | Path) -> str:
-    """sha256 of a file's bytes, or of a directory's sorted lines ``relative path, NUL, sha256 of the file, newline``.
+    """Return the sha256 of a file's bytes, or of a directory's sorted lines ``relative path, NUL, sha256 of the file, newline``.
 
-    Empty directories do not count. Raises InputError when there is nothing at ``path``.
+    Empty directories are ignored. Raises InputError when there is nothing at ``path``.
     """
     path = Path(path)
     if path.is_file():
@@ -64,8 +64,10 @@ def fingerprint_path(path: str | Path) -> str:
 
 
 def fingerprint_input(path: Path, step: int | None) -> str:
-    """The fingerprint of what is read from ``path``: itself, or ``step`` of the run there. A reward run's normalisation
-    is part of the model, and lies beside its checkpoints."""
+    """Return the fingerprint of ``path``, or of ``step`` of the run at ``path`` with a reward run's normalisation.
+
+    The normalisation is part of the reward model, but it is stored beside the checkpoints.
+    """
     if step is None:
         return fingerprint_path(path)
     arrays, scale = fingerprint_path(path / CHECKPOINTS / str(step)), path / NORMALISATION
@@ -73,8 +75,11 @@ def fingerprint_input(path: Path, step: int | None) -> str:
 
 
 def files_beside(path: Path) -> dict[str, str]:
-    """Return {name: sha256} of the files that a model is read from besides its checkpoint: of a run directory model.json (which
-    holds the template), the tokenizer and a reward model's normalisation, of a .gguf file the tokenizer next to it."""
+    """Return {name: sha256} of the files that belong to a model besides its checkpoint.
+
+    Run directory: model.json (which holds the template), the tokenizer and a reward model's normalisation.
+    .gguf file: the tokenizer next to it.
+    """
     if path.is_dir():
         names = [path / CARD, path / NORMALISATION, *(path / TOKENIZER).rglob("*")]
         return {name.relative_to(path).as_posix(): hash_file(name) for name in sorted(names) if name.is_file()}
@@ -84,19 +89,20 @@ def files_beside(path: Path) -> dict[str, str]:
     return {name.name: hash_file(name) for name in sorted(names) if name.is_file()}
 
 
-def describe(given: Input) -> dict[str, Any]:
-    """The entry of an input: ``name``, absolute ``path`` or URL, ``fingerprint`` (of what was fetched from a URL).
+def describe(source: Input) -> dict[str, Any]:
+    """Return the provenance entry of an input: ``name``, absolute ``path`` or URL, ``fingerprint`` (of the downloaded files).
 
-    For a run directory the fingerprint is that of its ``step`` (with the normalisation of a reward run), and ``files`` says
-    what was read beside it (`files_beside`): its logs go on changing (a later resume), what another run read does not. A file
-    that lies in a run directory was ``made_by`` that run. Either way ``config`` is the sha256 of that run's
-    operative_config.gin, None when it has none. ``base``: the entry of the model under adapters.
+    Run directory: the fingerprint is that of its ``step`` (with the normalisation of a reward run), and ``files`` are the
+    hashes of the files beside the checkpoint (`files_beside`). Logs are left out: they change when the run is resumed.
+    File in a run directory: ``made_by`` is that directory.
+    Both: ``config`` is the sha256 of the run's operative_config.gin, None when it has none.
+    Adapters: ``base`` is the entry of the model that they are loaded onto.
     """
-    if given.fingerprint is not None:
-        return {"name": given.name, "path": given.path, "fingerprint": given.fingerprint}
-    remote = is_remote(given.path)
-    path = fetched(given.path) if remote else Path(given.path).expanduser().absolute()
-    entry: dict[str, Any] = {"name": given.name, "path": given.path if remote else str(path)}
+    if source.fingerprint is not None:
+        return {"name": source.name, "path": source.path, "fingerprint": source.fingerprint}
+    remote = is_remote(source.path)
+    path = fetched(source.path) if remote else Path(source.path).expanduser().absolute()
+    entry: dict[str, Any] = {"name": source.name, "path": source.path if remote else str(path)}
     run = path if path.is_dir() else path.parent
     if (run / PROVENANCE).is_file():
         entry |= {} if run == path else {"made_by": str(run)}
@@ -105,20 +111,22 @@ def describe(given: Input) -> dict[str, Any]:
     try:
         if (base := base_of(path)) is not None:
             entry["base"] = describe(base)
-        if (run / PROVENANCE).is_file() and run == path and (given.step is not None or latest_step(run) is not None):
-            with reading_step(run, given.step) as place:
+        if (run / PROVENANCE).is_file() and run == path and (source.step is not None or latest_step(run) is not None):
+            with reading_step(run, source.step) as place:
                 step = int(place.name)
                 files = files_beside(path)
                 return {**entry, "step": step, "fingerprint": fingerprint_input(path, step), "files": files}
         files = files_beside(path) if path.is_file() else {}
         return {**entry, "fingerprint": fingerprint_path(path), **({"files": files} if files else {})}
     except InputError as error:
-        raise InputError(f"input {given.name!r}: {error}; what is not local needs a fingerprint") from error
+        raise InputError(f"input {source.name!r}: {error}; an input that is not local needs a fingerprint") from error
 
 
 def base_of(path: Path) -> Input | None:
-    """Return what a directory of adapters is loaded onto, when that lies on this machine: the ``base`` that the card of a run
-    names with its step, or the model that a PEFT adapter names."""
+    """Return the base model of a directory of adapters, when it is on this machine; None otherwise.
+
+    Run directory: the ``base`` in its model card, with its step. PEFT directory: the model that its configuration names.
+    """
     for name in (CARD, "adapter_config.json"):
         try:
             fields = read_object(path / name)
@@ -126,26 +134,28 @@ def base_of(path: Path) -> Input | None:
             if base is not None and Path(base["base"]).exists():
                 return Input("base", str(base["base"]), step=base.get("base_step"))
         except (InputError, TypeError, KeyError):
-            continue  # no adapters, or a damaged card, which its reader refuses
+            continue  # no adapters, or a damaged card, which is an error when the model is read
     return None
 
 
-def changed_content(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Compare two entries of one input: return the names of the files beside its checkpoint that changed, [''] when it is the
-    checkpoint, or the file or directory itself, [] when nothing did. An entry of a version that recorded no files says nothing
-    about them."""
-    old, new = before.get("files"), now.get("files")
+def changed_content(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Compare two provenance entries of one input and return what changed.
+
+    The names of changed files beside the checkpoint; [''] for the checkpoint, or the file or directory itself; [] for no
+    change. Files are compared only when both entries record them (older versions did not).
+    """
+    old, new = before.get("files"), after.get("files")
     if old is not None and new is not None and old != new:
         return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if before["fingerprint"] != now["fingerprint"]:
+    if before["fingerprint"] != after["fingerprint"]:
         return [""]
-    if "base" in before and "base" in now:
-        return [str(Path(now["base"]["path"], name)) for name in changed_content(before["base"], now["base"])]
+    if "base" in before and "base" in after:
+        return [str(Path(after["base"]["path"], name)) for name in changed_content(before["base"], after["base"])]
     return []
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer about this source tree; None when it is not a checkout or there is no git."""
+    """Return the output of a git command in this source tree; None when it is not a checkout or git is missing."""
     command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
@@ -154,18 +164,21 @@ def _git(*arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """{package: version} of what a run's numbers hang on, and of Python; None for what is not installed."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    """Return {package: version} of Python and the packages that affect a run's numbers; None for one that is not installed."""
+    installed: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def launch_facts(resumed_step: int, mesh: Mesh | None = None) -> dict[str, Any]:
-    """What this very process is: command, commit, versions, devices, mesh, random bits. resumed_step: 0 for a fresh start."""
+    """Return the facts of this process: command, commit, versions, devices, mesh, random bits.
+
+    resumed_step: 0 for a fresh start.
+    """
     status = _git("status", "--porcelain")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -190,7 +203,7 @@ def launch_facts(resumed_step: int, mesh: Mesh | None = None) -> dict[str, Any]:
 
 
 def read_provenance(run_dir: str | Path) -> dict[str, Any] | None:
-    """The content of provenance.json, None when there is none. Raises InputError when it is not what was written."""
+    """Return the content of provenance.json, None when there is none. Raises InputError when it is damaged."""
     path = Path(run_dir) / PROVENANCE
     if not os.path.lexists(path):
         return None
@@ -236,49 +249,54 @@ def write_provenance(
 
 
 def record_saved(run_dir: str | Path, step: int) -> None:
-    """Write into provenance.json that the run has saved ``step``: if its checkpoints are gone later, this shows it."""
+    """Write into provenance.json that the run has saved ``step``, so that a later loss of its checkpoints is detected."""
     content = read_provenance(run_dir)
     if content is not None:
         write_atomically(Path(run_dir) / PROVENANCE, json_text(content | {SAVED_STEP: step}, indent=2))
 
 
 def changed_inputs(run_dir: str | Path) -> list[str]:
-    """The local inputs of a run that are not any more what it read, by name; of a pipeline: those of its stages. [] for a
-    directory that records nothing."""
-    made = read_provenance(run_dir)
-    if made is None:
+    """Return the names of the local inputs that changed since the run read them; for a pipeline, those of its stages.
+
+    [] for a directory without provenance.json.
+    """
+    record = read_provenance(run_dir)
+    if record is None:
         return [f"{stage.name}/{name}" for stage in stages_in(run_dir) for name in changed_inputs(stage)]
-    local = [given for given in made["inputs"] if Path(given["path"]).is_absolute()]
+    local = [entry for entry in record["inputs"] if Path(entry["path"]).is_absolute()]
     return [
-        given["name"] for given in local if _has_changed(given, latest_step(given["path"]) if "step" in given else None)
+        entry["name"] for entry in local if _has_changed(entry, latest_step(entry["path"]) if "step" in entry else None)
     ]
 
 
-def _has_changed(given: dict[str, Any], step: int | None) -> bool:
-    """Compare an entry with what lies at its path now. step: of a run directory, the one to look at."""
-    path = Path(given["path"])
-    if not path.exists() or ("step" in given and step not in saved_steps(path)):
+def _has_changed(entry: dict[str, Any], step: int | None) -> bool:
+    """Return whether the content at the path of a provenance entry has changed.
+
+    step: of a run directory, the step to compare.
+    """
+    path = Path(entry["path"])
+    if not path.exists() or ("step" in entry and step not in saved_steps(path)):
         return True
-    return bool(changed_content(given, describe(Input(given["name"], given["path"], step=step))))
+    return bool(changed_content(entry, describe(Input(entry["name"], entry["path"], step=step))))
 
 
 def stages_in(directory: str | Path) -> list[Path]:
-    """List the run directories in a pipeline's directory."""
+    """Return the run directories in a pipeline's directory, sorted."""
     return sorted(path for path in Path(directory).glob("*") if (path / PROVENANCE).is_file())
 
 
 def launches(run_dir: str | Path) -> list[dict[str, Any]]:
-    """`launch_facts` of every start of a run, the present one last; [] when it has no provenance.json."""
-    found: list[dict[str, Any]] = (read_provenance(run_dir) or {"launches": []})["launches"]
-    return found
+    """Return the `launch_facts` of every start of a run, the present one last; [] when it has no provenance.json."""
+    entries: list[dict[str, Any]] = (read_provenance(run_dir) or {"launches": []})["launches"]
+    return entries
 
 
 def lineage(run_dir: str | Path, *, verify: bool = False) -> dict[str, Any]:
-    """The tree of what made a run, down to files that no run made: {path, stage, seed, commit, inputs: [{name, ...}]}.
+    """Return the tree of a run's inputs, down to files that no run wrote: {path, stage, seed, commit, inputs: [{name, ...}]}.
 
-    Each input carries its entry of provenance.json; ``state``: 'recorded', 'missing' when nothing is at its path any
-    more, with verify=True 'same' or 'changed' after hashing its content again; and, when it is a run itself or a file
-    that a run wrote, the tree of that run under ``run``.
+    Each input has the fields of its entry in provenance.json, and:
+    state: 'recorded'; 'missing' when its path does not exist; with verify=True 'same' or 'changed', after hashing it again.
+    run: the tree of the run, when the input is a run directory or a file that a run wrote.
     Raises InputError when ``run_dir`` has no provenance.json.
     """
     content = read_provenance(run_dir)
@@ -298,11 +316,11 @@ def _ancestor(entry: dict[str, Any], verify: bool) -> dict[str, Any]:
     node: dict[str, Any] = {**entry, "state": "recorded" if path.exists() or is_remote(entry["path"]) else "missing"}
     if verify and path.exists():
         content = path / CHECKPOINTS / str(entry["step"]) if "step" in entry else path
-        now = {
+        present = {
             "fingerprint": content.exists() and fingerprint_input(path, entry.get("step")),
             "files": files_beside(path),
         }
-        node["state"] = "changed" if changed_content(entry, now) else "same"
+        node["state"] = "changed" if changed_content(entry, present) else "same"
     run = Path(entry.get("made_by", path))
     if (run / PROVENANCE).is_file():
         node["run"] = lineage(run, verify=verify)

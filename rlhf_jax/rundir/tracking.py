@@ -1,8 +1,8 @@
 """Metrics of a run: ``metrics.jsonl`` (deterministic values), ``timing.jsonl`` (wall clock) and TensorBoard.
 
-One JSON object a line with ``step`` and ``stage``; numbers in full (Python's shortest exact form), so that an
-interrupted and resumed run writes the very bytes of an unbroken one. A number that is not finite is written as ``null``;
-what follows from it is `loop.bad_steps`.
+One JSON object a line with ``step`` and ``stage``; numbers in Python's shortest exact form, so that an
+interrupted and resumed run writes the same bytes as an uninterrupted one. A number that is not finite is written as
+``null``; `loop.bad_steps` defines what the run does then.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ Metrics = Mapping[str, Any]
 
 
 def fetch(metrics: Metrics) -> dict[str, float | None]:
-    """Plain numbers, sorted by name, with one transfer from the devices, none when everything is on the host.
+    """Return the metrics as Python numbers, sorted by name, with at most one transfer from the devices.
 
-    A Mean becomes total / weight in float64; None when its weight is 0 (nothing counted, which is no error); None stays.
-    NaN and infinities come back as they are.
+    A Mean becomes total / weight in float64, or None when its weight is 0 (nothing was counted, which is no error).
+    None, NaN and infinities are returned unchanged.
     """
     values: dict[str, Any] = dict(metrics)
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
         values = jax.device_get(values)
-    found: dict[str, float | None] = {}
+    numbers: dict[str, float | None] = {}
     for name in sorted(values):
         value = values[name]
         if not isinstance(value, Mean):
-            found[name] = None if value is None else float(value)
+            numbers[name] = None if value is None else float(value)
         elif float(value.weight) == 0.0:
-            found[name] = None if float(value.total) == 0.0 else math.nan
+            numbers[name] = None if float(value.total) == 0.0 else math.nan
         else:
-            found[name] = float(value.total) / float(value.weight)
-    return found
+            numbers[name] = float(value.total) / float(value.weight)
+    return numbers
 
 
-def not_finite(values: Mapping[str, float | None]) -> list[str]:
-    """The names of the values that are NaN or infinite."""
+def nonfinite_names(values: Mapping[str, float | None]) -> list[str]:
+    """Return the names of the values that are NaN or infinite."""
     return [name for name, value in values.items() if value is not None and not math.isfinite(value)]
 
 
-def cut(path: Path, step: int) -> None:
-    """Keep the lines of a .jsonl file whose step is <= ``step``: the later ones will be written again.
+def remove_later_lines(path: Path, step: int) -> None:
+    """Remove the lines of a .jsonl file whose step is larger than ``step``: those steps will be run again.
 
-    A last line torn by a kill goes as well. Another line that is damaged or doubled goes too, with a warning.
+    An incomplete last line (of a killed process) is removed as well. Another line that is damaged or doubled is removed
+    with a warning.
     """
     lines: MetricLines = read_lines(path)
     if not lines.rows and not lines.problems:
@@ -64,16 +65,16 @@ def cut(path: Path, step: int) -> None:
     for problem in lines.problems:
         if not problem.endswith("the last line is torn; it does not count"):
             print(f"warning: {problem}", file=sys.stderr)
-    kept = [json.dumps(row, allow_nan=False) + "\n" for row in lines.rows if row["step"] <= step]
-    write_atomically(path, "".join(kept))
+    kept_lines = [json.dumps(row, allow_nan=False) + "\n" for row in lines.rows if row["step"] <= step]
+    write_atomically(path, "".join(kept_lines))
 
 
 class Events:
-    """A TensorBoard event file, written in the calling thread: tensorboardX's own thread dies on a full disk, unheard."""
+    """A TensorBoard event file, written in the calling thread: tensorboardX's own thread ends silently on a full disk."""
 
     def __init__(self, directory: Path, purge_step: int) -> None:
-        """purge_step: what earlier files hold of this step and later ones is hidden."""
-        from tensorboardX.event_file_writer import EventsWriter  # a slow import that programs without it need not pay
+        """Open a new event file. purge_step: TensorBoard hides this step and later ones of earlier files."""
+        from tensorboardX.event_file_writer import EventsWriter  # imported here: it is slow
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
@@ -89,7 +90,7 @@ class Events:
         self._writer.write_event(event)
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Flush and close the file."""
         self._writer.close()
 
 
@@ -97,7 +98,7 @@ class Tracker:
     """The open metric files of one run directory. Only the first process of a multi-host run writes."""
 
     def __init__(self, run_dir: Path, stage: str, *, resumed_step: int, tensorboard: bool) -> None:
-        """resumed_step: what is logged after it is removed first (0: everything)."""
+        """Open the metric files. resumed_step: lines of later steps are removed first (0: all lines)."""
         self.stage = stage
         self._run_dir, self._tensorboard = run_dir, tensorboard
         self._files: dict[str, Any] = {}
@@ -109,7 +110,7 @@ class Tracker:
             return
         for name, place in (("metrics", METRICS), ("timing", TIMING)):
             file = self._run_dir / place
-            cut(file, step or -1)  # a fresh start writes step 0 (evaluations) again too
+            remove_later_lines(file, step or -1)  # a fresh start writes step 0 (evaluations) again too
             self._files[name] = file.open("a")
         if step:
             for problem in read_metrics(self._run_dir, step)[0].problems:
@@ -118,13 +119,13 @@ class Tracker:
             self._board = Events(self._run_dir / "tensorboard", step + 1 if step else 0)
 
     def rewind(self, step: int) -> None:
-        """Forget every line after ``step``: these steps will be done again."""
+        """Remove every line after ``step``: those steps will be run again."""
         self.close()
         self._open(step)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard what is a finite number."""
-        bad = set(not_finite(values))
+        """Append one line to metrics.jsonl, and the finite numbers to TensorBoard."""
+        bad = set(nonfinite_names(values))
         self._append("metrics", step, {name: None if name in bad else value for name, value in values.items()})
         if self._board is not None:
             for name, value in values.items():
@@ -142,7 +143,7 @@ class Tracker:
             self._files[name].flush()
 
     def close(self) -> None:
-        """Close every file, also when one of them cannot be written to its end: then the first error is raised."""
+        """Close every file, also when one of them cannot be flushed. Raises the first error."""
         files, board = self._files, self._board
         self._files, self._board = {}, None
         with contextlib.ExitStack() as closing:

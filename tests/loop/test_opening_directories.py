@@ -11,7 +11,7 @@ from rlhf_jax.config import BoundConfig
 from rlhf_jax.errors import InputError
 from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.rundir import resume
-from rlhf_jax.rundir.resume import check_run_place, forget, lock, make_directory, names_in
+from rlhf_jax.rundir.resume import check_run_place, lock, make_directory, names_in, remove_unused
 
 BOUND = BoundConfig("run.steps = 1\n", "run.steps = 1\n")
 
@@ -76,7 +76,7 @@ def test_a_lock_on_a_removed_directory_is_none(tmp_path: Path, monkeypatch: pyte
         lock(directory)
     monkeypatch.undo()
     with lock(directory):
-        forget(directory)
+        remove_unused(directory)
     with pytest.raises(InputError, match="another process has just removed it"):
         lock(directory)
 
@@ -93,7 +93,7 @@ def test_forget_leaves_what_another_start_has_put_there(tmp_path: Path, monkeypa
 
     with lock(tmp_path / "run"):
         monkeypatch.setattr(Path, "unlink", then_another)
-        forget(tmp_path / "run")
+        remove_unused(tmp_path / "run")
         monkeypatch.undo()
     assert names_in(tmp_path / "run") == {".lock"}
 

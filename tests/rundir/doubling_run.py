@@ -1,4 +1,4 @@
-"""A run in miniature, without a program around it: one vector, doubled in every step."""
+"""A minimal run without a program: one vector, doubled in every step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlhf_jax.loop import LoopConfig, open_run
 
 
 def train(run_dir: Path, steps: int, *, stage: str = "toy", seed: int = 0, **loop: Any) -> list[int]:
-    """Doubles w and adds 1 in each step; returns the steps done."""
+    """Double w and add 1 in each step; return the steps that this call ran."""
     settings = LoopConfig(**{"save_every": 1, "keep": 2, "tensorboard": False, "progress": False, **loop})
-    config, done = BoundConfig(f"run.steps = {steps}\n", f"run.steps = {steps}\n"), []
+    config, completed = BoundConfig(f"run.steps = {steps}\n", f"run.steps = {steps}\n"), []
     state = {"params": {"w": jnp.full(3, float(seed))}}
     with open_run(run_dir, stage=stage, bound=config, seed=seed, loop=settings) as run:
         state, _ = run.restore(state, {})
@@ -22,5 +22,5 @@ def train(run_dir: Path, steps: int, *, stage: str = "toy", seed: int = 0, **loo
             state = {"params": {"w": 2 * state["params"]["w"] + 1}}
             run.log(step, {"w": float(state["params"]["w"][0])})
             run.save(step, state, {})
-            done.append(step)
-    return done
+            completed.append(step)
+    return completed

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, on any mesh, or it is refused by name."""
+"""Tests of checkpoints: restoring on any mesh, strictness, damage, retention, failed saves."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_round_trip_with_typed_key_optimizer_and_host(tmp_path: Path) -> None:
     np.testing.assert_array_equal(jax.random.bits(state.rng), jax.random.bits(jax.random.key(5, impl="threefry2x32")))
 
 
-def test_saving_survives_donation_and_leaving_at_once(tmp_path: Path) -> None:
+def test_save_survives_donation_and_an_immediate_close(tmp_path: Path) -> None:
     state = make_state(1)
     with Checkpoints(tmp_path, Retention(2)) as checkpoints:
         checkpoints.save(1, state, {})
@@ -72,10 +72,10 @@ def test_other_mesh(tmp_path: Path) -> None:
     two = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
     values = jnp.arange(32.0).reshape(8, 4)
     save(tmp_path, 1, state={"w": jax.device_put(values, NamedSharding(four, PartitionSpec("fsdp", None)))})
-    wanted = NamedSharding(two, PartitionSpec(None, "tensor"))
+    target = NamedSharding(two, PartitionSpec(None, "tensor"))
     with Checkpoints(tmp_path, Retention(1)) as checkpoints:
-        restored, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=wanted)})
-    assert restored["w"].sharding == wanted
+        restored, _ = checkpoints.restore({"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=target)})
+    assert restored["w"].sharding == target
     np.testing.assert_array_equal(restored["w"], values)
 
 
@@ -126,13 +126,13 @@ def flip_every_kind_of_file(name: str) -> Callable[[Path], None]:
 
 
 def change_the_manifest(step: Path) -> None:
-    """Readable as before, but it now says another row."""
+    """Change the row in the manifest, which stays readable."""
     file = step / MANIFEST
     file.write_text(file.read_text().replace('"row": 2', '"row": 1'))
 
 
 def point_outside(step: Path) -> None:
-    """A manifest that is consistent in itself and names a file elsewhere."""
+    """Write a consistent manifest that names a file outside the step."""
     body = json.loads((step / MANIFEST).read_text())["manifest"]
     outside = step.parent.parent / "secret"
     outside.write_text("x")
@@ -171,26 +171,28 @@ def steps_1_and_2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_any_damage_is_one_exception_set_aside_and_an_older_step(
+def test_damaged_step_is_set_aside_and_an_older_one_restored(
     name: str, steps_1_and_2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(steps_1_and_2, tmp_path / "checkpoints")
     step = tmp_path / "checkpoints" / "2"
-    damage, what = DAMAGE[name]
+    damage, message = DAMAGE[name]
     damage(step)
-    with Checkpoints(tmp_path, Retention(2)) as checkpoints, pytest.raises(DamagedCheckpoint, match=what) as caught:
+    with Checkpoints(tmp_path, Retention(2)) as checkpoints, pytest.raises(DamagedCheckpoint, match=message) as caught:
         checkpoints.restore(make_state())
     assert str(caught.value).startswith(f"{step}: damaged checkpoint: ") and "\n" not in str(caught.value)
     assert newest_verified(tmp_path) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith(f"warning: {step}: damaged checkpoint: ") and told[0].endswith("moved to 2.damaged")
-    assert told[1].endswith("going on from step 1; 2.damaged set aside")
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0].startswith(f"warning: {step}: damaged checkpoint: ") and warnings[0].endswith(
+        "moved to 2.damaged"
+    )
+    assert warnings[1].endswith("going on from step 1; 2.damaged set aside")
     assert saved_steps(tmp_path) == [1] and (tmp_path / "checkpoints" / "2.damaged").is_dir()
     with Checkpoints(tmp_path, Retention(2)) as checkpoints:
         assert_equal(checkpoints.restore(make_state())[0], make_state(1))
 
 
-def test_nothing_whole_is_refused_until_the_user_decides(tmp_path: Path) -> None:
+def test_only_damaged_steps_are_an_error(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     for step in ("1", "2"):
         flip_a_bit(tmp_path / "checkpoints" / step)
@@ -213,7 +215,7 @@ def test_the_same_step_damaged_twice(tmp_path: Path) -> None:
     assert {entry.name for entry in (tmp_path / "checkpoints").iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
 
-def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+def test_half_written_steps_are_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     directory = tmp_path / "checkpoints"
     shutil.copytree(directory / "1", directory / "3.saving")
@@ -223,7 +225,7 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     assert [entry.name for entry in directory.iterdir()] == ["1"]
 
 
-def test_the_manifest_says_what_was_saved(tmp_path: Path) -> None:
+def test_manifest_describes_the_save(tmp_path: Path) -> None:
     facts = {"config": "c" * 64, "inputs": {"data": "d" * 64}, "versions": {"jax": jax.__version__}}
     with Checkpoints(tmp_path, Retention(1), facts=facts) as checkpoints:
         checkpoints.save(4, make_state(), {"row": 4}, {"loss": 0.5, "bad": float("nan"), "none": None})
@@ -239,17 +241,17 @@ def test_the_manifest_says_what_was_saved(tmp_path: Path) -> None:
 # ---- retention
 
 
-def test_best_and_newest_are_kept_apart() -> None:
-    """5, 4, 3, NaN: Orbax ranked the NaN best and lost the good ones."""
+def test_best_and_newest_steps_are_kept() -> None:
+    """Orbax's own retention ranked NaN best and removed the good steps."""
     steps: dict[int, dict[str, float | None]] = {1: {"l": 5.0}, 2: {"l": 3.0}, 3: {"l": 4.0}, 4: {"l": float("nan")}}
-    assert Retention(1, 1, "l").kept(steps) == {2, 4}
-    assert Retention(2, 2, "l").kept(steps) == {2, 3, 4}
-    assert Retention(1, 1, "l", "highest").kept(steps) == {1, 4}
-    assert Retention(1, 2, "m").kept({**steps, 5: {}, 6: {"m": None}}) == {6}  # nothing has it
-    assert Retention(3).kept(steps) == {2, 3, 4}
+    assert Retention(1, 1, "l").steps_to_keep(steps) == {2, 4}
+    assert Retention(2, 2, "l").steps_to_keep(steps) == {2, 3, 4}
+    assert Retention(1, 1, "l", "highest").steps_to_keep(steps) == {1, 4}
+    assert Retention(1, 2, "m").steps_to_keep({**steps, 5: {}, 6: {"m": None}}) == {6}  # no step has this metric
+    assert Retention(3).steps_to_keep(steps) == {2, 3, 4}
 
 
-def test_the_best_step_survives_on_disk(tmp_path: Path) -> None:
+def test_best_step_stays_on_disk(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, Retention(2, 1, "loss")) as checkpoints:
         for step, loss in enumerate((5.0, 3.0, 4.0, float("nan"), 6.0, 7.0), 1):
             checkpoints.save(step, make_state(step), {}, {"loss": loss})
@@ -272,7 +274,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_step(point: str, tmp_path: Path
     assert saved_steps(tmp_path) == [1] and newest_verified(tmp_path) == 1
 
 
-def test_corrupted_between_hashing_and_naming_is_found(tmp_path: Path) -> None:
+def test_corruption_between_hashing_and_renaming_is_detected(tmp_path: Path) -> None:
     faults = Faults([Fault("commit", "corrupt", step=2)])
     with Checkpoints(tmp_path, Retention(9), at=faults.at) as checkpoints:
         checkpoints.save(1, make_state(1), {})
@@ -308,8 +310,8 @@ def test_fingerprint_sees_one_flipped_bit(tmp_path: Path) -> None:
 
 
 def test_layout_is_json_and_names_fields_and_indices() -> None:
-    found = layout(make_state())
-    assert found["params/embed/embedding"] == [[8, 4], "float32"]
-    assert found["opt_state/0/mu/bias"] == [[3], "bfloat16"]
-    assert found["rng"] == [[], "key<fry>"]
-    assert json.loads(json.dumps(found)) == found
+    leaves = layout(make_state())
+    assert leaves["params/embed/embedding"] == [[8, 4], "float32"]
+    assert leaves["opt_state/0/mu/bias"] == [[3], "bfloat16"]
+    assert leaves["rng"] == [[], "key<fry>"]
+    assert json.loads(json.dumps(leaves)) == leaves

@@ -1,4 +1,4 @@
-"""Fingerprints and lineage."""
+"""Tests of fingerprints, provenance.json and lineage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def test_fingerprint_of_file_and_directory(tmp_path: Path) -> None:
 
 
 def test_inputs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"input 'data': .*no such file or directory; what is not local needs"):
+    with pytest.raises(
+        InputError, match=r"input 'data': .*no such file or directory; an input that is not local needs"
+    ):
         describe(Input("data", str(tmp_path / "absent")))
     remote = Input("data", "hub/name", fingerprint="revision 12")
     assert describe(remote) == {"name": "data", "path": "hub/name", "fingerprint": "revision 12"}
@@ -45,11 +47,11 @@ def make_run(run_dir: Path, stage: str, *inputs: Input) -> None:
     (run_dir / "operative_config.gin").write_text(f"run.stage = {stage!r}\n")
     with Checkpoints(run_dir, Retention(1)) as checkpoints:
         checkpoints.save(2, {"params": {"w": jnp.ones(2)}}, {})
-    entries = [describe(given) for given in inputs]
+    entries = [describe(source) for source in inputs]
     write_provenance(run_dir, stage=stage, seed=3, inputs=entries, resumed_step=0)
 
 
-def test_lineage_goes_back_to_the_roots(tmp_path: Path) -> None:
+def test_lineage_tree(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("{}\n")
     data = Input("data", str(tmp_path / "data.jsonl"))
     make_run(tmp_path / "sft", "sft", data)
@@ -75,8 +77,8 @@ def test_lineage_goes_back_to_the_roots(tmp_path: Path) -> None:
         lineage(tmp_path)
 
 
-def test_a_file_that_a_run_wrote_leads_to_that_run(tmp_path: Path) -> None:
-    """Comparisons are what ties a reward model to the policy that wrote the replies."""
+def test_lineage_of_a_file_that_a_run_wrote(tmp_path: Path) -> None:
+    """Comparisons link a reward model to the policy that wrote the responses."""
     make_run(tmp_path / "sft", "sft")
     make_run(tmp_path / "replies", "generate", Input("model", str(tmp_path / "sft")))
     file = tmp_path / "replies" / "comparisons.jsonl"
@@ -97,7 +99,7 @@ def test_a_file_that_a_run_wrote_leads_to_that_run(tmp_path: Path) -> None:
     assert node["run"]["inputs"][0]["run"]["stage"] == "sft"
 
 
-def test_a_step_that_was_never_completed_is_not_the_newest(tmp_path: Path) -> None:
+def test_incomplete_step_is_not_the_newest(tmp_path: Path) -> None:
     make_run(tmp_path / "sft", "sft")
     half = tmp_path / "sft" / "checkpoints" / "7.saving" / "state"
     half.mkdir(parents=True)
@@ -116,11 +118,11 @@ def test_facts_and_launches(tmp_path: Path) -> None:
     assert facts["random_bits"]["implementation"] == "threefry2x32"
     assert facts["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
     assert facts["versions"]["jax"] is not None and facts["command"]
-    write_provenance(tmp_path, stage="sft", seed=1, inputs=[], resumed_step=0)  # begun again: nothing was saved
+    write_provenance(tmp_path, stage="sft", seed=1, inputs=[], resumed_step=0)  # a fresh start: nothing was saved
     assert len((read_provenance(tmp_path) or {})["launches"]) == 1
 
 
-def test_the_scale_of_a_reward_model_is_part_of_it(tmp_path: Path) -> None:
+def test_reward_normalisation_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     make_run(tmp_path / "rm", "reward")
     (tmp_path / "rm" / "reward_normalisation.json").write_text('{"gain": 2.0, "bias": 0.0}')
     make_run(tmp_path / "ppo", "ppo", Input("reward", str(tmp_path / "rm")))
@@ -143,7 +145,7 @@ def test_changed_inputs_are_named(tmp_path: Path) -> None:
 
 
 def make_model(run_dir: Path, *inputs: Input) -> None:
-    """A finished run that others read as a model."""
+    """Make a finished run that other runs read as a model."""
     make_run(run_dir, "sft", *inputs)
     (run_dir / "tokenizer").mkdir()
     (run_dir / "tokenizer" / "tokenizer.json").write_text("{}")
@@ -163,26 +165,26 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_files_beside_a_checkpoint_are_part_of_the_input(name: str, tmp_path: Path) -> None:
-    """The model card, with the template, and the tokenizer decide what a checkpoint means as much as its arrays do."""
+    """The model card (with the template) and the tokenizer determine the model as much as its arrays."""
     make_model(tmp_path / "sft")
     make_run(tmp_path / "ppo", "ppo", Input("policy", str(tmp_path / "sft")))
     assert changed_inputs(tmp_path / "ppo") == []
-    (tmp_path / "sft" / "status.json").write_text('{"step": 4}')  # what goes on changing is no part of it
+    (tmp_path / "sft" / "status.json").write_text('{"step": 4}')  # logs change and are not part of the input
     (tmp_path / "sft" / "metrics.jsonl").write_text("{}\n")
     assert changed_inputs(tmp_path / "ppo") == []
     CHANGES[name](tmp_path / "sft" / name)
     assert changed_inputs(tmp_path / "ppo") == ["policy"]
     assert lineage(tmp_path / "ppo", verify=True)["inputs"][0]["state"] == "changed"
     entry = describe(Input("policy", str(tmp_path / "sft")))
-    now = {"stage": "ppo", "seed": 3, "inputs": [entry]}
+    identity = {"stage": "ppo", "seed": 3, "inputs": [entry]}
     with pytest.raises(
         InputError, match=f"input 'policy': the content of {tmp_path}/sft/{name} is not what the run began"
     ):
-        check_changes(tmp_path / "ppo", now, "run.stage = 'ppo'\n", "is at step 2")
+        check_changes(tmp_path / "ppo", identity, "run.stage = 'ppo'\n", "is at step 2")
 
 
-def test_a_record_without_such_files_is_taken_as_it_is(tmp_path: Path) -> None:
-    """Of a version that did not record them."""
+def test_entries_without_files_are_compared_by_fingerprint(tmp_path: Path) -> None:
+    """Older versions did not record the files beside a checkpoint."""
     make_model(tmp_path / "sft")
     entry = describe(Input("policy", str(tmp_path / "sft")))
     older = {name: value for name, value in entry.items() if name != "files"}
@@ -199,7 +201,7 @@ def test_the_tokenizer_next_to_a_gguf_file(tmp_path: Path) -> None:
 
 
 def test_the_model_under_adapters_is_part_of_the_input(tmp_path: Path) -> None:
-    """Of a run of adapters and of a PEFT directory: what they are loaded onto decides as much as they do."""
+    """The base model of a run with adapters, and of a PEFT directory."""
     make_model(tmp_path / "sft")
     make_model(tmp_path / "lora")
     card = {"adapter": {"base": str(tmp_path / "sft"), "base_step": 2}}
@@ -213,16 +215,16 @@ def test_the_model_under_adapters_is_part_of_the_input(tmp_path: Path) -> None:
     assert changed_inputs(tmp_path / "a") == changed_inputs(tmp_path / "b") == []
     (tmp_path / "sft" / "model.json").write_text("{}")
     assert changed_inputs(tmp_path / "a") == changed_inputs(tmp_path / "b") == ["policy"]
-    now = {"stage": "ppo", "seed": 3, "inputs": [describe(Input("policy", str(tmp_path / "lora")))]}
+    identity = {"stage": "ppo", "seed": 3, "inputs": [describe(Input("policy", str(tmp_path / "lora")))]}
     with pytest.raises(InputError, match=f"input 'policy': the content of {tmp_path}/sft/model.json is not what"):
-        check_changes(tmp_path / "a", now, "run.stage = 'ppo'\n", "is at step 2")
+        check_changes(tmp_path / "a", identity, "run.stage = 'ppo'\n", "is at step 2")
 
 
 @pytest.mark.parametrize(
     "name", ["evaluation.json", "model.json", "tokenizer/tokenizer.json", "checkpoints/2/manifest.json"]
 )
 @pytest.mark.parametrize("change", ["emptied", "gone"])
-def test_what_a_finished_run_left_is_remembered(name: str, change: str, tmp_path: Path) -> None:
+def test_changed_outputs_are_named(name: str, change: str, tmp_path: Path) -> None:
     make_model(tmp_path / "sft")
     (tmp_path / "sft" / "notes.txt").write_text("mine")
     (tmp_path / "sft" / "status.json").unlink()

@@ -1,4 +1,4 @@
-"""Metric files: exact numbers, what a resume removes, what stops a run."""
+"""Tests of the metric files: exact numbers, lines that a resume removes, bad values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax.errors import RunStopped
 from rlhf_jax.loop.bad_steps import stop_if_bad
-from rlhf_jax.rundir.tracking import Tracker, cut, fetch
+from rlhf_jax.rundir.tracking import Tracker, fetch, remove_later_lines
 from rlhf_jax.types import Mean
 
 
@@ -27,7 +27,7 @@ def test_fetch_divides_in_float64() -> None:
     assert list(values) == ["a", "b", "c", "d"]
 
 
-def test_nothing_counted_is_not_an_error_but_nan_is() -> None:
+def test_zero_weight_is_no_error_but_nan_is() -> None:
     values = fetch({"nothing": mean(0.0, 0.0), "bad": mean(math.nan, 2.0), "lost": mean(1.0, 0.0)})
     assert values["nothing"] is None
     assert math.isnan(values["bad"] or 0.0) and math.isnan(values["lost"] or 0.0)
@@ -36,7 +36,7 @@ def test_nothing_counted_is_not_an_error_but_nan_is() -> None:
         stop_if_bad(4, {"fine": 1.0, "kl": math.inf, "loss": math.nan})
 
 
-def test_lines_are_exact_and_null_for_what_is_not_finite(tmp_path: Path) -> None:
+def test_lines_are_exact_and_nonfinite_values_null(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "sft", resumed_step=0, tensorboard=False)
     tracker.write(1, {"loss": 0.1, "nothing": None, "kl": math.nan})
     tracker.write_timing(1, {"seconds": 2.5})
@@ -59,7 +59,7 @@ def test_resume_removes_later_and_torn_lines(tmp_path: Path) -> None:
     assert (tmp_path / "timing.jsonl").read_text() == "".join(lines[:3])
 
 
-def test_a_fresh_start_removes_step_0_of_an_attempt_without_checkpoint(tmp_path: Path) -> None:
+def test_fresh_start_removes_step_0_of_an_earlier_attempt(tmp_path: Path) -> None:
     for _ in range(2):
         tracker = Tracker(tmp_path, "sft", resumed_step=0, tensorboard=False)
         tracker.write(0, {"heldout/loss": 2.0})
@@ -70,9 +70,9 @@ def test_a_fresh_start_removes_step_0_of_an_attempt_without_checkpoint(tmp_path:
 def test_a_torn_line_at_the_restored_step_goes_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "stage": "s"}\n{"step": 2, "stage": "s", "loss": 0.')
-    cut(path, 2)
+    remove_later_lines(path, 2)
     assert path.read_text() == '{"step": 1, "stage": "s"}\n'
-    cut(tmp_path / "absent.jsonl", 2)
+    remove_later_lines(tmp_path / "absent.jsonl", 2)
     assert not (tmp_path / "absent.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""What is said of steps that a run has done already, and of a path that no file can have."""
+"""Tests of the checks of the number of steps and of the run directory's path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.rundir.resume import check_run_place, check_steps
 
 
-def test_an_empty_directory_is_no_step_that_was_done(tmp_path: Path) -> None:
+def test_step_without_a_manifest_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "999").mkdir(parents=True)
     check_steps(tmp_path, "run.steps = 3\n", 999)
     (tmp_path / "checkpoints" / "999" / "manifest.json").touch()

@@ -1,4 +1,4 @@
-"""Checkpoints that are gone or cannot be read are not checkpoints that were never saved: such a run is refused by name."""
+"""Runs whose checkpoints are missing or unreadable: an error, not a fresh start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, newest_verified
 
 
 def train(run_dir: Path, total: int, save_every: int = 2) -> None:
-    """Run a loop whose state is one number and which adds its bad steps to what it saves."""
+    """Run a loop whose state is one vector and whose host value sums the steps."""
     loop = LoopConfig(save_every=save_every, keep=9, tensorboard=False, progress=False)
     bound = BoundConfig(f"run.steps = {total}\n", f"run.steps = {total}\n")
     with open_run(run_dir, stage="toy", bound=bound, seed=0, loop=loop) as run:
@@ -29,7 +29,7 @@ def train(run_dir: Path, total: int, save_every: int = 2) -> None:
             run.save(step, state, {"row": host["row"] + step})
 
 
-def everything(run_dir: Path) -> dict[str, bytes]:
+def contents(run_dir: Path) -> dict[str, bytes]:
     files = [path for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in files}
 
@@ -92,18 +92,18 @@ def looping_manifest(run_dir: Path) -> None:
     ],
 )
 def test_hidden_checkpoints_are_refused(hide, message: str, finished: Path, tmp_path: Path) -> None:
-    """It began at step 0 again, cut the metrics and replaced the history, without a word."""
+    """Regression: the run started at step 0 and overwrote metrics and provenance without a warning."""
     shutil.copytree(finished, tmp_path / "run")
     hide(tmp_path / "run")
-    before = everything(tmp_path / "run")
+    before = contents(tmp_path / "run")
     with pytest.raises(InputError, match=message) as caught:
         train(tmp_path / "run", 6)
     assert "\n" not in str(caught.value)
-    assert everything(tmp_path / "run") == before
+    assert contents(tmp_path / "run") == before
 
 
-def test_metrics_alone_show_removed_checkpoints(finished: Path, tmp_path: Path) -> None:
-    """A run of a version that did not record its saves in provenance.json."""
+def test_metrics_reveal_removed_checkpoints(finished: Path, tmp_path: Path) -> None:
+    """Older versions did not record saves in provenance.json."""
     shutil.copytree(finished, tmp_path / "run")
     file = tmp_path / "run" / "provenance.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "saved_step"}))
@@ -112,7 +112,7 @@ def test_metrics_alone_show_removed_checkpoints(finished: Path, tmp_path: Path) 
         train(tmp_path / "run", 6)
 
 
-def test_a_resumed_launch_shows_removed_checkpoints(finished: Path, tmp_path: Path) -> None:
+def test_a_resumed_launch_reveals_removed_checkpoints(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     train(tmp_path / "run", 6)
     empty(tmp_path / "run")
@@ -121,7 +121,7 @@ def test_a_resumed_launch_shows_removed_checkpoints(finished: Path, tmp_path: Pa
 
 
 def test_killed_before_the_first_save_begins_again(finished: Path, tmp_path: Path) -> None:
-    """Metrics of three steps, an empty ``checkpoints``, nothing saved yet: what a kill leaves."""
+    """A run killed before its first save has metrics and an empty ``checkpoints``."""
     with (
         pytest.raises(KeyError),
         open_run(
@@ -139,7 +139,7 @@ def test_killed_before_the_first_save_begins_again(finished: Path, tmp_path: Pat
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes another uid for a moment, which only root may")
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/4", "checkpoints/4/state", "checkpoints/4/manifest.json"])
-def test_no_permission_is_not_no_checkpoint(name: str, finished: Path, tmp_path: Path) -> None:
+def test_unreadable_checkpoints_are_an_error(name: str, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     for place in [*tmp_path.parents, tmp_path]:
         if place.owner() == "root" and place.name.startswith("pytest"):
@@ -154,7 +154,7 @@ def test_no_permission_is_not_no_checkpoint(name: str, finished: Path, tmp_path:
 
 
 def test_host_values_are_those_of_the_save(tmp_path: Path) -> None:
-    """The loop goes on changing its lists while a thread writes: what step 1 holds is what was there when it was saved."""
+    """The loop changes its lists while the thread writes; step 1 holds the values at the time of the save."""
     bad: list[int] = []
 
     def change(point: str, step: int, place: Path) -> None:
@@ -167,8 +167,8 @@ def test_host_values_are_those_of_the_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["[a]", "a\\b", "[a-z]", "**"])
-def test_a_step_without_its_arrays_is_never_named(name: str, tmp_path: Path) -> None:
-    """With these in the path Orbax writes elsewhere, or does not merge what it wrote, and reports success."""
+def test_step_without_arrays_gets_no_number(name: str, tmp_path: Path) -> None:
+    """With these characters in the path Orbax writes to another place, or does not merge its files, and reports success."""
     with (
         pytest.raises(RunStopped, match="not there after saving|a save failed"),
         Checkpoints(tmp_path / name, Retention(2)) as checkpoints,
@@ -178,13 +178,13 @@ def test_a_step_without_its_arrays_is_never_named(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("character", "*?[]\\")
-def test_characters_that_the_store_cannot_take(character: str, tmp_path: Path) -> None:
+def test_paths_that_orbax_cannot_store_are_errors(character: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="checkpoints cannot be stored under a path with"):
         train(tmp_path / f"a{character}b" / "run", 1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_that_is_no_step_is_not_one(finished: Path, tmp_path: Path) -> None:
+def test_other_names_are_not_steps(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     for name in ("٣", "007", "1e3", "-1"):
         (tmp_path / "run" / "checkpoints" / name).mkdir()
