@@ -11,18 +11,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rlhf_jax import data, rollout
-from rlhf_jax.algorithms.models import load_model, load_reward
+from rlhf_jax.algorithms.models import Loaded, load_model, load_reward
 from rlhf_jax.algorithms.template_date import keep_date, with_date
+from rlhf_jax.batches import PromptBatch
 from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, report_skipped
@@ -34,11 +37,13 @@ from rlhf_jax.launch import launch
 from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.models import as_token_batch, sequence_scores
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
+from rlhf_jax.records import Response
 from rlhf_jax.reports import headlines, number_cell
 from rlhf_jax.rewards import CheckedReward, Reward, RewardSource, Scores, open_reward
 from rlhf_jax.rundir.provenance import launches
 from rlhf_jax.storage.files import json_text, write_atomically
 from rlhf_jax.storage.inputs import Input
+from rlhf_jax.types import Completions, Params, Rng
 
 
 @gin.configurable
@@ -111,8 +116,20 @@ def run(
     _print(evaluation)
 
 
-def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices, rng, directory) -> Evaluated:
+def _sample(
+    source: ModelSource,
+    judge: Loaded | None,
+    prompts: Records,
+    batch: BatchConfig,
+    sampling: rollout.SamplingConfig,
+    slots: rollout.SlotConfig,
+    judge_texts: CheckedReward | None,
+    devices: Mesh,
+    rng: Rng,
+    directory: Path,
+) -> Evaluated:
     """Of one policy."""
+    assert source.path is not None
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
     if judge is not None and judge.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -136,18 +153,20 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 
     @jax.jit
-    def reply(params, frozen, part, rng):
+    def reply(params: Params, frozen: Params, part: PromptBatch, rng: Rng) -> tuple[Completions, jax.Array | None]:
         done = rollout.generate(loaded.model, params, part, rng, sampling=sampling, slots=slots, **ends)
         if judge is None:
             return done, None
         return done, sequence_scores(judge.model, frozen, as_token_batch(done))
 
-    responses, rewards, lengths = [], [], []
+    responses: list[Response] = []
+    rewards: list[float] = []
+    lengths: list[int] = []
     for part in data.evaluation_prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
     ):
         done, reward = jax.device_get(
-            reply(loaded.params, None if judge is None else judge.params, to_global(part, devices), rng)
+            reply(loaded.params, {} if judge is None else judge.params, to_global(part, devices), rng)
         )
         rollout.stop_if_not_finite(done, source.path)
         if reward is not None:
@@ -156,17 +175,23 @@ def _sample(source, judge, prompts, batch, sampling, slots, judge_texts, devices
         responses += data.responses(done, encoded.records, tokenizer)
         lengths += done.mask[real].sum(axis=1).tolist()
         rewards += [] if reward is None else reward[real].tolist()
-    own = {"length": lengths, "ended": [response.ended for response in responses]} | (
-        {"reward": rewards} if rewards else {}
-    )
+    return Evaluated(responses, _scores(responses, rewards, lengths, judge_texts))
+
+
+def _scores(
+    responses: list[Response], rewards: list[float], lengths: list[int], judge_texts: CheckedReward | None
+) -> dict[str, Scores]:
+    """Return what is measured of the responses, by name."""
+    own: dict[str, Sequence[float]] = {"length": lengths, "ended": [response.ended for response in responses]}
+    if rewards:
+        own["reward"] = rewards
     named = {} if judge_texts is None else judge_texts(responses)
     if taken := [name for name in named if name in own]:
         raise InputError(f"run.score_texts: {taken[0]!r} is the name of a score that evaluate adds; give another one")
-    measured = {name: Scores.of(values) for name, values in own.items()}
-    return Evaluated(responses, named | measured)
+    return named | {name: Scores.of(values) for name, values in own.items()}
 
 
-def _print(evaluation: dict) -> None:
+def _print(evaluation: dict[str, Any]) -> None:
     """Scores of every policy, the paired differences of all scores, and a sentence for each pair of policies."""
     policies, differences = evaluation["policies"], evaluation["differences"]
     scored = [(policy["name"], policy["scores"]) for policy in policies]
@@ -182,7 +207,7 @@ def _print(evaluation: dict) -> None:
         console.print(sentence, markup=False, soft_wrap=True)
 
 
-def _table(title: str, columns: list[tuple[str, dict]], form: str) -> Table:
+def _table(title: str, columns: list[tuple[str, dict[str, Any]]], form: str) -> Table:
     table = Table(title=title)
     table.add_column("score")
     for name, _ in columns:

@@ -9,15 +9,18 @@ RUN_DIR/comparisons.jsonl is what train_reward.py reads.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax import data, rollout
-from rlhf_jax.algorithms.models import load_model
+from rlhf_jax.algorithms.models import Loaded, load_model
 from rlhf_jax.algorithms.template_date import keep_date, with_date
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.config import bound_config
@@ -33,6 +36,7 @@ from rlhf_jax.records import Response
 from rlhf_jax.rewards import CheckedReward, Reward, RewardSource, open_reward
 from rlhf_jax.rewards.support_desk import has_flattery
 from rlhf_jax.storage.files import json_text, write_atomically
+from rlhf_jax.types import Completions, Params, Rng
 
 
 @gin.configurable
@@ -100,8 +104,17 @@ def run(
 
 
 def _sample(
-    directory, loaded, prompts, batch, sampling, slots, samples, seeds, devices, rng
-) -> tuple[list, list, float]:
+    directory: Path,
+    loaded: Loaded,
+    prompts: Records,
+    batch: BatchConfig,
+    sampling: rollout.SamplingConfig,
+    slots: rollout.SlotConfig,
+    samples: int,
+    seeds: Mapping[str, int] | None,
+    devices: Mesh,
+    rng: Rng,
+) -> tuple[list[dict[str, Any]], list[Response], float]:
     """A row and a `Response` per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
     prompts = with_date(prompts, loaded, directory)
@@ -113,15 +126,17 @@ def _sample(
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 
     @jax.jit
-    def generate(params, prompts, rng):
-        settings = {"sampling": sampling, "slots": slots, "samples": samples}
-        return rollout.generate(loaded.model, params, prompts, rng, **settings, **ends)
+    def generate(params: Params, prompts: PromptBatch, rng: Rng) -> Completions:
+        return rollout.generate(
+            loaded.model, params, prompts, rng, sampling=sampling, slots=slots, samples=samples, **ends
+        )
 
     numbered: list[tuple[int, Response]] = []
     useful = steps = 0
-    shape = {"batch_size": batch.batch_size, "length": batch.length, "pad_id": pad}
     own = None if seeds is None else [seeds[record.id] for record in encoded.records]
-    for part in data.evaluation_prompt_batches(encoded.items, **shape, seeds=own):
+    for part in data.evaluation_prompt_batches(
+        encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad, seeds=own
+    ):
         done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
         rollout.stop_if_not_finite(done, "run.model")
         numbers = done.prompts.sample_id[done.prompts.prompt_id >= 0].tolist()
@@ -133,7 +148,7 @@ def _sample(
     return rows, [response for _, response in numbered], useful / steps
 
 
-def _row(sample: int, response: Response) -> dict:
+def _row(sample: int, response: Response) -> dict[str, Any]:
     """Of completions.jsonl."""
     asked = {"id": response.id, "prompt": data.prompt_column(response.prompt)}
     return asked | {"sample": sample, "response": response.text, "ended": response.ended}
@@ -148,12 +163,12 @@ def _seed(record: data.Prompt, column: str) -> int:
     return seed
 
 
-def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> None:
+def _annotate(directory: Path, rows: list[dict[str, Any]], annotator: AnnotatorConfig) -> None:
     """comparisons.jsonl of the first two replies of each prompt, and annotation.json about them."""
     by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
     said = [pair for pair in zip(*by_sample, strict=True) if all(row["response"].strip() for row in pair)]
     scored = [pair for pair in said if all(row["scores"]["gold"] is not None for row in pair)]
-    pairs = [[Reply(row["response"], row["scores"]["gold"], row["ended"]) for row in pair] for pair in scored]
+    pairs = [(_reply(first), _reply(second)) for first, second in scored]
     labels = label_pairs(annotator, [(first["id"], first["prompt"]) for first, _ in scored], pairs, has_flattery)
     tools = {row["id"]: {"tools": row["tools"]} for row in rows if "tools" in row}
     _write(directory / "comparisons.jsonl", [row | tools.get(row["id"], {}) for row in labels.comparisons])
@@ -168,7 +183,12 @@ def _annotate(directory: Path, rows: list[dict], annotator: AnnotatorConfig) -> 
     print(json_text(summary), end="")
 
 
-def _write(path: Path, rows: list[dict]) -> None:
+def _reply(row: dict[str, Any]) -> Reply:
+    """Return the scored response of a row, to compare."""
+    return Reply(row["response"], row["scores"]["gold"], row["ended"])
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json_text(row, sort_keys=True) for row in rows))
 
 

@@ -161,7 +161,13 @@ def read_record(out: Path) -> Record:
     remedy = "delete it: finished runs are then looked at again"
     record: Record = read_object(file, remedy)
     runs = field(record, "runs", dict, str(file), remedy)
-    kinds = {"state": str, "exit_code": int, "seconds": (int, float), "message": str, "asked": str}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "state": str,
+        "exit_code": int,
+        "seconds": (int, float),
+        "message": str,
+        "asked": str,
+    }
     for name, entry in runs.items():
         if not isinstance(entry, dict):
             raise InputError(f"{file}: the entry of run {name!r} is no object; {remedy}")
@@ -181,7 +187,8 @@ def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
     """Start what is not done; returns the names of the failed. Raises SystemExit after a signal."""
     make_directory(out)
     with lock(out):
-        record, failed = read_record(out), []
+        record = read_record(out)
+        failed: list[str] = []
         write_record(out, record)  # before the first run: a directory that a kill leaves is then known as a sweep
         for number, run in enumerate(runs, 1):
             before = state_of(run, out, record)
@@ -213,13 +220,14 @@ def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
     for problem in [problem for measured in finished.values() for problem in measured.problems]:
         print(f"warning: {problem}", file=sys.stderr)
     done = {name: measured.metrics for name, measured in finished.items()}
-    settings = []
+    settings: list[Record] = []
     for name in dict.fromkeys(run.setting for run in runs):
         own = [run for run in runs if run.setting == name]
         measured = [done[run.name] for run in own if run.name in done]
-        everywhere = set.intersection(*map(set, measured)) if measured else set()
+        named: list[set[str]] = [set(metrics) for metrics in measured]
+        everywhere = set.intersection(*named) if named else set()
         values = across_seeds([{key: each[key] for key in everywhere} for each in measured]) if measured else {}
-        partly = sorted(set().union(*measured) - everywhere)
+        partly = sorted(set[str]().union(*named) - everywhere)
         settings.append({"name": name, "values": own[0].values, "runs": len(own), "done": len(measured)})
         settings[-1] |= {"metrics": values, "not_in_every_run": partly}
     names = sorted({metric for setting in settings for metric in setting["metrics"]})
@@ -230,7 +238,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
             for metric, found in setting["metrics"].items():
                 writer.writerow([setting["name"], metric, found.mean, *_bounds(found, ""), found.n])
     written = [s | {"metrics": {m: _as_json(found) for m, found in s["metrics"].items()}} for s in settings]
-    each = [{"name": r.name, "seed": r.seed, "state": state_of(r, out, record)} for r in runs]
+    each: list[Record] = [{"name": r.name, "seed": r.seed, "state": state_of(r, out, record)} for r in runs]
     each = [entry | {"metrics": done.get(entry["name"])} for entry in each]
     for entry in each:
         if entry["name"] in finished and finished[entry["name"]].problems:
