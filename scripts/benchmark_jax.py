@@ -4,7 +4,6 @@ there."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
@@ -72,7 +71,7 @@ def documents(lengths: Sequence[int], seed: int) -> list[data.Encoded]:
 
 def padded(lengths: Sequence[int], width: int, seed: int) -> TokenBatch:
     """A document a row."""
-    return data.stack_rows([[document] for document in documents(lengths, seed)], width, 0)
+    return data.stack_rows([(document,) for document in documents(lengths, seed)], width, 0)
 
 
 def drawn(model: Model) -> tuple[Params, Any]:
@@ -81,8 +80,8 @@ def drawn(model: Model) -> tuple[Params, Any]:
     return init_sharded(model.init, shardings, MESH, jax.random.key(0)), shardings
 
 
-ONE_STEP = {"model": IN_MEMORY, "optimizer": learn.OptimizerConfig(learning_rate=1e-5)}
-"""What every description of a supervised step has."""
+OPTIMIZER = learn.OptimizerConfig(learning_rate=1e-5)
+"""Of every supervised step."""
 
 
 def in_memory(model: Model) -> Loaded:
@@ -117,7 +116,8 @@ def training(batch: TokenBatch, lengths: Sequence[int]) -> Once:
     """An SFT step."""
     model, flops = Model(CONFIG), 3 * sum(map(SIZES.causal_flops, lengths))
 
-    algorithm = SFT(**ONE_STEP, batch=BatchConfig(*batch.tokens.shape))
+    rows, columns = batch.tokens.shape
+    algorithm = SFT(model=IN_MEMORY, optimizer=OPTIMIZER, batch=BatchConfig(rows, columns))
     job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(model), None)
     return supervised(job, batch, sum(lengths), flops)
 
@@ -138,7 +138,7 @@ def pairs(lengths: Sequence[int], width: int) -> Once:
     batch = RankedBatch.of_pairs(padded(lengths[:8], width, 0), padded(lengths[8:], width, 1))
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
 
-    algorithm = RewardModel(**ONE_STEP, batch=BatchConfig(8, width))
+    algorithm = RewardModel(model=IN_MEMORY, optimizer=OPTIMIZER, batch=BatchConfig(8, width))
     job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(model), None)
     return supervised(job, batch, 8, flops, fold_of(data.pair_lengths(batch), 16, width))
 
@@ -147,10 +147,10 @@ def dpo() -> Once:
     """8 pairs x 256, of which 64 are the prompt; the reference reads them too."""
     policy = Model(CONFIG)
     sides = (padded([256] * 8, 256, seed) for seed in (0, 1))
-    replies = [dataclasses.replace(side, loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides]
-    batch = RankedBatch.of_pairs(*replies)
+    chosen, rejected = (side.replace(loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides)
+    batch = RankedBatch.of_pairs(chosen, rejected)
 
-    algorithm = DPO(**ONE_STEP, batch=BatchConfig(8, 256))
+    algorithm = DPO(model=IN_MEMORY, optimizer=OPTIMIZER, batch=BatchConfig(8, 256))
     job = algorithm.wire(setting_of(MESH, steps=1000), in_memory(policy), in_memory(policy), None)
     fold = fold_of(data.pair_lengths(batch), 16, 256, data.pair_targets(batch), 255)
     return supervised(job, batch, 8, SIZES.dpo_flops(), fold)
@@ -224,7 +224,8 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
     job = algorithm.wire(setting_of(MESH, steps=1000), roles, {"eos_ids": ends, "pad_id": 0})
     held, frozen = {"state": job.state}, job.frozen
     del params, copies, owners, roles
-    unscored = to_global(({}, np.ones(16, bool)), MESH)
+    no_scores: dict[str, np.ndarray] = {}
+    unscored = to_global((no_scores, np.ones(16, bool)), MESH)
     prompts = to_global(prompts_of(16), MESH)
 
     def once() -> tuple[float, float]:
@@ -287,8 +288,9 @@ def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ah
     held: dict[str, Any] = {"state": job.state}
     del roles
     texts = np.random.default_rng(0).integers(3, SIZES.vocab, (4, 64)).tolist()
-    each = {"prompt_ids": [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, "sample_ids": [0, 1, 2, 3] * 4}
-    prompts = to_global(prompt_batch([text for text in texts for _ in range(4)], **each), MESH)
+    repeated = [text for text in texts for _ in range(4)]
+    numbers = [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    prompts = to_global(prompt_batch(repeated, prompt_ids=numbers, sample_ids=[0, 1, 2, 3] * 4), MESH)
 
     def once() -> tuple[float, float]:
         state = held["state"]

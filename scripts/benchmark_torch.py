@@ -4,14 +4,16 @@ and transformers; nothing of the package does."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from benchmark_rows import GSM8K, ROWS, SHAPES, serve, stops
+from benchmark_rows import GSM8K, ROWS, SHAPES, Once, serve, stops
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 SIZES = SHAPES[sys.argv[2]]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": SIZES.vocab,
     "hidden_size": SIZES.hidden,
     "num_hidden_layers": SIZES.layers,
@@ -25,9 +27,10 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+SCORER = CONFIG | {"num_labels": 1}
 
 
-def padded(lengths, seed):
+def padded(lengths: Sequence[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random tokens and which of them are real, [rows, longest]."""
     width = max(lengths)
     tokens = np.random.default_rng(seed).integers(3, SIZES.vocab, (len(lengths), width))
@@ -35,50 +38,50 @@ def padded(lengths, seed):
     return torch.where(mask, torch.tensor(tokens), 0), mask
 
 
-def sft():
+def sft() -> Once:
     return training([256] * 8)
 
 
-def sft_ragged():
+def sft_ragged() -> Once:
     return training(GSM8K)
 
 
-def training(lengths):
+def training(lengths: Sequence[int]) -> Once:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).train()
     tokens, mask = padded(lengths, 0)
     labels = torch.where(mask, tokens, -100)
     flops = 3 * sum(map(SIZES.causal_flops, lengths))
 
-    def loss():
+    def loss() -> torch.Tensor:
         return model(input_ids=tokens, attention_mask=mask.long(), labels=labels, use_cache=False).loss
 
     return stepping(model, loss, sum(lengths), flops)
 
 
-def rm():
+def rm() -> Once:
     return pairs([256] * 16)
 
 
-def rm_ragged():
+def rm_ragged() -> Once:
     return pairs(GSM8K)
 
 
-def pairs(lengths):
-    model = LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1)).train()
+def pairs(lengths: Sequence[int]) -> Once:
+    model = LlamaForSequenceClassification(LlamaConfig(**SCORER)).train()
     tokens, mask = padded(lengths, 0)
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
 
-    def loss():
+    def loss() -> torch.Tensor:
         scores = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits[:, 0]
         return -torch.nn.functional.logsigmoid(scores[:8] - scores[8:]).mean()
 
     return stepping(model, loss, 8, flops)
 
 
-def stepping(model, loss, amount, flops):
+def stepping(model: torch.nn.Module, loss: Callable[[], torch.Tensor], amount: float, flops: float) -> Once:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-    def once():
+    def once() -> tuple[float, float]:
         loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -88,20 +91,20 @@ def stepping(model, loss, amount, flops):
     return once
 
 
-def generate():
+def generate() -> Once:
     return sampler(1, {})
 
 
-def generate_ragged():
+def generate_ragged() -> Once:
     return sampler(4, {"eos_token_id": list(stops(SIZES, 60)), "min_new_tokens": 8})
 
 
-def sampler(batches, ends):
+def sampler(batches: int, ends: dict[str, Any]) -> Once:
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
-    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 128, "pad_token_id": 0} | ends
+    settings: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": 128, "pad_token_id": 0} | ends
     stop = torch.tensor(ends.get("eos_token_id", [-1]))
 
-    def once():
+    def once() -> tuple[float, float]:
         new = 0
         for batch in range(batches):
             prompt, mask = padded([64] * 16, batch)

@@ -10,12 +10,14 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import trl
 from benchmark_rows import GSM8K, ROWS, SHAPES, report, stops
-from benchmark_torch import CONFIG
+from benchmark_torch import CONFIG, SCORER
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -24,11 +26,14 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 
 SIZES = SHAPES[sys.argv[2]]
 STEPS = 50
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "use_cpu": True,
     "bf16": False,
@@ -41,20 +46,20 @@ SETTINGS = {
 }
 
 
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     """Words t0, t1 ...: the data come as token ids, the trainers only want one to ask for the padding."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SIZES.vocab)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
 
 
-def documents(lengths, seed):
+def documents(lengths: Sequence[int], seed: int) -> list[list[int]]:
     """Random tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, SIZES.vocab, length).tolist() for length in lengths]
 
 
-def words(texts):
+def words(texts: Sequence[Sequence[int]]) -> list[str]:
     """Token ids as the tokenizer's words."""
     return [" ".join(f"t{token}" for token in text) for text in texts]
 
@@ -62,10 +67,12 @@ def words(texts):
 class Paced(TrainerCallback):
     """A step for every line on stdin; the first one warms up."""
 
-    def __init__(self, amount, flops):
-        self._amount, self._flops, self._began = amount, flops, None
+    def __init__(self, amount: float, flops: float) -> None:
+        self._amount, self._flops = amount, flops
+        self._began: float | None = None
+        self._cpu = 0.0
 
-    def on_step_end(self, args, state, control, **rest):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
         if self._began is None:
             print(json.dumps({"version": f"TRL {trl.__version__}"}), flush=True)
         else:
@@ -75,15 +82,15 @@ class Paced(TrainerCallback):
         self._began, self._cpu = time.perf_counter(), time.process_time()
 
 
-def sft(out):
+def sft(out: str) -> trl.SFTTrainer:
     return training(out, [256] * 8)
 
 
-def sft_ragged(out):
+def sft_ragged(out: str) -> trl.SFTTrainer:
     return training(out, GSM8K)
 
 
-def training(out, lengths):
+def training(out: str, lengths: Sequence[int]) -> trl.SFTTrainer:
     rows = Dataset.from_dict({"input_ids": documents(lengths, 0) * STEPS})
     return trl.SFTTrainer(
         model=LlamaForCausalLM(LlamaConfig(**CONFIG)),
@@ -94,20 +101,20 @@ def training(out, lengths):
     )
 
 
-def rm(out):
+def rm(out: str) -> trl.RewardTrainer:
     return pairs(out, [256] * 16)
 
 
-def rm_ragged(out):
+def rm_ragged(out: str) -> trl.RewardTrainer:
     return pairs(out, GSM8K)
 
 
-def pairs(out, lengths):
+def pairs(out: str, lengths: Sequence[int]) -> trl.RewardTrainer:
     both = documents(lengths, 0)
     rows = Dataset.from_dict({"chosen_ids": both[:8] * STEPS, "rejected_ids": both[8:] * STEPS})
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
     return trl.RewardTrainer(
-        model=LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1)),
+        model=LlamaForSequenceClassification(LlamaConfig(**SCORER)),
         args=trl.RewardConfig(output_dir=out, per_device_train_batch_size=8, **SETTINGS),
         train_dataset=rows,
         processing_class=tokenizer(),
@@ -115,7 +122,7 @@ def pairs(out, lengths):
     )
 
 
-def dpo(out):
+def dpo(out: str) -> trl.DPOTrainer:
     """8 pairs x 256, of which 64 are the prompt."""
     both, prompts = words(documents([191] * 16, 0)), words(documents([64] * 8, 1))  # the end is appended
     columns = {
@@ -134,15 +141,15 @@ def dpo(out):
     )
 
 
-def grpo(out):
+def grpo(out: str) -> trl.GRPOTrainer:
     return groups(out, {})
 
 
-def grpo_ragged(out):
+def grpo_ragged(out: str) -> trl.GRPOTrainer:
     return groups(out, {"min_new_tokens": 8})
 
 
-def groups(out, options):
+def groups(out: str, options: dict[str, Any]) -> trl.GRPOTrainer:
     """4 prompts x 4 replies; the reward is their length. options: of generate; with any, the ids of `stops` end a reply."""
     prompts = words(documents([64] * 4, 0))
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
@@ -166,12 +173,16 @@ def groups(out, options):
     )
 
 
-def ppo(out):
+def ppo(out: str) -> trl.PPOTrainer:
     """16 x (64 + 64): policy, reference, value and reward model."""
     rows = Dataset.from_dict({"input_ids": documents([64] * 16, 0) * STEPS})
     policy, reference = (LlamaForCausalLM(LlamaConfig(**CONFIG)) for _ in range(2))
-    value, reward = (LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1)) for _ in range(2))
-    settings = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "num_mini_batches": 1}
+    value, reward = (LlamaForSequenceClassification(LlamaConfig(**SCORER)) for _ in range(2))
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "num_mini_batches": 1,
+    }
     settings |= {"local_rollout_forward_batch_size": 16, "num_ppo_epochs": 4, "num_sample_generations": 0}
     settings |= {"response_length": 64, "temperature": 1.0, "total_episodes": 16 * STEPS}
     settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
@@ -188,7 +199,7 @@ def ppo(out):
     )
 
 
-def ppo_ragged(out):
+def ppo_ragged(out: str) -> trl.PPOTrainer:
     """TRL's PPO samples all 64 tokens, cuts replies afterwards and reads the padding: the same work."""
     return ppo(out)
 

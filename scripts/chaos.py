@@ -217,7 +217,7 @@ def main() -> int:
     """Exit code; see the top of this file."""
     out = Path(FLAGS.out).absolute()
     plan = SIZES[FLAGS.size] if FLAGS.size else {FLAGS.stage: (FLAGS.trials, FLAGS.calls)}
-    trials = {stage: kill_or_give_up(stage, *counts, out) for stage, counts in plan.items()}
+    trials = {stage: kill_or_give_up(stage, moments, at_calls, out) for stage, (moments, at_calls) in plan.items()}
     every = [trial for made in trials.values() for trial in made]
     print(sums(trials), end="")
     return int(any(trial.verdict != "same" for trial in every))

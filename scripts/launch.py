@@ -148,8 +148,8 @@ def launch(command: list[str]) -> int:
     for index in range(count):
         words = [sys.executable, *command, f"--distributed=localhost:{port},{count},{index}"]
         processes.append(start(words, index, logs))
-        for number in received:  # came while this one was started
-            processes[-1].send_signal(number)
+        for missed in received:  # came while this one was started
+            processes[-1].send_signal(missed)
     code = supervise(processes, flags.FLAGS.grace)
     if code:
         say(f"the other processes' output: {logs}")

@@ -48,10 +48,13 @@ def compile_step(model: Model, rows: int, length: int, device: jax.Device) -> tu
     def there(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
 
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    batch = TokenBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((rows, length), jnp.bool_))
-    (state, frozen), batch = jax.tree.map(there, (jax.eval_shape(begin), batch))
+    def read() -> TokenBatch:
+        tokens = jnp.zeros((rows, length), jnp.int32)
+        return TokenBatch(tokens, tokens, tokens, jnp.ones((rows, length), jnp.bool_))
+
+    (state, frozen), batch = jax.tree.map(there, jax.eval_shape(lambda: (begin(), read())))
     memory = step.lower(state, frozen, batch).compile().memory_analysis()
+    assert memory is not None
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 
 
