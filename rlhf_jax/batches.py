@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int32
 
 
+@dataclass(frozen=True)
 class _Batch:
     """A frozen dataclass with a method to replace fields."""
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other fields."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)

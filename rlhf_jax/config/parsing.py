@@ -100,6 +100,11 @@ def _statements(text: str, place: Callable[[int, str], str]) -> Iterator[tuple[A
         raise InputError(f"{place(0, '')}: cannot read gin: {error}") from error
 
 
+def _everywhere(place: str) -> Callable[[int, str], str]:
+    """Return what names ``place`` for every line."""
+    return lambda _line, _text: place
+
+
 def _binding(statement: Any, place: str, included: bool) -> Binding:
     return Binding(statement.scope, statement.selector, statement.arg_name, statement.value, place, included)
 
@@ -128,7 +133,7 @@ def scan(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     """
     found = [binding for file in files for binding in _scan_file(file, f"--gin_file={file}")]
     for text in bindings:
-        for statement, place in _statements(text, lambda _line, _text, text=text: f"--gin_bindings={text!r}"):  # type: ignore[misc]
+        for statement, place in _statements(text, _everywhere(f"--gin_bindings={text!r}")):
             if isinstance(statement, config_parser.BindingStatement):
                 found.append(_binding(statement, place, included=False))
     return found

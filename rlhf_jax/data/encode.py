@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.records import Unusable
+from rlhf_jax.data.records import HasId, Unusable
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.turn_tokens import LossOn, PromptTokens, Writing, prompt_tokens, response_tokens
@@ -30,7 +30,7 @@ Overflow = Literal["drop", "keep_end", "drop_oldest"]
 leading BOS stays). "drop_oldest": whole turns go, oldest first; a system message and the last user turn stay, or the
 record is skipped. Replies are never cut: one that does not fit would lose its end token, so the record is skipped and
 counted."""
-_RecordT = TypeVar("_RecordT")
+_RecordT = TypeVar("_RecordT", bound=HasId)
 _ItemT = TypeVar("_ItemT")
 
 
@@ -90,7 +90,7 @@ def encode_all(
         try:
             item = encode(record)
         except UnusableRecord as error:
-            message = f"record {record.id}: {error}"  # type: ignore[attr-defined]
+            message = f"record {record.id}: {error}"
             if unusable == "error":
                 raise InputError(f"{message}, or drop such records with unusable='drop'") from None
             item, first = Skipped(error.reason), first or message

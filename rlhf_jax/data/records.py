@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from rlhf_jax.data.message_keys import content_of, keys_of, learned_of, tools_of
 from rlhf_jax.data.row_problems import FaultyObject, Unlearnable, check_value
@@ -24,7 +24,16 @@ Scalar = str | float | int
 Unusable = Literal["error", "drop"]
 """What to do with a row that gives no record (an empty or null response, a missing field, chosen equal to rejected)."""
 _ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
-_RecordT = TypeVar("_RecordT")
+
+
+class HasId(Protocol):
+    """Demonstration, Comparison or Prompt."""
+
+    @property
+    def id(self) -> str: ...
+
+
+_RecordT = TypeVar("_RecordT", bound=HasId)
 
 
 @dataclass(frozen=True)
@@ -141,13 +150,12 @@ def collect(
             dropped[reason] += 1
             dropped.first = dropped.first or message
             continue
-        identity: str = record.id  # type: ignore[attr-defined]
-        if identity in line_of:
+        if record.id in line_of:
             raise InputError(
-                f"{place}: id {identity!r} is also that of line {line_of[identity]}; make ids unique, or name another "
+                f"{place}: id {record.id!r} is also that of line {line_of[record.id]}; make ids unique, or name another "
                 "column with Fields.id"
             )
-        line_of[identity] = line
+        line_of[record.id] = line
         records.append(record)
     return records, dropped
 

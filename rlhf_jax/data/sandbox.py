@@ -164,10 +164,10 @@ class _Bounds(NodeTransformer):
         self.generic_visit(node)
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "(concatenation)")
 
-    def _container(self, node: Any) -> nodes.Node:
+    def _container(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         if getattr(node, "ctx", "load") != "load":  # the names that {% set a, b = ... %} sets
-            return node  # type: ignore[no-any-return]
+            return node
         return _filtered(node, "(container)")
 
     visit_List = visit_Tuple = visit_Dict = _container

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rlhf_jax.data.row_problems import FaultyObject, parse_json
 from rlhf_jax.errors import InputError
@@ -141,13 +141,13 @@ def _read_file(path: Path, settings: TextFormat) -> Iterator[Row]:
             raise AssertionError(format)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     return path.open("rb")
 
 
-def _marked(file: BinaryIO, encoding: str) -> str:
+def _marked(file: gzip.GzipFile | io.BufferedReader, encoding: str) -> str:
     """The encoding that a byte order mark at the beginning of ``file`` tells, read past the mark; else ``encoding``."""
     beginning = file.read(4)
     mark, name = next(((mark, name) for mark, name in _MARKS if beginning.startswith(mark)), (b"", encoding))

@@ -44,13 +44,17 @@ MODE_FLAGS = ("plan", *PLAN_FLAGS, "doctor")
 
 
 class Described(Protocol):
-    """A description of an algorithm (`rlhf_jax.algorithms`). run_only: fields that a run needs and a plan does not.
-    phase_names: the parts of a step that a deadline or a fault may name."""
+    """A description of an algorithm, as `rlhf_jax.algorithms.Algorithm` says; its setting, job and phases are not looked at here.
+    run_only: fields that a run needs and a plan does not. phase_names: the parts of a step that a deadline or a fault may name."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def run_only(self) -> tuple[str, ...]: ...
     @property
     def phase_names(self) -> tuple[str, ...]: ...
+    def assemble(self, setting: Any) -> Any: ...
+    def phases(self, job: Any) -> list[Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ def run_mode(
     if flags.FLAGS.plan is not None:
         from rlhf_jax.plan import plan_run
 
-        plan_run(algorithm, mesh, 1 if steps is None else steps, _options())  # type: ignore[arg-type]
+        plan_run(algorithm, mesh, 1 if steps is None else steps, _options())
         return None
     data = {name: getattr(algorithm, name) for name in algorithm.run_only}
     needed = {"run_dir": run_dir, "steps": steps, "seed": seed, "loop": loop}
@@ -98,7 +102,7 @@ def run_mode(
 
     with tempfile.TemporaryDirectory() as scratch:
         examine(
-            algorithm,  # type: ignore[arg-type]
+            algorithm,
             mesh=mesh,
             steps=1 if steps is None else steps,
             seed=0 if seed is None else seed,

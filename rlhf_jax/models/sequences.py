@@ -55,8 +55,14 @@ def _predicted(
     mask leaves."""
 
     def logprobs(hidden: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
-        options = {"temperature": temperature, "chunk_size": model.config.logits_chunk, "mask": mask}
-        return ops.hidden_logprobs(hidden, lambda part: model.logits(params, part), targets, **options)  # type: ignore[arg-type]
+        return ops.hidden_logprobs(
+            hidden,
+            lambda part: model.logits(params, part),
+            targets,
+            temperature=temperature,
+            chunk_size=model.config.logits_chunk,
+            mask=mask,
+        )
 
     if model.fold is None or model.fold.targets is None:
         return logprobs(hidden, targets, mask)

@@ -38,8 +38,12 @@ def agreed(step: int) -> int:
     return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))
 
 
-def _initialize(**where: str | int) -> None:
+def _initialize(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
     try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)  # type: ignore[arg-type]
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--distributed: {str(error).splitlines()[0]}") from error

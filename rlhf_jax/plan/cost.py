@@ -33,7 +33,7 @@ class Cost:
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
-    moved: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    moved: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     counts: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     bounded: Counter[int] = dataclasses.field(default_factory=Counter)
     unknown: int = 0
@@ -152,8 +152,7 @@ class _Walk:
             "all-reduce": 2 * given * (size - 1) / size,
             "collective-permute": given,
         }.get(kind, given * (size - 1) / size)
-        self.cost.moved[kind, groups.axes] += times * sent  # type: ignore[assignment]  # a Counter of floats
-        self.cost.counts[kind, groups.axes] += int(times)
+        self.count((kind, groups.axes), sent, times)
 
     def between(self, body: Computation, one: Instruction, times: float) -> None:
         """The TPU compiler writes a collective over several slices as transfers to the host, whose runtime carries it out."""
@@ -161,8 +160,12 @@ class _Walk:
         if found is None:
             return
         kind = found[1].lower().replace("_", "-")
-        self.cost.moved[kind, BETWEEN] += times * body[one.operands[0]].arrays[0].bytes  # type: ignore[assignment]  # as above
-        self.cost.counts[kind, BETWEEN] += int(times)
+        self.count((kind, BETWEEN), body[one.operands[0]].arrays[0].bytes, times)
+
+    def count(self, key: tuple[str, str], sent: float, times: float) -> None:
+        """Add a collective, by kind and mesh axes, that sends so many bytes each time."""
+        self.cost.moved[key] = self.cost.moved.get(key, 0.0) + times * sent
+        self.cost.counts[key] += int(times)
 
 
 def count(module: Module, axes: dict[str, int], decoding: int = 1) -> Cost:

@@ -85,10 +85,10 @@ class RewardPool:
         for worker in self._workers:
             self._give(worker, waiting, responses, allowed)
         while missing:
-            busy = {worker.pipe: worker for worker in self._workers if worker.place is not None}
+            busy: dict[object, _Worker] = {w.pipe: w for w in self._workers if w.place is not None}
             first = min(worker.deadline for worker in busy.values())
-            for pipe in wait(list(busy), timeout=max(0.0, first - time.monotonic())):
-                worker = busy[pipe]  # type: ignore[index]
+            for pipe in wait([w.pipe for w in busy.values()], timeout=max(0.0, first - time.monotonic())):
+                worker = busy[pipe]
                 assert worker.place is not None
                 scores[worker.place] = _answer(worker, responses[worker.place].id)
                 missing -= 1

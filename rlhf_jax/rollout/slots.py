@@ -286,8 +286,9 @@ def flush(job: Job, state: Slots) -> Slots:
     def stored(stack: Array, values: Array) -> Array:
         return stack.at[target].set(values, mode="drop", unique_indices=False)
 
-    outside = Sampled(job.pad_id, 0.0, None if state.ring.sampled_logprobs is None else 0.0)  # type: ignore[arg-type]
-    text = jax.tree.map(unrolled, state.ring, outside)
+    ring = state.ring
+    sampled = None if ring.sampled_logprobs is None else unrolled(ring.sampled_logprobs, 0.0)
+    text = Sampled(unrolled(ring.tokens, job.pad_id), unrolled(ring.logprobs, 0.0), sampled)
     results = Results(text=text, count=work.count, ended=work.ended, slot_steps=work.held)
     return dataclasses.replace(state, results=jax.tree.map(stored, state.results, results))
 

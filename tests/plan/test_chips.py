@@ -22,6 +22,6 @@ def test_other_names_are_refused(name: str) -> None:
 
 def test_roofline() -> None:
     """v5e: 197e12 operations take a second; so do 819e9 bytes of HBM traffic, and 200e9 bytes sent."""
-    times = roofline(Cost(flops=197e12, hbm_bytes=2 * 819e9, moved={("all-reduce", "fsdp"): 50e9}), CHIPS["v5e"])  # type: ignore[arg-type]
+    times = roofline(Cost(flops=197e12, hbm_bytes=2 * 819e9, moved={("all-reduce", "fsdp"): 50e9}), CHIPS["v5e"])
     assert (times.compute, times.hbm, times.ici) == pytest.approx((1, 2, 0.25))
     assert times.bound == pytest.approx(2) and times.limit == "hbm"
