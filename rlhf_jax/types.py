@@ -203,5 +203,7 @@ class TrainState:
 
 LossFn = Callable[[Params, Params, Any, Rng], tuple[dict[str, Term], dict[str, Mean]]]
 """(trainable, frozen, batch, rng) -> (terms of the loss, metrics)."""
+PrepareFn = Callable[[Params, Params, Any, Rng], tuple[Any, dict[str, Mean]]]
+"""(params, frozen, batch, rng) -> (batch, metrics): the stage of a step over its WHOLE batch, before microbatches are cut."""
 TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, Mean]]]
 """(state, frozen, batch) -> (state, metrics). Frozen arrays are arguments, never closed over."""

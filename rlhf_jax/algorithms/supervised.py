@@ -28,7 +28,7 @@ from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, Head, LoraConfig, Model, lora, sequence_logprobs, sequence_logprobs_and_router_loss
 from rlhf_jax.parallel import Jitted, jitted, replicated, shardings_of, to_global, tree_shardings
 from rlhf_jax.storage.inputs import Input
-from rlhf_jax.types import LossFn, Mean, Params, TrainState
+from rlhf_jax.types import LossFn, Mean, Params, PrepareFn, Rng, TrainState
 
 Metrics = Mapping[str, float | None]
 
@@ -60,6 +60,20 @@ class SupervisedData:
 
 
 @dataclasses.dataclass(frozen=True)
+class Preparation:
+    """A stage of the training step over its whole batch, before microbatches are cut (`learn.make_train_step`).
+
+    function: (fold) -> the stage, over whole parameters without dropout. work: all that models do in it, () where it reads none;
+    frozen models that the work names are read by this stage alone.
+
+    Every array of the batch that it returns has rows first: a number of the whole batch is repeated for every row.
+    """
+
+    function: Callable[[Fold | None], PrepareFn]
+    work: tuple[Work, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class SupervisedJob:
     """A supervised algorithm assembled. models, loaded: by role; the first is trained. frozen: {"base": ...} with adapters, of DPO
     also {"reference": ...}. loss: over whole parameters. heldout: (params) -> metrics of the held-out records. fold: (host batch)
@@ -78,6 +92,8 @@ class SupervisedJob:
     data: SupervisedData | None = None
     heldout: Callable[[Params], Metrics] | None = None
     fold: Callable[[Any], Fold | None] = lambda batch: None
+    preparation: Preparation | None = None
+    """What the training step does before its loss, the same that `make_step` was given."""
 
     functions: Mapping[str, Jitted[..., Any]] = dataclasses.field(default_factory=dict)
     """Further jitted functions of the algorithm, by name."""
@@ -157,18 +173,24 @@ class SupervisedJob:
 
     def rehearse(self, seed: int) -> Rehearsal:
         """Try one step on the first batch."""
-        del seed
         example, held = self.place(next(self.batches)), [self.state]
         trained = next(iter(self.models.values()))
         gradient = None
         if trained.lora is None:
-            gradient = (self.loss, self.state.params, example, self.frozen, self.microbatches)
+            prepared = self._prepared(example, jax.random.key(seed, impl="threefry2x32"))
+            gradient = (self.loss, self.state.params, prepared, self.frozen, self.microbatches)
 
         def step() -> dict[str, Mean]:
             held[0], metrics = self.train_step(held[0], self.frozen, example)
             return metrics
 
         return Rehearsal(step, lambda: held[0], gradient)
+
+    def _prepared(self, batch: Any, rng: Rng) -> Any:
+        """Return a batch as the loss gets it."""
+        if self.preparation is None:
+            return batch
+        return jax.jit(_on_whole(self.preparation.function(None)))(self.state.params, self.frozen, batch, rng)[0]
 
 
 def load_trained(setting: Setting, source: ModelSource, head: Head, adapters: LoraConfig | None) -> Loaded:
@@ -235,6 +257,7 @@ def make_step(
     state: TrainState,
     mesh: Mesh,
     microbatches: int,
+    preparation: Preparation | None = None,
 ) -> TrainStep:
     """Return the jitted training step. loss: over whole parameters, with rows read so (None: as they come)."""
 
@@ -242,13 +265,21 @@ def make_step(
         state: TrainState, frozen: Params, batch: Any, fold: Fold | None = None
     ) -> tuple[TrainState, dict[str, Mean]]:
         adapted = lora.on_adapters(loss(fold), model.lora)
-        return learn.make_train_step(adapted, optimizer, microbatches=microbatches)(state, frozen, batch)
+        prepare = None if preparation is None else _on_whole(preparation.function(fold))
+        step = learn.make_train_step(adapted, optimizer, microbatches=microbatches, prepare=prepare)
+        return step(state, frozen, batch)
 
     return jitted(train_step, out=(shardings_of(state), replicated(mesh)), donate=(0,), static=("fold",))
 
 
+def _on_whole(prepare: PrepareFn) -> PrepareFn:
+    """Return a stage over whole parameters as one over what is trained."""
+    return lambda trained, frozen, batch, rng: prepare(lora.whole(trained, frozen), frozen, batch, rng)
+
+
 def supervised_phases(job: SupervisedJob, example: Any, sequences: int, batch: BatchConfig) -> list[Phase]:
-    """Return the training step and the evaluation as phases. example: the shapes of a batch; sequences: how many it holds."""
+    """Return the training step and the evaluation as phases, each with the preparation where there is one. example: the shapes of
+    a batch; sequences: how many it holds."""
     resident: dict[str, Any] = {
         "parameters": job.state.params,
         "optimizer": (job.state.opt_state, job.state.step, job.state.rng),
@@ -257,12 +288,15 @@ def supervised_phases(job: SupervisedJob, example: Any, sequences: int, batch: B
         resident["frozen models"] = job.frozen
     trained, *others = job.models
     length, tokens = batch.length, sequences * batch.length
-    beside = [Work(role, "forward", sequences, length, length) for role in others]
+    ahead = () if job.preparation is None else job.preparation.work
+    named = {work.role for work in ahead}
+    beside = [Work(role, "forward", sequences, length, length) for role in others if role not in named]
+    cut = [dataclasses.replace(work, parts=batch.microbatches) for work in beside]
     parts: dict[str, Any] = {"parts": batch.microbatches, "summed": batch.microbatches > 1}
     train = Work(trained, "train", sequences, length, length, **parts)
     forward = Work(trained, "forward", sequences, length, length)
     step, evaluation = (job.state, job.frozen, example), (job.state.params, job.frozen, example)
     return [
-        Phase(f"{job.name} step", job.train_step, step, resident, tokens, (train, *beside)),
-        Phase(f"{job.name} evaluate", job.evaluate, evaluation, resident, tokens, (forward, *beside)),
+        Phase(f"{job.name} step", job.train_step, step, resident, tokens, (train, *cut, *ahead)),
+        Phase(f"{job.name} evaluate", job.evaluate, evaluation, resident, tokens, (forward, *beside, *ahead)),
     ]

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from rlhf_jax import ops
 from rlhf_jax.errors import InputError, require_whole
-from rlhf_jax.types import LossFn, Mean, Params, Rng, Term, TrainState, TrainStep
+from rlhf_jax.types import LossFn, Mean, Params, PrepareFn, Rng, Term, TrainState, TrainStep
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, rng: Rng) -> TrainState:
@@ -24,6 +24,8 @@ def _split(batch: Any, microbatches: int) -> Any:
     """[B, ...] -> [M, B / M, ...]; microbatch m takes rows m, m + M, ...: every device keeps rows of each."""
 
     def split(x: Array) -> Array:
+        if not x.ndim:
+            raise InputError("batch: an array has no rows to cut; repeat a number of the whole batch for every row")
         if x.shape[0] % microbatches:
             raise InputError(f"batch of {x.shape[0]} rows does not divide into {microbatches} microbatches")
         return jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
@@ -77,9 +79,19 @@ def gradients(
     return grads, summed
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> TrainStep:
-    """A pure step; jit it with ``donate_argnums=0``. Metrics: ``loss``, ``loss/TERM``, ``grad_norm``, ``refused`` and the
-    loss's own.
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    prepare: PrepareFn | None = None,
+) -> TrainStep:
+    """Return a pure step; jit it with ``donate_argnums=0``. Metrics: ``loss``, ``loss/TERM``, ``grad_norm``, ``refused``, the
+    loss's own and those of ``prepare``.
+
+    prepare: a stage over the whole batch, before microbatches are cut: statistics and outputs of frozen models that the loss
+    reads as constants. It gets a key of its own, split off the key of the step, and every array of the batch that it returns has
+    rows first. None: the loss gets the batch as it comes.
 
     When the loss or the gradient norm is not finite, or the optimiser calls it a spike (`check_spikes`), the state comes
     back as it was (only the step has advanced) and ``refused`` is 1: nothing bad was committed, and the run's loop decides
@@ -90,6 +102,10 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Mean]]:
         rng = jax.random.fold_in(state.rng, state.step)
+        prepared: dict[str, Mean] = {}
+        if prepare is not None:
+            rng, prepare_rng = jax.random.split(rng)
+            batch, prepared = prepare(state.params, frozen, batch, prepare_rng)
         grads, metrics = gradients(loss_fn, state.params, frozen, batch, rng, microbatches)
         norm = optax.global_norm(grads)
         metrics["grad_norm"] = Mean(norm, jnp.ones(()))
@@ -103,6 +119,14 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *,
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng), metrics
+        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
+        return state, _joined(metrics, prepared)
 
     return train_step
+
+
+def _joined(metrics: dict[str, Mean], prepared: dict[str, Mean]) -> dict[str, Mean]:
+    """Raises InputError for a name on both sides."""
+    if twice := sorted(metrics.keys() & prepared.keys()):
+        raise InputError(f"make_train_step: prepare gives the metric {twice[0]!r}, which the step has; rename it")
+    return metrics | prepared

@@ -86,8 +86,15 @@ def _training(phase: Phase, works: list[Work], models: Mapping[str, Model], mesh
     microbatches = 2 if first.summed else 1
     needed = memory.learning(trained, params, mesh.shape, microbatches, _held(first, mesh), first.columns, first.read)
     copied = memory.copied_bytes((params, optimizer)) if phase.looped else 0
+    read = (work for work in phase.work if work.kind == "forward")
+    forward = max((_forward(work, models, mesh) for work in read), default=0)
+    beyond = max(0, forward - (needed.total - needed.casts))  # gradients and activations are not there meanwhile
     parts: dict[str, int | None] = {"gradients": needed.gradients, "activations": needed.activations}
-    return parts | {"casts and copies": needed.casts + copied, PASSING: needed.passing}
+    return parts | {"casts and copies": needed.casts + copied, PASSING: needed.passing + beyond}
+
+
+def _forward(work: Work, models: Mapping[str, Model], mesh: Mesh) -> int:
+    return memory.scoring_bytes([(models[work.role], work.read)], _held(work, mesh), work.columns, mesh.shape)
 
 
 def _decoding(phase: Phase, work: Work, model: Model, mesh: Mesh) -> dict[str, int | None]:
