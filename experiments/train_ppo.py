@@ -71,41 +71,41 @@ def run(
     if settings is None:  # --plan, --doctor
         return
     job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
-    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
-        state = job.restore(here)
-        for step in here.steps(here.resumed_step, settings.steps):
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as run_:
+        state = job.restore(run_)
+        for step in run_.steps(run_.resumed_step, settings.steps):
             # 1. Sample.
-            here.enter("rollout")
+            run_.enter("rollout")
             state = job.offload(state)
             completions = job.rollouts.take(step, job.params(state))
             responses = to_host(completions)
             rollout.stop_if_not_finite(responses, f"step {step}: run.policy")
 
             # 2. Score: log-probabilities, values, reward. The devices work while the hosts judge texts.
-            here.enter("score")
+            run_.enter("score")
             scored = job.score(job.params(state), job.frozen, completions, fold=job.score_fold(responses))
             job.rollouts.begin(step + 1, job.params(state))
-            here.enter("reward")
+            run_.enter("reward")
             judged = job.judge(responses)
-            here.enter("score")
+            run_.enter("score")
             scored = jax.block_until_ready(scored)
 
             # 3. Rewards and advantages over the whole rollout.
-            here.enter("prepare")
+            run_.enter("prepare")
             prepared, measured = jax.block_until_ready(job.prepare(scored, *job.place(judged), state.kl_coefficient))
 
             # 4. Update, epochs times minibatches; the KL coefficient follows what was measured.
-            here.enter("update")
+            run_.enter("update")
             state, key = job.reload(state), job.update_key(step)
             state, updated = job.update(state, job.frozen, prepared, key, measured, fold=job.update_fold(responses))
 
             # 5. One read of the metrics. Sampler, scorer and update agree, or nothing is saved.
             metrics = jax.device_get(measured | updated) | judged.metrics
             job.check_numbers(step, fetch(metrics))
-            if not here.log(step, metrics, **job.cost(responses), batch=prepared):
-                state = job.roll_back(here, state)
+            if not run_.log(step, metrics, **job.cost(responses), batch=prepared):
+                state = job.roll_back(run_, state)
                 continue
-            job.save(here, step, state)
+            job.save(run_, step, state)
 
 
 if __name__ == "__main__":

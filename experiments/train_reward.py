@@ -56,24 +56,24 @@ def run(
     if settings is None:  # --plan, --doctor
         return
     job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
-    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
-        state, rewards = job.restore(here), None
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as run_:
+        state, rewards = job.restore(run_), None
         if (
-            here.resumed_step < settings.steps
+            run_.resumed_step < settings.steps
         ):  # whoever loads the run meanwhile must not get the numbers of an older step
-            (here.directory / NORMALISATION).unlink(missing_ok=True)
-        for step in here.steps(here.resumed_step, settings.steps):
+            (run_.directory / NORMALISATION).unlink(missing_ok=True)
+        for step in run_.steps(run_.resumed_step, settings.steps):
             pairs = next(job.batches)
             state, metrics = job.train_step(state, job.frozen, job.place(pairs), fold=job.fold(pairs))
-            if not here.log(step, metrics, batch=pairs):
-                state = job.roll_back(here, state)
+            if not run_.log(step, metrics, batch=pairs):
+                state = job.roll_back(run_, state)
                 continue
-            if here.evaluation_due(step):
+            if run_.evaluation_due(step):
                 rewards, terms = scaling_scores(job, state.params)
-                here.record(step, heldout_metrics(rewards, terms))
-            job.save(here, step, state)
+                run_.record(step, heldout_metrics(rewards, terms))
+            job.save(run_, step, state)
         # The last step was evaluated just now, unless evaluation is off or this process had no step left to do.
-        here.write(
+        run_.write(
             NORMALISATION, normalisation(job, scaling_scores(job, state.params)[0] if rewards is None else rewards)
         )
 

@@ -45,19 +45,19 @@ def run(
     if settings is None:  # --plan, --doctor
         return
     job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
-    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
-        state = job.restore(here)
-        if here.resumed_step == 0 and settings.loop.evaluate_every:  # before any training, to compare with
-            here.record(0, job.heldout(state.params))
-        for step in here.steps(here.resumed_step, settings.steps):
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as run_:
+        state = job.restore(run_)
+        if run_.resumed_step == 0 and settings.loop.evaluate_every:  # before any training, to compare with
+            run_.record(0, job.heldout(state.params))
+        for step in run_.steps(run_.resumed_step, settings.steps):
             rows = next(job.batches)
             state, metrics = job.train_step(state, job.frozen, job.place(rows))
-            if not here.log(step, metrics, tokens=int(rows.loss_mask.sum()), batch=rows):
-                state = job.roll_back(here, state)
+            if not run_.log(step, metrics, tokens=int(rows.loss_mask.sum()), batch=rows):
+                state = job.roll_back(run_, state)
                 continue
-            if here.evaluation_due(step):
-                here.record(step, job.heldout(state.params))
-            job.save(here, step, state)
+            if run_.evaluation_due(step):
+                run_.record(step, job.heldout(state.params))
+            job.save(run_, step, state)
 
 
 if __name__ == "__main__":

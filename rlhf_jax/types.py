@@ -65,7 +65,7 @@ class Mean:
         return cls(jnp.where(counts != 0, values.astype(jnp.float32) * counts, 0.0).sum(), counts.sum())
 
     def value(self) -> Float[Array, ""]:
-        """``total / weight``; NaN when nothing counted."""
+        """Return ``total / weight``; NaN when the weight is 0."""
         return self.total / self.weight
 
 
@@ -170,15 +170,15 @@ class Rollout:
     @property
     def score(self) -> Float[Array, "B"]:  # noqa: F821
         """The sum of all scores, float32 [B]."""
-        first, *others = (self.scores[name].astype(jnp.float32) for name in sorted(self.scores))
-        for other in others:
-            first = first + other
-        return first
+        total, *remaining = (self.scores[name].astype(jnp.float32) for name in sorted(self.scores))
+        for other in remaining:
+            total = total + other
+        return total
 
 
 @struct.dataclass
 class PolicyBatch:
-    """What the PPO update reads: a rollout with its (already whitened) advantages. All float32 [B, T] constants.
+    """The batch of the PPO update: a rollout with its (already whitened) advantages. All float32 [B, T] constants.
 
     importance: weights of the policy loss, for samples that are not the scored policy's own; None = 1."""
 

@@ -27,8 +27,8 @@ def rollout_checks(
     yield judge(
         "reward spread", spread > 0, f"{spread:.3g} over the rollout", "every reply scores alike: nothing to learn from"
     )
-    if "even_groups" in metrics:
-        even = float(metrics["even_groups"].value())
+    if "zero_variance_groups" in metrics:
+        even = float(metrics["zero_variance_groups"].value())
         words = f"{even:.0%} of the prompts' groups score all alike"
         yield judge(
             "groups", even < 1, words, "nothing to learn from: another reward, more samples, a higher temperature"

@@ -15,7 +15,7 @@ from rlhf_jax.types import Mean, Params, Rng, TrainState, TrainStep
 
 
 class EpochsConfig(Protocol):
-    """What `run_epochs` reads of PPOConfig and GRPOConfig. coefficients: of the terms of the loss."""
+    """The fields of PPOConfig and GRPOConfig that `run_epochs` reads. coefficients: of the terms of the loss."""
 
     @property
     def epochs(self) -> int: ...
@@ -26,14 +26,14 @@ class EpochsConfig(Protocol):
 
 
 def _pooled_loss(metrics: dict[str, Mean], config: EpochsConfig) -> Mean:
-    """The loss from its terms' means. A term that nothing counts for adds 0, as in the step."""
+    """Return the loss from the means of its terms. A term with weight 0 adds 0, as in the step."""
     parts = [(coefficient, metrics[f"loss/{name}"]) for name, coefficient in config.coefficients.items()]
     values = [coefficient * mean.total / jnp.where(mean.weight > 0, mean.weight, 1.0) for coefficient, mean in parts]
     return Mean(jnp.stack(values).sum(), jnp.ones(()))
 
 
 def minibatch_indices(rng: Rng, rows: int, config: EpochsConfig) -> Array:
-    """int32 [epochs * minibatches, rows / minibatches]: a fresh permutation of the rows for every epoch, cut up."""
+    """Return a new permutation of the rows for every epoch, int32 [epochs * minibatches, rows / minibatches]."""
     if rows % config.minibatches:
         name = f"{type(config).__name__}.minibatches"
         raise InputError(f"a rollout of {rows} rows does not divide into {name} = {config.minibatches}")
@@ -52,11 +52,11 @@ def run_epochs(
     frozen: Params | None = None,
     adjust: Callable[[Any], Any] | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}. adjust: of a minibatch.
+    """Run epochs x minibatches of ``train_step`` in one scan. frozen: its second argument, None = {}. adjust: of a minibatch.
 
     Metrics are summed over all of them (token means over the whole update), ``loss`` is the sum of the terms so pooled;
-    ``identity/*`` are those of the first
-    minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding. ``identity/identity_gap`` is
+    ``identity/*`` are those of the first minibatch, before any step: ratio 1, approximate KL 0 and no clipping, up to rounding.
+    ``identity/identity_gap`` is
     the largest |log ratio| of that minibatch (with microbatches: the sum of each one's largest, never less).
     """
     indices = minibatch_indices(rng, rows, config)

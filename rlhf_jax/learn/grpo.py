@@ -23,7 +23,7 @@ LogprobsOfResponsesFn = Callable[[Params, Completions], tuple[Array, Array]]
 
 Advantages = Literal["standardised", "centred", "leave_one_out"]
 Reduction = Literal["tokens", "sequences", "columns"]
-Divisor = Literal["learned_from", "all"]
+Divisor = Literal["trained", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class GRPOConfig:
     """GRPO's own numbers; defaults as in TRL 1.16.0 (the loss of DAPO, no KL). The papers' settings:
 
     GRPO (Shao et al. 2024): reduction "sequences", kl_coefficient .04, kl_kind "k3". DAPO (Yu et al. 2025): clip_high .28,
-    "tokens", drop_even_groups. Dr. GRPO (Liu et al. 2025): advantages "centred", "columns". GSPO (Zheng et al. 2025): ratio
+    "tokens",
+    drop_zero_variance_groups. Dr. GRPO (Liu et al. 2025): advantages "centred", "columns". GSPO (Zheng et al. 2025): ratio
     "sequence", "sequences", clip_low 3e-4, clip_high 4e-4. RLOO (Ahmadian et al. 2024): advantages "leave_one_out", kl_in
     "reward", kl_coefficient .05.
 
@@ -43,9 +44,10 @@ class GRPOConfig:
     kl_kind: its estimator; None: "k1" in the reward, "weighted_k3" in the loss, whose expected gradients are that of the KL
     (see `ops.kl`; the loss also takes "k3", GRPO's, and "k2"). The weight of "weighted_k3" is the token's own ratio, also with
     ratio "sequence" (TRL then takes the sequence's, which is biased). biased_kl: permits the others, to replicate a run.
-    divisor: how many responses "sequences" and "columns" divide by: those that are learned from, or "all", as TRL does with
-    mask_truncated. mask_truncated: responses cut at the limit are not learned from. drop_even_groups: neither are groups whose
-    scores are all the same; without it they count with advantage 0. missing_eos_penalty, missing_eos, score_clip,
+    divisor: how many responses "sequences" and "columns" divide by: those that are trained on, or "all", as TRL does with
+    mask_truncated. mask_truncated: responses cut at the limit are not trained on.
+    drop_zero_variance_groups: neither are groups whose scores are all the same; without it they count with advantage 0.
+    missing_eos_penalty, missing_eos, score_clip,
     max_sampler_gap, max_identity_gap, max_kl, old_logprobs, importance: as in PPOConfig.
     """
 
@@ -58,13 +60,13 @@ class GRPOConfig:
     advantages: Advantages = "standardised"
     scale_epsilon: float = 1e-4
     reduction: Reduction = "tokens"
-    divisor: Divisor = "learned_from"
+    divisor: Divisor = "trained"
     kl_coefficient: float = 0.0
     kl_kind: ops.KLTermKind | None = None
     kl_in: Literal["loss", "reward"] = "loss"
     biased_kl: bool = False
     mask_truncated: bool = False
-    drop_even_groups: bool = False
+    drop_zero_variance_groups: bool = False
     missing_eos_penalty: float | None = None
     missing_eos: Literal["replace", "subtract"] = "replace"
     score_clip: float | None = None
@@ -82,7 +84,7 @@ class GRPOConfig:
             "divisor": get_args(Divisor),
             "kl_in": ("loss", "reward"),
             "mask_truncated": (True, False),
-            "drop_even_groups": (True, False),
+            "drop_zero_variance_groups": (True, False),
             "missing_eos": ("replace", "subtract"),
             "old_logprobs": ("scorer", "sampler"),
         }
@@ -127,10 +129,10 @@ class GRPOConfig:
 
 @struct.dataclass
 class GroupBatch:
-    """What the update reads; constants.
+    """The batch of the update; constants.
 
     old_logprobs, ref_logprobs: float32 [B, T] (ref_logprobs None without a reference). advantages: float32 [B], one for
-    all tokens of a response. counts: bool [B], False for responses that are not learned from. importance: float32 [B, T],
+    all tokens of a response. counts: bool [B], False for responses that are not trained on. importance: float32 [B, T],
     weights of the policy loss; None = 1.
     """
 
@@ -143,22 +145,23 @@ class GroupBatch:
 
 
 def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[GroupBatch, dict[str, Mean]]:
-    """Advantages within each prompt's group, and what to report of a rollout whose rows i * samples ... (i + 1) * samples - 1
-    answer one prompt.
+    """Return the batch of the update, with advantages within each group, and the metrics of the rollout.
 
-    Metrics: those of PPO that need no value model; score_within, the mean deviation within a group (ddof 1); even_groups,
-    the share of groups that teach nothing because all their scores are the same; learned_from, the share of responses.
+    Rows i * samples ... (i + 1) * samples - 1 of the rollout answer one prompt.
+
+    Metrics: those of PPO that need no value model; score_within, the mean deviation within a group (ddof 1); zero_variance_groups,
+    the share of groups with zero variance, whose responses all have the same score; trained_responses, the share of responses.
     A rollout with a score, KL or advantage that is not finite, or a KL beyond max_kl, is refused as in `prepare`.
-    A response without a score belongs to no group and is not learned from.
+    A response without a score belongs to no group and is not trained on.
     """
     rollout = without_unscored(rollout)
-    done, mask = rollout.completions, rollout.completions.mask
+    completions, mask = rollout.completions, rollout.completions.mask
     scores = rollout.score
     if config.score_clip is not None:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
         scores = ops.penalise_missing_eos(
-            scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
+            scores, completions.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
         )
     if (
         rollout.token_rewards is not None
@@ -173,8 +176,8 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
     )
     even, within = _spread_within(scores, rollout.scored, samples)
     if config.mask_truncated:
-        counts &= done.ended
-    if config.drop_even_groups:
+        counts &= completions.ended
+    if config.drop_zero_variance_groups:
         counts &= ~jnp.repeat(even, samples)
     metrics, usable = response_metrics(rollout, config)
     usable &= jnp.isfinite(advantages.sum())
@@ -183,16 +186,17 @@ def prepare_groups(rollout: Rollout, config: GRPOConfig, samples: int) -> tuple[
         "rollout_refused": Mean(1.0 - usable, jnp.ones(())),
         "score_shaped": Mean.of(scores, rollout.scored),
         "score_within": within,
-        "even_groups": Mean.of(even),
-        "learned_from": Mean.of(counts),
+        "zero_variance_groups": Mean.of(even),
+        "trained_responses": Mean.of(counts),
         **weighed,
     }
     advantages = jnp.where(usable, advantages, jnp.nan)
-    return GroupBatch(done, rollout.logprobs, rollout.ref_logprobs, advantages, counts, weights), metrics
+    return GroupBatch(completions, rollout.logprobs, rollout.ref_logprobs, advantages, counts, weights), metrics
 
 
 def _spread_within(scores: Array, scored: Array, samples: int) -> tuple[Array, Mean]:
-    """(bool [groups]: do all scores of the group agree, fewer than two included; mean deviation within a group, ddof 1)."""
+    """Return (bool [groups], whether all scores of a group are equal, also when there are fewer than two; mean deviation within a
+    group, ddof 1)."""
     grouped = scores.reshape(-1, samples)
     counts = scored.reshape(-1, samples)
     least, most = (
@@ -203,7 +207,8 @@ def _spread_within(scores: Array, scored: Array, samples: int) -> tuple[Array, M
 
 
 def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> LossFn:
-    """Clipped surrogate with one advantage a response, plus kl_coefficient times the KL estimate, reduced as configured.
+    """Make the loss: the clipped surrogate with one advantage a response, plus kl_coefficient times the KL estimate, reduced as
+    configured.
 
     Metrics: as PPO's without the value's. With ratio "sequence" ratio and clip_fraction are means over responses, each of
     which counts once however long it is.
@@ -232,8 +237,8 @@ def make_grpo_loss(logprobs_fn: LogprobsOfResponsesFn, config: GRPOConfig) -> Lo
             reference = ops.zero_outside(batch.ref_logprobs, mask)
             parts["kl"] = ops.kl_term(logprobs, old, reference, config.kl_estimator)
         terms = {
-            name: reduced(each, mask, batch.counts, config.reduction, config.coefficients[name], config.divisor)
-            for name, each in parts.items()
+            name: reduced(values, mask, batch.counts, config.reduction, config.coefficients[name], config.divisor)
+            for name, values in parts.items()
         }
         once = ops.first_true(mask) if config.ratio == "sequence" else mask
         metrics = {
@@ -254,7 +259,7 @@ def reduced(
     counts: Array,
     reduction: Reduction,
     coefficient: float,
-    divisor: Divisor = "learned_from",
+    divisor: Divisor = "trained",
 ) -> Term:
     """Sum values per token to a term of the loss. values: [B, T], mask: tokens that count, counts: bool [B], rows that do.
 
@@ -264,7 +269,7 @@ def reduced(
     """
     require_one_of("reduction", reduction, get_args(Reduction))
     require_one_of("divisor", divisor, get_args(Divisor))
-    rows = (counts if divisor == "learned_from" else jnp.ones_like(counts)).sum().astype(jnp.float32)
+    rows = (counts if divisor == "trained" else jnp.ones_like(counts)).sum().astype(jnp.float32)
     if reduction == "tokens":
         mean = Mean.of(values, mask)
         return Term(mean.total, mean.weight, coefficient)
@@ -281,5 +286,5 @@ def update_groups(
     config: GRPOConfig,
     frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """As `update` of PPO."""
+    """Run the epochs of an update (`run_epochs`), as `ppo.update` does."""
     return run_epochs(train_step, state, batch, batch.advantages.shape[0], rng, config, frozen)

@@ -1,4 +1,4 @@
-"""What stops a run, or is told, when its numbers contradict each other (PPO and GRPO)."""
+"""Guards that stop a run of PPO or GRPO, or warn, when its numbers contradict each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDING_OF_KL = 1e-3
 
 
 class GapLimits(Protocol):
-    """What the two guards read of PPOConfig and GRPOConfig."""
+    """The fields of PPOConfig and GRPOConfig that the guards read."""
 
     @property
     def max_sampler_gap(self) -> float: ...
@@ -29,8 +29,11 @@ class GapLimits(Protocol):
 
 
 def stop_if_sampler_differs(step: int, gap: float | None, config: GapLimits, *, stale: bool = False) -> None:
-    """gap: mean |sampler - scorer| log-probability of a rollout, nats a token. stale: an older policy sampled it, and the gap
-    is what it has learned since. Raises RunStopped beyond the limit."""
+    """Stop the run when sampler and scorer disagree. Raises RunStopped beyond the limit.
+
+    gap: mean |sampler - scorer| log-probability of a rollout, nats a token. stale: an older policy sampled it, so that the gap is
+    a real change of the policy.
+    """
     if not stale and gap is not None and not gap <= config.max_sampler_gap:  # NaN too
         raise RunStopped(
             f"step {step}: sampler and scorer differ by {gap:.2e} nats a token, limit "
@@ -39,8 +42,11 @@ def stop_if_sampler_differs(step: int, gap: float | None, config: GapLimits, *, 
 
 
 def stop_if_not_identity(step: int, gap: float | None, config: GapLimits, *, stale: bool = False) -> None:
-    """gap: largest |log ratio| before the first update of an iteration. stale: an older policy sampled; where its own
-    log-probabilities are the old ones, the first ratio is not 1. Raises RunStopped beyond the limit."""
+    """Stop the run when the first ratio of an iteration is not 1. Raises RunStopped beyond the limit.
+
+    gap: largest |log ratio| before the first update of an iteration. stale: an older policy sampled; when its own log-probabilities
+    are the old ones, the first ratio is not 1.
+    """
     if stale and config.old_logprobs == "sampler":
         return
     if gap is not None and not gap <= config.max_identity_gap:  # NaN too
@@ -51,7 +57,7 @@ def stop_if_not_identity(step: int, gap: float | None, config: GapLimits, *, sta
 
 
 def warn_if_kl_is_negative(step: int, kl: float | None, standard_error: float | None) -> bool:
-    """Whether the estimate of the KL to the reference is negative beyond noise; then a line on stderr.
+    """Warn on stderr when the estimate of the KL to the reference is negative beyond noise. Returns whether it is.
 
     kl: mean over a rollout of log-probability policy minus reference on the samples, nats a response; its expectation is
     the KL, which is >= 0, only when the samples are the scored policy's own. Below -3 standard errors (and rounding) they
@@ -78,11 +84,11 @@ class RewardSpread:
     flat: int = 0
 
     def warn(self, step: int, measured: Mapping[str, float | None]) -> bool:
-        """Whether the rollout is one more of `FLAT_ROLLOUTS` in a row without any spread; then a line on stderr.
+        """Warn on stderr when `FLAT_ROLLOUTS` rollouts in a row have no spread of rewards. Returns whether it warned.
 
         measured: metrics of `prepare` or `prepare_groups`. Spread is that within groups where there are groups.
         """
-        even, deviation, score = (measured.get(name) for name in ("even_groups", "score_std", "score"))
+        even, deviation, score = (measured.get(name) for name in ("zero_variance_groups", "score_std", "score"))
         rounding = 1e-6 * max(1.0, abs(score or 0.0))
         grouped = even is not None
         none = even == 1.0 if grouped else deviation is not None and deviation <= rounding
@@ -90,13 +96,13 @@ class RewardSpread:
         if self.flat not in FLAT_ROLLOUTS:
             return False
         if jax.process_index() == 0:
-            what = (
+            reason = (
                 "all responses of every prompt have the same reward"
                 if grouped
                 else "all responses have the same reward"
             )
             print(
-                f"warning: step {step}: {self.flat} rollouts in a row without any reward spread: {what} (mean "
+                f"warning: step {step}: {self.flat} rollouts in a row without any reward spread: {reason} (mean "
                 f"{score or 0.0:.3g}), so that nothing is learned from it; look at the reward, raise "
                 "SamplingConfig.temperature, or take prompts that are answered well sometimes",
                 file=sys.stderr,

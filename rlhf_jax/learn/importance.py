@@ -37,7 +37,10 @@ class ImportanceConfig:
 
 
 def check_double_counting(name: str, importance: ImportanceConfig | None, old_logprobs: str) -> None:
-    """Raises InputError for weights where the ratio of the loss begins at the sampler anyway. name: of the configuration."""
+    """Check that there are no importance weights when the ratio of the loss starts from the sampler. Raises InputError otherwise.
+
+    name: of the configuration.
+    """
     if importance is not None and old_logprobs == "sampler":
         raise InputError(
             f"{name}.importance: with old_logprobs = 'sampler' the ratio holds policy / sampler already, it would count twice; "
@@ -46,12 +49,15 @@ def check_double_counting(name: str, importance: ImportanceConfig | None, old_lo
 
 
 def rollout_weights(rollout: Rollout, config: ImportanceConfig | None) -> tuple[Array | None, dict[str, Mean]]:
-    """(the weights of the policy loss, float32 [B, T], or None; what to report of them): their mean before bounds, the share
-    of tokens outside them, and the effective sample size of those within (Kish: (sum w)^2 / (n sum w^2), 1 = all equal)."""
+    """Return (the weights of the policy loss, float32 [B, T], or None; their metrics).
+
+    Metrics: the mean before bounds, the share of tokens outside them, and the effective sample size of those within (Kish:
+    (sum w)^2 / (n sum w^2), 1 = all equal).
+    """
     if config is None:
         return None, {}
-    done, mask = rollout.completions, rollout.completions.mask
-    raw = ops.importance_weights(rollout.logprobs, done.logprobs, mask, config.unit)
+    completions, mask = rollout.completions, rollout.completions.mask
+    raw = ops.importance_weights(rollout.logprobs, completions.logprobs, mask, config.unit)
     outside = (raw < config.low) | (raw > config.high)
     weights = ops.zero_outside(ops.bounded_importance(raw, config.low, config.high, config.outside), mask)
     count = mask.sum().astype(jnp.float32)

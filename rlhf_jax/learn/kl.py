@@ -1,4 +1,4 @@
-"""Which estimators of the KL are right where."""
+"""The estimators of the KL divergence, and the places where their gradients are right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WHY = {
 
 
 def require_kl_kind(name: str, kind: object, place: Place, biased: object) -> None:
-    """Raises InputError for an estimator whose expected gradient is wrong at ``place``, unless ``biased`` permits it.
+    """Check that the expected gradient of an estimator is right at ``place``. Raises InputError unless ``biased`` permits it.
 
     name: of the configuration. biased: its field ``biased_kl``, for the replication of runs that were made so.
     """

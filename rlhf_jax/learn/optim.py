@@ -74,7 +74,8 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:
-    """Learning rate by update count. steps: of the run; updates_per_step: optimiser updates in each (PPO: epochs x
+    """Return the learning rate as a function of the update count. steps: of the run; updates_per_step: optimiser updates in each
+    (PPO: epochs x
     minibatches), during which the rate stands still (lm-human-preferences steps it per rollout batch).
 
     Linear over 4 steps without warm-up: 1, .75, .5, .25 of the peak.
@@ -104,7 +105,7 @@ def make_schedule(config: OptimizerConfig, steps: int, updates_per_step: int = 1
 
 
 def scale_by_adam_tf(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
-    """Adam as TensorFlow 1 computes it: ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + epsilon)``.
+    """Make Adam as TensorFlow 1 computes it: ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + epsilon)``.
 
     First step with g = 1e-5, epsilon 1e-5: 0.0306534 of the learning rate, where optax.adam gives 0.5 of it.
     """
@@ -159,7 +160,7 @@ class SpikeState(NamedTuple):
 def check_spikes(
     optimizer: optax.GradientTransformation, sigmas: float, memory: int
 ) -> optax.GradientTransformationExtraArgs:
-    """``optimizer`` that leaves everything as it was when loss or gradient norm is a spike; ``update`` takes ``loss``.
+    """Wrap ``optimizer`` so that it changes nothing when loss or gradient norm is a spike; ``update`` takes ``loss``.
 
     A spike: above ``mean + sigmas * max(deviation, |mean| / 100)`` of what was accepted, once min(memory, 20) updates
     were. The first ``memory`` values are averaged plainly, later ones with weight 1 / memory. A refused update does not
@@ -171,12 +172,12 @@ def check_spikes(
         return SpikeState(optimizer.init(params), jnp.zeros((), jnp.int32), zeros, zeros, jnp.zeros((), bool))
 
     def update(grads: Any, state: SpikeState, params: Any = None, *, loss: Array, **_: Any) -> tuple[Any, SpikeState]:
-        seen = jnp.stack([loss, optax.global_norm(grads)]).astype(jnp.float32)
+        observed = jnp.stack([loss, optax.global_norm(grads)]).astype(jnp.float32)
         deviation = jnp.maximum(jnp.sqrt(state.variance), jnp.abs(state.mean) / 100)
-        refused = (state.accepted >= min(memory, 20)) & (seen > state.mean + sigmas * deviation).any()
+        refused = (state.accepted >= min(memory, 20)) & (observed > state.mean + sigmas * deviation).any()
         updates, inner = optimizer.update(grads, state.inner, params)
         weight = jnp.maximum(1.0 / (state.accepted + 1), 1.0 / memory)
-        away = seen - state.mean
+        away = observed - state.mean
         new = SpikeState(
             inner,
             state.accepted + 1,
@@ -184,21 +185,25 @@ def check_spikes(
             (1 - weight) * (state.variance + weight * away**2),
             jnp.zeros((), bool),
         )
-        kept = jax.tree.map(lambda ours, theirs: jnp.where(refused, ours, theirs), state, new)
+        following = jax.tree.map(lambda before, after: jnp.where(refused, before, after), state, new)
         zeros = jax.tree.map(lambda u: jnp.where(refused, jnp.zeros_like(u), u), updates)
-        return zeros, kept._replace(refused=refused)
+        return zeros, following._replace(refused=refused)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _as_float32(params: Any) -> Any:
-    """Moments of bfloat16 parameters in their own dtype would round away a 0.999 decay, and the state would change dtype
-    in its first step (gradients are float32)."""
+    """Keep moments in float32.
+
+    Moments of bfloat16 parameters in their own dtype would lose a decay of 0.999 to rounding, and the state would change dtype in
+    its
+    first step (gradients are float32).
+    """
     return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def _flags_of(tree: Params) -> Callable[[Any], Any]:
-    """The function params -> bools that `optax` calls with a part of the parameters: adapters, or one model of several."""
+    """Return the function params -> bools that `optax` calls with a part of the parameters: adapters, or one model of several."""
     flags = dict(jax.tree_util.tree_leaves_with_path(tree))
 
     def flag(path: Any, _: Any) -> bool:

@@ -106,7 +106,7 @@ class PPOConfig:
 
 @struct.dataclass
 class PPOState:
-    """What a PPO run is at the end of an iteration. train: params {"policy"[, "value"]} with their optimiser.
+    """The state of a PPO run. train: params {"policy"[, "value"]} with their optimiser.
     kl_coefficient: float32 []."""
 
     train: TrainState
@@ -114,17 +114,17 @@ class PPOState:
 
 
 def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple[PolicyBatch, dict[str, Mean]]:
-    """Shaped rewards, advantages and returns of a whole rollout, and what to report of it.
+    """Return the batch of the update, with shaped rewards, advantages and returns of a whole rollout, and its metrics.
 
     Metrics: score and its spread, KL (summed over the response, mean over rows) and its standard error, the
     sampler-scorer gap, lengths, how many ended, explained variance of the value function, the importance weights.
-    A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is not learned from: its
+    A rollout with a score, KL, advantage or return that is not finite, or a KL beyond max_kl, is refused: its
     advantages become NaN, which `make_train_step` refuses in every minibatch, and ``rollout_refused`` is 1.
     """
     rollout = without_unscored(rollout)
     if rollout.ref_logprobs is None or rollout.values is None:
         raise InputError("prepare: PPO needs a reference and values; score the rollout with both models")
-    done, mask = rollout.completions, rollout.completions.mask
+    completions, mask = rollout.completions, rollout.completions.mask
     values_at = ops.value_mask(mask, config.terminal)
     values_at &= rollout.scored[:, None]
     kl = ops.zero_outside(ops.kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind), mask)
@@ -133,7 +133,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
         scores = ops.penalise_missing_eos(
-            scores, done.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
+            scores, completions.ended, penalty=config.missing_eos_penalty, mode=config.missing_eos
         )
     rewards = ops.shape_rewards(scores, kl, mask, kl_coefficient=kl_coefficient, convention=config.terminal)
     if rollout.token_rewards is not None:
@@ -158,7 +158,7 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
     if config.whiten_advantages == "rollout":
         advantages = ops.whiten(advantages, mask, ddof=config.whiten_ddof)
     batch = PolicyBatch(
-        completions=done,
+        completions=completions,
         old_logprobs=rollout.logprobs,
         old_values=values,
         advantages=jnp.where(usable, ops.zero_outside(advantages, mask), jnp.nan),
@@ -171,13 +171,13 @@ def prepare(rollout: Rollout, config: PPOConfig, kl_coefficient: Array) -> tuple
 
 def without_unscored(rollout: Rollout) -> Rollout:
     """Return ``rollout`` with no token of the responses that could not be scored."""
-    done = rollout.completions
-    mask = done.mask & rollout.scored[:, None]
-    return dataclasses.replace(rollout, completions=dataclasses.replace(done, mask=mask))
+    completions = rollout.completions
+    mask = completions.mask & rollout.scored[:, None]
+    return dataclasses.replace(rollout, completions=dataclasses.replace(completions, mask=mask))
 
 
 class RolloutLimits(Protocol):
-    """What `response_metrics` reads of PPOConfig and GRPOConfig."""
+    """The fields of PPOConfig and GRPOConfig that `response_metrics` reads."""
 
     @property
     def max_kl(self) -> float | None: ...
@@ -186,9 +186,12 @@ class RolloutLimits(Protocol):
 
 
 def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str, Mean], Array]:
-    """(what to report of any rollout, bool []: are scores and KL finite and the KL within max_kl). KL metrics only with a
-    reference, the gap between sampler and scorer only when both gave log-probabilities. rollout: of `without_unscored`."""
-    done, mask, one = rollout.completions, rollout.completions.mask, jnp.ones(())
+    """Return (metrics of any rollout, bool [] whether scores and KL are finite and the KL is within max_kl).
+
+    KL metrics need a reference; the gap between sampler and scorer needs log-probabilities of both. rollout: of
+    `without_unscored`.
+    """
+    completions, mask, one = rollout.completions, rollout.completions.mask, jnp.ones(())
     rows = rollout.scored
     score = rollout.score
     usable = jnp.isfinite(score.sum())
@@ -197,7 +200,7 @@ def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str,
         "score_std": Mean(jnp.std(score, where=rows), one),
         "sampled_entropy": Mean.of(-ops.zero_outside(rollout.logprobs, mask).sum(axis=1), rows),
         "response_length": Mean.of(mask.sum(axis=1), rows),
-        "ended": Mean.of(done.ended, rows),
+        "ended": Mean.of(completions.ended, rows),
     }
     if rollout.ref_logprobs is not None:
         k1 = ops.zero_outside(rollout.logprobs - rollout.ref_logprobs, mask)
@@ -211,13 +214,13 @@ def response_metrics(rollout: Rollout, config: RolloutLimits) -> tuple[dict[str,
             "kl_per_token": Mean.of(k1, mask),
         }
     if config.old_logprobs == "scorer":
-        gap = jnp.abs(ops.zero_outside(rollout.logprobs - done.logprobs, mask))
+        gap = jnp.abs(ops.zero_outside(rollout.logprobs - completions.logprobs, mask))
         metrics |= {"sampler_gap": Mean.of(gap, mask), "sampler_gap_max": Mean(gap.max(), one)}
     return metrics, usable
 
 
 def _standard_error(values: Array, rows: Array | None) -> Mean:
-    """Of the mean of float32 [B], deviation with B - 1 in the denominator / sqrt(B); nothing counts for a single row.
+    """Return the standard error of the mean of float32 [B] (B - 1 in the denominator), without weight for a single row.
 
     rows: bool [B], those that count; None = all. [1, 2, 3, 4]: 1.290994 / 2 = 0.645497.
     """
@@ -231,7 +234,7 @@ def _standard_error(values: Array, rows: Array | None) -> Mean:
 
 
 def make_ppo_loss(policy_fn: PolicyFn, config: PPOConfig) -> LossFn:
-    """Clipped policy loss + value_coefficient * clipped value loss - entropy_coefficient * entropy, token means."""
+    """Make the loss: clipped policy loss + value_coefficient * clipped value loss - entropy_coefficient * entropy, token means."""
 
     def loss(params: Params, frozen: Params, batch: PolicyBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
         del frozen, rng
@@ -279,7 +282,7 @@ def update(
     config: PPOConfig,
     frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """`run_epochs` of PPO, advantages whitened per minibatch when so configured."""
+    """Run the epochs of an update (`run_epochs`), with advantages whitened per minibatch when so configured."""
 
     def whitened(chosen: PolicyBatch) -> PolicyBatch:
         white = ops.whiten(chosen.advantages, chosen.completions.mask, ddof=config.whiten_ddof)
@@ -290,8 +293,10 @@ def update(
 
 
 def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episodes: int) -> Array:
-    """The adaptive controller after an update (fixed when kl_target is None). kl: mean over rows of the summed KL; one
-    that is not finite changes nothing."""
+    """Return the coefficient of the adaptive controller after an update; it is fixed when kl_target is None.
+
+    kl: mean over rows of the summed KL; a KL that is not finite changes nothing.
+    """
     if config.kl_target is None:
         return coefficient
     adapted = ops.adaptive_kl_coefficient(
@@ -301,5 +306,5 @@ def next_kl_coefficient(config: PPOConfig, coefficient: Array, kl: Array, episod
 
 
 def ppo_optimizer_labels(params: Params) -> Any:
-    """Which optimiser ("policy" or "value") owns each leaf of {"policy": ..., "value": ...}."""
+    """Return the optimizer ("policy" or "value") of each leaf of {"policy": ..., "value": ...}."""
     return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}

@@ -28,7 +28,7 @@ Carry = tuple[jax.Array, jax.Array]
 def gae(
     rewards: jax.Array, values: jax.Array, response_mask: jax.Array, *, discount: float, lam: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) along the response.
+    """Compute generalised advantage estimates (Schulman et al. 2016, eq. 16) along the response.
 
     ``delta_t = r_t + discount V_{t+1} - V_t``, ``A_t = delta_t + discount lam A_{t+1}``, ``returns_t = A_t + V_t``; the
     value after the last counted token is 0 (no bootstrap, also when the response was cut at the length limit).
@@ -60,10 +60,10 @@ def gae(
 
 
 def terminal_index(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
-    """The column where the sequence's score is paid. mask: bool [B, T] response mask (EOS included) -> int32 [B].
+    """Return the column that receives the score of the response, int32 [B]. mask: bool [B, T], the response mask with EOS.
 
     -1 for a row without any response token, except "last_column", which is T - 1 always. Under "after_eos" a response
-    that fills all T columns is paid on its last token.
+    that fills all T columns receives it on its last token.
     """
     last = last_true_index(mask)
     final = mask.shape[-1] - 1
@@ -77,13 +77,13 @@ def terminal_index(mask: jax.Array, convention: Convention = "eos") -> jax.Array
 
 
 def terminal_mask(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
-    """True on the one column of ``terminal_index`` (nowhere in an empty row). bool [B, T] -> bool [B, T]."""
+    """Return a mask of the column of ``terminal_index`` (none in an empty row). bool [B, T] -> bool [B, T]."""
     columns = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     return columns == terminal_index(mask, convention)[..., None]
 
 
 def value_mask(mask: jax.Array, convention: Convention = "eos") -> jax.Array:
-    """Where values and returns exist, given the response mask. bool [B, T] -> bool [B, T].
+    """Return the mask of values and returns, given the response mask. bool [B, T] -> bool [B, T].
 
     "eos": the response mask. "after_eos": with the terminal column added. "last_column": every column.
     """
@@ -101,7 +101,7 @@ def shape_rewards(
     kl_coefficient: float | jax.Array,
     convention: Convention = "eos",
 ) -> jax.Array:
-    """Per-token rewards: ``-kl_coefficient * kl`` on response tokens, plus the score on the terminal column.
+    """Return per-token rewards: ``-kl_coefficient * kl`` on response tokens, plus the score on the terminal column.
 
     scores: [B], after penalties. kl: [B, T], per-token estimate in nats. mask: bool [B, T], the response mask.
     Returns float32 [B, T], 0 elsewhere. Source: Ziegler et al. 2019, eq. 2, spread over tokens as in their code.
@@ -120,7 +120,7 @@ def shape_rewards(
 def penalise_missing_eos(
     scores: jax.Array, ended: jax.Array, *, penalty: float, mode: MissingEos = "replace"
 ) -> jax.Array:
-    """Scores with responses that never ended made worse. scores: [B]; ended: bool [B] -> float32 [B].
+    """Lower the scores of responses that did not end. scores: [B]; ended: bool [B] -> float32 [B].
 
     "replace": the score of such a response becomes ``-penalty`` (Ziegler et al. 2019 and Huang et al. 2024 with penalty
     1: a reward model only means something on finished text). "subtract": ``score - penalty`` (TRL). penalty: >= 0, in
@@ -146,7 +146,7 @@ def group_advantages(
     epsilon: float = 1e-4,
     scored: jax.Array | None = None,
 ) -> jax.Array:
-    """Advantage of every response against the other ``samples`` of its prompt, float32 [B].
+    """Return the advantage of every response over the other ``samples`` of its prompt, float32 [B].
 
     scores: [B], rows i * samples ... (i + 1) * samples - 1 are one group. "standardised": ``(R - mean) / (std + epsilon)``,
     std with samples - 1 in the denominator (Shao et al. 2024; all shipped implementations). "centred": ``R - mean`` (Liu et
@@ -179,7 +179,7 @@ def group_advantages(
 
 
 def _advantages_of_scored(grouped: jax.Array, scored: jax.Array, kind: str, epsilon: float) -> jax.Array:
-    """`group_advantages` where a group has as many members as have a score. Both [groups, samples]."""
+    """Return `group_advantages` when only scored responses belong to a group. Both [groups, samples]."""
     count = scored.sum(axis=1, keepdims=True).astype(jnp.float32)
     centred = grouped - grouped.mean(axis=1, keepdims=True, where=scored)
     if kind == "leave_one_out":

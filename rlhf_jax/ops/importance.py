@@ -20,7 +20,7 @@ OutsideBounds = Literal["clip", "drop"]
 def importance_weights(
     logprobs: jax.Array, sampled: jax.Array, mask: jax.Array, unit: ImportanceUnit = "token"
 ) -> jax.Array:
-    """``w = probability under the policy / probability under what sampled``, float32 [B, T], constants; 0 outside ``mask``.
+    """Return ``probability under the policy / probability under the sampler``, float32 [B, T], constants; 0 outside ``mask``.
 
     logprobs, sampled: [B, T]. unit: of every "token" by itself; one for the "sequence", the product over its tokens,
     unbiased and of great variance; "geometric": its geometric mean, exp of the mean log ratio (the ratio of GSPO). Logs,
@@ -41,9 +41,10 @@ def importance_weights(
 
 
 def bounded_importance(weights: jax.Array, low: float, high: float, outside: OutsideBounds) -> jax.Array:
-    """``weights`` within [low, high]: those outside are put to the bound ("clip"; low 0: truncated importance sampling) or
-    to 0 ("drop": of tokens IcePop, of sequences masked importance sampling). Same shape. Raises InputError unless 0 <= low
-    <= high.
+    """Bound ``weights`` to [low, high], same shape.
+
+    Weights outside become the bound ("clip"; with low 0 truncated importance sampling) or 0 ("drop"; IcePop for tokens, masked
+    importance sampling for sequences). Raises InputError unless 0 <= low <= high.
 
     Example, bounds .5 and 2: [.4, 1.1, 2.7] -> clip [.5, 1.1, 2], drop [0, 1.1, 0].
     """

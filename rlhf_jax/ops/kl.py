@@ -31,7 +31,7 @@ KLTermKind = Literal["k1", "k2", "k3", "weighted_k3"]
 
 
 def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, kind: KLKind = "k1") -> jax.Array:
-    """Per-token estimate of KL in nats, float32, same shape as the inputs. No clamping: an outlier is a finding.
+    """Estimate the KL divergence of every token in nats, float32, same shape as the inputs. No clamping: an outlier is a finding.
 
     The first argument is the distribution that was SAMPLED FROM. So the "approximate KL" of an update, measured on
     samples of the old policy, is ``kl_estimate(old_logprobs, logprobs, kind)``: k2 is the ``approxkl = .5 mean(d^2)``
@@ -51,7 +51,7 @@ def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, kind: KLKind = "k1
 
 
 def kl_term(logprobs: jax.Array, old_logprobs: jax.Array, ref_logprobs: jax.Array, kind: KLTermKind) -> jax.Array:
-    """Per-token KL term of a loss, to be differentiated in ``logprobs``, float32, same shape as the inputs.
+    """Return the KL term of a loss for every token, to be differentiated in ``logprobs``, float32, same shape as the inputs.
 
     old_logprobs: of the policy that sampled, a constant; only "weighted_k3" reads it: ``exp(logprobs - old) * k3``, log
     ratio clamped to +-20. The other kinds are those of `kl_estimate`. Raises InputError for another ``kind``.
@@ -69,7 +69,7 @@ def kl_term(logprobs: jax.Array, old_logprobs: jax.Array, ref_logprobs: jax.Arra
 def adaptive_kl_coefficient(
     coefficient: float | jax.Array, kl: float | jax.Array, *, episodes: int, target: float, horizon: float
 ) -> jax.Array:
-    """The KL coefficient of the next iteration (Ziegler et al. 2019, section 2.2). float32 [].
+    """Return the KL coefficient of the next iteration (Ziegler et al. 2019, section 2.2). float32 [].
 
     ``coefficient * (1 + clip(kl / target - 1, -.2, .2) * episodes / horizon)``.
     kl: nats per RESPONSE: the batch mean of the k1 SUM over its tokens (not a per-token mean, not approxkl).

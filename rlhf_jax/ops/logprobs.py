@@ -22,7 +22,7 @@ Unembed = Callable[[jax.Array], jax.Array]
 
 
 def token_logprobs(logits: jax.Array, targets: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Log-probability of ``targets`` under ``softmax(logits / temperature)``.
+    """Return the log-probability of ``targets`` under ``softmax(logits / temperature)``.
 
     logits: any float [..., V]; -inf marks a token that cannot occur (padded vocabulary). targets: int [...]; one outside
     the vocabulary (-100 marks what is ignored elsewhere) has the log-probability NaN: mask it.
@@ -35,7 +35,7 @@ def token_logprobs(logits: jax.Array, targets: jax.Array, temperature: float | j
 
 
 def entropy_from_logits(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Entropy of ``softmax(logits / temperature)`` in nats, ``-sum p log p``. [..., V] -> float32 [...].
+    """Return the entropy of ``softmax(logits / temperature)`` in nats, ``-sum p log p``. [..., V] -> float32 [...].
 
     ``logsumexp(l) - sum p l`` is the same and loses digits: logits near 50 cost it 1e-4 of a nat in float32.
 
@@ -56,7 +56,7 @@ def hidden_logprobs(
     chunk_size: int,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies from hidden states; the [B, S, V] logits never exist, nor does their gradient.
+    """Return log-probabilities and entropies from hidden states; the [B, S, V] logits never exist, nor does their gradient.
 
     hidden: [B, S, D]. unembed: hidden slice -> float32 logits (it may close over parameters being differentiated).
     targets: int [B, S], see `token_logprobs`. mask: bool [B, S] or None; where False the hidden state is replaced by
@@ -84,8 +84,8 @@ def hidden_logprobs(
 
     # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier of prevent_cse is not
     # needed.
-    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
-    step = jax.checkpoint(one_chunk, prevent_cse=False, policy=kept)
+    policy = jax.checkpoint_policies.save_only_these_names(_STATISTICS_NAME)
+    step = jax.checkpoint(one_chunk, prevent_cse=False, policy=policy)
     logprobs, entropy = jax.lax.map(step, (_chunks(hidden, chunk), _chunks(targets, chunk)))
     return (
         zero_outside(_joined(logprobs, length), counted),
@@ -93,7 +93,7 @@ def hidden_logprobs(
     )
 
 
-_KEPT = "softmax_statistics"
+_STATISTICS_NAME = "softmax_statistics"
 """What `hidden_logprobs` keeps for its backward pass: logsumexp and entropy of each token."""
 
 
@@ -104,7 +104,7 @@ overflows to -inf when an incoming gradient above 1 multiplies it."""
 
 @jax.custom_vjp
 def logprobs_and_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``token_logprobs`` and ``entropy_from_logits`` at temperature 1 in one pass, with a gradient in one pass.
+    """Compute ``token_logprobs`` and ``entropy_from_logits`` at temperature 1 in one pass, with a gradient in one pass.
 
     logits: float32 [..., V], a row of which is not all -inf. targets: int [...], see `token_logprobs`. Returns two float32
     [...].
@@ -130,12 +130,12 @@ def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, ja
     entropy = jnp.log(total) - mixed / total
     normaliser = jnp.log(total) + logits.max(axis=-1)
     chosen = _picked(logits, targets)
-    normaliser, entropy = checkpoint_name((normaliser, entropy), _KEPT)
+    normaliser, entropy = checkpoint_name((normaliser, entropy), _STATISTICS_NAME)
     return (chosen - normaliser, entropy), (logits, targets, normaliser, entropy)
 
 
-def _backward(kept: _Statistics, incoming: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    logits, targets, normaliser, entropy = kept
+def _backward(residuals: _Statistics, incoming: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    logits, targets, normaliser, entropy = residuals
     for_logprob, for_entropy = incoming
     logprobs = jnp.maximum(logits - normaliser[..., None], _IMPOSSIBLE)
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
@@ -147,7 +147,7 @@ logprobs_and_entropy.defvjp(_forward, _backward)
 
 
 def _picked(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The logit of each target, NaN for a target outside the vocabulary (negative ones would count from its end)."""
+    """Return the logit of each target, NaN for a target outside the vocabulary (negative ones would count from its end)."""
     inside = jnp.where(targets < 0, logits.shape[-1], targets)
     return jnp.take_along_axis(logits, inside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
 
@@ -158,14 +158,14 @@ def _check_targets(function: str, logits: jax.Array, targets: jax.Array) -> None
 
 
 def _scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
-    """``logits / temperature`` in float32."""
+    """Return ``logits / temperature`` in float32."""
     if isinstance(temperature, (int, float)) and not temperature > 0:
         raise InputError(f"temperature={temperature}: a log-probability needs a temperature above 0")
     return logits.astype(jnp.float32) / temperature
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, ...] -> [number of chunks, B, chunk, ...], the last chunk filled up with zeros."""
+    """Split [B, S, ...] into [number of chunks, B, chunk, ...], the last chunk padded with zeros."""
     batch, length = x.shape[:2]
     fill = -length % chunk
     padded = jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
@@ -173,5 +173,5 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def _joined(chunks: jax.Array, length: int) -> jax.Array:
-    """[number of chunks, B, chunk] -> [B, length]: the inverse of ``_chunks``."""
+    """Join [number of chunks, B, chunk] to [B, length], the inverse of ``_chunks``."""
     return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1)[:, :length]

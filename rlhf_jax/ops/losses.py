@@ -17,12 +17,12 @@ an infinite ratio on the branch that is not taken would make the gradient 0 * in
 
 
 def nll_loss(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Negative log-likelihood of every target token, float32, 0 outside ``mask``. Shapes: all [B, S]."""
+    """Return the negative log-likelihood of every target token, float32, 0 outside ``mask``. Shapes: all [B, S]."""
     return -zero_outside(logprobs, mask)
 
 
 def pairwise_loss(chosen: jax.Array, rejected: jax.Array, margin: float | jax.Array = 0.0) -> jax.Array:
-    """Bradley-Terry loss of every pair, ``-log sigmoid(chosen - rejected - margin)``, float32, same shape.
+    """Return the Bradley-Terry loss of every pair, ``-log sigmoid(chosen - rejected - margin)``, float32, same shape.
 
     softplus form, finite for any gap (``log(1 + exp(rejected - chosen))`` overflows at 89). margin: Llama 2 (Touvron et
     al. 2023, eq. 2). Examples: chosen 1, rejected 0: .313262; with margin .5: .474077; equal rewards: log 2.
@@ -34,7 +34,7 @@ def pairwise_loss(chosen: jax.Array, rejected: jax.Array, margin: float | jax.Ar
 
 
 def centring_penalty(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """``(chosen + rejected)^2`` per pair, float32: pulls rewards to mean 0.
+    """Return ``(chosen + rejected)^2`` for every pair, float32, which pulls rewards to mean 0.
 
     The pairwise loss leaves them free by a constant (Eisenstein et al. 2023, "Helping or herding?").
     """
@@ -43,7 +43,7 @@ def centring_penalty(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
 
 
 def best_of_k_loss(rewards: jax.Array, best: jax.Array) -> jax.Array:
-    """Softmax cross-entropy of the response picked out of K (Ziegler et al. 2019, eq. 1).
+    """Return the softmax cross-entropy of the response chosen out of K (Ziegler et al. 2019, eq. 1).
 
     rewards: [..., K]. best: int [...], the column picked; NaN for one that is none. Returns float32 [...].
     Example: rewards [.1, .4, -.2, .3], best 1: 1.161420.
@@ -57,7 +57,7 @@ def best_of_k_loss(rewards: jax.Array, best: jax.Array) -> jax.Array:
 
 
 def plackett_luce_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Negative log-likelihood of a whole ranking: ``-sum_i [r_i - logsumexp(r_i .. r_K)]`` (Plackett 1975).
+    """Return the negative log-likelihood of a whole ranking: ``-sum_i [r_i - logsumexp(r_i .. r_K)]`` (Plackett 1975).
 
     rewards: [..., K] in ranked order, best first. mask: bool [..., K], False for missing items (rankings of different
     length). Returns float32 [...]. K = 2 equals ``pairwise_loss``. Example: [1.2, .3, -.5]: .834365.
@@ -70,7 +70,7 @@ def plackett_luce_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax
 
 
 def kwise_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Mean of ``-log sigmoid(r_w - r_l)`` over all K (K - 1) / 2 pairs of one prompt (Ouyang et al. 2022, eq. 1).
+    """Return the mean of ``-log sigmoid(r_w - r_l)`` over all K (K - 1) / 2 pairs of one prompt (Ouyang et al. 2022, eq. 1).
 
     rewards: [..., K] in ranked order, best first. mask: bool [..., K]. Returns float32 [...]; 0 when no pair exists.
     All pairs of a prompt stay in one batch element: shuffled across batches the same completions are seen K - 1 times
@@ -85,7 +85,7 @@ def kwise_loss(rewards: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def _ranked(function: str, rewards: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The items of a ranking that exist, bool like ``rewards``."""
+    """Return a mask of the items of a ranking that exist, bool like ``rewards``."""
     if mask is None:
         return jnp.ones(rewards.shape, jnp.bool_)
     require_mask(function, mask=mask)
@@ -94,13 +94,13 @@ def _ranked(function: str, rewards: jax.Array, mask: jax.Array | None) -> jax.Ar
 
 
 def rating_loss(rewards: jax.Array, ratings: jax.Array) -> jax.Array:
-    """``(reward - rating)^2`` for absolute ratings; same shape, float32 (lm-human-preferences, ``ScalarRating``)."""
+    """Return ``(reward - rating)^2`` for absolute ratings; same shape, float32 (lm-human-preferences, ``ScalarRating``)."""
     require_same_shape("rating_loss", rewards=rewards, ratings=ratings)
     return jnp.square(rewards.astype(jnp.float32) - ratings.astype(jnp.float32))
 
 
 def magnitude_loss(first: jax.Array, second: jax.Array, difference: jax.Array) -> jax.Array:
-    """``((second - first) - difference)^2`` for comparisons with a magnitude; float32, same shape.
+    """Return ``((second - first) - difference)^2`` for comparisons with a magnitude; float32, same shape.
 
     difference > 0 means that the SECOND is better by that much: the sign of lm-human-preferences' ``ScalarComparison``.
     """
@@ -110,7 +110,7 @@ def magnitude_loss(first: jax.Array, second: jax.Array, difference: jax.Array) -
 
 
 def binary_label_loss(rewards: jax.Array, labels: jax.Array) -> jax.Array:
-    """``-log sigmoid(reward)`` where ``labels`` is True (good), ``-log sigmoid(-reward)`` where False; float32."""
+    """Return ``-log sigmoid(reward)`` where ``labels`` is True (good), ``-log sigmoid(-reward)`` where False; float32."""
     require_mask("binary_label_loss", labels=labels)
     require_same_shape("binary_label_loss", rewards=rewards, labels=labels)
     rewards = rewards.astype(jnp.float32)
@@ -120,7 +120,7 @@ def binary_label_loss(rewards: jax.Array, labels: jax.Array) -> jax.Array:
 def normalising_gain_bias(
     mean: float | jax.Array, std: float | jax.Array, *, target_mean: float = 0.0, target_std: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """(gain, bias) such that ``gain * reward + bias`` has the target statistics (Ziegler et al. 2019).
+    """Return (gain, bias) such that ``gain * reward + bias`` has the target statistics (Ziegler et al. 2019).
 
     mean, std: of the rewards before; rewards that are all alike (std 0) get an infinite gain, which the caller refuses.
     Example: mean .3, std 2 -> gain .5, bias -.15.
@@ -138,7 +138,7 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7) per token: (loss, clipped, ratio), shaped like the inputs.
+    """Return PPO's clipped surrogate per token (Schulman et al. 2017, eq. 7): (loss, clipped, ratio), shaped like the inputs.
 
     ``ratio = exp(logprobs - old_logprobs)``; ``loss = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))``
     float32; ``clipped``: bool, True where the clipped branch is the larger one. Old log-probabilities and advantages
@@ -169,7 +169,7 @@ def policy_loss(
 def value_loss(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Clipped squared error of the value function per token: (loss, clipped); the factor 1/2 is INCLUDED.
+    """Return the clipped squared error of the value function per token: (loss, clipped); the factor 1/2 is INCLUDED.
 
     ``loss = .5 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)`` float32; ``clipped``: bool, True where the
     clipped branch is the larger one. clip None: ``.5 (V - R)^2``. Old values and returns are constants. Source:

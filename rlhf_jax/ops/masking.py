@@ -18,7 +18,7 @@ Axis = int | tuple[int, ...] | None
 
 
 def zero_outside(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """``x`` as float32, 0 where ``mask`` is False; gradients are exactly 0 there too.
+    """Return ``x`` as float32, 0 where ``mask`` is False; gradients are exactly 0 there too.
 
     Apply it to the INPUTS of a per-token loss, not only to its output: with d = NaN at a padding column,
     ``where(mask, exp(d), 0)`` has the value 0 and the gradient ``0 * exp(NaN) = NaN``.
@@ -33,7 +33,7 @@ def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
-    """Mean of ``x`` over the True entries of ``mask``. float32; 0 when nothing counts (never 0/0).
+    """Return the mean of ``x`` over the True entries of ``mask``. float32; 0 when nothing counts (never 0/0).
 
     A loss must not be built from this: a mean of microbatch means is not the mean. Losses carry total and weight
     (Term).
@@ -42,7 +42,7 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 
 
 def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) -> jax.Array:
-    """Variance of ``x`` over the True entries of ``mask``: ``sum((x - mean)^2) / (n - ddof)``. float32.
+    """Return the variance of ``x`` over the True entries of ``mask``: ``sum((x - mean)^2) / (n - ddof)``. float32.
 
     Two passes: ``E[x^2] - E[x]^2`` cancels catastrophically in float32 (values near 1000 with variance 1e-4 give 0 or a
     negative number). ddof=0 is the biased estimate (Ziegler et al. 2019), ddof=1 Bessel's. With n <= ddof the sum is
@@ -55,7 +55,7 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) 
 def whiten(
     x: jax.Array, mask: jax.Array, *, ddof: int = 0, shift_mean: bool = True, epsilon: float = 1e-8
 ) -> jax.Array:
-    """``(x - mean) / sqrt(variance + epsilon)`` with the statistics of ALL True entries; float32, 0 outside ``mask``.
+    """Return ``(x - mean) / sqrt(variance + epsilon)`` with the statistics of ALL True entries; float32, 0 outside ``mask``.
 
     shift_mean=False adds the mean back: the scale is normalised and the mean stays. That is how rewards are whitened
     (openai/lm-human-preferences @ cbfd210, ``utils/core.py``); advantages use shift_mean=True. ddof=0 is the variance
@@ -73,12 +73,12 @@ def whiten(
 
 
 def _count(x: jax.Array, mask: jax.Array, axis: Axis) -> jax.Array:
-    """How many entries count along ``axis``, float32."""
+    """Count the True entries along ``axis``, float32."""
     return jnp.broadcast_to(mask, x.shape).astype(jnp.float32).sum(axis=axis)
 
 
 def _centred(x: jax.Array, mask: jax.Array, axis: Axis) -> jax.Array:
-    """``x - mean`` on the True entries, 0 elsewhere, same shape as ``x``.
+    """Return ``x - mean`` on the True entries, 0 elsewhere, same shape as ``x``.
 
     The mean is subtracted twice: a float32 mean of equal values is off by an ulp or so, which ``1 / sqrt(epsilon)`` =
     10^4 in ``whiten`` would blow up to visible "advantages" where all are equal. The second pass removes that residue.
@@ -92,14 +92,14 @@ def _centred(x: jax.Array, mask: jax.Array, axis: Axis) -> jax.Array:
 
 
 def _dims(x: jax.Array, axis: Axis) -> tuple[int, ...]:
-    """The axes a reduction over ``axis`` removes."""
+    """Return the axes that a reduction over ``axis`` removes."""
     if axis is None:
         return tuple(range(x.ndim))
     return axis if isinstance(axis, tuple) else (axis,)
 
 
 def end_mask(tokens: jax.Array, eos_ids: int | Sequence[int]) -> jax.Array:
-    """True through the first end-of-sequence token, that token INCLUDED. tokens: int [..., T] -> bool [..., T].
+    """Return a mask up to and including the first end-of-sequence token. tokens: int [..., T] -> bool [..., T].
 
     eos_ids: one id or several (chat models end with either of two). The mask comes from the position of the first end,
     never from a pad id, so a model whose pad is its end token is handled: [7, 2, 2, 2] with eos = pad = 2 gives
@@ -113,7 +113,7 @@ def end_mask(tokens: jax.Array, eos_ids: int | Sequence[int]) -> jax.Array:
 
 
 def positions_from_mask(mask: jax.Array) -> jax.Array:
-    """Position of every token, counting real tokens only: the EXCLUSIVE cumulative sum of the mask. int32 [..., S].
+    """Return the position of every token, counting real tokens only: the EXCLUSIVE cumulative sum of the mask. int32 [..., S].
 
     Works for left, right and inner padding (openai/lm-human-preferences @ cbfd210, ``language/model.py``). Example:
     [token, pad, pad] followed by three response tokens gives [0, 1, 1, 1, 2, 3].
@@ -124,13 +124,13 @@ def positions_from_mask(mask: jax.Array) -> jax.Array:
 
 
 def first_true(mask: jax.Array) -> jax.Array:
-    """True at the first True entry of every row, for what is counted once a row. bool [..., T] -> bool [..., T]."""
+    """Return a mask of the first True entry of every row, for values that count once a row. bool [..., T] -> bool [..., T]."""
     require_mask("first_true", mask=mask)
     return mask & (jnp.cumsum(mask.astype(jnp.int32), axis=-1) == 1)
 
 
 def last_true_index(mask: jax.Array) -> jax.Array:
-    """Column of the last True entry of every row, -1 where a row has none. bool [..., T] -> int32 [...].
+    """Return the column of the last True entry of every row, -1 where a row has none. bool [..., T] -> int32 [...].
 
     -1 matches no column in ``columns == index[:, None]``; clamp it before using it as an index, where it would wrap.
     """

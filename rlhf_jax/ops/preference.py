@@ -16,10 +16,10 @@ PREFERENCE_KINDS: tuple[str, ...] = get_args(PreferenceKind)
 def preference_loss(
     margins: jax.Array, *, beta: float, kind: PreferenceKind = "sigmoid", label_smoothing: float = 0.0
 ) -> jax.Array:
-    """Loss of every pair from how much further the policy has moved towards the chosen reply than towards the rejected one.
+    """Return the loss of every pair from the margin of its implicit rewards.
 
     margins: float [...], ``(chosen - reference chosen) - (rejected - reference rejected)``, log-probabilities of whole
-    replies (per token for the averaged IPO). Returns float32 [...]:
+    responses (per token for the averaged IPO). Returns float32 [...]:
 
     - "sigmoid": ``-log sigmoid(beta D)`` (Rafailov et al. 2023, eq. 7); label_smoothing s > 0: ``-(1 - s) log sigmoid(beta
       D) - s log sigmoid(-beta D)``, conservative DPO (Mitchell 2023).
@@ -45,8 +45,8 @@ def preference_loss(
     if kind == "sigmoid":
         return (1.0 - label_smoothing) * jax.nn.softplus(-scaled) + label_smoothing * jax.nn.softplus(scaled)
     if kind == "robust":
-        kept = (1.0 - label_smoothing) * jax.nn.softplus(-scaled) - label_smoothing * jax.nn.softplus(scaled)
-        return kept / (1.0 - 2.0 * label_smoothing)
+        debiased = (1.0 - label_smoothing) * jax.nn.softplus(-scaled) - label_smoothing * jax.nn.softplus(scaled)
+        return debiased / (1.0 - 2.0 * label_smoothing)
     if kind == "hinge":
         return jax.nn.relu(1.0 - scaled)
     return jnp.square(margins - 1.0 / (2.0 * beta))

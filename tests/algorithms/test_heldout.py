@@ -31,7 +31,7 @@ def document(rng: np.random.Generator, tokens: int) -> data.Encoded:
 def pairs(count: int) -> list[data.EncodedPair]:
     rng = np.random.default_rng(0)
     sides = [[document(rng, int(rng.integers(3, 9))) for _ in range(2)] for _ in range(count)]
-    return [data.EncodedPair(*both, margin=0.5 * place) for place, both in enumerate(sides)]
+    return [data.EncodedPair(*pair, margin=0.5 * place) for place, pair in enumerate(sides)]
 
 
 def parts(rows: int) -> dict[str, Any]:
@@ -50,10 +50,12 @@ def trained(step, state, frozen, batch) -> dict[str, float]:
     return {name: float(mean.value()) for name, mean in metrics.items() if name.startswith("loss")}
 
 
-def compared(held: dict, losses: dict[str, float]) -> None:
-    found = {name.removeprefix("heldout/"): value for name, value in held.items() if "loss" in name}
+def compared(states: dict, losses: dict[str, float]) -> None:
+    actual = {name.removeprefix("heldout/"): value for name, value in states.items() if "loss" in name}
     assert (
-        found == pytest.approx(losses, rel=1e-5) if len(losses) > 2 else found["loss"] == pytest.approx(losses["loss"])
+        actual == pytest.approx(losses, rel=1e-5)
+        if len(losses) > 2
+        else actual["loss"] == pytest.approx(losses["loss"])
     )
 
 
@@ -63,14 +65,14 @@ def test_of_a_reward_model(centring):
     model = Model(tiny_config(head="scalar", num_layers=1))
     job = RewardModel(**parts(6), centring=centring).wire(setting_of(MESH), in_memory(model), None)
     step, evaluate, state = job.train_step, job.evaluate, job.state
-    held = pairs(6)
-    scores, terms = heldout_scores(evaluate, state.params, {}, held, MESH, **SHAPE)
+    states = pairs(6)
+    scores, terms = heldout_scores(evaluate, state.params, {}, states, MESH, **SHAPE)
     metrics = heldout_metrics(scores, terms)
     compared(
-        metrics, trained(step, state, {}, next(iter(data.evaluation_pair_batches(held, **SHAPE | {"batch_size": 6}))))
+        metrics, trained(step, state, {}, next(iter(data.evaluation_pair_batches(states, **SHAPE | {"batch_size": 6}))))
     )
     total = 0.0
-    for pair, chosen, rejected in zip(held, *scores.astype(np.float64), strict=True):
+    for pair, chosen, rejected in zip(states, *scores.astype(np.float64), strict=True):
         total += np.log1p(np.exp(rejected - chosen + pair.margin)) + centring * (chosen + rejected) ** 2
     assert metrics["heldout/loss"] == pytest.approx(total / 6, rel=1e-5)
     assert metrics["heldout/accuracy"] == (scores[0] > scores[1]).mean()
@@ -84,10 +86,10 @@ def test_of_dpo():
     )
     job = DPO(**parts(6), dpo=config).wire(setting_of(MESH), in_memory(model), in_memory(model, 7), None)
     step, evaluate, state, frozen = job.train_step, job.evaluate, job.state, job.frozen
-    held = pairs(6)
-    scores, terms = heldout_scores(evaluate, state.params, frozen, held, MESH, **SHAPE)
+    states = pairs(6)
+    scores, terms = heldout_scores(evaluate, state.params, frozen, states, MESH, **SHAPE)
     metrics = heldout_metrics(scores, terms)
-    whole = next(iter(data.evaluation_pair_batches(held, **SHAPE | {"batch_size": 6})))
+    whole = next(iter(data.evaluation_pair_batches(states, **SHAPE | {"batch_size": 6})))
     compared(metrics, trained(step, state, frozen, whole))
     gaps = scores[0].astype(np.float64) - scores[1]
     preference = np.mean([0.9 * np.log1p(np.exp(-gap)) + 0.1 * np.log1p(np.exp(gap)) for gap in gaps])
@@ -101,9 +103,9 @@ def test_of_demonstrations_to_a_mixture_of_experts():
     job = SFT(**parts(4)).wire(setting_of(MESH), in_memory(model), None)
     step, evaluate, state = job.train_step, job.evaluate, job.state
     rng = np.random.default_rng(1)
-    held = [document(rng, 8) for _ in range(4)]
-    metrics = loss_metrics(heldout_terms(evaluate, state.params, {}, data.evaluation_batches(held, **SHAPE), MESH))
-    losses = trained(step, state, {}, next(data.evaluation_batches(held, **SHAPE)))
+    states = [document(rng, 8) for _ in range(4)]
+    metrics = loss_metrics(heldout_terms(evaluate, state.params, {}, data.evaluation_batches(states, **SHAPE), MESH))
+    losses = trained(step, state, {}, next(data.evaluation_batches(states, **SHAPE)))
     compared(metrics, losses)
     assert metrics["heldout/loss"] - metrics["heldout/loss/nll"] == pytest.approx(losses["loss/router"], rel=1e-4)
     assert losses["loss/router"] > 0.5  # equal loads would give .5 x 2 picks per token

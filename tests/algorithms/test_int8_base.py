@@ -31,8 +31,8 @@ def test_adapters_over_an_int8_base():
     expected = adapted.model.abstract()
     assert jax.tree.structure(whole) == jax.tree.structure(expected)
     shardings = tree_shardings(expected, adapted.model.logical_axes(), MESH)
-    for leaf, wanted, at in zip(*map(jax.tree.leaves, (whole, expected, shardings)), strict=True):
-        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+    for leaf, target, at in zip(*map(jax.tree.leaves, (whole, expected, shardings)), strict=True):
+        assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
         assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
 
 
@@ -43,17 +43,17 @@ def test_the_reference_is_the_base_itself():
     assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (reference.params, adapted.frozen["base"]))))
     tokens = jnp.arange(3, 9)[None]
     whole = lora.combine(adapted.frozen["base"], adapted.params)  # fresh adapters: B is 0
-    ours, theirs = (
+    actual, other = (
         jax.jit(m.apply)(p, tokens) for m, p in ((adapted.model, whole), (reference.model, reference.params))
     )
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(actual, other, atol=1e-5)
 
 
 def test_what_is_int8_already_is_taken_as_it_is():
     judge = with_base_dtype(loaded("scalar"), SETTINGS, MESH)
     critic = with_adapters(judge, SETTINGS, MESH, jax.random.key(0))
-    ours, theirs = critic.frozen["base"]["layers"], judge.params["layers"]
-    assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (ours, theirs))))
+    actual, reference = critic.frozen["base"]["layers"], judge.params["layers"]
+    assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (actual, reference))))
 
 
 def test_shapes_give_the_shapes():

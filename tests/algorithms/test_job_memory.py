@@ -76,7 +76,7 @@ def test_restore_frees_the_first_state(tmp_path) -> None:
     first = {"w": jnp.zeros(1024)}
     with Checkpoints(tmp_path, Retention(keep=1)) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones(1024)}, {})
-        kept, _ = checkpoints.restore(first)
+        remaining, _ = checkpoints.restore(first)
         assert not first["w"].is_deleted()
         restored, _ = checkpoints.restore(first, donate=True)
-    assert first["w"].is_deleted() and float(restored["w"].sum()) == float(kept["w"].sum()) == 1024.0
+    assert first["w"].is_deleted() and float(restored["w"].sum()) == float(remaining["w"].sum()) == 1024.0

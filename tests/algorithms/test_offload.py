@@ -17,7 +17,7 @@ def kinds(tree) -> set[str]:
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
 
 
-def test_an_optimiser_that_sleeps_between_updates_changes_nothing() -> None:
+def test_an_offloaded_optimizer_changes_nothing() -> None:
     mesh = mesh_of(fsdp=8)
     model = Model(tiny_config(), ActivationConstraint(mesh))
     params = random_params(model, 0)
@@ -32,21 +32,21 @@ def test_an_optimiser_that_sleeps_between_updates_changes_nothing() -> None:
     )
     ends = {"eos_ids": (2,), "pad_id": 0}
     jobs = [algorithm.wire(setting_of(mesh, steps=4), roles_of(policy=(model, params)), ends) for _ in range(2)]
-    job, awake, slept = jobs[0], jobs[0].state, jobs[1].state
+    job, resident, offloaded = jobs[0], jobs[0].state, jobs[1].state
     prompts = to_global(random_prompts(0, 8, 4, 64), mesh)
-    done = job.generate(awake.params, {}, prompts, jax.random.key(0))
+    completions = job.generate(resident.params, {}, prompts, jax.random.key(0))
     scores = to_global(({"gold": np.arange(8, dtype=np.float32)}, np.ones(8, bool)), mesh)
-    batch, _ = job.prepare(job.score(awake.params, {}, done), *scores)
+    batch, _ = job.prepare(job.score(resident.params, {}, completions), *scores)
     for _ in range(3):
-        awake, _ = job.update(awake, {}, batch, jax.random.key(1), {})
+        resident, _ = job.update(resident, {}, batch, jax.random.key(1), {})
     compiled = job.update._cache_size()
     for _ in range(3):
-        slept = job.offload(slept)
-        assert kinds(slept.opt_state) == {"pinned_host"} and kinds(slept.params) == {"device"}
-        slept, _ = job.update(job.reload(slept), {}, batch, jax.random.key(1), {})
+        offloaded = job.offload(offloaded)
+        assert kinds(offloaded.opt_state) == {"pinned_host"} and kinds(offloaded.params) == {"device"}
+        offloaded, _ = job.update(job.reload(offloaded), {}, batch, jax.random.key(1), {})
     assert job.update._cache_size() == compiled
     same = jax.tree.map(
-        lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), awake.opt_state, slept.opt_state
+        lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), resident.opt_state, offloaded.opt_state
     )
     assert all(jax.tree.leaves(same))
-    jax.tree.map(np.testing.assert_array_equal, awake.params, slept.params)
+    jax.tree.map(np.testing.assert_array_equal, resident.params, offloaded.params)

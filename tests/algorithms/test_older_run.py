@@ -40,8 +40,8 @@ def test_it_goes_on(older: Path) -> None:
     script = ROOT / "experiments" / "train_sft.py"
     command = [sys.executable, str(script), "--gin_file=run.gin", "--gin_bindings=run.steps = 4"]
     environment = {**os.environ, "XLA_FLAGS": COMPILER}
-    done = subprocess.run(command, cwd=older, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    completions = subprocess.run(command, cwd=older, env=environment, capture_output=True, text=True, timeout=600)
+    assert completions.returncode == 0, completions.stderr
     rows = read_metrics(older / "run")[0].rows
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] < rows[0]["loss"]

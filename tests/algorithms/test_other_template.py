@@ -36,7 +36,7 @@ def roles(policy: Loaded, judge: Loaded | None) -> Roles:
     return Roles(policy, judge, {"policy": policy.model}, {}, {})
 
 
-def test_policy_and_reward_model_must_have_learned_what_is_written(tmp_path: Path) -> None:
+def test_policy_and_reward_model_share_the_template(tmp_path: Path) -> None:
     policy, judge = loaded(tmp_path / "policy", CHAT), loaded(tmp_path / "reward", PLAIN, "scalar")
     roles(policy, None).check_template(CHAT)
     with pytest.raises(

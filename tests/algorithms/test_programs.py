@@ -35,8 +35,8 @@ def described(config=PPO, rates=None, microbatches=1, **settings):
     )
 
 
-def test_the_learning_rate_stands_still_within_an_iteration_and_each_part_has_its_own():
-    """Under a constant gradient Adam moves by its rate: 2 epochs x 2 minibatches at the full rate, then 4 at half (B29)."""
+def test_the_learning_rate_is_constant_within_an_iteration():
+    """Under a constant gradient Adam moves by its rate: 2 epochs x 2 minibatches at the full rate, then 4 at half."""
     rates = [OptimizerConfig(learning_rate=rate, schedule="linear") for rate in (0.1, 0.01)]
     model = Model(tiny_config())
     roles = roles_of(policy=(model, model.abstract()), value=(model, model.abstract()))
@@ -61,7 +61,7 @@ def test_a_value_head_on_the_policys_trunk_begins_at_zero(share_trunk):
     roles = roles_of(**{role: (owners[role], tree) for role, tree in params.items()})
     state = described(share_trunk=share_trunk).wire(setting_of(mesh_of()), roles, ENDS).state
     expected = params if not share_trunk else {"policy": {**params["policy"], "scalar_head": {"bias": 0, "kernel": 0}}}
-    jax.tree.map(lambda found, leaf: np.testing.assert_array_equal(found, np.broadcast_to(leaf, found.shape)),
+    jax.tree.map(lambda actual, leaf: np.testing.assert_array_equal(actual, np.broadcast_to(leaf, actual.shape)),
                  state.train.params, expected)  # fmt: skip
     assert float(state.kl_coefficient) == pytest.approx(0.3) and int(state.train.step) == 0
 
@@ -74,8 +74,8 @@ def built():
     """
     policy = Model(tiny_config(head="lm"))
     scalar = policy.with_head("scalar")
-    both = {"policy": (policy, random_params(policy, 0)), "value": (scalar, random_params(scalar, 5))}
-    roles = roles_of(**both, reference=both["policy"], reward=both["value"])
+    pair = {"policy": (policy, random_params(policy, 0)), "value": (scalar, random_params(scalar, 5))}
+    roles = roles_of(**pair, reference=pair["policy"], reward=pair["value"])
     algorithm = described(rates=(OptimizerConfig(learning_rate=1e-3),) * 2, microbatches=2)
 
     def job():  # with a state of its own, because an update donates it
@@ -93,63 +93,63 @@ def iteration():
     """(completions, rollout, metrics, a rollout scored by other parameters, metrics of the update) of one iteration."""
     job, fresh, frozen = built()
     state = fresh()
-    done = job.generate(state.train.params, frozen, random_prompts(0, ROWS, 4, 64), jax.random.key(0))
+    completions = job.generate(state.train.params, frozen, random_prompts(0, ROWS, 4, 64), jax.random.key(0))
     # What the policy has become after some training must reach neither the reference nor the reward.
     other = {"policy": random_params(Model(tiny_config(head="lm")), 1)}
     other["value"] = random_params(Model(tiny_config(head="scalar")), 2)
-    moved = jax.device_get(job.score(other, frozen, done))
-    scored = job.score(state.train.params, frozen, done)
+    moved = jax.device_get(job.score(other, frozen, completions))
+    scored = job.score(state.train.params, frozen, completions)
     prepared, metrics = job.prepare(scored, *UNSCORED, state.kl_coefficient)
-    kept = jax.device_get((done, scored, metrics, moved))
+    remaining = jax.device_get((completions, scored, metrics, moved))
     _, updated = job.update(state, frozen, prepared, jax.random.key(2), metrics)
-    return *kept, jax.device_get(updated)
+    return *remaining, jax.device_get(updated)
 
 
 def test_nothing_is_traced_or_compiled_twice():
     """Three iterations with prompts and replies of other lengths: JAX reports traces and compilations in the first only."""
     job, fresh, frozen = built()
-    state, seen, lengths = fresh(), [], set()
+    state, observed, lengths = fresh(), [], set()
 
     def listen(event: str, duration: float, **about) -> None:
         del duration
         if event in ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration"):
-            seen.append((event, about))
+            observed.append((event, about))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for index in range(3):
-            before = len(seen)
+            before = len(observed)
             prompts = to_global(random_prompts(index, ROWS, 4, 64), mesh_of())
-            done = job.generate(state.train.params, frozen, prompts, jax.random.key(index))
-            scored = job.score(state.train.params, frozen, done)
+            completions = job.generate(state.train.params, frozen, prompts, jax.random.key(index))
+            scored = job.score(state.train.params, frozen, completions)
             prepared, metrics = job.prepare(scored, *to_global(UNSCORED, mesh_of()), state.kl_coefficient)
             state, _ = job.update(state, frozen, prepared, jax.random.key(index), metrics)
-            lengths.add(tuple(np.asarray(done.mask).sum(axis=1)))
-            assert index == 0 or seen[before:] == []
+            lengths.add(tuple(np.asarray(completions.mask).sum(axis=1)))
+            assert index == 0 or observed[before:] == []
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(lengths) == 3 and seen
+    assert len(lengths) == 3 and observed
 
 
 def test_sampler_scorer_and_update_use_one_temperature():
-    """A temperature on one side only is a gap between sampler and scorer, a KL to itself or a ratio that is not 1 (B6)."""
-    done, scored, metrics, _, updated = iteration()
-    assert 0 < done.ended.sum() < ROWS and float(metrics["sampler_gap_max"].value()) < 1e-5
+    """A temperature on one side only is a gap between sampler and scorer, a KL to itself or a ratio that is not 1."""
+    completions, scored, metrics, _, updated = iteration()
+    assert 0 < completions.ended.sum() < ROWS and float(metrics["sampler_gap_max"].value()) < 1e-5
     np.testing.assert_array_equal(scored.logprobs, scored.ref_logprobs)
     assert float(updated["identity/identity_gap"].value()) < 2e-5  # two microbatches
     assert float(updated["identity/ratio"].value()) == pytest.approx(1.0, abs=1e-5)
     assert float(updated["approx_kl_k2"].value()) > 1e-8  # and then it learns
 
 
-def test_reference_and_reward_stay_what_they_are_when_the_policy_moves():
-    """B18: the frozen parameters are arguments of their own; the policy's and the value model's are read by the others."""
-    done, scored, _, moved, _ = iteration()
+def test_reference_and_reward_model_stay_fixed():
+    """The frozen parameters are arguments of their own; the policy's and the value model's are read by the others."""
+    completions, scored, _, moved, _ = iteration()
     np.testing.assert_array_equal(moved.ref_logprobs, scored.ref_logprobs)
     scores = scored.scores["reward"]
     np.testing.assert_array_equal(moved.scores["reward"], scores)
     assert np.abs(moved.logprobs - scored.logprobs).max() > 0.1 and np.abs(moved.values - scored.values).max() > 0.1
     # The value model began as the reward model: behind the last token its value is the score.
-    ends = done.mask.sum(axis=1)
+    ends = completions.mask.sum(axis=1)
     for row in np.flatnonzero(ends < SAMPLING.max_new_tokens):
         assert scored.values[row, ends[row]] == pytest.approx(scores[row], abs=1e-5)
     assert np.ptp(scores) > 0.1

@@ -1,4 +1,4 @@
-"""Which policy samples which prompts, and what a checkpoint holds, with one_step_off and without."""
+"""The policy that samples each prompt, and the content of a checkpoint, with one_step_off and without."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def generate(params: Any, frozen: Any, prompts: Any, rng: Any) -> Completions:
     del frozen
     rows = prompts.tokens.shape[0]
     tokens = jnp.full((rows, 2), params["version"], jnp.int32)
-    drawn = jax.random.uniform(rng, (rows, 2))
-    return Completions(prompts, tokens, jnp.ones((rows, 2), jnp.bool_), drawn, jnp.ones(rows, jnp.bool_))
+    samples = jax.random.uniform(rng, (rows, 2))
+    return Completions(prompts, tokens, jnp.ones((rows, 2), jnp.bool_), samples, jnp.ones(rows, jnp.bool_))
 
 
 def rollouts(one_step_off: bool) -> tuple[Rollouts, Any]:
@@ -52,54 +52,54 @@ def prompts_of(count: int) -> list[list[int]]:
 @pytest.mark.parametrize("one_step_off", [False, True])
 def test_prompts_keys_and_policies(one_step_off):
     """Policy k samples rollout k + 1, or, one step off, k + 2; prompts and keys are the same in both."""
-    ours, _ = rollouts(one_step_off)
+    actual, _ = rollouts(one_step_off)
     sampled_by, stale, prompts = [], [], []
     for step in range(1, 5):
-        done = ours.take(step, version(step - 1))
-        stale.append(ours.stale)
-        ours.begin(step + 1, version(step - 1))
-        sampled_by.append(int(done.tokens[0, 0]))
-        prompts.append(done.prompts.prompt_id.tolist())
-        np.testing.assert_array_equal(done.logprobs, jax.random.uniform(step_keys(RNG, step)[0], (2, 2)))
+        completions = actual.take(step, version(step - 1))
+        stale.append(actual.stale)
+        actual.begin(step + 1, version(step - 1))
+        sampled_by.append(int(completions.tokens[0, 0]))
+        prompts.append(completions.prompts.prompt_id.tolist())
+        np.testing.assert_array_equal(completions.logprobs, jax.random.uniform(step_keys(RNG, step)[0], (2, 2)))
     assert sampled_by == ([0, 0, 1, 2] if one_step_off else [0, 1, 2, 3])
     assert stale == ([False, True, True, True] if one_step_off else [False] * 4)
     assert prompts == prompts_of(4)
 
 
 def test_what_is_saved_and_taken_up_again():
-    ours, batches = rollouts(True)
-    empty = ours.packed("state")
+    actual, batches = rollouts(True)
+    empty = actual.packed("state")
     assert {leaf.shape for leaf in jax.tree.leaves(empty.completions)} == {(2, 3), (2, 2), (2,)}
     assert batches.get_state()["next_batch"] == 0  # a batch was looked at, not taken
-    assert ours.unpacked(empty, keep=False) == "state" and not ours.take(1, version(0)).prompts.seed
-    ours.begin(2, version(0))
-    saved, place = ours.packed("later"), batches.get_state()
+    assert actual.unpacked(empty, keep=False) == "state" and not actual.take(1, version(0)).prompts.seed
+    actual.begin(2, version(0))
+    saved, place = actual.packed("later"), batches.get_state()
 
-    other, theirs = rollouts(True)  # a process that resumes
-    theirs.set_state(place)
+    other, reference = rollouts(True)  # a process that resumes
+    reference.set_state(place)
     assert other.unpacked(saved, keep=True) == "later"
-    for mine in (ours, other):
-        assert mine.take(2, version(1)).tokens.tolist() == [[0, 0]] * 2 and mine.stale
-        assert mine.take(3, version(2)).prompts.prompt_id.tolist() == prompts_of(3)[2]
+    for own_value in (actual, other):
+        assert own_value.take(2, version(1)).tokens.tolist() == [[0, 0]] * 2 and own_value.stale
+        assert own_value.take(3, version(2)).prompts.prompt_id.tolist() == prompts_of(3)[2]
 
-    ours.begin(5, version(3))  # a rollback: the rollout that had begun is dropped, with its prompts
-    assert ours.unpacked(Ahead("back", saved.completions), keep=False) == "back"
-    assert ours.take(2, version(1)).tokens.tolist() == [[1, 1]] * 2 and not ours.stale
+    actual.begin(5, version(3))  # a rollback: the rollout that had begun is dropped, with its prompts
+    assert actual.unpacked(Ahead("back", saved.completions), keep=False) == "back"
+    assert actual.take(2, version(1)).tokens.tolist() == [[1, 1]] * 2 and not actual.stale
 
 
 def test_without_it_states_are_saved_as_they_are():
-    ours, _ = rollouts(False)
-    assert ours.packed("state") == ours.unpacked("state", keep=True) == "state"
-    assert ours.within("params/policy") == "params/policy" and rollouts(True)[0].within("a") == "state/a"
+    actual, _ = rollouts(False)
+    assert actual.packed("state") == actual.unpacked("state", keep=True) == "state"
+    assert actual.within("params/policy") == "params/policy" and rollouts(True)[0].within("a") == "state/a"
 
 
 def test_row_lengths():
-    done = completions(prompt_batch([[5, 5], [5]]), [(7, 2), (7,)], length=4)
-    lengths, columns, new, most = row_lengths(done)
+    outcome = completions(prompt_batch([[5, 5], [5]]), [(7, 2), (7,)], length=4)
+    lengths, columns, new, most = row_lengths(outcome)
     assert (lengths.tolist(), columns, new.tolist(), most) == ([4, 2], 6, [2, 1], 4)
 
 
-def test_one_step_off_needs_a_correction_and_something_to_overlap():
+def test_one_step_off_needs_a_correction_and_text_rewards():
     weighted = learn.PPOConfig(importance=learn.ImportanceConfig())
     for config in (weighted, learn.GRPOConfig(old_logprobs="sampler")):
         check_one_step_off(True, config, TEXTS)
@@ -119,7 +119,7 @@ def test_rewards_and_monitor_see_the_columns_of_the_prompt():
     """What the answer is compared with stands in the prompt's row; a failure is left out and counted."""
     tokenizer = byte_tokenizer()
     records = [data.Prompt(f"q{n}", (data.Message("user", "?"),), {"answer": [str(n)]}) for n in range(3)]
-    done = completions(
+    outcome = completions(
         prompt_batch([[5]] * 3, prompt_ids=[2, 0, 1]), [tokenizer(x)["input_ids"] for x in "203"], length=1
     )
 
@@ -129,14 +129,14 @@ def test_rewards_and_monitor_see_the_columns_of_the_prompt():
     def judge(responses):
         return {"kind": [Failed("busy") if response.id == "q2" else 4.0 for response in responses], "sure": [0.5] * 3}
 
-    judged = TextRewards.beside(None, verifier, "correct", judge)(done, records, tokenizer)
+    judged = TextRewards.beside(None, verifier, "correct", judge)(outcome, records, tokenizer)
     assert judged.scores["correct"].tolist() == [1.0, 1.0, 0.0] and judged.scores["correct"].dtype == np.float32
     assert judged.scored.tolist() == [True] * 3
     assert judged.metrics == {"monitor/kind": 4.0, "monitor/sure": 0.5, "monitor_failed": 1}
-    judged = TextRewards.beside(None, judge, "kind", None)(done, records, tokenizer)
+    judged = TextRewards.beside(None, judge, "kind", None)(outcome, records, tokenizer)
     assert judged.scores["kind"].tolist() == [0.0, 4.0, 4.0] and judged.scored.tolist() == [False, True, True]
     assert judged.metrics == {"reward_failed": 1}
-    judged = TextRewards.beside("model", None, "", judge)(done, records, tokenizer)
+    judged = TextRewards.beside("model", None, "", judge)(outcome, records, tokenizer)
     assert judged.scores == {} and judged.scored.all() and judged.metrics["monitor_failed"] == 1
 
 

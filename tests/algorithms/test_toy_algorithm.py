@@ -55,9 +55,9 @@ def server(tree: Path) -> Iterator[Call]:
 @pytest.fixture
 def train(tree: Path, server: Call) -> Callable[..., Done]:
     def call(*arguments: str, config: str = "run_anchored", code: int = 0) -> Done:
-        done = server(tree, ["experiments/train_anchored.py", f"--gin_file=configs/{config}.gin", *arguments])
-        assert done.returncode == code, done.stderr
-        return done
+        completions = server(tree, ["experiments/train_anchored.py", f"--gin_file=configs/{config}.gin", *arguments])
+        assert completions.returncode == code, completions.stderr
+        return completions
 
     return call
 
@@ -75,14 +75,14 @@ def test_it_is_planned_for_a_tpu_slice(train) -> None:
 
 
 def test_it_passes_the_doctor(train, tmp_path: Path) -> None:
-    done = train("--doctor", f"--gin_bindings=RUN_DIR = '{tmp_path}/run'")
-    assert "nothing wrong" in done.stdout and "gradient accumulation" in done.stdout
+    completions = train("--doctor", f"--gin_bindings=RUN_DIR = '{tmp_path}/run'")
+    assert "nothing wrong" in completions.stdout and "gradient accumulation" in completions.stdout
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_refuses_what_only_a_plan_may_lack(train) -> None:
-    done = train(config="anchored", code=2)
-    assert done.stderr.splitlines()[-1].startswith("error: run.run_dir: has no value")
+    completions = train(config="anchored", code=2)
+    assert completions.stderr.splitlines()[-1].startswith("error: run.run_dir: has no value")
 
 
 def test_killed_in_its_own_phase_it_goes_on_bit_for_bit(train, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_killed_in_its_own_phase_it_goes_on_bit_for_bit(train, tmp_path: Path) -
 def test_an_unknown_phase_is_refused_when_the_run_opens(train, tmp_path: Path) -> None:
     fault = ["LoopConfig.faults = [@Fault()]", "Fault.point = 'update'", "Fault.action = 'kill'"]
     bindings = [f"--gin_bindings={line}" for line in fault]
-    done = train(f"--gin_bindings=RUN_DIR = '{tmp_path}/run'", *bindings, code=2)
-    assert "Fault.point = 'update': one of train, measure, log" in done.stderr
+    completions = train(f"--gin_bindings=RUN_DIR = '{tmp_path}/run'", *bindings, code=2)
+    assert "Fault.point = 'update': one of train, measure, log" in completions.stderr
     assert not (tmp_path / "run").exists()
 
 

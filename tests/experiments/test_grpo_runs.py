@@ -19,7 +19,7 @@ def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> No
     assert [line["step"] for line in lines] == list(range(1, 7))
     for line in lines:
         assert abs(line["identity/ratio"] - 1.0) < 1e-5 and line["identity/clip_fraction"] == 0.0
-        assert line["sampler_gap"] < 1e-5 and 0.0 <= line["even_groups"] < 1.0 and line["score_within"] > 0.0
+        assert line["sampler_gap"] < 1e-5 and 0.0 <= line["zero_variance_groups"] < 1.0 and line["score_within"] > 0.0
     assert abs(lines[0]["kl"]) < 1e-4 < abs(lines[-1]["kl"])  # from the reference, and away from it
     assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
 

@@ -19,9 +19,9 @@ GOLDEN = Path(__file__).parent / "golden" / "trl_defaults.json"
 def default_of(value: ast.expr) -> Any:
     """Of `field(default=...)` or `field(default_factory=lambda: ...)`; a constant that is no literal as its source."""
     if isinstance(value, ast.Call):
-        given = {keyword.arg: keyword.value for keyword in value.keywords}
-        factory = given.get("default_factory")
-        value = factory.body if isinstance(factory, ast.Lambda) else given.get("default", value)
+        settings = {keyword.arg: keyword.value for keyword in value.keywords}
+        factory = settings.get("default_factory")
+        value = factory.body if isinstance(factory, ast.Lambda) else settings.get("default", value)
     try:
         return ast.literal_eval(value)
     except ValueError:
@@ -30,20 +30,20 @@ def default_of(value: ast.expr) -> Any:
 
 def fields_of(source: str, name: str) -> dict[str, Any]:
     """{field: default} of the class ``name``."""
-    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
-    fields = (node for node in found.body if isinstance(node, ast.AnnAssign) and node.value is not None)
+    (actual,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = (node for node in actual.body if isinstance(node, ast.AnnAssign) and node.value is not None)
     return {node.target.id: default_of(node.value) for node in fields if isinstance(node.target, ast.Name)}
 
 
 def main(root: Path) -> None:
     trainer, (metadata,) = root / "trl" / "trainer", root.glob("trl-*.dist-info/METADATA")
     (version,) = re.findall(r"^Version: (.*)$", metadata.read_text(), re.MULTILINE)
-    told: dict[str, Any] = {"version": version}
+    message: dict[str, Any] = {"version": version}
     for name, file in CONFIGS.items():
-        told[name] = fields_of((trainer / f"{file}_config.py").read_text(), name)
+        message[name] = fields_of((trainer / f"{file}_config.py").read_text(), name)
     (epsilon,) = set(re.findall(r"\(std_rewards \+ (\S+)\)", (trainer / "grpo_trainer.py").read_text()))
-    told["beside the deviation of a group"] = float(epsilon)
-    GOLDEN.write_text(json.dumps(told, indent=1) + "\n")
+    message["beside the deviation of a group"] = float(epsilon)
+    GOLDEN.write_text(json.dumps(message, indent=1) + "\n")
 
 
 if __name__ == "__main__":

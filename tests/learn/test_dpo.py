@@ -30,8 +30,8 @@ def pairs() -> RankedBatch:
 
 def table(params, batch):
     """The log-probability of a token: a number looked up; garbage outside the replies must not be read."""
-    found = params["table"][batch.tokens]
-    return jnp.where(batch.loss_mask, found, jnp.nan), jnp.zeros_like(found)
+    actual = params["table"][batch.tokens]
+    return jnp.where(batch.loss_mask, actual, jnp.nan), jnp.zeros_like(actual)
 
 
 POLICY = {"table": jnp.array([7.0, -1.0, -2.0, -4.0, -3.0, 9.0])}
@@ -130,13 +130,13 @@ def trained():
         sides = [token_batch([[*p, token] for p in prompts], length=6, prompt_lengths=[2] * rows) for token in (7, 8)]
         return RankedBatch.of_pairs(*sides)
 
-    held, history = draw(32), []
-    before = jax.device_get(evaluate(state.params, frozen, held)[1])
+    states, history = draw(32), []
+    before = jax.device_get(evaluate(state.params, frozen, states)[1])
     for _ in range(steps):
         state, metrics = step(state, frozen, draw(16))
         history.append({name: float(mean.value()) for name, mean in metrics.items()})
-    logprobs = sequence_logprobs(model, state.params, jax.tree.map(lambda leaf: leaf[:, 0], held.rows))[0]
-    return history, before, jax.device_get(evaluate(state.params, frozen, held)[1]), logprobs
+    logprobs = sequence_logprobs(model, state.params, jax.tree.map(lambda leaf: leaf[:, 0], states.rows))[0]
+    return history, before, jax.device_get(evaluate(state.params, frozen, states)[1]), logprobs
 
 
 def test_the_first_step_is_at_the_reference():

@@ -32,8 +32,8 @@ MASK = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
     ],
 )
 def test_group_advantages(scores, kind, epsilon, expected):
-    found = group_advantages(jnp.float32(scores), len(scores), kind=kind, epsilon=epsilon)
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    actual = group_advantages(jnp.float32(scores), len(scores), kind=kind, epsilon=epsilon)
+    assert actual.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_groups_do_not_see_each_other_and_one_is_none():
@@ -53,17 +53,17 @@ def completions(mask=MASK, ended=None) -> Completions:
 def rollout(scores, logprobs=None, reference=None, mask=MASK, ended=None) -> Rollout:
     zeros = np.zeros(mask.shape, np.float32)
     logprobs = zeros if logprobs is None else np.float32(logprobs)
-    done = completions(mask, ended).replace(logprobs=logprobs)
+    outcome = completions(mask, ended).replace(logprobs=logprobs)
     reference = None if reference is None else np.float32(reference)
-    return Rollout(done, logprobs, reference, None, {"gold": np.float32(scores)}, np.ones(len(scores), bool))
+    return Rollout(outcome, logprobs, reference, None, {"gold": np.float32(scores)}, np.ones(len(scores), bool))
 
 
 def measured(config, logprobs, scores=(1.0, 0.0), microbatches=1, **about):
     """Metrics of the loss at ``logprobs`` of a rollout of one prompt whose old log-probabilities are 0."""
     batch, _ = prepare_groups(rollout(scores, **about), config, 2)
 
-    def logprobs_fn(params, done):
-        picked = jnp.asarray(logprobs)[done.tokens[:, 0]]  # by row, whatever the microbatch holds
+    def logprobs_fn(params, outcome):
+        picked = jnp.asarray(logprobs)[outcome.tokens[:, 0]]  # by row, whatever the microbatch holds
         return params["scale"] * picked, jnp.zeros(picked.shape)
 
     rows = np.arange(len(scores), dtype=np.int32)[:, None]
@@ -85,17 +85,17 @@ RAISED = [[np.log(1.1)] * 2 + [np.nan] * 2, [np.log(1.05)] * 4]  # ratios 1.1 an
     ],
 )
 def test_reductions_by_hand(reduction, expected, microbatches):
-    found = measured(GRPOConfig(advantages="centred", reduction=reduction), RAISED, microbatches=microbatches)
-    assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6)
-    assert float(found["ratio"].value()) == pytest.approx((2.2 + 4.2) / 6, abs=1e-6)
+    actual = measured(GRPOConfig(advantages="centred", reduction=reduction), RAISED, microbatches=microbatches)
+    assert float(actual["loss"].value()) == pytest.approx(expected, abs=1e-6)
+    assert float(actual["ratio"].value()) == pytest.approx((2.2 + 4.2) / 6, abs=1e-6)
 
 
 def test_clipping_is_one_sided():
     """Ratio 1.5, clips .2 and .28: advantage .5 is held at 1.28, advantage -.5 is not."""
     logprobs = np.full((2, 4), np.log(1.5))
-    found = measured(GRPOConfig(advantages="centred", clip_high=0.28), logprobs)
-    assert float(found["loss"].value()) == pytest.approx((-0.5 * 1.28 * 2 + 0.5 * 1.5 * 4) / 6, abs=1e-6)
-    assert float(found["clip_fraction"].value()) == pytest.approx(2 / 6)
+    actual = measured(GRPOConfig(advantages="centred", clip_high=0.28), logprobs)
+    assert float(actual["loss"].value()) == pytest.approx((-0.5 * 1.28 * 2 + 0.5 * 1.5 * 4) / 6, abs=1e-6)
+    assert float(actual["clip_fraction"].value()) == pytest.approx(2 / 6)
 
 
 def test_gspo_ratio_is_the_geometric_mean():
@@ -103,8 +103,8 @@ def test_gspo_ratio_is_the_geometric_mean():
     mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
     logprobs = [[0.1, -0.05, 0.2, np.nan], [0.0, np.nan, np.nan, np.nan]]
     config = GRPOConfig(advantages="centred", ratio="sequence", reduction="sequences")
-    found = measured(config, logprobs, mask=mask)
-    assert float(found["loss"].value()) == pytest.approx((-0.5 * 1.086904 + 0.5) / 2, abs=1e-6)
+    actual = measured(config, logprobs, mask=mask)
+    assert float(actual["loss"].value()) == pytest.approx((-0.5 * 1.086904 + 0.5) / 2, abs=1e-6)
 
 
 def test_gspo_counts_every_response_once():
@@ -112,32 +112,32 @@ def test_gspo_counts_every_response_once():
     would be 7 / 6 and 1 / 3."""
     config = GRPOConfig(advantages="centred", ratio="sequence", reduction="sequences")
     for microbatches in (1, 2):
-        found = measured(config, [[np.log(1.5)] * 4, [0.0] * 4], microbatches=microbatches)
-        assert float(found["ratio"].value()) == pytest.approx(1.25, abs=1e-6)
-        assert float(found["clip_fraction"].value()) == 0.5
+        actual = measured(config, [[np.log(1.5)] * 4, [0.0] * 4], microbatches=microbatches)
+        assert float(actual["ratio"].value()) == pytest.approx(1.25, abs=1e-6)
+        assert float(actual["clip_fraction"].value()) == 0.5
 
 
 def test_a_response_that_does_not_count_has_no_ratio():
     config = GRPOConfig(advantages="centred", ratio="sequence", reduction="sequences", mask_truncated=True)
-    found = measured(config, [[np.log(1.5)] * 4, [0.0] * 4], ended=[False, True])
-    assert float(found["ratio"].value()) == 1.0 and float(found["ratio"].weight) == 1.0
+    actual = measured(config, [[np.log(1.5)] * 4, [0.0] * 4], ended=[False, True])
+    assert float(actual["ratio"].value()) == 1.0 and float(actual["ratio"].weight) == 1.0
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_response():
     """Ratio 5, advantages .5 and -.5, clips .2, bound 3: -.5 x 1.2 on two tokens and .5 x 3 on four, not .5 x 5."""
     logprobs = np.full((2, 4), np.log(5.0))
     for dual_clip, worst in ((None, 2.5), (3.0, 1.5)):
-        found = measured(GRPOConfig(advantages="centred", dual_clip=dual_clip), logprobs)
-        assert float(found["loss"].value()) == pytest.approx((-0.6 * 2 + worst * 4) / 6, abs=1e-6)
+        actual = measured(GRPOConfig(advantages="centred", dual_clip=dual_clip), logprobs)
+        assert float(actual["loss"].value()) == pytest.approx((-0.6 * 2 + worst * 4) / 6, abs=1e-6)
 
 
 def test_kl_in_the_loss_by_hand():
     """k3 of policy 0 against reference .2 at every token: e^.2 - .2 - 1 = .021403, coefficient .04."""
     config = GRPOConfig(advantages="centred", kl_coefficient=0.04, kl_kind="k3")
     reference = np.full((2, 4), 0.2)
-    found = measured(config, np.zeros((2, 4)), reference=reference)
-    assert float(found["loss/kl"].value()) == pytest.approx(0.021403, abs=1e-6)
-    assert float(found["loss"].value()) == pytest.approx((-0.5 * 2 + 0.5 * 4) / 6 + 0.04 * 0.021403, abs=1e-6)
+    actual = measured(config, np.zeros((2, 4)), reference=reference)
+    assert float(actual["loss/kl"].value()) == pytest.approx(0.021403, abs=1e-6)
+    assert float(actual["loss"].value()) == pytest.approx((-0.5 * 2 + 0.5 * 4) / 6 + 0.04 * 0.021403, abs=1e-6)
 
 
 def test_kl_in_the_reward_by_hand():
@@ -149,12 +149,12 @@ def test_kl_in_the_reward_by_hand():
     assert "loss/kl" not in measured(config, np.zeros((2, 4)), reference=np.full((2, 4), -0.3))
 
 
-def test_what_is_not_learned_from_counts_nowhere():
+def test_untrained_responses_count_nowhere():
     """Row 0 was cut: only row 1's four tokens count, in every reduction; TRL counted the cut ones too (its issue 6439)."""
     for reduction, expected in (("tokens", 0.525), ("sequences", 0.525), ("columns", 0.525)):
         config = GRPOConfig(advantages="centred", mask_truncated=True, reduction=reduction)
-        found = measured(config, RAISED, ended=[False, True])
-        assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
+        actual = measured(config, RAISED, ended=[False, True])
+        assert float(actual["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
 
 
 def test_trl_divides_by_the_responses_that_were_cut_too():
@@ -162,8 +162,8 @@ def test_trl_divides_by_the_responses_that_were_cut_too():
     for reduction, expected in (("sequences", 0.525 / 2), ("columns", 2.1 / 8)):
         config = GRPOConfig(advantages="centred", mask_truncated=True, reduction=reduction, divisor="all")
         for microbatches in (1, 2):
-            found = measured(config, RAISED, ended=[False, True], microbatches=microbatches)
-            assert float(found["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
+            actual = measured(config, RAISED, ended=[False, True], microbatches=microbatches)
+            assert float(actual["loss"].value()) == pytest.approx(expected, abs=1e-6), reduction
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_trl_divides_by_the_responses_that_were_cut_too():
     [
         ("sequences", "all", 1.0),
         ("columns", "all", 10 / 24),
-        ("sequences", "learned_from", 1.5),
+        ("sequences", "trained", 1.5),
         ("tokens", "all", 10 / 6),
     ],
 )
@@ -189,12 +189,12 @@ def test_unknown_reductions_are_refused(reduction, divisor):
         reduced(jnp.ones((1, 2)), jnp.ones((1, 2), bool), jnp.ones(1, bool), reduction, 1.0, divisor)
 
 
-def test_even_groups_are_told_and_dropped_on_request():
+def test_zero_variance_groups_are_dropped_on_request():
     mask = np.ones((4, 2), bool)
     for drop in (False, True):
-        config = GRPOConfig(drop_even_groups=drop)
+        config = GRPOConfig(drop_zero_variance_groups=drop)
         batch, metrics = prepare_groups(rollout([1, 1, 0, 1], mask=mask), config, 2)
-        assert float(metrics["even_groups"].value()) == 0.5
+        assert float(metrics["zero_variance_groups"].value()) == 0.5
         assert batch.counts.tolist() == [not drop, not drop, True, True]
         assert batch.advantages[:2].tolist() == [0.0, 0.0] and batch.advantages[3] > 0.7
 
@@ -214,7 +214,7 @@ def test_a_rollout_that_is_not_usable_is_refused(bad):
         ({"advantages": "mean"}, "GRPOConfig.advantages = 'mean': one of 'standardised'"),
         ({"ratio": "sequence"}, "needs reduction = 'sequences'"),
         ({"divisor": "all"}, "GRPOConfig.divisor = 'all': reduction = 'tokens' divides by tokens"),
-        ({"divisor": "rows", "reduction": "columns"}, "GRPOConfig.divisor = 'rows': one of 'learned_from', 'all'"),
+        ({"divisor": "rows", "reduction": "columns"}, "GRPOConfig.divisor = 'rows': one of 'trained', 'all'"),
         ({"max_kl": 1.0}, "GRPOConfig.max_kl: without kl_coefficient"),
         ({"minibatches": 0}, "GRPOConfig.minibatches = 0: give a whole number >= 1"),
         ({"kl_coefficient": float("nan")}, "GRPOConfig.kl_coefficient = nan: give a number >= 0.0"),
@@ -243,16 +243,16 @@ def test_advantages_among_those_that_have_a_score(kind, expected):
     np.testing.assert_allclose(all_there, group_advantages(scores, 4, kind=kind), rtol=1e-6)
 
 
-def test_a_response_that_could_not_be_scored_is_not_learned_from():
+def test_an_unscored_response_is_not_trained_on():
     whole = rollout([1.0, 77.0, 0.0, 0.5], mask=np.ones((4, 2), bool))
     scored = dataclasses.replace(whole, scored=jnp.array([True, False, True, True]))
     batch, metrics = prepare_groups(scored, GRPOConfig(advantages="centred"), 4)
     np.testing.assert_allclose(batch.advantages, [0.5, 0.0, -0.5, 0.0], atol=1e-6)
     assert batch.counts.tolist() == [True, False, True, True]
     values = {name: float(mean.value()) for name, mean in metrics.items()}
-    assert values["score"] == pytest.approx(0.5) and values["learned_from"] == 0.75
-    assert values["score_within"] == pytest.approx(0.5) and values["even_groups"] == 0.0
+    assert values["score"] == pytest.approx(0.5) and values["trained_responses"] == 0.75
+    assert values["score_within"] == pytest.approx(0.5) and values["zero_variance_groups"] == 0.0
     alone = dataclasses.replace(whole, scored=jnp.array([True, False, False, False]))
     batch, metrics = prepare_groups(alone, GRPOConfig(), 4)
-    assert not batch.advantages.any() and float(metrics["even_groups"].value()) == 1.0
+    assert not batch.advantages.any() and float(metrics["zero_variance_groups"].value()) == 1.0
     assert float(metrics["score_within"].weight) == 0.0 and float(metrics["rollout_refused"].value()) == 0.0

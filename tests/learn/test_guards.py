@@ -11,7 +11,7 @@ def test_rollouts_in_a_row_without_spread_warn(capsys):
         {"score": 0.7, "score_std": 3e-8},
         {"score": 0.7, "score_std": 0.1},
     )  # a mean of equal numbers is off by an ulp
-    assert [spread.warn(step, each) for step, each in enumerate([flat, fine, flat, flat, flat], 1)] == [
+    assert [spread.warn(step, value) for step, value in enumerate([flat, fine, flat, flat, flat], 1)] == [
         False,
         False,
         False,
@@ -28,7 +28,7 @@ def test_rollouts_in_a_row_without_spread_warn(capsys):
 def test_groups_are_flat_each_by_itself(capsys):
     """Spread between prompts teaches GRPO nothing."""
     spread = RewardSpread()
-    grouped = {"score": 0.5, "score_std": 0.5, "even_groups": 1.0}
+    grouped = {"score": 0.5, "score_std": 0.5, "zero_variance_groups": 1.0}
     assert [spread.warn(step, grouped) for step in (1, 2)] == [False, True]
     assert "all responses of every prompt have the same reward" in capsys.readouterr().err
-    assert [RewardSpread().warn(step, grouped | {"even_groups": 0.9}) for step in (1, 2, 3)] == [False] * 3
+    assert [RewardSpread().warn(step, grouped | {"zero_variance_groups": 0.9}) for step in (1, 2, 3)] == [False] * 3

@@ -41,14 +41,14 @@ def rollout(arms: list[int], sampled: np.ndarray, reference: np.ndarray, scores:
     rows = len(arms)
     prompts = prompt_batch([[1]] * rows, prompt_ids=[0] * rows, sample_ids=range(rows))
     logs, anchor = (np.log(p)[arms][:, None].astype(np.float32) for p in (sampled, reference))
-    done = completions(prompts, [[3 + arm] for arm in arms], length=1, eos_ids=(3, 4, 5), logprobs=logs)
+    outcome = completions(prompts, [[3 + arm] for arm in arms], length=1, eos_ids=(3, 4, 5), logprobs=logs)
     return Rollout(
-        done, logs, anchor, np.zeros((rows, 1), np.float32), {"gold": np.float32(scores[arms])}, np.ones(rows, bool)
+        outcome, logs, anchor, np.zeros((rows, 1), np.float32), {"gold": np.float32(scores[arms])}, np.ones(rows, bool)
     )
 
 
-def logprobs(params, done):
-    return jax.nn.log_softmax(params["logits"])[done.tokens - 3], jnp.zeros(done.tokens.shape)
+def logprobs(params, completions):
+    return jax.nn.log_softmax(params["logits"])[completions.tokens - 3], jnp.zeros(completions.tokens.shape)
 
 
 def descent(loss, policy: np.ndarray, batch) -> np.ndarray:
@@ -61,7 +61,9 @@ def ppo_direction(policy, reference, scores, **fields) -> np.ndarray:
     config = PPOConfig(missing_eos_penalty=None, whiten_advantages="none", lam=1.0, **fields)
     arms = [arm for arm, p in enumerate(policy) for _ in range(round(10 * p))]
     batch, _ = learn.prepare(rollout(arms, policy, reference, scores), config, BETA)
-    loss = learn.make_ppo_loss(lambda p, done: (*logprobs(p, done), jnp.zeros(done.tokens.shape)), config)
+    loss = learn.make_ppo_loss(
+        lambda p, completions: (*logprobs(p, completions), jnp.zeros(completions.tokens.shape)), config
+    )
     return descent(loss, policy, batch)
 
 
@@ -98,9 +100,9 @@ def test_only_k1_in_the_reward_pulls_to_the_reference(kind, towards, direction):
     d = np.log(policy / reference)
     estimate = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[kind]
     expected = -BETA * np.array([0.21, -0.21]) * (estimate[0] - estimate[1])
-    found = direction(policy, reference, np.zeros(2), kl_kind=kind, biased_kl=True)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert found[0] / BETA == pytest.approx(towards, abs=1e-5)
+    actual = direction(policy, reference, np.zeros(2), kl_kind=kind, biased_kl=True)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    assert actual[0] / BETA == pytest.approx(towards, abs=1e-5)
 
 
 @pytest.mark.parametrize("bandit", [TWO, THREE])
@@ -118,8 +120,8 @@ def test_weighted_k3_in_the_loss_has_the_true_gradient(bandit, stale):
 def test_other_kinds_in_the_loss(kind, first):
     """k1 holds nothing; k2 is right while the policy is the sampler; k3 has the forward divergence's, p - q = .2."""
     policy, reference, _ = TWO
-    found = kl_loss_direction(policy, policy, reference, kind)
-    np.testing.assert_allclose(found, [first, -first], atol=1e-6)
+    actual = kl_loss_direction(policy, policy, reference, kind)
+    np.testing.assert_allclose(actual, [first, -first], atol=1e-6)
 
 
 @pytest.mark.parametrize(

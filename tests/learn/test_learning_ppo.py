@@ -35,8 +35,8 @@ class Task:
     arms: tuple[float, ...]
     pays: float
 
-    def reward(self, done: Completions) -> jax.Array:
-        return table_reward(done, jnp.array(self.arms)) + self.pays * count_reward(done, 5)
+    def reward(self, completions: Completions) -> jax.Array:
+        return table_reward(completions, jnp.array(self.arms)) + self.pays * count_reward(completions, 5)
 
 
 POLICY = Model(tiny_config(vocab_size=VOCAB, max_length=2 + LENGTH))
@@ -48,8 +48,8 @@ CONFIG = PPOConfig(
 )  # fmt: skip
 
 
-def policy_fn(params, done):
-    return policy_and_values(MODELS, params, done, temperature=1.0)
+def policy_fn(params, completions):
+    return policy_and_values(MODELS, params, completions, temperature=1.0)
 
 
 def make_optimizer():
@@ -66,11 +66,11 @@ def iterate(state, prompts, rng, task):
     eos, beta, arms, pays = task
     sample_rng, order_rng = jax.random.split(rng)
     sampling = rollout.SamplingConfig(temperature=1.0, max_new_tokens=LENGTH)
-    done = rollout.generate(
+    completions = rollout.generate(
         POLICY, state.params["policy"], prompts, sample_rng, sampling=sampling, eos_ids=tuple(eos), pad_id=0
     )
-    scored = score(MODELS, {**state.params, "reference": REFERENCE}, done, temperature=1.0)
-    paid = Rollout.of(scored, {"table": table_reward(done, arms), "count": pays * count_reward(done, 5)})
+    scored = score(MODELS, {**state.params, "reference": REFERENCE}, completions, temperature=1.0)
+    paid = Rollout.of(scored, {"table": table_reward(completions, arms), "count": pays * count_reward(completions, 5)})
     prepared, metrics = learn.prepare(paid, CONFIG, beta)
     step = learn.make_train_step(learn.make_ppo_loss(policy_fn, CONFIG), make_optimizer())
     state, updated = learn.update(step, state, prepared, order_rng, CONFIG)
@@ -83,13 +83,13 @@ def train(task: Task):
     state = learn.initial_state(jax.tree.map(jnp.asarray, params), make_optimizer(), jax.random.key(0))
     eos = np.resize(np.int32(task.eos), VOCAB)
     numbers = (eos, np.float32(task.beta), np.float32(task.arms), np.float32(task.pays))
-    seen = []
+    observed = []
     for iteration in range(ITERATIONS):
         samples = range(iteration * ROWS, (iteration + 1) * ROWS)
         prompts = prompt_batch([[3, 4]] * ROWS, prompt_ids=[0] * ROWS, sample_ids=samples)
         state, metrics = iterate(state, prompts, jax.random.fold_in(jax.random.key(1), iteration), numbers)
-        seen.append({name: float(metric.value()) for name, metric in metrics.items()})
-    return state.params["policy"], seen
+        observed.append({name: float(metric.value()) for name, metric in metrics.items()})
+    return state.params["policy"], observed
 
 
 def every_response(task: Task) -> list[tuple[int, ...]]:
@@ -104,15 +104,15 @@ def every_response(task: Task) -> list[tuple[int, ...]]:
 def exact(params, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """(log-probability, reward) of every response, float64."""
     texts = every_response(task)
-    done = completions(prompt_batch([[3, 4]] * len(texts)), texts, length=LENGTH, eos_ids=task.eos)
+    outcome = completions(prompt_batch([[3, 4]] * len(texts)), texts, length=LENGTH, eos_ids=task.eos)
 
     @jax.jit
-    def read(params, done):
-        batch = as_token_batch(done)
+    def read(params, outcome):
+        batch = as_token_batch(outcome)
         logprobs, _ = sequence_logprobs(POLICY, params, batch)
-        return ops.masked_sum(logprobs, batch.loss_mask, axis=1), task.reward(done)
+        return ops.masked_sum(logprobs, batch.loss_mask, axis=1), task.reward(outcome)
 
-    logprobs, rewards = (np.float64(x) for x in jax.device_get(read(params, done)))
+    logprobs, rewards = (np.float64(x) for x in jax.device_get(read(params, outcome)))
     assert abs(np.exp(logprobs).sum() - 1) < 1e-4  # they are all
     return logprobs, rewards
 
@@ -120,7 +120,7 @@ def exact(params, task: Task) -> tuple[np.ndarray, np.ndarray]:
 def test_a_bandit_reaches_reference_times_exp_reward_over_beta():
     """Every token ends: eight arms, and the whole optimal distribution is known."""
     task = Task(tuple(range(VOCAB)), 0.5, (0.0, 0.2, -0.5, 1.0, 0.3, 0.9, -1.0, 0.5), 0.0)
-    trained, seen = train(task)
+    trained, observed = train(task)
     before, rewards = exact(REFERENCE, task)
     after, _ = exact(trained, task)
     assert len(before) == VOCAB
@@ -129,14 +129,14 @@ def test_a_bandit_reaches_reference_times_exp_reward_over_beta():
     distance, start = (0.5 * np.abs(np.exp(p) - best).sum() for p in (after, before))
     print(f"total variation to the optimum {start:.3f} -> {distance:.3f}")
     assert start > 0.25 and distance < 0.03
-    assert seen[0]["kl"] == 0.0 and max(entry["sampler_gap_max"] for entry in seen) < 1e-4
-    assert max(entry["identity/identity_gap"] for entry in seen) < 1e-4
+    assert observed[0]["kl"] == 0.0 and max(entry["sampler_gap_max"] for entry in observed) < 1e-4
+    assert max(entry["identity/identity_gap"] for entry in observed) < 1e-4
 
 
 def test_several_tokens_earn_what_the_best_policy_earns():
     """Up to four tokens, token 5 pays 1 each, token 2 ends: stopping early costs what could still be earned."""
     task = Task((2,), 0.4, (0.0,) * VOCAB, 1.0)
-    trained, seen = train(task)
+    trained, observed = train(task)
     before, rewards = exact(REFERENCE, task)
     after, _ = exact(trained, task)
     optimum = task.beta * np.log(np.exp(before + rewards / task.beta).sum())
@@ -147,6 +147,6 @@ def test_several_tokens_earn_what_the_best_policy_earns():
     assert start < earned <= optimum + 1e-6
     assert (earned - start) / (optimum - start) > 0.95
     # what was measured on the way is what is true: the last rollouts' reward and KL against the exact ones
-    late = {name: np.mean([entry[name] for entry in seen[-10:]]) for name in ("score", "kl")}
+    late = {name: np.mean([entry[name] for entry in observed[-10:]]) for name in ("score", "kl")}
     assert abs(late["score"] - (np.exp(after) * rewards).sum()) < 0.2
     assert abs(late["kl"] - (np.exp(after) * (after - before)).sum()) < 0.3

@@ -25,22 +25,24 @@ def bandit() -> Rollout:
     logs = np.log(SAMPLER)[ARMS][:, None].astype(np.float32)
     prompts = prompt_batch([[1]] * 10, prompt_ids=[0] * 10, sample_ids=range(10))
     eos = (3, 4, 5)
-    done = completions(prompts, [[3 + arm] for arm in ARMS], length=1, eos_ids=eos, logprobs=logs)
+    outcome = completions(prompts, [[3 + arm] for arm in ARMS], length=1, eos_ids=eos, logprobs=logs)
     old, zeros = np.log(POLICY)[ARMS][:, None].astype(np.float32), np.zeros((10, 1), np.float32)
-    return Rollout(done, old, old, zeros, {"gold": np.float32(SCORES[ARMS])}, np.ones(len(ARMS), bool))
+    return Rollout(outcome, old, old, zeros, {"gold": np.float32(SCORES[ARMS])}, np.ones(len(ARMS), bool))
 
 
 def gradient(kind: str, importance: ImportanceConfig | None) -> np.ndarray:
     """In the policy's logits, before anything has been learned."""
     params = {"logits": jnp.log(jnp.float32(POLICY))}
 
-    def logprobs(params, done):
-        return jax.nn.log_softmax(params["logits"])[done.tokens - 3], jnp.zeros(done.tokens.shape)
+    def logprobs(params, completions):
+        return jax.nn.log_softmax(params["logits"])[completions.tokens - 3], jnp.zeros(completions.tokens.shape)
 
     if kind == "ppo":
         ppo = PPOConfig(**PLAIN, importance=importance)
         batch, _ = learn.prepare(bandit(), ppo, 0.0)
-        loss = learn.make_ppo_loss(lambda p, done: (*logprobs(p, done), jnp.zeros(done.tokens.shape)), ppo)
+        loss = learn.make_ppo_loss(
+            lambda p, completions: (*logprobs(p, completions), jnp.zeros(completions.tokens.shape)), ppo
+        )
     else:
         grpo = GRPOConfig(advantages="centred", importance=importance)
         batch, _ = learn.prepare_groups(bandit(), grpo, 10)
@@ -49,7 +51,7 @@ def gradient(kind: str, importance: ImportanceConfig | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
-def test_weighted_samples_of_the_sampler_give_the_gradient_of_the_policys_own(kind):
+def test_weighted_samples_give_the_gradient_of_the_policy(kind):
     """The policy gradient is -p(a) (A(a) - mean A), mean A = .2 - .25 + .6 = .55: -[.2 x .45, .5 x -1.05, .3 x 1.45]. Weights
     .4, 1.667, 1.5: within the bounds. GRPO's baseline is the same for all arms and drops out of the expectation."""
     np.testing.assert_allclose(gradient(kind, ImportanceConfig()), [-0.09, 0.525, -0.435], atol=1e-6)
@@ -61,9 +63,9 @@ def test_weighted_samples_of_the_sampler_give_the_gradient_of_the_policys_own(ki
 def test_bounds_reach_the_update(outside, second):
     """high 1.5: the second arm's 1.667 becomes 1.5 or 0. Gradient: -(sampler w A (a) - p(a) sum of sampler w A)."""
     weights = np.array([0.4, second, 1.5])
-    each = SAMPLER * weights * SCORES
-    found = gradient("ppo", ImportanceConfig(outside=outside, high=1.5 + 1e-6))
-    np.testing.assert_allclose(found, -(each - POLICY * each.sum()), atol=1e-6)
+    value = SAMPLER * weights * SCORES
+    actual = gradient("ppo", ImportanceConfig(outside=outside, high=1.5 + 1e-6))
+    np.testing.assert_allclose(actual, -(value - POLICY * value.sum()), atol=1e-6)
 
 
 def test_what_is_told_of_the_weights():
@@ -71,9 +73,9 @@ def test_what_is_told_of_the_weights():
     sum 9.8, squares .8 + 7.68 + 4.5 = 12.98, sample size 96.04 / 129.8 = .739908."""
     config = PPOConfig(**PLAIN, importance=ImportanceConfig(high=1.6))
     batch, metrics = learn.prepare(bandit(), config, 0.0)
-    found = {name: float(mean.value()) for name, mean in metrics.items() if name.startswith("importance")}
+    actual = {name: float(mean.value()) for name, mean in metrics.items() if name.startswith("importance")}
     expected = {"importance": 1.0, "importance_outside": 0.3, "importance_sample_size": 0.739908}
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert actual == pytest.approx(expected, abs=1e-6)
     np.testing.assert_allclose(batch.importance[:, 0], [0.4] * 5 + [1.6] * 3 + [1.5] * 2, rtol=1e-6)
     unweighted, silent = learn.prepare(bandit(), PPOConfig(**PLAIN), 0.0)
     assert unweighted.importance is None and not any(name.startswith("importance") for name in silent)
@@ -89,15 +91,15 @@ def test_weights_below_the_bounds_and_padding():
         return np.pad(np.asarray(x), ((0, 0), (0, 1)), constant_values=np.asarray(9, np.asarray(x).dtype))
 
     short = bandit()
-    done = short.completions
-    mask = np.pad(np.asarray(done.mask), ((0, 0), (0, 1)))
-    wide = done.replace(tokens=padded(done.tokens), mask=mask, logprobs=padded(done.logprobs))
+    completions = short.completions
+    mask = np.pad(np.asarray(completions.mask), ((0, 0), (0, 1)))
+    wide = completions.replace(tokens=padded(completions.tokens), mask=mask, logprobs=padded(completions.logprobs))
     fields = {name: padded(getattr(short, name)) for name in ("logprobs", "ref_logprobs", "values")}
     for rollout in (short, short.replace(completions=wide, **fields)):
         batch, metrics = learn.prepare(rollout, config, 0.0)
-        found = {name: float(mean.value()) for name, mean in metrics.items() if name.startswith("importance")}
+        actual = {name: float(mean.value()) for name, mean in metrics.items() if name.startswith("importance")}
         expected = {"importance": 1.0, "importance_outside": 0.8, "importance_sample_size": 0.789948}
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert actual == pytest.approx(expected, abs=1e-6)
         np.testing.assert_allclose(batch.importance[:, 0], [0.5] * 5 + [1.6] * 3 + [1.5] * 2, rtol=1e-6)
         assert not batch.importance[:, 1:].any()
 

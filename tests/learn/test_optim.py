@@ -44,15 +44,15 @@ def test_cosine_and_constant():
 
 def test_warm_up_then_decay():
     # three steps of warm-up: 1/4, 2/4, 3/4, then the peak, and 4 steps of decay from there
-    got = rates(7, schedule="linear", warmup_steps=3)
-    assert got == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25])
+    actual = rates(7, schedule="linear", warmup_steps=3)
+    assert actual == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25])
     assert rates(2, warmup_steps=5) == pytest.approx([1 / 6, 2 / 6])  # a run shorter than its warm-up
 
 
 def test_the_rate_stands_still_within_a_rollout():
     """4 epochs x 2 minibatches are 8 updates of one step: not one decay per minibatch."""
-    got = rates(4, 8, schedule="linear")
-    assert got == pytest.approx(np.repeat([1.0, 0.75, 0.5, 0.25], 8).tolist())
+    actual = rates(4, 8, schedule="linear")
+    assert actual == pytest.approx(np.repeat([1.0, 0.75, 0.5, 0.25], 8).tolist())
 
 
 def test_warm_up_from_zero_is_that_of_transformers():
@@ -73,7 +73,7 @@ def test_past_the_end_the_rate_stays_where_it_ended():
 
 def numpy_adam(gradients: np.ndarray, *, learning_rate, b1, b2, epsilon, tf, weight_decay=0.0, start=0.0):
     """float64; the parameter after each step."""
-    w, m, v, seen = float(start), 0.0, 0.0, []
+    w, m, v, observed = float(start), 0.0, 0.0, []
     for t, g in enumerate(gradients, start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         if tf:
@@ -81,8 +81,8 @@ def numpy_adam(gradients: np.ndarray, *, learning_rate, b1, b2, epsilon, tf, wei
         else:
             step = m / (1 - b1**t) / (math.sqrt(v / (1 - b2**t)) + epsilon)
         w -= learning_rate * (step + weight_decay * w)
-        seen.append(w)
-    return np.array(seen)
+        observed.append(w)
+    return np.array(observed)
 
 
 @pytest.mark.parametrize("adam", ["optax", "tf"])
@@ -99,13 +99,13 @@ def test_adam_equals_the_slow_one(adam, size):
         return (params, state), params["kernel"]
 
     params = {"kernel": jnp.asarray(2.0)}
-    _, seen = jax.jit(lambda p, g: jax.lax.scan(one, (p, optimizer.init(p)), g))(
+    _, observed = jax.jit(lambda p, g: jax.lax.scan(one, (p, optimizer.init(p)), g))(
         params, jnp.asarray(gradients, jnp.float32)
     )
     expected = numpy_adam(
         gradients, learning_rate=0.1, b1=0.9, b2=0.99, epsilon=1e-5, tf=adam == "tf", weight_decay=0.3, start=2.0
     )
-    np.testing.assert_allclose(seen, expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(observed, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(("adam", "share"), [("optax", 0.5), ("tf", 0.0306534)])
@@ -124,7 +124,7 @@ def test_clipping_by_the_global_norm():
     for limit, factor in ((1.0, 0.2), (10.0, 1.0), (None, 1.0)):
         optimizer = make_optimizer(OptimizerConfig(max_grad_norm=limit), steps=1)
         _, state = optimizer.update({"a": jnp.asarray(3.0), "b": jnp.asarray(4.0)}, optimizer.init(params), params)
-        adam = next(each for each in state if isinstance(each, optax.ScaleByAdamState))
+        adam = next(value for value in state if isinstance(value, optax.ScaleByAdamState))
         assert (float(adam.mu["a"]), float(adam.mu["b"])) == pytest.approx((0.3 * factor, 0.4 * factor))
 
 
@@ -228,11 +228,11 @@ def spiky_step(spike: float | None, memory: int = 4):
     return jax.jit(make_train_step(loss, optimizer)), state
 
 
-def numpy_spikes(seen: list[float], sigmas: float, memory: int) -> list[bool]:
+def numpy_spikes(observed: list[float], sigmas: float, memory: int) -> list[bool]:
     """float64, from the definition: plain mean and variance of what was accepted while it is not more than ``memory``."""
     accepted: list[float] = []
     refused = []
-    for value in seen:
+    for value in observed:
         mean, deviation = (np.mean(accepted), np.std(accepted)) if accepted else (0.0, 0.0)
         bad = len(accepted) >= min(memory, 20) and value > mean + sigmas * max(deviation, abs(mean) / 100)
         refused.append(bool(bad))
@@ -240,7 +240,7 @@ def numpy_spikes(seen: list[float], sigmas: float, memory: int) -> list[bool]:
     return refused
 
 
-def test_a_spike_changes_nothing_and_the_next_batch_is_learned_from():
+def test_a_spike_changes_nothing_and_training_continues():
     step, state = spiky_step(spike=3.0, memory=20)
     rng = np.random.default_rng(0)
     losses = [*rng.normal(5.0, 0.5, 24), 50.0, *rng.normal(5.0, 0.5, 3), 20.0, 5.0]
@@ -262,7 +262,7 @@ def test_a_spike_changes_nothing_and_the_next_batch_is_learned_from():
     assert numpy_spikes(losses[:20] + losses[24:25], 3.0, 20)[-1] and int(state.step) == len(losses)
 
 
-def test_spike_statistics_are_those_of_numpy_while_all_count_alike():
+def test_early_spike_statistics_are_those_of_numpy():
     step, state = spiky_step(spike=2.0, memory=50)
     losses = np.random.default_rng(1).normal(3.0, 1.0, 40)
     refused = []

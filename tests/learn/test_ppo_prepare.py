@@ -27,11 +27,13 @@ def padded(numbers, length=5, outside=np.nan):
 
 def rollout_of(responses, scores, *, logprobs=None, ref=None, values=None, length=5, sampled=None, pad_id=0) -> Rollout:
     """Rows of numbers per response; what lies outside is NaN, except in ``values`` (the scorer leaves numbers there)."""
-    done = completions(prompt_batch([[5]] * len(responses)), responses, length=length, pad_id=pad_id, logprobs=sampled)
+    outcome = completions(
+        prompt_batch([[5]] * len(responses)), responses, length=length, pad_id=pad_id, logprobs=sampled
+    )
     zeros = [[0.0] * len(row) for row in responses]
     stack = functools.partial(np.stack, axis=0)
     return Rollout(
-        completions=done,
+        completions=outcome,
         logprobs=stack([padded(row, length) for row in logprobs or zeros]),
         ref_logprobs=stack([padded(row, length) for row in ref or zeros]),
         values=stack([padded(row, length, 0.0) for row in values or zeros]),
@@ -44,7 +46,7 @@ def example(responses=((7, 8, 9, 2),), scores=(2.0,), **changes):
     return rollout_of(responses, scores, logprobs=[LOGP], ref=[REF], values=[VALUES], **changes)
 
 
-ORACLES = {  # SPEC: one response of 4 tokens in 5 columns, beta .05, score 2, discount 1, lam .95
+ORACLES = {  # one response of 4 tokens in 5 columns, beta .05, score 2, discount 1, lam .95
     "eos": ([1.633524, 1.624762, 1.599750, 1.605000, 0.0], [1.733524, 1.824762, 1.899750, 2.005000, 0.0], 4),
     "after_eos": ([1.569221, 1.557075, 1.528500, 1.530000, 0.0], [1.669221, 1.757075, 1.828500, 1.930000, 2.0], 5),
     "last_column": ([1.569221, 1.557075, 1.528500, 1.530000, 0.0], [1.669221, 1.757075, 1.828500, 1.930000, 2.0], 5),
@@ -121,7 +123,7 @@ def test_penalty_and_clip(changes, paid):
 
 
 def test_fractions_and_zeros_are_paid():
-    """A buffer of the tokens' integer type would make .7 a 0 (B20); a test for truth would drop a score of 0 (B21)."""
+    """A buffer of the tokens' integer type would make .7 a 0; a test for truth would drop a score of 0."""
     batch, _ = prepare(rollout_of([ENDED, ENDED], [0.7, 0.0]), PLAIN, jnp.asarray(0.0))
     np.testing.assert_allclose(batch.returns[:, 1], [0.7, 0.0])
     assert batch.returns.dtype == batch.advantages.dtype == jnp.float32
@@ -130,7 +132,7 @@ def test_fractions_and_zeros_are_paid():
 
 
 def test_pad_and_end_may_be_the_same_token():
-    """The score sits on the sampled end token, not before it, although everything after it is that token too (B3)."""
+    """The score sits on the sampled end token, not before it, although everything after it is that token too."""
     rollout = rollout_of([(7, 8, 2)], [0.7], pad_id=2)
     assert rollout.completions.tokens.tolist() == [[7, 8, 2, 2, 2]]
     config = PPOConfig(whiten_advantages="none", lam=0.0)
@@ -217,7 +219,7 @@ def test_what_is_reported_of_values_is_over_their_own_mask():
 
 
 def test_the_old_log_probabilities_are_the_scorers():
-    """The update is compared with the scorer's own program; the sampler's numbers differ by rounding (B9, B30)."""
+    """The update is compared with the scorer's own program; the sampler's numbers differ by rounding."""
     sampled = np.float32([[-1.1, -0.6, -2.1, -0.3, 0.0]])
     batch, _ = prepare(example(sampled=sampled), PLAIN, jnp.asarray(0.05))
     np.testing.assert_array_equal(batch.old_logprobs[0, :4], np.float32(LOGP))
@@ -255,8 +257,8 @@ def test_adaptive_controller():
     """Coefficient .15, 512 episodes, target 6, horizon 1e4: the nudge is clipped at 20 % of 512 / 10000."""
     config = PPOConfig(kl_target=6.0, kl_horizon=1e4, kl_coefficient=0.15)
     for kl, expected in ((0.0, 0.148464), (12.0, 0.151536), (6.6, 0.150768), (6.0, 0.15)):
-        got = next_kl_coefficient(config, jnp.asarray(0.15), jnp.asarray(kl), 512)
-        assert float(got) == pytest.approx(expected, abs=1e-6)
+        actual = next_kl_coefficient(config, jnp.asarray(0.15), jnp.asarray(kl), 512)
+        assert float(actual) == pytest.approx(expected, abs=1e-6)
     fixed = next_kl_coefficient(PPOConfig(), jnp.asarray(0.15), jnp.asarray(99.0), 512)
     assert float(fixed) == pytest.approx(0.15)
 
@@ -332,9 +334,11 @@ def test_a_negative_kl_beyond_noise_is_told(capsys):
     assert capsys.readouterr().err == ""
     kl, error = one_token_kl(draw.choice(2, 2000, p=[0.625, 0.375]))
     assert kl == pytest.approx(-0.0456, abs=3 * error) and warn_if_kl_is_negative(7, kl, error)
-    told = capsys.readouterr().err
-    assert told.startswith("warning: step 7: the KL to the reference is estimated as -0.0") and told.count("\n") == 1
-    assert "top_k" in told and "lower the kl_coefficient" in told
+    message = capsys.readouterr().err
+    assert (
+        message.startswith("warning: step 7: the KL to the reference is estimated as -0.0") and message.count("\n") == 1
+    )
+    assert "top_k" in message and "lower the kl_coefficient" in message
 
 
 @pytest.mark.parametrize(
@@ -349,7 +353,7 @@ def test_a_single_response_has_no_standard_error():
     assert fetch(prepare(example(), PLAIN, jnp.asarray(0.0))[1])["kl_standard_error"] is None
 
 
-def test_a_response_that_could_not_be_scored_is_left_out_of_everything():
+def test_an_unscored_response_counts_nowhere():
     """Whatever its numbers are, the others' rows and every metric are those of a rollout without it."""
     three = {"logprobs": [LOGP, [-0.3, -0.6], LOGP[:3]], "ref": [REF, [-0.9, -0.1], REF[:3]]}
     whole = rollout_of([(7, 8, 9, 2), (7, 2), (8, 8, 2)], [2.0, 77.0, 1.0], values=[VALUES] * 3, **three)
@@ -359,9 +363,9 @@ def test_a_response_that_could_not_be_scored_is_left_out_of_everything():
     for terminal in ORACLES:
         config = PPOConfig(terminal=terminal, whiten_rewards=True)
         batch, metrics = prepare(marked, config, jnp.asarray(0.05))
-        wanted, expected = prepare(without, config, jnp.asarray(0.05))
+        target, expected = prepare(without, config, jnp.asarray(0.05))
         assert not (batch.completions.mask[1].any() or batch.value_mask[1].any() or batch.advantages[1].any())
         for name in ("advantages", "returns", "value_mask"):
-            np.testing.assert_allclose(getattr(batch, name)[np.array([0, 2])], getattr(wanted, name), atol=1e-6)
+            np.testing.assert_allclose(getattr(batch, name)[np.array([0, 2])], getattr(target, name), atol=1e-6)
         for name, value in fetch(expected).items():
             assert fetch(metrics)[name] == pytest.approx(value, abs=1e-6), name

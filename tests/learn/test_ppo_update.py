@@ -22,35 +22,35 @@ KEY = jax.random.key(0)
 
 def policy_batch(responses, length=4, **arrays) -> PolicyBatch:
     """Rows of numbers per response; NaN outside of it, where nothing may be read (0 in advantages, which are weights)."""
-    done = completions(prompt_batch([[5]] * len(responses)), responses, length=length)
+    outcome = completions(prompt_batch([[5]] * len(responses)), responses, length=length)
 
     def filled(name, outside):
         rows = arrays.get(name, [[0.0] * len(row) for row in responses])
         return np.stack([np.float32([*row, *[outside] * (length - len(row))]) for row in rows])
 
     return PolicyBatch(
-        completions=done,
+        completions=outcome,
         old_logprobs=filled("old_logprobs", np.nan),
         old_values=filled("old_values", 0.0),
         advantages=filled("advantages", 0.0),
         returns=filled("returns", 0.0),
-        value_mask=done.mask,
+        value_mask=outcome.mask,
     )
 
 
-def given(logprobs, values=None, entropy=None):
-    """A policy whose outputs are given numbers times a parameter, NaN outside."""
+def fixed_policy(logprobs, values=None, entropy=None):
+    """A policy whose outputs are fixed_policy numbers times a parameter, NaN outside."""
 
-    def policy_fn(params, done):
+    def policy_fn(params, completions):
         def rows(numbers):
-            width = done.tokens.shape[1]
+            width = completions.tokens.shape[1]
             return jnp.stack([jnp.float32([*row, *[jnp.nan] * (width - len(row))]) for row in numbers])
 
         zeros = [[0.0] * len(row) for row in logprobs]
         return (
-            rows(logprobs) + jnp.where(done.mask, params["policy"], 0.0),
+            rows(logprobs) + jnp.where(completions.mask, params["policy"], 0.0),
             rows(entropy or zeros),
-            rows(values or zeros) + jnp.where(done.mask, params["value"], 0.0),
+            rows(values or zeros) + jnp.where(completions.mask, params["value"], 0.0),
         )
 
     return policy_fn
@@ -66,7 +66,7 @@ def measure(policy_fn, batch, **fields):
 def test_policy_loss_by_hand():
     """Ratios 1.349859, .904837, .606531; A = 1, -.5, -1; losses -1.2 (clipped), .452419, .8 (clipped); mean .017473."""
     batch = policy_batch([(7, 8, 2)], old_logprobs=[[-1.3, -0.4, -1.5]], advantages=[[1.0, -0.5, -1.0]])
-    grads, metrics = measure(given([[-1.0, -0.5, -2.0]]), batch)
+    grads, metrics = measure(fixed_policy([[-1.0, -0.5, -2.0]]), batch)
     expected = {
         "loss/policy": 0.017473, "clip_fraction": 2 / 3, "ratio": (1.349859 + 0.904837 + 0.606531) / 3,
         "approx_kl_k1": 0.1, "approx_kl_k2": 0.0583333, "approx_kl_k3": 0.0537423, "identity_gap": 0.5, "loss": 0.017473,
@@ -81,14 +81,16 @@ def test_value_loss_by_hand():
     """V = 1, 0; old .5, .1; R = .2, 1; clip .2: squares .64 and 1, half their mean .41; unclipped branch: .41 too."""
     batch = policy_batch([(7, 2)], old_values=[[0.5, 0.1]], returns=[[0.2, 1.0]])
     for clip, loss, fraction in ((0.2, 0.41, 0.0), (None, 0.41, 0.0)):
-        grads, metrics = measure(given([[0.0, 0.0]], [[1.0, 0.0]]), batch, value_clip=clip, value_coefficient=0.1)
+        grads, metrics = measure(
+            fixed_policy([[0.0, 0.0]], [[1.0, 0.0]]), batch, value_clip=clip, value_coefficient=0.1
+        )
         assert float(metrics["loss/value"].value()) == pytest.approx(loss, abs=1e-6)
         assert float(metrics["loss"].value()) == pytest.approx(0.1 * loss, abs=1e-6)
         assert float(metrics["value_clip_fraction"].value()) == fraction
         assert float(grads["value"]) == pytest.approx(0.1 * (0.8 - 1.0) / 2, abs=1e-6)
     # V moved from .5 to 1, past its return .9: clipped to .6, (.6 - .9)^2 = .09 > (1 - .9)^2, gradient 0
     moved = policy_batch([(7, 2)], old_values=[[0.5, 0.0]], returns=[[0.9, 0.0]])
-    grads, metrics = measure(given([[0.0, 0.0]], [[1.0, 0.0]]), moved, value_clip=0.1, value_coefficient=1.0)
+    grads, metrics = measure(fixed_policy([[0.0, 0.0]], [[1.0, 0.0]]), moved, value_clip=0.1, value_coefficient=1.0)
     assert float(metrics["loss/value"].value()) == pytest.approx(0.09 / 2 / 2, abs=1e-6)
     assert float(metrics["value_clip_fraction"].value()) == 0.5 and float(grads["value"]) == 0.0
 
@@ -102,8 +104,8 @@ def test_values_count_where_their_own_mask_says():
         returns=np.float32([[1, 1, 2]]),
     )
 
-    def policy_fn(params, done):
-        logprobs = jnp.where(done.mask, params["policy"], jnp.nan)
+    def policy_fn(params, completions):
+        logprobs = jnp.where(completions.mask, params["policy"], jnp.nan)
         return logprobs, jnp.zeros((1, 3)), jnp.zeros((1, 3)) + params["value"]
 
     batch = batch.replace(old_logprobs=np.float32([[0.0, 0.0, np.nan]]))
@@ -121,7 +123,7 @@ def test_values_count_where_their_own_mask_says():
 @pytest.mark.parametrize(("dual_clip", "loss"), [(None, 5.0), (3.0, 3.0)])
 def test_dual_clip_by_hand(dual_clip, loss):
     batch = policy_batch([(7,)], old_logprobs=[[0.0]], advantages=[[-1.0]])
-    grads, metrics = measure(given([[float(np.log(5.0))]]), batch, dual_clip=dual_clip)
+    grads, metrics = measure(fixed_policy([[float(np.log(5.0))]]), batch, dual_clip=dual_clip)
     assert float(metrics["loss/policy"].value()) == pytest.approx(loss, rel=1e-6)
     assert float(grads["policy"]) == pytest.approx(0.0 if dual_clip else 5.0, rel=1e-6)
 
@@ -129,13 +131,15 @@ def test_dual_clip_by_hand(dual_clip, loss):
 @pytest.mark.parametrize(("low", "high", "loss"), [(0.2, 0.2, -1.2), (0.2, 0.28, -1.28), (0.2, 0.0, -1.0)])
 def test_the_two_clips_are_apart(low, high, loss):
     batch = policy_batch([(7, 8)], old_logprobs=[[0.0, 0.0]], advantages=[[1.0, -1.0]])
-    _, metrics = measure(given([[0.5, -0.5]]), batch, clip_low=low, clip_high=high)  # ratios 1.65, .61
+    _, metrics = measure(fixed_policy([[0.5, -0.5]]), batch, clip_low=low, clip_high=high)  # ratios 1.65, .61
     assert float(metrics["loss/policy"].value()) == pytest.approx((loss + 0.8) / 2, rel=1e-5)
 
 
 def test_entropy_is_a_bonus_over_tokens():
     batch = policy_batch([(7, 8, 2), (7,)])
-    _, metrics = measure(given([[0.0] * 3, [0.0]], entropy=[[1.0, 2.0, 3.0], [6.0]]), batch, entropy_coefficient=0.5)
+    _, metrics = measure(
+        fixed_policy([[0.0] * 3, [0.0]], entropy=[[1.0, 2.0, 3.0], [6.0]]), batch, entropy_coefficient=0.5
+    )
     assert float(metrics["entropy"].value()) == 3.0
     assert float(metrics["loss"].value()) == pytest.approx(-1.5)
 
@@ -144,8 +148,10 @@ def test_padding_reaches_neither_loss_nor_gradient():
     """NaN stands in every padding column of the policy's outputs and of the old log-probabilities."""
     rows = [(7, 8, 2), (7,)]
     numbers = {"old_logprobs": [[-1.0, -0.9, -1.1], [-1.0]], "advantages": [[1.0, -1.0, 0.5], [2.0]]}
-    grads, metrics = measure(given([[-1.0] * 3, [-1.2]], [[1.0] * 3, [0.5]]), policy_batch(rows, **numbers))
-    wide, more = measure(given([[-1.0] * 3, [-1.2]], [[1.0] * 3, [0.5]]), policy_batch(rows, length=9, **numbers))
+    grads, metrics = measure(fixed_policy([[-1.0] * 3, [-1.2]], [[1.0] * 3, [0.5]]), policy_batch(rows, **numbers))
+    wide, more = measure(
+        fixed_policy([[-1.0] * 3, [-1.2]], [[1.0] * 3, [0.5]]), policy_batch(rows, length=9, **numbers)
+    )
     for name in metrics:
         assert np.isfinite(metrics[name].value())
         np.testing.assert_allclose(more[name].value(), metrics[name].value(), rtol=1e-6, err_msg=name)
@@ -153,7 +159,7 @@ def test_padding_reaches_neither_loss_nor_gradient():
         np.testing.assert_allclose(wide[name], grads[name], rtol=1e-6)
 
 
-def test_minibatches_see_every_row_once_an_epoch_in_a_fresh_order():
+def test_minibatches_see_every_row_once_an_epoch():
     config = PPOConfig(epochs=3, minibatches=4)
     indices = minibatch_indices(KEY, 16, config)
     assert indices.shape == (12, 4) and indices.dtype == jnp.int32
@@ -169,11 +175,13 @@ def test_minibatches_see_every_row_once_an_epoch_in_a_fresh_order():
 # ---- a policy that is a table: logits of the next token by the row's prompt token
 
 
-def table_policy(params, done):
-    logits = params["policy"]["logits"][done.prompts.tokens[:, -1]][:, None]
-    logits = jnp.broadcast_to(logits, (*done.tokens.shape, logits.shape[-1]))
-    values = jnp.broadcast_to(params["value"]["by_prompt"][done.prompts.tokens[:, -1]][:, None], done.tokens.shape)
-    return ops.token_logprobs(logits, done.tokens, 0.7), ops.entropy_from_logits(logits, 0.7), values
+def table_policy(params, completions):
+    logits = params["policy"]["logits"][completions.prompts.tokens[:, -1]][:, None]
+    logits = jnp.broadcast_to(logits, (*completions.tokens.shape, logits.shape[-1]))
+    values = jnp.broadcast_to(
+        params["value"]["by_prompt"][completions.prompts.tokens[:, -1]][:, None], completions.tokens.shape
+    )
+    return ops.token_logprobs(logits, completions.tokens, 0.7), ops.entropy_from_logits(logits, 0.7), values
 
 
 ROWS = 8
@@ -186,12 +194,12 @@ TABLE = {
 def table_batch() -> PolicyBatch:
     rng = np.random.default_rng(2)
     responses = [rng.integers(3, 12, n).tolist() for n in rng.integers(1, 5, ROWS)]
-    done = completions(prompt_batch([[row] for row in range(ROWS)]), responses, length=4)
-    logprobs, _, values = jax.jit(table_policy)(TABLE, done)
+    outcome = completions(prompt_batch([[row] for row in range(ROWS)]), responses, length=4)
+    logprobs, _, values = jax.jit(table_policy)(TABLE, outcome)
     noise = rng.standard_normal((2, ROWS, 4)).astype(np.float32)
     return PolicyBatch(
-        done, np.asarray(logprobs), np.where(done.mask, values, 0), np.where(done.mask, noise[0], 0),
-        np.where(done.mask, noise[1], 0), done.mask,
+        outcome, np.asarray(logprobs), np.where(outcome.mask, values, 0), np.where(outcome.mask, noise[0], 0),
+        np.where(outcome.mask, noise[1], 0), outcome.mask,
     )  # fmt: skip
 
 
@@ -210,7 +218,7 @@ def run_update(config: PPOConfig, learning_rate: float, microbatches: int = 1):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_with_learning_rate_zero_the_ratio_stays_one(microbatches):
-    """Over 3 epochs x 2 minibatches x microbatches: one chunk that reads other columns or masks shows here (B9)."""
+    """Over 3 epochs x 2 minibatches x microbatches: one chunk that reads other columns or masks shows here."""
     state, metrics = run_update(PPOConfig(epochs=3, minibatches=2), 0.0, microbatches)
     assert int(state.step) == 6
     for name, value in (
@@ -293,14 +301,14 @@ def test_advantages_whitened_in_each_minibatch(scope, ddof, whitened):
     def spying_step(state, frozen, batch):
         del frozen
         count, advantages, masks = state
-        seen = (count + 1, advantages.at[count].set(batch.advantages), masks.at[count].set(batch.completions.mask))
+        observed = (count + 1, advantages.at[count].set(batch.advantages), masks.at[count].set(batch.completions.mask))
         names = ("identity_gap", "approx_kl_k2", "clip_fraction", "ratio", "loss/policy", "loss/value")
-        return seen, dict.fromkeys(names, zero)
+        return observed, dict.fromkeys(names, zero)
 
     config = PPOConfig(epochs=1, minibatches=4, whiten_advantages=scope, whiten_ddof=ddof)
-    nothing = (jnp.zeros((), jnp.int32), jnp.zeros((4, 2, 4)), jnp.zeros((4, 2, 4), bool))
+    empty = (jnp.zeros((), jnp.int32), jnp.zeros((4, 2, 4)), jnp.zeros((4, 2, 4), bool))
     batch = table_batch().replace(value_mask=np.ones((ROWS, 4), bool))
-    (count, advantages, masks), _ = jax.jit(lambda batch: update(spying_step, nothing, batch, KEY, config))(batch)
+    (count, advantages, masks), _ = jax.jit(lambda batch: update(spying_step, empty, batch, KEY, config))(batch)
     assert int(count) == 4
     for numbers, mask in zip(np.asarray(advantages), np.asarray(masks), strict=True):
         counted = numbers[mask]
@@ -336,7 +344,7 @@ def test_the_guards_stop_beyond_their_limit_and_on_nan():
 
 def test_every_field_of_the_configuration_is_known_here():
     """A new field needs its test; the others are in test_ppo_prepare.py, test_off_policy.py or guards of train_ppo."""
-    here = {
+    local = {
         "epochs",
         "minibatches",
         "clip_low",
@@ -346,10 +354,10 @@ def test_every_field_of_the_configuration_is_known_here():
         "value_coefficient",
         "entropy_coefficient",
     }
-    there = {
+    place = {
         "discount", "lam", "kl_coefficient", "kl_kind", "biased_kl", "kl_target", "kl_horizon", "terminal",
         "missing_eos_penalty", "missing_eos", "whiten_rewards", "whiten_advantages", "whiten_ddof",
         "score_clip", "max_sampler_gap", "max_identity_gap",
         "max_kl", "old_logprobs", "importance",
     }  # fmt: skip
-    assert {field.name for field in dataclasses.fields(PPOConfig)} == here | there
+    assert {field.name for field in dataclasses.fields(PPOConfig)} == local | place

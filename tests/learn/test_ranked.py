@@ -43,8 +43,8 @@ def table(params, batch):
 
 
 def logprobs(params, batch):
-    found = params["table"][batch.tokens]
-    return jnp.where(batch.loss_mask, found, jnp.nan), jnp.zeros_like(found)
+    actual = params["table"][batch.tokens]
+    return jnp.where(batch.loss_mask, actual, jnp.nan), jnp.zeros_like(actual)
 
 
 def measured(loss, batch, microbatches=1, frozen=None):
@@ -65,25 +65,25 @@ def targets() -> RankedBatch:
 def test_rows_come_rank_by_rank():
     """All chosen rows and then all rejected ones, in every field; groups of three likewise."""
     flat = pair_rows(pairs())
-    for got, *both in zip(*map(jax.tree.leaves, (flat, *sides())), strict=True):
-        np.testing.assert_array_equal(got, np.concatenate(both))
+    for actual, *pair in zip(*map(jax.tree.leaves, (flat, *sides())), strict=True):
+        np.testing.assert_array_equal(actual, np.concatenate(pair))
     assert rank_major(jnp.array([[1, 2, 3], [4, 5, 6]])).tolist() == [1, 4, 2, 5, 3, 6]
     assert [half.tolist() for half in pair_halves(jnp.arange(4))] == [[0, 1], [2, 3]]
 
 
 def test_microbatches_are_cut_between_groups():
     """Chosen rows hold 1, 2, 3 and rejected ones 11, 12, 13: every microbatch has both rows of its pairs."""
-    seen = []
+    observed = []
 
     def loss(params, frozen, batch, rng):
         del frozen, rng
-        jax.debug.callback(lambda rows: seen.append(rows.tolist()), batch.rows.tokens[:, :, 0], ordered=True)
+        jax.debug.callback(lambda rows: observed.append(rows.tolist()), batch.rows.tokens[:, :, 0], ordered=True)
         return {"nll": Term(params["table"].sum(), jnp.ones(()))}, {"rows": Mean.of(batch.label)}
 
     chosen, rejected = (token_batch([[first + k] for k in (1, 2, 3)], length=2) for first in (0, 10))
     gradients(loss, TABLE, {}, RankedBatch.of_pairs(chosen, rejected), KEY, 3)
     jax.effects_barrier()
-    assert {str(rows) for rows in seen} == {"[[1, 11]]", "[[2, 12]]", "[[3, 13]]"}
+    assert {str(rows) for rows in observed} == {"[[1, 11]]", "[[2, 12]]", "[[3, 13]]"}
 
 
 def test_a_pair_counts_where_both_rows_do():

@@ -1,4 +1,4 @@
-"""What models and texts say of a response joins into one rollout; rewards at single tokens count beside them."""
+"""Scores of models and texts join into one rollout; rewards at single tokens count beside them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PLAIN = PPOConfig(whiten_advantages="none", missing_eos_penalty=None, kl_coeffic
 
 def scored(**scores: list[float]) -> Scored:
     """Two responses of two tokens, ended; log-probabilities and values 0."""
-    done = completions(prompt_batch([[5], [5]]), [[7, 2], [8, 2]], length=3)
+    outcome = completions(prompt_batch([[5], [5]]), [[7, 2], [8, 2]], length=3)
     zeros = np.zeros((2, 3), np.float32)
-    return Scored(done, zeros, zeros, zeros, {name: np.float32(values) for name, values in scores.items()})
+    return Scored(outcome, zeros, zeros, zeros, {name: np.float32(values) for name, values in scores.items()})
 
 
 def test_scores_of_models_and_texts_are_summed() -> None:

@@ -58,17 +58,17 @@ def test_several_terms_each_over_its_own_weight():
 
 def test_microbatches_take_every_mth_row():
     """So that a batch whose rows lie in blocks on devices gives every device rows of each microbatch."""
-    seen = []
+    observed = []
 
     def loss(params, frozen, batch, rng):
         del frozen, rng
-        jax.debug.callback(lambda rows: seen.append(rows.tolist()), batch, ordered=True)
+        jax.debug.callback(lambda rows: observed.append(rows.tolist()), batch, ordered=True)
         nll = Mean.of(params["w"] * batch)
         return {"nll": Term(nll.total, nll.weight)}, {}
 
     gradients(loss, {"w": jnp.ones(())}, {}, jnp.arange(6.0), jax.random.key(0), 3)
     jax.effects_barrier()
-    assert sorted(map(tuple, seen)) == sorted([(0.0, 3.0), (1.0, 4.0), (2.0, 5.0)] * (len(seen) // 3))
+    assert sorted(map(tuple, observed)) == sorted([(0.0, 3.0), (1.0, 4.0), (2.0, 5.0)] * (len(observed) // 3))
     with pytest.raises(InputError, match="6 rows does not divide into 4 microbatches"):
         gradients(loss, {"w": jnp.ones(())}, {}, jnp.arange(6.0), jax.random.key(0), 4)
 
@@ -88,7 +88,7 @@ def sft_gradients():
 
 
 def test_rows_without_a_target_add_nothing():
-    """All-masked rows, full of padding or of tokens, give finite numbers and the gradient of the others (B26, B2)."""
+    """All-masked rows, full of padding or of tokens, give finite numbers and the gradient of the others."""
     plain, plain_metrics = sft_gradients()(rows(), 1)
     filled = rows([], [])
     tokens, segments = np.array(filled.tokens), np.array(filled.segment_ids)
@@ -108,7 +108,7 @@ def test_a_batch_without_any_target_has_loss_and_gradient_zero():
 
 
 def test_packed_documents_have_the_gradient_of_padded_ones():
-    """Both documents in one row: the same targets, and the first token of the second is none (B31)."""
+    """Both documents in one row: the same targets, and the first token of the second is none."""
     padded, metrics = sft_gradients()(rows(), 1)
     batch = token_batch([[5, 6, 7, 8, 9, 10, 11]], length=8)
     packed = batch.replace(
@@ -214,7 +214,7 @@ def test_every_microbatch_draws_its_own_numbers():
     assert spread > 1e-3 and float(metrics["draw"].weight) == 4.0
 
 
-def test_bfloat16_parameters_keep_their_dtype_and_float32_moments():
+def test_bfloat16_parameters_have_float32_moments():
     model, params = tiny_model(param_dtype="bfloat16", num_layers=1)
     config = OptimizerConfig(learning_rate=0.05, weight_decay=0.1)
     optimizer = make_optimizer(config, steps=4, matrices=model.matrices())

@@ -1,4 +1,4 @@
-"""What the configurations call TRL's defaults are those of the release that they name (golden/trl_defaults.json)."""
+"""TRL's defaults in the configurations are those of the release that they name (golden/trl_defaults.json)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMPORTANCE = {"sequence_mask": ("sequence", "drop"), "token_truncate": ("token",
 
 
 def test_grpo():
-    trl, ours = TRL["GRPOConfig"], GRPOConfig()
+    trl, actual = TRL["GRPOConfig"], GRPOConfig()
     expected = {
         "epochs": trl["num_iterations"],
         "minibatches": 1 if trl["steps_per_generation"] is None else None,  # one step a generation
@@ -30,17 +30,17 @@ def test_grpo():
         "kl_estimator": "weighted_k3" if trl["use_bias_correction_kl"] else "k3",
         "mask_truncated": trl["mask_truncated_completions"],
     }
-    assert {name: getattr(ours, name) for name in expected} == expected
+    assert {name: getattr(actual, name) for name in expected} == expected
     # TRL has no such settings: what they switch on is off here, guards apart, and the divisor matters with cut responses only.
     alone = {
-        "drop_even_groups": False,
+        "drop_zero_variance_groups": False,
         "missing_eos_penalty": None,
         "score_clip": None,
         "max_kl": None,
         "biased_kl": False,
     }
-    assert {name: getattr(ours, name) for name in alone} == alone
-    rest = {
+    assert {name: getattr(actual, name) for name in alone} == alone
+    remaining = {
         "kl_in",
         "kl_kind",
         "divisor",
@@ -50,17 +50,17 @@ def test_grpo():
         "old_logprobs",
         "importance",
     }
-    assert {field.name for field in dataclasses.fields(GRPOConfig)} == (expected.keys() | alone.keys() | rest) - {
+    assert {field.name for field in dataclasses.fields(GRPOConfig)} == (expected.keys() | alone.keys() | remaining) - {
         "kl_estimator"
     }
 
 
 def test_dpo():
-    trl, ours = TRL["DPOConfig"], DPOConfig()
+    trl, actual = TRL["DPOConfig"], DPOConfig()
     expected = {"beta": trl["beta"], "loss": trl["loss_type"][0], "label_smoothing": trl["label_smoothing"]}
     assert len(trl["loss_type"]) == 1  # and no "sft" beside it
     expected |= {"average": False, "sft_coefficient": 0.0}  # TRL averages for "ipo" and "sigmoid_norm"
-    assert dataclasses.asdict(ours) == expected
+    assert dataclasses.asdict(actual) == expected
 
 
 def test_masked_importance_sampling():

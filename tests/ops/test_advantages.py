@@ -51,10 +51,10 @@ def test_gae_equals_the_definition(discount, lam):
     mask[0], mask[1] = True, False
     expected = slow_gae(rewards, values, mask, discount, lam)
     dirty = (jnp.asarray(np.where(mask, x, NAN)) for x in (rewards, values))
-    got = jax.jit(gae, static_argnames=("discount", "lam"))(*dirty, jnp.asarray(mask), discount=discount, lam=lam)
-    for ours, slow in zip(got, expected, strict=True):
-        assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, slow, rtol=2e-5, atol=1e-4)
+    actual = jax.jit(gae, static_argnames=("discount", "lam"))(*dirty, jnp.asarray(mask), discount=discount, lam=lam)
+    for own, slow in zip(actual, expected, strict=True):
+        assert own.dtype == jnp.float32
+        np.testing.assert_allclose(own, slow, rtol=2e-5, atol=1e-4)
 
 
 def test_lam_one_returns_are_rewards_to_go():
@@ -136,10 +136,10 @@ def test_score_paid_on_the_last_column():
     np.testing.assert_allclose(rewards, [[-0.01, 0.005, 0.0, 0.0, 2.0]], atol=1e-6)
     grid = value_mask(mask, "last_column")
     assert grid.all()
-    got = gae(rewards, VALUES, grid, discount=1.0, lam=0.95)
+    actual = gae(rewards, VALUES, grid, discount=1.0, lam=0.95)
     expected = slow_gae(np.asarray(rewards), np.asarray(VALUES), np.ones((1, 5), bool), 1.0, 0.95)
-    for ours, slow in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours, slow, atol=2e-6)
+    for own, slow in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(own, slow, atol=2e-6)
 
 
 @pytest.mark.parametrize("convention", ["eos", "after_eos"])

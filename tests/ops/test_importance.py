@@ -46,9 +46,9 @@ def test_what_lies_outside_the_mask_changes_nothing(unit):
     mask = jnp.array([[True, True, False], [False, False, False]])
     policy = jnp.array([[-1.0, -2.0, jnp.nan], [jnp.nan] * 3])
     sampled = jnp.array([[-1.1, -3.0, -jnp.inf], [0.0] * 3])
-    found = importance_weights(policy, sampled, mask, unit)
+    actual = importance_weights(policy, sampled, mask, unit)
     alone = importance_weights(policy[:1, :2], sampled[:1, :2], mask[:1, :2], unit)
-    np.testing.assert_array_equal(found, jnp.concatenate([jnp.pad(alone, ((0, 0), (0, 1))), jnp.zeros((1, 3))]))
+    np.testing.assert_array_equal(actual, jnp.concatenate([jnp.pad(alone, ((0, 0), (0, 1))), jnp.zeros((1, 3))]))
 
 
 def test_logs_are_clamped_also_their_sums():
@@ -63,8 +63,8 @@ def test_logs_are_clamped_also_their_sums():
 @pytest.mark.parametrize("unit", ["token", "sequence", "geometric"])
 def test_no_gradient_passes(unit):
     grads = jax.grad(lambda p, s: importance_weights(p, s, ALL, unit).sum(), argnums=(0, 1))(POLICY, SAMPLED)
-    for each in grads:
-        np.testing.assert_array_equal(each, jnp.zeros((1, 3)))
+    for value in grads:
+        np.testing.assert_array_equal(value, jnp.zeros((1, 3)))
 
 
 def test_unknown_kinds_are_refused():

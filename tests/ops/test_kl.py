@@ -41,8 +41,8 @@ def test_expected_gradients_on_two_arms(kind, expected):
 
 def test_weighted_k3_by_hand():
     """d = .5: k3 .106531; the policy moved by .2 since it sampled: e^.2 = 1.221403; product .130117."""
-    found = kl_term(jnp.array(-1.0), jnp.array(-1.2), jnp.array(-1.5), "weighted_k3")
-    np.testing.assert_allclose(found, 0.130117, atol=1e-6)
+    actual = kl_term(jnp.array(-1.0), jnp.array(-1.2), jnp.array(-1.5), "weighted_k3")
+    np.testing.assert_allclose(actual, 0.130117, atol=1e-6)
     for kind in ("k1", "k2", "k3"):
         np.testing.assert_allclose(
             kl_term(jnp.array(-1.0), jnp.array(-1.2), jnp.array(-1.5), kind),
@@ -95,9 +95,9 @@ def test_unknown_kind():
 @pytest.mark.parametrize(("kl", "expected"), [(0.0, 0.148464), (12.0, 0.151536), (6.6, 0.150768), (6.0, 0.15)])
 def test_adaptive_coefficient(kl, expected):
     # kl 0: error -1 clipped to -.2, .15 * (1 - .2 * 512 / 10000) = .148464; kl 6.6: .15 * (1 + .1 * .0512) = .150768
-    got = adaptive_kl_coefficient(0.15, kl, episodes=512, target=6.0, horizon=1e4)
-    np.testing.assert_allclose(got, expected, atol=5e-7)
-    assert got.dtype == jnp.float32
+    actual = adaptive_kl_coefficient(0.15, kl, episodes=512, target=6.0, horizon=1e4)
+    np.testing.assert_allclose(actual, expected, atol=5e-7)
+    assert actual.dtype == jnp.float32
 
 
 def test_adaptive_coefficient_under_jit_and_bad_settings():

@@ -36,10 +36,10 @@ def random_case(seed=0, batch=2, length=7, width=5, vocabulary=11):
 
 def test_temperature_divides_logits():
     logits = jnp.array([[2.0, 1.0, 0.0]] * 3)
-    got = token_logprobs(logits, jnp.arange(3), 0.7)
+    actual = token_logprobs(logits, jnp.arange(3), 0.7)
     # dividing log-probabilities instead would give [-.582294, -2.010866, -3.439437]
-    np.testing.assert_allclose(got, [-0.260118, -1.688690, -3.117261], atol=2e-6)
-    np.testing.assert_allclose(jnp.exp(got).sum(), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(actual, [-0.260118, -1.688690, -3.117261], atol=2e-6)
+    np.testing.assert_allclose(jnp.exp(actual).sum(), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -56,9 +56,9 @@ def test_bfloat16_logits_are_worked_on_in_float32():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 3, (1, 1000)), jnp.bfloat16)
     target = np.array([17])
     exact = reference(np.asarray(logits, np.float64), target, 0.7)[0]
-    got = token_logprobs(logits, jnp.asarray(target), 0.7)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, exact, atol=1e-5)
+    actual = token_logprobs(logits, jnp.asarray(target), 0.7)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, exact, atol=1e-5)
 
 
 def test_impossible_tokens_change_neither_entropy_nor_gradients():
@@ -90,15 +90,15 @@ def test_one_pass_equals_float64_with_its_gradient():
     logits = 60.0 + rng.normal(0, 5, (6, 40))  # an offset that a naive sum would pay for in digits
     logits[2, 5:] = -np.inf
     targets, g, h = rng.integers(0, 5, 6), rng.normal(size=6), rng.normal(size=6)
-    kept = np.asarray(logits, np.float32)
-    logprobs, entropies = reference(kept, targets, 1.0)
+    remaining = np.asarray(logits, np.float32)
+    logprobs, entropies = reference(remaining, targets, 1.0)
 
-    got, pull = jax.vjp(lambda x: logprobs_and_entropy(x, jnp.asarray(targets)), jnp.asarray(kept))
-    np.testing.assert_allclose(got[0], logprobs, atol=1e-5)
-    np.testing.assert_allclose(got[1], entropies, atol=1e-5)
+    actual, pull = jax.vjp(lambda x: logprobs_and_entropy(x, jnp.asarray(targets)), jnp.asarray(remaining))
+    np.testing.assert_allclose(actual[0], logprobs, atol=1e-5)
+    np.testing.assert_allclose(actual[1], entropies, atol=1e-5)
 
     # d logprob / d l_i = [i is the target] - p_i;  d H / d l_i = -p_i (log p_i + H)
-    weights = np.exp(np.asarray(kept, np.float64) - 60.0)
+    weights = np.exp(np.asarray(remaining, np.float64) - 60.0)
     p = weights / weights.sum(axis=-1, keepdims=True)
     onehot = np.arange(40) == targets[:, None]
     plogp = np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0)
@@ -145,13 +145,13 @@ def test_hidden_logprobs_equal_direct_with_gradients(chunk_size):
 
         return jax.jit(jax.grad(total, argnums=(0, 1)))
 
-    expected, got = direct(hidden, kernel), jax.jit(chunked)(hidden, kernel)
+    expected, actual = direct(hidden, kernel), jax.jit(chunked)(hidden, kernel)
     logits = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
-    for ours, other, slow in zip(got, expected, reference(logits, np.asarray(targets), 0.7), strict=True):
-        np.testing.assert_allclose(ours, other, atol=1e-5)
-        np.testing.assert_allclose(ours, slow, atol=1e-5)
-    for ours, other in zip(scalar(chunked)(hidden, kernel), scalar(direct)(hidden, kernel), strict=True):
-        np.testing.assert_allclose(ours, other, atol=1e-5)
+    for own, other, slow in zip(actual, expected, reference(logits, np.asarray(targets), 0.7), strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-5)
+        np.testing.assert_allclose(own, slow, atol=1e-5)
+    for own, other in zip(scalar(chunked)(hidden, kernel), scalar(direct)(hidden, kernel), strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-5)
 
 
 def all_sizes(jaxpr):
@@ -191,12 +191,12 @@ def test_chunking_leaves_a_sharded_batch_where_it_is():
     def chunked(hidden, kernel, targets):
         return hidden_logprobs(hidden, lambda h: h @ kernel, targets, chunk_size=3)
 
-    placed = (jax.device_put(hidden, rows), jax.device_put(kernel, everywhere), jax.device_put(targets, rows))
-    compiled = jax.jit(chunked).lower(*placed).compile()
+    global_arrays = (jax.device_put(hidden, rows), jax.device_put(kernel, everywhere), jax.device_put(targets, rows))
+    compiled = jax.jit(chunked).lower(*global_arrays).compile()
     assert not re.findall(r"all-gather|all-to-all|collective-permute", compiled.as_text())
-    for ours, single in zip(compiled(*placed), chunked(hidden, kernel, targets), strict=True):
-        assert ours.sharding.is_equivalent_to(rows, 2)
-        np.testing.assert_allclose(ours, single, atol=1e-6)
+    for actual, single in zip(compiled(*global_arrays), chunked(hidden, kernel, targets), strict=True):
+        assert actual.sharding.is_equivalent_to(rows, 2)
+        np.testing.assert_allclose(actual, single, atol=1e-6)
 
 
 def test_masked_hidden_garbage_reaches_nothing():
@@ -210,26 +210,26 @@ def test_masked_hidden_garbage_reaches_nothing():
 
     def clean(hidden, kernel):
         logits = hidden @ kernel
-        both = token_logprobs(logits, targets) + entropy_from_logits(logits)
-        return zero_outside(both, mask).sum()
+        pair = token_logprobs(logits, targets) + entropy_from_logits(logits)
+        return zero_outside(pair, mask).sum()
 
     value, gradients = jax.value_and_grad(total, argnums=(0, 1))(dirty, kernel)
     expected, expected_gradients = jax.value_and_grad(clean, argnums=(0, 1))(hidden, kernel)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for ours, other in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(ours, other, atol=1e-5)
+    for actual, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(actual, other, atol=1e-5)
 
 
-def test_hidden_logprobs_in_bfloat16_keeps_the_dtype_until_the_unembedding():
+def test_hidden_logprobs_stay_bfloat16_until_the_unembedding():
     hidden, kernel, targets = random_case()
-    seen = []
+    observed = []
 
     def unembed(h):
-        seen.append(h.dtype)
+        observed.append(h.dtype)
         return jnp.einsum("bcd,dv->bcv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
 
     logprobs, entropy = hidden_logprobs(hidden.astype(jnp.bfloat16), unembed, targets, chunk_size=4)
-    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+    assert set(observed) == {jnp.dtype(jnp.bfloat16)}
     assert logprobs.dtype == entropy.dtype == jnp.float32
 
 

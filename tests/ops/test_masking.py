@@ -84,7 +84,7 @@ def test_whitening_adds_epsilon_to_the_variance():
     np.testing.assert_allclose(whiten(jnp.array([0.0, 2e-4]), jnp.ones(2, bool)), [-0.7071068, 0.7071068], rtol=1e-5)
 
 
-def test_whitening_equal_values_gives_zero_not_amplified_rounding():
+def test_whitening_equal_values_gives_zero():
     # .7 is not a float32, nor is the mean of 1000 of them: the residue would be multiplied by 1/sqrt(1e-8) = 10^4
     whitened = whiten(jnp.full((1000,), 0.7), jnp.ones(1000, bool))
     assert jnp.abs(whitened).max() < 1e-5
@@ -123,7 +123,7 @@ def test_end_mask_keeps_the_first_end_token():
     assert end_mask(tokens, (1, 2)).astype(int).tolist() == [first, first]
 
 
-def test_end_mask_when_pad_is_the_end_token_and_when_nothing_ended():
+def test_end_mask_with_pad_as_end_and_without_an_end():
     assert end_mask(jnp.array([[7, 2, 2, 2]]), 2).tolist() == [[True, True, False, False]]
     assert end_mask(jnp.array([[7, 8, 9]]), 2).tolist() == [[True, True, True]]
     assert end_mask(jnp.array([[2, 8, 9]]), 2).tolist() == [[True, False, False]]

@@ -24,9 +24,9 @@ MARGIN = (-10.0 + 11.0) - (-12.0 + 11.5)  # 1.5, chosen -10 against -11, rejecte
     ],
 )
 def test_by_hand(kind, smoothing, expected):
-    found = preference_loss(jnp.asarray([MARGIN]), beta=0.1, kind=kind, label_smoothing=smoothing)
-    assert found.dtype == jnp.float32
-    assert found.tolist() == pytest.approx([expected], abs=1e-6)
+    actual = preference_loss(jnp.asarray([MARGIN]), beta=0.1, kind=kind, label_smoothing=smoothing)
+    assert actual.dtype == jnp.float32
+    assert actual.tolist() == pytest.approx([expected], abs=1e-6)
 
 
 def test_a_policy_that_is_its_reference_loses_log_two():
@@ -48,6 +48,8 @@ def test_against_scipy_and_finite_at_any_margin():
 
 def test_robust_is_unbiased_under_flipped_labels():
     """E over flips with probability s of the robust loss = the loss of the true labels (Chowdhury et al. 2024)."""
-    kept, flipped = (preference_loss(jnp.float32(m), beta=0.1, kind="robust", label_smoothing=0.3) for m in (2.0, -2.0))
+    remaining, flipped = (
+        preference_loss(jnp.float32(m), beta=0.1, kind="robust", label_smoothing=0.3) for m in (2.0, -2.0)
+    )
     true = preference_loss(jnp.float32(2.0), beta=0.1)
-    assert float(0.7 * kept + 0.3 * flipped) == pytest.approx(float(true), abs=1e-6)
+    assert float(0.7 * remaining + 0.3 * flipped) == pytest.approx(float(true), abs=1e-6)

@@ -1,4 +1,4 @@
-"""What no function takes: each is an error that names argument and remedy when it is traced, never another number."""
+"""Arguments that no function takes: each is an error that names argument and remedy when it is traced, never another number."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ REFUSED = {
     "a run's key of another generator": (lambda: ops.token_keys(RBG, IDS, IDS, 0), "impl='threefry2x32'"),
     "a raw key": (lambda: ops.token_keys(jax.random.PRNGKey(0), IDS, IDS, 0), "impl='threefry2x32'"),
     "a reward for repetition": (lambda: ops.penalise_repetition(TWO, MASK, 0.0), "penalty = 0.0: give a number above 0"),
-    "tokens seen by half": (lambda: ops.penalise_repetition(TWO, SHARES, 2.0), "seen of dtype float32: give booleans"),
+    "tokens that occurred by half": (lambda: ops.penalise_repetition(TWO, SHARES, 2.0), "occurred of dtype float32: give booleans"),
     "a state with another generator": (
         lambda: learn.initial_state({}, learn.make_optimizer(OptimizerConfig(), 1), RBG),
         "initial_state: give a key",
@@ -153,8 +153,8 @@ def test_ends_outside_the_vocabulary_are_refused():
 def test_a_target_outside_the_vocabulary_is_nan(target):
     """-100 marks ignored targets elsewhere: counted from the end of a vocabulary it would be a token. Masked it is nothing."""
     logits, targets = jnp.log(jnp.array([[0.5, 0.3, 0.2]] * 2)), jnp.array([1, target])
-    for found in (ops.token_logprobs(logits, targets), ops.logprobs_and_entropy(logits, targets)[0]):
-        np.testing.assert_allclose(found, [np.log(0.3), np.nan], rtol=1e-6)
+    for actual in (ops.token_logprobs(logits, targets), ops.logprobs_and_entropy(logits, targets)[0]):
+        np.testing.assert_allclose(actual, [np.log(0.3), np.nan], rtol=1e-6)
     assert np.isnan(ops.best_of_k_loss(logits, targets)[1]) and np.isfinite(ops.best_of_k_loss(logits, targets)[0])
 
     def total(hidden):

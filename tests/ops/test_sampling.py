@@ -23,7 +23,7 @@ LOGITS = jnp.asarray(np.random.default_rng(1).normal(0, 2, (ROWS, 40)), jnp.floa
 PINNED = [30, 16, 28, 4, 6, 0, 33, 39, 17, 39, 5, 17]
 
 
-def kept(probabilities, **settings):
+def kept_tokens(probabilities, **settings):
     logits = jnp.log(jnp.asarray([probabilities], jnp.float32))
     return np.flatnonzero(np.isfinite(truncate_logits(logits, **{"top_k": 0, "top_p": 1.0} | settings)[0])).tolist()
 
@@ -39,8 +39,8 @@ def test_keys_are_the_documented_chain_and_all_differ():
 
 def test_one_position_for_all_rows():
     same = token_keys(RNG, PROMPTS, SAMPLES, jnp.int32(3))
-    each = token_keys(RNG, PROMPTS, SAMPLES, jnp.full(ROWS, 3))
-    np.testing.assert_array_equal(jax.random.key_data(same), jax.random.key_data(each))
+    value = token_keys(RNG, PROMPTS, SAMPLES, jnp.full(ROWS, 3))
+    np.testing.assert_array_equal(jax.random.key_data(same), jax.random.key_data(value))
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}])
@@ -105,25 +105,25 @@ def test_truncated_samples_are_renormalised():
 
 def test_top_p_includes_the_crossing_token():
     p = [0.2, 0.5, 0.3]
-    assert kept(p, top_p=0.6) == [1, 2]
-    assert kept(p, top_p=0.49) == [1]
-    assert kept(p, top_p=0.81) == [0, 1, 2]
-    assert kept(p, top_p=1e-9) == [1]
+    assert kept_tokens(p, top_p=0.6) == [1, 2]
+    assert kept_tokens(p, top_p=0.49) == [1]
+    assert kept_tokens(p, top_p=0.81) == [0, 1, 2]
+    assert kept_tokens(p, top_p=1e-9) == [1]
 
 
 def test_min_p_is_relative_to_the_most_likely():
     p = [0.1, 0.4, 0.2, 0.3]
-    assert kept(p, min_p=0.5) == [1, 2, 3]
-    assert kept(p, min_p=0.51) == [1, 3]
-    assert kept(p, min_p=1.0) == [1]
-    assert kept(p, top_p=0.55, min_p=0.1) == [1, 3]  # what top_p cut stays cut
+    assert kept_tokens(p, min_p=0.5) == [1, 2, 3]
+    assert kept_tokens(p, min_p=0.51) == [1, 3]
+    assert kept_tokens(p, min_p=1.0) == [1]
+    assert kept_tokens(p, top_p=0.55, min_p=0.1) == [1, 3]  # what top_p cut stays cut
     # .55 of the largest: .22. top_k = 2 leaves [.4, .3], whose ratio .75 is above it.
-    assert kept(p, top_k=2, min_p=0.55) == [1, 3]
+    assert kept_tokens(p, top_k=2, min_p=0.55) == [1, 3]
 
 
 def test_repetition_makes_less_likely_whatever_the_sign():
-    logits, seen = jnp.array([[2.0, -1.0, 3.0, 0.0]]), jnp.array([[True, True, False, True]])
-    np.testing.assert_array_equal(penalise_repetition(logits, seen, 2.0), [[1.0, -2.0, 3.0, 0.0]])
+    logits, observed = jnp.array([[2.0, -1.0, 3.0, 0.0]]), jnp.array([[True, True, False, True]])
+    np.testing.assert_array_equal(penalise_repetition(logits, observed, 2.0), [[1.0, -2.0, 3.0, 0.0]])
     keys = token_keys(RNG, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.int32(0))
     token, raw, sampled = sample_tokens(logits, keys, temperature=1.0, top_k=1, adjusted=logits - 9.0 * (logits == 3.0))
     assert (token.tolist(), sampled.tolist()) == ([0], [0.0])  # drawn from the adjusted ones
@@ -132,16 +132,16 @@ def test_repetition_makes_less_likely_whatever_the_sign():
 
 def test_top_k_and_order_of_truncations():
     p = [0.1, 0.4, 0.2, 0.3]
-    assert kept(p, top_k=2) == [1, 3]
-    assert kept(p, top_k=0) == kept(p, top_k=4) == kept(p, top_k=99) == [0, 1, 2, 3]
+    assert kept_tokens(p, top_k=2) == [1, 3]
+    assert kept_tokens(p, top_k=0) == kept_tokens(p, top_k=4) == kept_tokens(p, top_k=99) == [0, 1, 2, 3]
     # top_k first: [.4, .3] renormalised to [.571, .429], top_p .55 then keeps one; of the untruncated it would keep two
-    assert kept(p, top_k=2, top_p=0.55) == [1]
-    assert kept(p, top_p=0.55) == [1, 3]
+    assert kept_tokens(p, top_k=2, top_p=0.55) == [1]
+    assert kept_tokens(p, top_p=0.55) == [1, 3]
 
 
 def test_ties_with_the_last_kept_token_stay():
-    assert kept([0.25, 0.25, 0.4, 0.1], top_k=2) == [0, 1, 2]
-    assert kept([0.25, 0.25, 0.4, 0.1], top_p=0.5) == [0, 1, 2]
+    assert kept_tokens([0.25, 0.25, 0.4, 0.1], top_k=2) == [0, 1, 2]
+    assert kept_tokens([0.25, 0.25, 0.4, 0.1], top_p=0.5) == [0, 1, 2]
 
 
 def test_truncation_never_revives_impossible_tokens():
@@ -182,8 +182,8 @@ def test_bfloat16_logits_are_sampled_in_float32():
     half = jnp.asarray(np.random.default_rng(3).normal(0, 2, (4000, 40)), jnp.bfloat16)
     halves = sample_tokens(half, keys, temperature=0.7)
     floats = sample_tokens(half.astype(jnp.float32), keys, temperature=0.7)
-    for ours, exact in zip(halves, floats, strict=True):
-        np.testing.assert_array_equal(ours, exact)
+    for actual, exact in zip(halves, floats, strict=True):
+        np.testing.assert_array_equal(actual, exact)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.5}])

@@ -201,7 +201,10 @@ def test_grpo_is_paid_by_the_number_of_the_prompts_answer(train: Callable[..., l
     """The reward reads the column that Fields.extra names; a policy that never answers is warned of, not refused."""
     small = {"BatchConfig.batch_size": 4, "run.samples": 2, "BatchConfig.length": 64, "BatchConfig.microbatches": 1}
     (line,) = train("grpo/gsm8k_smollm2", **small, **{"run.steps": 1, "SamplingConfig.max_new_tokens": 4})
-    assert line["score"] == line["monitor/correct"] == line["monitor/answered"] == 0.0 and line["even_groups"] == 1.0
+    assert (
+        line["score"] == line["monitor/correct"] == line["monitor/answered"] == 0.0
+        and line["zero_variance_groups"] == 1.0
+    )
 
 
 def test_sentiment_prompts_are_plain_text_and_name_their_files(reviews: Path) -> None:

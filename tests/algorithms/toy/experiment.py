@@ -43,17 +43,17 @@ def run(
     if settings is None:  # --plan, --doctor
         return
     job = assemble(algorithm, mesh=make_mesh(mesh), steps=settings.steps, seed=settings.seed, run_dir=settings.run_dir)
-    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as here:
-        state = job.restore(here)
-        for step in here.steps(here.resumed_step, settings.steps):
+    with open_job(settings.run_dir, bound=bound, job=job, seed=settings.seed, loop=settings.loop) as run_:
+        state = job.restore(run_)
+        for step in run_.steps(run_.resumed_step, settings.steps):
             rows = next(job.batches)
             state, metrics = job.train_step(state, job.frozen, job.place(rows))
-            here.enter("measure")
+            run_.enter("measure")
             moved = job.functions["measure"](state.params, job.frozen)
-            if not here.log(step, metrics | {"moved": moved}, batch=rows):
-                state = job.roll_back(here, state)
+            if not run_.log(step, metrics | {"moved": moved}, batch=rows):
+                state = job.roll_back(run_, state)
                 continue
-            job.save(here, step, state)
+            job.save(run_, step, state)
 
 
 if __name__ == "__main__":
