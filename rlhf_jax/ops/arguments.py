@@ -18,8 +18,8 @@ def require_same_shape(function: str, **arrays: Any) -> None:
     """Check that all arrays, given by argument name, have one shape. Raises InputError otherwise."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
-        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise InputError(f"{function}: {shapes}: give equal shapes")
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise InputError(f"{function}: {listed}: give equal shapes")
 
 
 def require_rows(function: str, columns: Any, **arrays: Any) -> None:
