@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax.config import fingerprint_asked, scan, settable
+from rlhf_jax.config.renamed import renamed_metric
 from rlhf_jax.errors import InputError
 from rlhf_jax.launch import STOPPED, run_child
 from rlhf_jax.launch.check_bindings import Command, check
@@ -249,7 +250,8 @@ def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
     shown = [m for m in FLAGS.metrics if m in names] or [m for m in names if m.split("evaluation/")[-1] in USUAL][:6]
     print_table(settings, shown)
     if unknown:
-        raise InputError(f"--metrics: there is no {', '.join(unknown)}; there are {', '.join(names)}")
+        listed = ", ".join(f"{metric}{renamed_metric(metric)}" for metric in unknown)
+        raise InputError(f"--metrics: there is no {listed}; there are {', '.join(names)}")
 
 
 def _bounds(found: Interval, missing: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_jax.config.renamed import renamed_key
 from rlhf_jax.messages import one_line
 
 _GIN_PLACE = re.compile(r'\n  In (?:file "(?P<file>[^"]+)",|bindings string) line (?P<line>\d+)\n\s*(?P<content>.*)')
@@ -62,7 +63,8 @@ def explain_parse(
     if match := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
         return f"{place}unknown configurable {match[1]!r}{_closest(match[1], known)}"
     if match := re.match(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
-        return f"{place}unknown parameter {match[2]!r} of {match[1]}{_closest(match[2], parameters(match[1]))}"
+        hint = renamed_key(match[1], match[2]) or _closest(match[2], parameters(match[1]))
+        return f"{place}unknown parameter {match[2]!r} of {match[1]}{hint}"
     if match := re.match(r"No bindings specified for '([^']+?)(?:/gin\.macro)?' in config string", text):
         user = next((b for b in scanned if Name(f"%{match[1]}") in flatten(b.value)), None)
         where = f"{user.place}: " if user else ""

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 
 from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, latest_step
+from rlhf_jax.config.renamed import renamed_metric
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.loop import bad_steps
 from rlhf_jax.loop.cold_start import report_first_step
@@ -301,6 +302,6 @@ class Run:
         metric, evaluated = self.loop.best_metric, step >= max(self.loop.evaluate_every, self.loop.log_every)
         if self.loop.keep_best and evaluated and self._known and metric not in self._known:
             raise InputError(
-                f"LoopConfig.best_metric = {metric!r}: this run measures no such thing; one of "
+                f"LoopConfig.best_metric = {metric!r}: this run has no such metric{renamed_metric(metric)}; it has "
                 f"{', '.join(sorted(self._known))}"
             )

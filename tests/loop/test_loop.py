@@ -438,7 +438,7 @@ def test_the_best_checkpoint_by_a_recorded_metric_stays(tmp_path: Path) -> None:
     train(tmp_path / "r", 4, metric=lambda step: losses[step - 1], loop=loop)
     assert saved_steps(tmp_path / "r") == [2, 4]
     with pytest.raises(
-        InputError, match=r"^LoopConfig\.best_metric = 'los': this run measures no such thing; one of loss$"
+        InputError, match=r"^LoopConfig\.best_metric = 'los': this run has no such metric; it has loss$"
     ):
         train(tmp_path / "s", 4, metric=lambda step: 1.0, loop=loop | {"best_metric": "los"})
 
