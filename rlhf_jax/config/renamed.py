@@ -1,4 +1,4 @@
-"""Old names of gin keys and metrics with their new ones, for the message of whoever uses an old name (docs/renamed.md lists all)."""
+"""Old names of gin keys and metrics with their new ones, for messages to users of an old name (docs/renamed.md lists all)."""
 
 from __future__ import annotations
 

@@ -14,8 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_key_under_its_old_name_says_the_new_one() -> None:
-    error = TypeError("Configurable 'rlhf_jax.GRPOConfig' doesn't have a parameter named 'drop_even_groups'.")
-    assert "renamed to GRPOConfig.drop_zero_variance_groups" in explain_parse(error)
+    text = "Configurable 'rlhf_jax.GRPOConfig' doesn't have a parameter named 'drop_even_groups'."
+    message = explain_parse(text, (), (), lambda name: ("drop_zero_variance_groups",))
+    assert message.endswith(
+        "'drop_even_groups' of rlhf_jax.GRPOConfig; renamed to GRPOConfig.drop_zero_variance_groups"
+    )
 
 
 def test_names_that_were_not_renamed_say_nothing() -> None:
