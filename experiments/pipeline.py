@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gin
 
-from rlhf_jax.config import bound_config, fingerprint_asked, scan, settable
+from rlhf_jax.config import bound_config, fingerprint_bindings, key_to_bind, scan
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.launch import STOPPED, launch, run_child
 from rlhf_jax.launch.check_bindings import Command
@@ -81,7 +81,7 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
         environment = cache_environment(directory)
         for number, stage in enumerate(stages, 1):
             print(f"[{number}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
-            asked = fingerprint_asked(scan([stage.gin_file], bindings(stage, Path(), seed)))
+            asked = fingerprint_bindings(scan([stage.gin_file], bindings(stage, Path(), seed)))
             if _is_finished(directory / stage.name, record["stages"].get(stage.name), asked):
                 print("    finished before", file=sys.stderr, flush=True)
                 continue
@@ -102,8 +102,8 @@ def bindings(stage: Stage, directory: Path, seed: int) -> list[str]:
     """The gin bindings of a stage whose pipeline lives in ``directory``."""
     scanned = scan([stage.gin_file], [])
     values = {
-        settable(scanned, "run.run_dir"): str(directory / stage.name),
-        settable(scanned, "run.seed"): seed,
+        key_to_bind(scanned, "run.run_dir"): str(directory / stage.name),
+        key_to_bind(scanned, "run.seed"): seed,
         **{name: str(directory / path) for name, path in stage.macros},
     }
     return [f"{name} = {value!r}" for name, value in values.items()] + list(stage.bindings)

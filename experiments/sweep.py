@@ -36,7 +36,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.config import fingerprint_asked, scan, settable
+from rlhf_jax.config import fingerprint_bindings, key_to_bind, scan
 from rlhf_jax.config.renamed import renamed_metric
 from rlhf_jax.errors import InputError
 from rlhf_jax.launch import STOPPED, run_child
@@ -77,9 +77,9 @@ def bindings_of(run: PlannedRun, run_dir: Path | None) -> list[str]:
     bound = [*FLAGS.gin_bindings, *(f"{key} = {value}" for key, value in run.values.items())]
     scanned = scan(FLAGS.gin_file, bound)
     if run.seed is not None:
-        bound.append(f"{settable(scanned, 'run.seed')} = {run.seed}")
+        bound.append(f"{key_to_bind(scanned, 'run.seed')} = {run.seed}")
     if run_dir is not None:
-        bound.append(f"{settable(scanned, 'run.run_dir')} = {str(run_dir)!r}")
+        bound.append(f"{key_to_bind(scanned, 'run.run_dir')} = {str(run_dir)!r}")
     return bound
 
 
@@ -95,7 +95,7 @@ def state_of(run: PlannedRun, out: Path, record: Record) -> str:
     entry = record["runs"].get(run.name)
     if not (out / run.name).is_dir():
         return "failed" if entry and entry["state"] == "failed" else "to do"
-    if entry is None or entry["asked"] != fingerprint_asked(scan(FLAGS.gin_file, bindings_of(run, None))):
+    if entry is None or entry["asked"] != fingerprint_bindings(scan(FLAGS.gin_file, bindings_of(run, None))):
         return "half done"
     if entry["state"] == "done" and (changed := changed_outputs(out / run.name)):
         raise InputError(
@@ -118,7 +118,7 @@ def execute(run: PlannedRun, out: Path) -> Record:
         "exit_code": code,
         "seconds": round(time.monotonic() - began, 1),
         "message": lines[-1] if code and lines else "",
-        "asked": fingerprint_asked(scan(FLAGS.gin_file, bindings_of(run, None))),
+        "asked": fingerprint_bindings(scan(FLAGS.gin_file, bindings_of(run, None))),
     }
 
 

@@ -1,4 +1,4 @@
-"""gin at the root of a program: parsing, type checks, bindings that nothing reads, what may change on resume.
+"""gin at the root of a program: parsing, type checks, unused bindings, changes that are allowed on resume.
 
 `config.surface` registers what a gin file may name; it is not imported here, because it imports nearly every package.
 """
@@ -9,10 +9,10 @@ from rlhf_jax.config.parsing import (
     bound_config,
     bound_reference,
     changes,
-    fingerprint_asked,
+    fingerprint_bindings,
+    key_to_bind,
     parse,
     scan,
-    settable,
 )
 
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
     "bound_config",
     "bound_reference",
     "changes",
-    "fingerprint_asked",
+    "fingerprint_bindings",
+    "key_to_bind",
     "parse",
     "scan",
-    "settable",
 ]

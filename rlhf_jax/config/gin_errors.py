@@ -1,4 +1,4 @@
-"""gin's many-line errors in one line, with the place and the remedy. Pure text: gin is not imported."""
+"""Translation of gin's multi-line errors into one line with the place and the remedy. gin is not imported."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ class Binding:
     included: bool
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X' and what is known, in one line."""
-    names = sorted(known)
+def _closest(name: str, valid_names: Iterable[str]) -> str:
+    """Return '; did you mean X? known: ...', the end of an error message about an unknown name."""
+    names = sorted(valid_names)
     near = difflib.get_close_matches(name, names, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{guess} known: {', '.join(names)}"
 
 
 def explain_parse(
-    text: str, scanned: Sequence[Binding], known: Sequence[str], parameters: Callable[[str], Iterable[str]]
+    text: str, scanned: Sequence[Binding], configurables: Sequence[str], parameters: Callable[[str], Iterable[str]]
 ) -> str:
-    """gin's many-line message about parsing -> 'place: what is wrong; what is known'.
+    """Return the one-line message of an error that gin raised while parsing: 'place: problem; known names'.
 
-    known: every configurable. parameters: those of one of them.
+    configurables: the names of all. parameters(name): the parameters of one.
     """
     located = _GIN_PLACE.search(text)
     place = ""
@@ -61,26 +61,29 @@ def explain_parse(
             f"{located['file']}:{located['line']}: " if located["file"] else f"--gin_bindings={located['content']!r}: "
         )
     if match := re.match(r"No configurable matching (?:reference )?'@?([^'()]+)", text):
-        return f"{place}unknown configurable {match[1]!r}{_closest(match[1], known)}"
+        return f"{place}unknown configurable {match[1]!r}{_closest(match[1], configurables)}"
     if match := re.match(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
         hint = renamed_key(match[1], match[2]) or _closest(match[2], parameters(match[1]))
         return f"{place}unknown parameter {match[2]!r} of {match[1]}{hint}"
     if match := re.match(r"No bindings specified for '([^']+?)(?:/gin\.macro)?' in config string", text):
         user = next((b for b in scanned if Name(f"%{match[1]}") in flatten(b.value)), None)
-        where = f"{user.place}: " if user else ""
-        return f"{where}unknown macro %{match[1]}: define it ({match[1]} = ...) before the run"
+        prefix = f"{user.place}: " if user else ""
+        return f"{prefix}unknown macro %{match[1]}: define it ({match[1]} = ...) before the run"
     return place + one_line(text[: located.start()] if located else text)
 
 
 def flatten(value: Any) -> list[Any]:
-    """Leaves of nested lists, tuples and dicts."""
+    """Return the leaves of nested lists, tuples and dicts."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     return [leaf for item in value for leaf in flatten(item)] if isinstance(value, list | tuple) else [value]
 
 
 def explain_run(error: BaseException, scanned: Sequence[Binding], building: bool) -> str:
-    """The message of an error raised under ``run``. building: before run's first line, so a binding is to blame."""
+    """Return the one-line message of an error raised under ``run``.
+
+    building: the error came before the first line of ``run``, while gin built its arguments, so a binding caused it.
+    """
     text = str(error)
     call = _GIN_CALL.search(text)
     message = one_line(re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", text)[0])
@@ -94,14 +97,14 @@ def explain_run(error: BaseException, scanned: Sequence[Binding], building: bool
             f" (and also {', '.join(missing[1:])})" if missing[1:] else ""
         )
     words = set(re.findall(r"\w+", message))
-    culprits = [b for b in scanned if b.argument in words and same_selector(b.selector, call["name"])]
+    culprits = [b for b in scanned if b.argument in words and selectors_match(b.selector, call["name"])]
     culprits = [b for b in culprits if not b.scope or f"{call['scope']}/".startswith(b.scope + "/")]
-    where = f"{culprits[-1].place}: " if culprits else ""
+    prefix = f"{culprits[-1].place}: " if culprits else ""
     if call["name"] not in message:
-        return f"{where}{name}: {message}"
-    return where + (message if name in message else message.replace(call["name"], name, 1))
+        return f"{prefix}{name}: {message}"
+    return prefix + (message if name in message else message.replace(call["name"], name, 1))
 
 
-def same_selector(one: str, other: str) -> bool:
-    """Whether two partial selectors can name the same thing: 'run.LoopConfig' and 'LoopConfig'."""
-    return one == other or one.endswith("." + other) or other.endswith("." + one)
+def selectors_match(first: str, second: str) -> bool:
+    """Return whether two partial selectors can name the same configurable: 'run.LoopConfig' and 'LoopConfig'."""
+    return first == second or first.endswith("." + second) or second.endswith("." + first)

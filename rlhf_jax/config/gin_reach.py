@@ -1,4 +1,4 @@
-"""Which bindings of a gin configuration a run reads. Pure: gin is not imported, nothing is built."""
+"""Bindings of a gin configuration that a run reads. gin is not imported and nothing is built."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any, NamedTuple
 from rlhf_jax.config.gin_errors import Binding, Name, flatten
 
 
-class Read(NamedTuple):
-    """What is reached from ``run``: bindings, and names of macros."""
+class Reachable(NamedTuple):
+    """The bindings, and names of macros, that are reachable from ``run``."""
 
     bindings: list[Binding]
     macros: set[str]
 
 
-def reached(bindings: Sequence[Binding], macros: Mapping[str, Sequence[Any]], full: Callable[[str], str]) -> Read:
-    """What is reached from ``run`` through the references in ``bindings`` and in the values of ``macros``.
+def find_reachable(
+    bindings: Sequence[Binding], macros: Mapping[str, Sequence[Any]], full: Callable[[str], str]
+) -> Reachable:
+    """Return what is reachable from ``run`` through the references in ``bindings`` and in the values of ``macros``.
 
-    full: the complete selector of a partial one. A scope inherits from its prefixes.
+    full(selector): the complete selector of a partial one. A scope inherits from its prefixes.
     """
-    read = Read([], set())
-    seen: set[tuple[str, str]] = set()
-    waiting = [("", full("run"))]
+    reachable = Reachable([], set())
+    visited: set[tuple[str, str]] = set()
+    queue = [("", full("run"))]
 
     def follow(value: Any) -> None:
         for leaf in flatten(value):
@@ -31,19 +33,19 @@ def reached(bindings: Sequence[Binding], macros: Mapping[str, Sequence[Any]], fu
             name = leaf.text[1:]
             if leaf.text[0] == "@":
                 scope, _, selector = name.removesuffix("()").rpartition("/")
-                waiting.append((scope, full(selector)))
-            elif name in macros and name not in read.macros:
-                read.macros.add(name)
+                queue.append((scope, full(selector)))
+            elif name in macros and name not in reachable.macros:
+                reachable.macros.add(name)
                 follow(list(macros[name]))
 
-    while waiting:
-        place = waiting.pop()
-        if place in seen:
+    while queue:
+        place = queue.pop()
+        if place in visited:
             continue
-        seen.add(place)
+        visited.add(place)
         scope, selector = place
         for b in bindings:
             if full(b.selector) == selector and (not b.scope or f"{scope}/".startswith(b.scope + "/")):
-                read.bindings.append(b)
+                reachable.bindings.append(b)
                 follow(b.value)
-    return read
+    return reachable

@@ -1,4 +1,4 @@
-"""gin at the root of a program, and only there: parsing, dead bindings, what may change on resume.
+"""gin at the root of a program, and only there: parsing, unused bindings, changes that are allowed on resume.
 
 Only this file, ``configurables.py`` and the experiments import gin.
 """
@@ -22,9 +22,9 @@ import gin
 from absl import flags
 from gin import config_parser
 
-from rlhf_jax.config.gin_errors import Binding, Name, explain_parse, same_selector
-from rlhf_jax.config.gin_reach import Read, reached
-from rlhf_jax.config.gin_types import settled, wrong_type
+from rlhf_jax.config.gin_errors import Binding, Name, explain_parse, selectors_match
+from rlhf_jax.config.gin_reach import Reachable, find_reachable
+from rlhf_jax.config.gin_types import effective_bindings, wrong_type
 from rlhf_jax.errors import InputError
 from rlhf_jax.messages import without_secrets
 from rlhf_jax.storage.files import read_text
@@ -41,12 +41,12 @@ MAY_CHANGE = (
     "run.rollout_mesh",
     "run.offload_optimizer",
 )
-"""Keys (without scope) that a resumed run may change; every other key is part of what the run IS."""
+"""Keys (without scope) that a resumed run may change; every other key is part of the identity of the run."""
 
 
 @dataclass(frozen=True)
 class BoundConfig:
-    """What a run was asked for, as gin text, without passwords in URLs: it is written down and compared.
+    """The configuration of a run as gin text, without passwords in URLs; it is recorded, and compared on resume.
 
     config: every binding. operative: every value in use, with defaults.
     """
@@ -69,7 +69,7 @@ class Change:
 
 
 class _ReadOnly:
-    """What gin's parser asks about names, answered without looking anything up."""
+    """A delegate of gin's parser that returns references and macros as names, without resolving them."""
 
     def configurable_reference(self, selector: str, evaluate: bool) -> Name:
         return Name(f"@{selector}{'()' if evaluate else ''}")
@@ -82,20 +82,20 @@ class _ReadOnly:
 
 
 def _find(file: str) -> Path | None:
-    """A gin path is relative to the working directory or else to the repository."""
+    """Return the path of a gin file, relative to the working directory or else to the repository; None when missing."""
     return next((path for path in (Path(file), REPOSITORY / file) if path.is_file()), None)
 
 
 def _statements(text: str, place: Callable[[int, str], str]) -> Iterator[tuple[Any, str]]:
-    """(statement, place) of gin text. Raises InputError at a place that is not gin."""
+    """Yield (statement, place) of gin text. Raises InputError at a place that is not gin."""
     try:
         for statement in config_parser.ConfigParser(text, _ReadOnly()):
             yield statement, place(statement.location.line_num, statement.location.line_content)
     except tokenize.TokenError as error:
         raise InputError(f"{place(error.args[1][0], '')}: cannot read gin: {error.args[0]}") from error
     except SyntaxError as error:
-        where = place(error.lineno or 0, error.text or "")
-        raise InputError(f"{where}: cannot read gin: {error.msg} ({(error.text or '').strip()!r})") from error
+        location = place(error.lineno or 0, error.text or "")
+        raise InputError(f"{location}: cannot read gin: {error.msg} ({(error.text or '').strip()!r})") from error
     except ValueError as error:
         raise InputError(f"{place(0, '')}: cannot read gin: {error}") from error
 
@@ -109,57 +109,57 @@ def _binding(statement: Any, place: str, included: bool) -> Binding:
     return Binding(statement.scope, statement.selector, statement.arg_name, statement.value, place, included)
 
 
-def _scan_file(file: str, asked_at: str, stack: tuple[str, ...] = ()) -> list[Binding]:
+def _scan_file(file: str, origin: str, stack: tuple[str, ...] = ()) -> list[Binding]:
     path = _find(file)
     if path is None:
         raise InputError(
-            f"{asked_at}: no such gin file {file!r}; paths are relative to the working directory ({Path.cwd()})"
+            f"{origin}: no such gin file {file!r}; paths are relative to the working directory ({Path.cwd()})"
         )
     if file in stack:
-        raise InputError(f"{asked_at}: {file!r} includes itself; remove the include")
-    found: list[Binding] = []
+        raise InputError(f"{origin}: {file!r} includes itself; remove the include")
+    scanned: list[Binding] = []
     for statement, place in _statements(read_text(path, "give a gin file"), lambda line, _: f"{file}:{line}"):
         if isinstance(statement, config_parser.IncludeStatement):
-            found += _scan_file(statement.filename, place, (*stack, file))
+            scanned += _scan_file(statement.filename, place, (*stack, file))
         elif isinstance(statement, config_parser.BindingStatement):
-            found.append(_binding(statement, place, included=bool(stack)))
-    return found
+            scanned.append(_binding(statement, place, included=bool(stack)))
+    return scanned
 
 
 def scan(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
-    """Every binding of ``files`` (includes followed) and ``bindings`` in gin's order, each with its place.
+    """Return every binding of ``files`` (includes followed) and ``bindings`` in gin's order, each with its place.
 
     Raises InputError naming file and line when a file is missing or is not gin.
     """
-    found = [binding for file in files for binding in _scan_file(file, f"--gin_file={file}")]
+    scanned = [binding for file in files for binding in _scan_file(file, f"--gin_file={file}")]
     for text in bindings:
         for statement, place in _statements(text, _everywhere(f"--gin_bindings={text!r}")):
             if isinstance(statement, config_parser.BindingStatement):
-                found.append(_binding(statement, place, included=False))
-    return found
+                scanned.append(_binding(statement, place, included=False))
+    return scanned
 
 
-def fingerprint_asked(scanned: Sequence[Binding]) -> str:
-    """sha256 of what bindings ask for: places, comments, order and overridden bindings do not count."""
-    bindings, macros = settled(scanned, lambda selector: selector)
+def fingerprint_bindings(scanned: Sequence[Binding]) -> str:
+    """Return the sha256 of the effective bindings; places, comments, order and overridden bindings are ignored."""
+    bindings, macros = effective_bindings(scanned, lambda selector: selector)
     lines = [f"{b.scope}/{b.selector}.{b.argument} = {b.value!r}\n" for b in bindings]
     lines += [f"{name} = {value!r}\n" for name, value in macros.items()]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def settable(scanned: Sequence[Binding], parameter: str) -> str:
-    """What to bind so that ``parameter`` gets another value: the macro it is given, or else itself.
+def key_to_bind(scanned: Sequence[Binding], parameter: str) -> str:
+    """Return the key to bind so that ``parameter`` gets another value: the macro that it is bound to, or else itself.
 
-    With ``run.seed = %SEED`` that is SEED: binding run.seed would leave the macro dead, and whatever else reads it as
-    it was.
+    With ``run.seed = %SEED`` the key is SEED: binding run.seed would leave the macro unused, and other readers of the
+    macro would keep the old value.
     """
     macros = {b.selector: b.value for b in scanned if not b.argument and not b.scope}
     values = [b.value for b in scanned if not b.scope and f"{b.selector}.{b.argument}" == parameter]
-    found, value = parameter, values[-1] if values else None
+    key, value = parameter, values[-1] if values else None
     while isinstance(value, Name) and value.text[0] == "%" and value.text[1:] in macros:
-        found = value.text[1:]
-        value = macros.pop(found)
-    return found
+        key = value.text[1:]
+        value = macros.pop(key)
+    return key
 
 
 def _configurables() -> list[str]:
@@ -173,29 +173,29 @@ def _parameters(configurable: str) -> list[str]:
 
 
 def _wrapped(configurable: str) -> Any:
-    """The class or function behind a selector; None for what is not in the registry (gin's own)."""
-    found = gin.config._REGISTRY.get_match(configurable)
-    return found and found.wrapped
+    """Return the class or function of a selector; None for one that is not in the registry (gin's own)."""
+    match = gin.config._REGISTRY.get_match(configurable)
+    return match and match.wrapped
 
 
 def _hints(configurable: str) -> dict[str, Any]:
-    """{parameter: annotation}, and "return" of a function."""
-    made = _wrapped(configurable)
-    is_plain_class = isinstance(made, type) and not dataclasses.is_dataclass(made)
-    return typing.get_type_hints(made.__init__ if is_plain_class else made) if made else {}
+    """Return {parameter: annotation}, with "return" for a function."""
+    target = _wrapped(configurable)
+    is_plain_class = isinstance(target, type) and not dataclasses.is_dataclass(target)
+    return typing.get_type_hints(target.__init__ if is_plain_class else target) if target else {}
 
 
 def _returns(reference: Name) -> Any:
-    """What '@scope/X()' gives."""
+    """Return the type that '@scope/X()' returns."""
     selector = reference.text.strip("@()").rsplit("/", 1)[-1]
-    made = _wrapped(selector)
-    return made if isinstance(made, type) else _hints(selector).get("return", Any)
+    target = _wrapped(selector)
+    return target if isinstance(target, type) else _hints(selector).get("return", Any)
 
 
 def _check_argument_types(scanned: Sequence[Binding]) -> None:
-    """Raises InputError at the first binding whose value is not of its parameter's type."""
+    """Check every value against the annotation of its parameter. Raises InputError for the first that does not fit."""
 
-    bindings, macros = settled(scanned, _full)
+    bindings, macros = effective_bindings(scanned, _complete_selector)
     for binding in bindings:
         message = wrong_type(binding, macros, _hints(binding.selector).get(binding.argument, Any), _returns)
         if message:
@@ -203,10 +203,10 @@ def _check_argument_types(scanned: Sequence[Binding]) -> None:
 
 
 def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
-    """Parse and lock the gin configuration; returns its bindings with their places.
+    """Parse and lock the gin configuration; return its bindings with their places.
 
-    Unknown names are errors, never skipped; so are values of another type than the parameter's annotation. Keys that
-    `replaced` names are left out and reported on stderr. Raises InputError (one line).
+    Bindings of replaced builders (`replaced_bindings`) are left out and reported on stderr.
+    Raises InputError (one line) for unknown names and for values of another type than the parameter's annotation.
     """
     scanned = scan(files, bindings)
     gin.add_config_file_search_path(str(REPOSITORY))
@@ -214,9 +214,9 @@ def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     gin.config._FILE_READERS = [(open, os.path.isfile)]
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False, skip_unknown=False)
-        unused = replaced(scanned)
+        unused = replaced_bindings(scanned)
         for b in unused:
-            gin.config._CONFIG[b.scope, _full(b.selector)].pop(b.argument)  # gin takes no binding back
+            gin.config._CONFIG[b.scope, _complete_selector(b.selector)].pop(b.argument)  # gin has no function for this
         gin.finalize()
     except Exception as error:
         raise InputError(explain_parse(str(error), scanned, _configurables(), _parameters)) from error
@@ -227,11 +227,11 @@ def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     return scanned
 
 
-# ---- dead bindings
+# ---- unused bindings
 
 
 def _from_text(text: str) -> dict[tuple[str, str, str], Any]:
-    """{(scope, selector, argument): value} of a gin text such as ``gin.config_str()``. A macro x is ('', x, '')."""
+    """Return {(scope, selector, argument): value} of a gin text such as ``gin.config_str()``. A macro x is ('', x, '')."""
     return {
         (s.scope, s.selector, s.arg_name): s.value
         for s, _ in _statements(text, lambda line, _: f"config line {line}")
@@ -239,71 +239,80 @@ def _from_text(text: str) -> dict[tuple[str, str, str], Any]:
     }
 
 
-def _is_live(key: tuple[str, str, str], used: Iterable[tuple[str, str, str]]) -> bool:
-    """A scope inherits from its prefixes: the binding of scope a (or of none) is in use when a/b uses it."""
-    scope, *rest = key
-    return any(rest == list(other) and (not scope or f"{inner}/".startswith(scope + "/")) for inner, *other in used)
+def _is_used(key: tuple[str, str, str], used_keys: Iterable[tuple[str, str, str]]) -> bool:
+    """Return whether a binding is used. A scope inherits from its prefixes: a binding of scope a is used when a/b uses it."""
+    scope, *name = key
+    return any(
+        name == list(other) and (not scope or f"{inner}/".startswith(scope + "/")) for inner, *other in used_keys
+    )
 
 
 def bound_config() -> BoundConfig:
-    """The configuration of this run; call it on the first line of ``run``.
+    """Return the configuration of this run; call it on the first line of ``run``.
 
-    Raises InputError naming every DEAD binding: a key that was bound and that nothing reads, which gin ignores
-    silently. Only eager references (``@X()``) are used, so on run's first line every object of the run is built and
-    what has not been read never will be. A macro nobody reads is dead as well, except when all its definitions are in
-    included files: a shared file may define more than one run needs, but what the run's own file or the command line
-    defines is meant to have an effect.
+    Raises InputError that names every unused binding: a key that is bound and never read, which gin ignores silently.
+    Only eager references (``@X()``) are used, so on the first line of ``run`` every object is built and all reads are done.
+    An unused macro is an error as well, except when all its definitions are in included files: a shared file may define
+    more than a run needs, but a definition in the run's own file or on the command line is meant to have an effect.
     """
     config, operative = gin.config_str(), gin.operative_config_str()
-    used = _from_text(operative)
+    used_keys = _from_text(operative)
     scanned = scan(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings) if flags.FLAGS.is_parsed() else []
-    dead = []
+    unused_keys = []
     for key in _from_text(config):
         sources = [
-            b for b in scanned if b.scope == key[0] and b.argument == key[2] and same_selector(b.selector, key[1])
+            b for b in scanned if b.scope == key[0] and b.argument == key[2] and selectors_match(b.selector, key[1])
         ]
         is_shared_macro = not key[2] and sources and all(b.included for b in sources)
-        if not _is_live(key, used) and not is_shared_macro:
+        if not _is_used(key, used_keys) and not is_shared_macro:
             name = "/".join(filter(None, key[:2])) + ("." + key[2] if key[2] else " (macro)")
-            dead.append(f"{sources[-1].place}: {name}" if sources else name)
-    if dead:
-        raise InputError(f"{'; '.join(dead)}: bound but nothing reads it; remove it or reference its object, '@...()'")
+            unused_keys.append(f"{sources[-1].place}: {name}" if sources else name)
+    if unused_keys:
+        raise InputError(
+            f"{'; '.join(unused_keys)}: bound but nothing reads it; remove it or reference its object, '@...()'"
+        )
     return BoundConfig(without_secrets(config), without_secrets(operative))
 
 
-def unread(scanned: Sequence[Binding]) -> list[Binding]:
-    """The bindings that no run would read: `bound_config`'s dead ones, found without building anything.
+def unused_bindings(scanned: Sequence[Binding]) -> list[Binding]:
+    """Return the bindings that no run would read, as `bound_config` reports them, without building anything.
 
-    Only eager references are used, so what is read is what can be reached from ``run`` through references and macros.
+    Only eager references are used, so a run reads what is reachable from ``run`` through references and macros.
     """
-    bindings, _ = settled(scanned, _full)
-    read = _read(scanned)
-    left_out = replaced(scanned)
-    dead = [b for b in bindings if b not in read.bindings and b not in left_out]
+    bindings, _ = effective_bindings(scanned, _complete_selector)
+    reachable = _reachable(scanned)
+    ignored = replaced_bindings(scanned)
+    unused = [b for b in bindings if b not in reachable.bindings and b not in ignored]
     own = {"/".join(filter(None, (b.scope, b.selector))): b for b in scanned if not b.argument and not b.included}
-    return dead + [b for name, b in own.items() if name not in read.macros]
+    return unused + [b for name, b in own.items() if name not in reachable.macros]
 
 
-def replaced(scanned: Sequence[Binding]) -> list[Binding]:
-    """The keys of included files for builders that would be read if no later binding had replaced a reference to them
-    (``run.records = @other()``): nobody has to unbind them one by one."""
+def replaced_bindings(scanned: Sequence[Binding]) -> list[Binding]:
+    """Return the bindings of included files for builders whose reference a later binding replaced (``run.records = @other()``).
+
+    They are left out, so that the including file need not unbind them one by one.
+    """
     macros: dict[str, list[Any]] = {}
     for b in scanned:
         if not b.argument:
             macros.setdefault("/".join(filter(None, (b.scope, b.selector))), []).append(b.value)
-    referenced = reached([b for b in scanned if b.argument], macros, _full).bindings
-    read = _read(scanned).bindings
-    return [b for b in settled(scanned, _full)[0] if b.included and b in referenced and b not in read]
+    referenced = find_reachable([b for b in scanned if b.argument], macros, _complete_selector).bindings
+    reachable = _reachable(scanned).bindings
+    return [
+        b
+        for b in effective_bindings(scanned, _complete_selector)[0]
+        if b.included and b in referenced and b not in reachable
+    ]
 
 
-def _read(scanned: Sequence[Binding]) -> Read:
-    """What a run reads."""
-    bindings, macros = settled(scanned, _full)
-    return reached(bindings, {name: [value] for name, value in macros.items()}, _full)
+def _reachable(scanned: Sequence[Binding]) -> Reachable:
+    """Return the bindings and macros that a run reads."""
+    bindings, macros = effective_bindings(scanned, _complete_selector)
+    return find_reachable(bindings, {name: [value] for name, value in macros.items()}, _complete_selector)
 
 
-def _full(selector: str) -> str:
-    """The complete selector of a partial one; itself when unknown."""
+def _complete_selector(selector: str) -> str:
+    """Return the complete selector of a partial one; the same text when unknown."""
     match = gin.config._REGISTRY.get_match(selector)
     return str(match.selector) if match else selector
 
@@ -317,8 +326,8 @@ def bound_reference(parameter: str) -> str | None:
     return name
 
 
-def forget_bindings() -> None:
-    """Take back what `parse` bound, so that another configuration can be parsed in this process."""
+def clear_bindings() -> None:
+    """Clear the bindings of `parse`, so that another configuration can be parsed in this process."""
     gin.clear_config()
 
 
@@ -326,7 +335,7 @@ def forget_bindings() -> None:
 
 
 def bound_values(text: str) -> dict[str, Any]:
-    """{'scope/selector.argument': value} of a gin text with the macros replaced by their values."""
+    """Return {'scope/selector.argument': value} of a gin text with the macros replaced by their values."""
     raw = _from_text(text)
     macros = {"/".join(filter(None, key[:2])): value for key, value in raw.items() if not key[2]}
 
@@ -341,10 +350,10 @@ def bound_values(text: str) -> dict[str, Any]:
 
 
 def changes(old: str, new: str) -> list[Change]:
-    """The keys whose values differ between two gin texts, macros expanded.
+    """Return the keys whose values differ between two gin texts, macros expanded.
 
-    Give it operative texts: a default written out then equals the default left alone, and a default that the code has
-    changed since shows. ``lr = 1e-3; O.lr = %lr`` and ``O.lr = 0.001`` are equal.
+    Compare operative texts: an explicit default then equals an unbound one, and a default that the code has changed
+    since is reported. ``lr = 1e-3; O.lr = %lr`` and ``O.lr = 0.001`` are equal.
     """
     before, after = bound_values(old), bound_values(new)
     keys = sorted(before.keys() | after.keys())

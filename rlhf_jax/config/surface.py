@@ -1,4 +1,4 @@
-"""Every dataclass and builder that a gin file may name, registered. This module defines nothing itself.
+"""Registration of every dataclass and builder that a gin file may name. This module defines nothing else.
 
 config/__init__ does not import it: it imports nearly every package.
 """

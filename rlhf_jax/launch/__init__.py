@@ -1,4 +1,4 @@
-"""How a program is started: entry point, flags, exit codes, child processes, checks of the bindings of later commands."""
+"""Start of a program: entry point, flags, exit codes, child processes, checks of the bindings of later commands."""
 
 from rlhf_jax.launch.child import STOPPED, run_child
 from rlhf_jax.launch.launching import launch

@@ -1,9 +1,8 @@
-"""Whether commands that are to be run later ask for what there is: for pipelines and sweeps, before their first process.
+"""Checks of the gin bindings of later commands: pipelines and sweeps make them before their first process.
 
-Every command's gin is parsed against the script that will read it (names, types, macros) and what nothing would read is
-found, without building anything: files that an earlier stage has yet to write are not looked for, and ranges of values
-are seen when the run itself begins. gin knows one ``run`` a process, so each script is loaded in a fork of a process of
-its own; it is named by its file and not imported.
+Every command's gin is parsed against its script (names, types, macros), and unused bindings are reported, without
+building anything: files that an earlier stage has yet to write are not opened, and ranges of values are checked when the
+run itself begins. gin allows one ``run`` per process, so each script is loaded, by the path of its file, in a fork.
 
     check([Command("train_ppo", ("configs/smoke/ppo.gin",), ("PPOConfig.clip_lo = 0.1",))])   # InputError
 """
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config.gin_errors import Binding
-from rlhf_jax.config.parsing import REPOSITORY, forget_bindings, parse, unread
+from rlhf_jax.config.parsing import REPOSITORY, clear_bindings, parse, unused_bindings
 from rlhf_jax.errors import InputError
 
 
 class Command(NamedTuple):
-    """An experiment by the name of its script, and what it would be given. name: of the stage or run, for the message."""
+    """The name of an experiment's script, its gin files and bindings. name: of the stage or run, for the message."""
 
     experiment: str
     files: tuple[str, ...]
@@ -34,24 +33,24 @@ class Command(NamedTuple):
 
 
 def check(commands: Sequence[Command]) -> None:
-    """Raises InputError with the message of the first command that could not be used."""
+    """Check the bindings of all commands. Raises InputError with the message of the first command that has an error."""
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "rlhf_jax.launch.check_bindings"],
-        input=json.dumps(commands),  # thousands of runs are more than a command line holds
+        input=json.dumps(commands),  # a command line is too short for thousands of runs
         capture_output=True,
         check=False,
         text=True,
         env=environment | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
     )
-    if done.returncode == 2:
-        raise InputError(done.stdout.strip())
-    if done.returncode:
-        raise RuntimeError(f"checking the bindings ended with exit code {done.returncode}: {done.stderr}")
+    if result.returncode == 2:
+        raise InputError(result.stdout.strip())
+    if result.returncode:
+        raise RuntimeError(f"checking the bindings ended with exit code {result.returncode}: {result.stderr}")
 
 
-def _first_problem(experiment: str, commands: Sequence[Command]) -> str:
-    """'' when all of one experiment's commands can be used."""
+def _find_problem(experiment: str, commands: Sequence[Command]) -> str:
+    """Return the first error in the commands of one experiment, '' for none."""
     script = REPOSITORY / "experiments" / f"{experiment}.py"
     spec = importlib.util.spec_from_file_location("__experiment__", script)
     assert spec is not None and spec.loader is not None
@@ -60,35 +59,35 @@ def _first_problem(experiment: str, commands: Sequence[Command]) -> str:
     spec.loader.exec_module(module)
     for command in commands:
         place = f"{command.name}: " if command.name else ""
-        forget_bindings()
+        clear_bindings()
         try:
             scanned = parse(command.files, command.bindings)
         except InputError as error:
             return f"{place}{error}"
-        if dead := unread(scanned):
-            told = "; ".join(f"{b.place}: {_name(b)}" for b in dead)
-            return f"{place}{told}: bound but nothing reads it; remove it or reference its object, '@...()'"
+        if unused := unused_bindings(scanned):
+            names = "; ".join(f"{b.place}: {_key_of(b)}" for b in unused)
+            return f"{place}{names}: bound but nothing reads it; remove it or reference its object, '@...()'"
     return ""
 
 
-def _name(binding: Binding) -> str:
+def _key_of(binding: Binding) -> str:
     name = "/".join(filter(None, (binding.scope, binding.selector)))
     return f"{name}.{binding.argument}" if binding.argument else f"{name} (macro)"
 
 
-def _main(commands: Sequence[Command]) -> int:
-    """2, and the message on stdout, when some command cannot be used."""
+def _check_all(commands: Sequence[Command]) -> int:
+    """Check all commands; return 2, with the message on stdout, when one has an error."""
     from rlhf_jax.config import surface  # once, before the forks: every script needs it
 
     assert surface is not None
     by_script: dict[str, list[Command]] = {}
     for command in commands:
         by_script.setdefault(command.experiment, []).append(command)
-    for experiment, own in by_script.items():
+    for experiment, commands_of_script in by_script.items():
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            problem = _first_problem(experiment, own)
+            problem = _find_problem(experiment, commands_of_script)
             print(problem, end="", flush=True)
             os._exit(2 if problem else 0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -99,5 +98,5 @@ def _main(commands: Sequence[Command]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(REPOSITORY)))
-    given = [Command(e, tuple(f), tuple(b), name) for e, f, b, name in json.load(sys.stdin)]
-    sys.exit(_main(given))
+    requested = [Command(e, tuple(f), tuple(b), name) for e, f, b, name in json.load(sys.stdin)]
+    sys.exit(_check_all(requested))

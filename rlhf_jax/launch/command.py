@@ -1,4 +1,4 @@
-"""The command line of a script: flags, and one line with exit code 2 or 3 for what is not a bug of the program."""
+"""Command lines of scripts: flags, and errors in one line with exit code 2 or 3, except for bugs."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.messages import lost_output, one_line, steady_output
 
 BAD_INPUT, STOPPED_BY_GUARD = 2, 3
-"""Exit codes: what the user gave cannot be used; a guard, or the machine, stopped the run."""
+"""Exit codes: an error in the user's input; a run that a guard or the machine stopped."""
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors of the operating system that say nothing about what the user gave: the same command works later."""
+"""Errors of the machine that are not caused by the user's input: the same command may succeed later."""
 _FULL = re.compile(r"No space left on device|os error 28\b|Disk quota exceeded|File too large", re.IGNORECASE)
 
 
 def parse_flags(argv: Sequence[str]) -> None:
-    """absl's flags of ``argv``, whose own parser ends in a page of usage.
+    """Parse absl's flags in ``argv``; absl's own error prints a page of usage.
 
     Raises InputError for unknown or missing flags, values that do not fit, and anything that is not a flag.
     """
     try:
-        rest = flags.FLAGS(list(argv))
+        positional = flags.FLAGS(list(argv))
     except flags.Error as error:
         raise InputError(f"{one_line(str(error))} (--help lists the flags)") from error
-    if len(rest) > 1:
-        raise InputError(f"unexpected argument {rest[1]!r}; everything is a flag (--help lists them)")
+    if len(positional) > 1:
+        raise InputError(f"unexpected argument {positional[1]!r}; everything is a flag (--help lists them)")
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether --help or -h is among the arguments."""
+    """Return whether --help or -h is among the arguments."""
     return "--help" in argv or "-h" in argv
 
 
 def usage(words: str, names: Sequence[str]) -> str:
-    """``words`` (a script's docstring) and its flags."""
+    """Return the text of --help: ``words`` (a script's docstring) and its flags."""
     return words.strip() + "\n\nflags:\n" + "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in names)
 
 
 def explain_os_error(error: OSError) -> str:
-    """Returns the path and the operating system's words: '/data/x.jsonl: Permission denied'."""
+    """Return the path and the operating system's words: '/data/x.jsonl: Permission denied'."""
     text = re.split(r"\n  In call to configurable", str(error))[0]  # gin's addition
     names = [
         os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
@@ -58,10 +58,10 @@ def explain_os_error(error: OSError) -> str:
 
 
 def exit_code_for(error: Exception) -> int | None:
-    """Returns the exit code of a program that ``error`` ended, None for a bug, which keeps its traceback.
+    """Return the exit code for ``error``; None for a bug, whose traceback is shown.
 
-    3: a guard stopped the run, the disk is full, a device failed. 2: what the user gave cannot be used: an InputError, a
-    path that is not there or not allowed.
+    3: a guard stopped the run, the disk is full, a device failed. 2: an error in the user's input: an InputError, a
+    path that is missing or not allowed.
     """
     if isinstance(error, RunStopped):
         return STOPPED_BY_GUARD
@@ -75,13 +75,13 @@ def exit_code_for(error: Exception) -> int | None:
 
 
 def error_line(error: Exception) -> str:
-    """Returns the line for an error that `exit_code_for` knows: 'error: ...' or 'stopped: ...'."""
+    """Return the line for an error that `exit_code_for` knows: 'error: ...' or 'stopped: ...'."""
     words = explain_os_error(error) if isinstance(error, OSError) else one_line(str(error))
     return f"{'stopped' if exit_code_for(error) == STOPPED_BY_GUARD else 'error'}: {words}"
 
 
 def finish(code: int) -> int:
-    """Returns the exit code of a program that ends with ``code``: 3 when it was 0 and a part of stdout is lost."""
+    """Return the exit code of a program that ends with ``code``: 3 when it was 0 and a part of stdout is lost."""
     lost = lost_output()
     if lost is None or code:
         return code
@@ -98,8 +98,9 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def run_command(command: Callable[[], int], argv: Sequence[str], words: str, names: Sequence[str]) -> int:
-    """Exit code of ``command()`` after the flags of ``argv`` are parsed: its own, 0 for --help, 2 for an InputError, 2 or 3
-    for an error of the operating system (`exit_code_for`).
+    """Parse the flags in ``argv``, run ``command()`` and return the exit code.
+
+    The code of ``command``, 0 for --help, 2 for an InputError, 2 or 3 for an error of the operating system (`exit_code_for`).
 
     words, names: the script's docstring and its own flags, for --help.
     """

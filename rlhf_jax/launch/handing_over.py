@@ -1,4 +1,4 @@
-"""A script that hands over to a training script, with other names for some of its flags."""
+"""Scripts that replace themselves with a training script, with other names for some of its flags."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ def hand_over(
     needed: str = "",
     add: Sequence[str] = (),
 ) -> None:
-    """Run the script that --experiment names in ``scripts``, in the place of this process.
+    """Replace this process with the script that --experiment names in ``scripts``.
 
-    words: printed for --help. renamed: {name of a flag here: its name there}. needed: a flag without which nothing starts. add:
-    further flags. A missing or unknown experiment ends the process with one line and exit code 2.
+    words: printed for --help.
+    renamed: {flag of this script: flag of the training script}.
+    needed: a flag that must be present.
+    add: more flags for the training script.
+    A missing or unknown experiment ends the process with one line and exit code 2.
     """
-    known = sorted(path.stem for path in scripts.glob("train_*.py"))
+    experiments = sorted(path.stem for path in scripts.glob("train_*.py"))
     experiment, arguments, names = "", list(add), set()
-    rest = iter(argv[1:])
-    for word in rest:
+    remaining = iter(argv[1:])
+    for word in remaining:
         name, equals, value = word.lstrip("-").partition("=")
         if not word.startswith("-"):
             arguments.append(word)
             continue
         names.add(name)
         if name == "experiment":
-            experiment = value if equals else next(rest, "")
+            experiment = value if equals else next(remaining, "")
         else:
             arguments.append(f"--{renamed.get(name, name)}{equals}{value}")
     if names & {"help", "h"}:
         print(words)
         sys.exit(0)
-    if experiment not in known:
-        _refuse(f"--experiment={experiment}: name the training script: {', '.join(known)}")
+    if experiment not in experiments:
+        _exit_with_error(f"--experiment={experiment}: name the training script: {', '.join(experiments)}")
     if needed and needed not in names:
-        _refuse(f"--{needed}: give it, for instance --{needed}=v5p:2x2x4, or --{needed}=local")
+        _exit_with_error(f"--{needed}: give it, for instance --{needed}=v5p:2x2x4, or --{needed}=local")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(scripts / f"{experiment}.py"), *arguments])
 
 
-def _refuse(message: str) -> None:
+def _exit_with_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,10 +1,10 @@
-"""How an experiment is started: its flags, gin, and exit codes.
+"""Start of an experiment: flags, gin and exit codes.
 
 An experiment is a module with one ``@gin.configurable def run(...)`` and, at its end,
 ``if __name__ == "__main__": launch(run)``.
 
-Exit codes of a launched program: 0 done; 1 a bug (traceback); 2 what the user gave cannot be used (one line, nothing
-written); 3 a guard stopped the run; 130 / 143 stopped by SIGINT / SIGTERM after saving (``run/loop.py``).
+Exit codes of a launched program: 0 done; 1 a bug (traceback); 2 an error in the user's input (one line, nothing
+written); 3 a guard stopped the run; 130 / 143 stopped by SIGINT / SIGTERM after saving (`loop.signals`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ flags.DEFINE_string(
 )
 
 
-def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
-    """Whether the body of ``run_fn`` was reached before the error: before it, gin was still building its arguments."""
+def _is_raised_in_body(run_fn: Callable[..., object], error: BaseException) -> bool:
+    """Return whether the error was raised in the body of ``run_fn``; otherwise gin was still building its arguments."""
     code, frame = inspect.unwrap(run_fn).__code__, error.__traceback__
     while frame is not None and frame.tb_frame.f_code is not code:
         frame = frame.tb_next
@@ -58,36 +58,38 @@ def _entered(run_fn: Callable[..., object], error: BaseException) -> bool:
 
 
 def _usage(run_fn: Callable[..., object]) -> str:
-    """The experiment's own words and the flags of all."""
+    """Return the text of --help: the experiment's docstring and the flags of all experiments."""
     words = inspect.getdoc(sys.modules[run_fn.__module__]) or inspect.getdoc(run_fn) or ""
     return usage(
         words, ("gin_file", "gin_bindings", "debug", "distributed", "compilation_cache", "sync", "profile", *MODE_FLAGS)
     )
 
 
-def _keep_failed_saves_to_one_line() -> None:
-    """Leaves out what Orbax's threads write of a failed save before the run ends with RunStopped, which names the failure:
-    tracebacks in the log, and those of tensorstore, which reports to event loops that Orbax has closed by then."""
+def _suppress_save_tracebacks() -> None:
+    """Suppress the tracebacks of a failed save in Orbax's threads: the run ends with RunStopped, which names the failure.
 
-    def of_another(record: logging.LogRecord) -> bool:
+    They come from Orbax's log, and from tensorstore, which calls event loops that Orbax has closed.
+    """
+
+    def is_unrelated(record: logging.LogRecord) -> bool:
         return record.exc_info is None or "orbax" not in record.pathname
 
     report, report_unraisable = sys.excepthook, sys.unraisablehook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not _is_of_closed_loop(error, trace):
+        if not _is_closed_loop_error(error, trace):
             report(kind, error, trace)
 
     def unraisable_hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if not _is_of_closed_loop(unraisable.exc_value, unraisable.exc_traceback):
+        if not _is_closed_loop_error(unraisable.exc_value, unraisable.exc_traceback):
             report_unraisable(unraisable)
 
-    logging.getLogger("absl").addFilter(of_another)
+    logging.getLogger("absl").addFilter(is_unrelated)
     sys.excepthook, sys.unraisablehook = hook, unraisable_hook
 
 
-def _is_of_closed_loop(error: BaseException | None, trace: TracebackType | None) -> bool:
-    """Whether tensorstore called a closed event loop: the first frame is asyncio's, below no code of Python."""
+def _is_closed_loop_error(error: BaseException | None, trace: TracebackType | None) -> bool:
+    """Return whether tensorstore called a closed event loop: the first frame is asyncio's, without a Python caller."""
     called = trace is not None and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"
     return called and isinstance(error, RuntimeError)
 
@@ -102,7 +104,7 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not flags.FLAGS.debug:
-        _keep_failed_saves_to_one_line()
+        _suppress_save_tracebacks()
     scanned: list[Binding] = []
     try:
         if flags.FLAGS.distributed is not None:
@@ -116,7 +118,7 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        building, code = not _entered(run_fn, error), exit_code_for(error)
+        building, code = not _is_raised_in_body(run_fn, error), exit_code_for(error)
         if code is None and not building:
             raise
         if flags.FLAGS.debug:
@@ -132,11 +134,12 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
 
 
 def launch(run_fn: Callable[[], object]) -> None:
-    """Parse the flags, parse gin, call ``run_fn()``, exit. The whole body of a script's ``__main__``.
+    """Parse the flags, parse gin, call ``run_fn()``, exit. This is the whole body of a script's ``__main__``.
 
-    What the user can get wrong (a flag, a file, a name, a type, a value) ends in ONE line on stderr that names the
-    place and the remedy, exit code 2, and so does an error of the operating system (path and words); a guard's RunStopped
-    and a full disk in one line, exit code 3; anything else is a bug and keeps its traceback. ``--debug`` keeps every one.
+    An error in the user's input (a flag, a file, a name, a type, a value) ends in ONE line on stderr that names the place
+    and the remedy, with exit code 2; so does an error of the operating system (path and message). A guard's RunStopped and
+    a full disk end in one line with exit code 3. Any other error is a bug, whose traceback is shown. ``--debug`` shows all
+    tracebacks.
     """
     watch_parent()
     steady_output()

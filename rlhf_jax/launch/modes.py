@@ -1,6 +1,6 @@
-"""What a training script does besides training: --plan compiles its phases for a TPU slice, --doctor checks its configuration.
+"""Modes of a training script besides training: --plan compiles its phases for a TPU slice, --doctor checks its configuration.
 
-The flags of both are defined here, once.
+The flags of both are defined in this module.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ MODE_FLAGS = ("plan", *PLAN_FLAGS, "doctor")
 
 
 class Described(Protocol):
-    """A description of an algorithm, as `rlhf_jax.algorithms.Algorithm` says; its setting, job and phases are not looked at here.
-    run_only: fields that a run needs and a plan does not. phase_names: the parts of a step that a deadline or a fault may name."""
+    """A description of an algorithm (`rlhf_jax.algorithms.Algorithm`); only its fields that a mode reads are listed.
+
+    run_only: fields that a run needs and a plan does not.
+    phase_names: the phases of a step that a deadline or a fault may name.
+    """
 
     @property
     def name(self) -> str: ...
@@ -59,7 +62,7 @@ class Described(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """What a run needs and a plan may lack."""
+    """The settings that a run needs and a plan may omit."""
 
     run_dir: str
     steps: int
@@ -76,15 +79,17 @@ def run_mode(
     run_dir: str | None,
     loop: LoopConfig | None,
 ) -> RunSettings | None:
-    """Do what --plan or --doctor asks for and return None; return the settings of a run, all of which have a value.
+    """Run --plan or --doctor and return None; without them, return the settings of a run, all of which have a value.
 
     A plan needs neither data nor run_dir, steps, seed and loop; the doctor needs the data. Raises InputError naming the first
     parameter that a run needs and that has no value.
     """
     if flags.FLAGS.plan is not None and flags.FLAGS.doctor:
         raise InputError("--plan, --doctor: give one of them")
-    if flags.FLAGS.plan is None and (unread := _given(PLAN_FLAGS)):
-        raise InputError(f"--{unread}: has no effect without --plan; add --plan=SLICE or --plan=local, or remove it")
+    if flags.FLAGS.plan is None and (unused_flag := _first_set_flag(PLAN_FLAGS)):
+        raise InputError(
+            f"--{unused_flag}: has no effect without --plan; add --plan=SLICE or --plan=local, or remove it"
+        )
     if flags.FLAGS.plan is not None:
         from rlhf_jax.plan import plan_run
 
@@ -112,8 +117,8 @@ def run_mode(
     return None
 
 
-def _given(names: tuple[str, ...]) -> str | None:
-    """Return the first of these flags that is not at its default."""
+def _first_set_flag(names: tuple[str, ...]) -> str | None:
+    """Return the first of the flags that is not at its default; None when all are."""
     return next((name for name in names if flags.FLAGS[name].value != flags.FLAGS[name].default), None)
 
 
@@ -133,16 +138,16 @@ def _options() -> Any:
         names[part] = reference or config
         if reference is None:
             unbound.append((part, f"run.{part} = @{config}()"))
-    given = flags.FLAGS
+    values = flags.FLAGS
     return PlanOptions(
-        slice=given.plan,
-        json=given.plan_json,
-        html=given.plan_html,
-        markdown=given.plan_markdown,
-        search=given.plan_search,
-        repairs=given.plan_repairs,
-        keep=given.plan_keep,
-        show_sharding=given.show_sharding,
-        asked=[*(given.gin_file or ["plan"])[-1:], *(given.gin_bindings or [])],
+        slice=values.plan,
+        json=values.plan_json,
+        html=values.plan_html,
+        markdown=values.plan_markdown,
+        search=values.plan_search,
+        repairs=values.plan_repairs,
+        keep=values.plan_keep,
+        show_sharding=values.show_sharding,
+        asked=[*(values.gin_file or ["plan"])[-1:], *(values.gin_bindings or [])],
         keys=Keys(**names, unbound=tuple(unbound)),
     )

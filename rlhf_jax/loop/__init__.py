@@ -1,4 +1,4 @@
-"""The training loop around an algorithm: opening, signals, watchdog, injected faults, bad steps, progress."""
+"""The training loop around an algorithm: opening, signals, watchdog, fault injection, bad steps, progress."""
 
 from rlhf_jax.loop.loop_config import LoopConfig, due
 from rlhf_jax.loop.opening import Job, open_job, open_run

@@ -1,14 +1,13 @@
-"""Steps that must not be learned from: what they are, what is done about them, what is kept of them for study.
+"""Bad steps (a loss or gradient that is not finite, a spike): detection, and the record of their metrics and batch.
 
-The step itself refuses them on the device, before the update (`learn.make_train_step`: a loss or gradient that is not
-finite, a spike). Here is what follows. LoopConfig.on_bad_step:
+The train step skips the update on the device (`learn.make_train_step`). LoopConfig.on_bad_step defines what follows:
 
-- ``stop`` ends the run (exit code 3); the newest checkpoint is from before it.
-- ``skip`` goes on without that batch's update, at most LoopConfig.bad_steps times in a run.
-- ``rollback`` goes on from the newest checkpoint with the batches that follow, as often at most: what led to a spike is
-  passed over too.
+- ``stop`` ends the run (exit code 3); the newest checkpoint is from before the bad step.
+- ``skip`` continues without the update of that batch, at most LoopConfig.bad_steps times in a run.
+- ``rollback`` continues from the newest checkpoint with the next batches, also at most LoopConfig.bad_steps times: the
+  batches that led to a spike are skipped too.
 
-``bad_steps.jsonl`` says what happened, ``bad_steps/step_N.npz`` holds the batch.
+``bad_steps.jsonl`` records the metrics, ``bad_steps/step_N.npz`` the batch.
 """
 
 from __future__ import annotations
@@ -27,15 +26,18 @@ from rlhf_jax.storage.names import BAD_STEPS, BAD_STEPS_FILE
 
 POLICIES = ("stop", "skip", "rollback")
 ONLY_WHEN_BAD = ("refused", "rollout_refused")
-"""Metrics that a line holds when they are not 0."""
+"""Metrics that are written only when they are not 0."""
 Values = Mapping[str, float | None]
 
 
-def what_is_wrong(values: Values) -> str:
-    """'not finite: loss=nan' or 'refused: ...' of a step's numbers; '' when they are fine. None (nothing counted) is fine."""
+def find_problem(values: Values) -> str:
+    """Return 'not finite: loss=nan' or 'refused: ...' for the metrics of a bad step; '' for a good one.
+
+    None (nothing was counted) is good.
+    """
     if values.get("rollout_refused"):
-        seen = ", ".join(f"{name}={values[name]}" for name in ("kl", "score", "return") if name in values)
-        return f"rollout refused: {seen}: not finite, or beyond PPOConfig.max_kl"
+        metrics = ", ".join(f"{name}={values[name]}" for name in ("kl", "score", "return") if name in values)
+        return f"rollout refused: {metrics}: not finite, or beyond PPOConfig.max_kl"
     bad = [f"{name}={value}" for name, value in values.items() if value is not None and not math.isfinite(value)]
     if bad:
         return f"not finite: {', '.join(bad)}"
@@ -47,21 +49,21 @@ def what_is_wrong(values: Values) -> str:
 
 
 def stop_if_bad(step: int, values: Values) -> None:
-    """Raises RunStopped naming what is wrong."""
-    if wrong := what_is_wrong(values):
+    """Check the metrics of a step. Raises RunStopped that names the problem."""
+    if problem := find_problem(values):
         raise RunStopped(
-            f"step {step}: {wrong}; the step was not saved: lower the learning rate or look at its data "
+            f"step {step}: {problem}; the step was not saved: lower the learning rate or look at its data "
             f"({BAD_STEPS_FILE}), or set LoopConfig.on_bad_step to 'skip' or 'rollback'"
         )
 
 
-def keep(directory: Path, step: int, wrong: str, policy: str, values: Values, batch: Any) -> None:
-    """Write what is known of a bad step below the run directory. batch: a pytree of arrays, or None."""
+def record(directory: Path, step: int, problem: str, policy: str, values: Values, batch: Any) -> None:
+    """Write the metrics and the batch of a bad step into the run directory. batch: a pytree of arrays, or None."""
     if jax.process_index() != 0:
         return
     plain = {name: value if value is None or math.isfinite(value) else str(value) for name, value in values.items()}
     with (directory / BAD_STEPS_FILE).open("a") as file:
-        file.write(json_text({"step": step, "wrong": wrong, "policy": policy, "metrics": plain}))
+        file.write(json_text({"step": step, "wrong": problem, "policy": policy, "metrics": plain}))
     leaves = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)

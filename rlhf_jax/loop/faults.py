@@ -1,4 +1,4 @@
-"""Faults on purpose, at named points of a run: how the tests, and you, see what a run survives.
+"""Fault injection at named points of a run, for tests of what a run survives.
 
     run.loop = @LoopConfig()
     LoopConfig.faults = [@Fault()]
@@ -23,20 +23,22 @@ from typing import Literal
 from rlhf_jax.errors import InputError
 
 PHASES = ("log", "evaluate", "save", "end")
-"""Parts of every step, by name, besides those of the algorithm; end is after the last step."""
+"""Phases of every step besides those of the algorithm; end is after the last step."""
 SAVING = ("write", "hash", "commit", "retain")
-"""Inside a save: before Orbax writes; (in the background) before hashing, before the step gets its name, and after."""
+"""Points of a save: before Orbax writes; in the background before hashing, before the rename to the step number, and after."""
 ACTIONS = ("kill", "raise", "hang", "slow", "nan", "disk_full", "corrupt")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """point: a phase of the algorithm ("train", "rollout", ...), one of PHASES or SAVING;
-    a run refuses others when it opens. step: when, None: the first time. seconds: how long 'slow' takes.
+    """A fault to inject.
 
+    point: a phase of the algorithm ("train", "rollout", ...), or one of PHASES or SAVING; checked when the run opens.
     action: kill (SIGKILL to this process), raise, hang (for ever), slow, disk_full (ENOSPC), nan (point 'log' only: the
-    first metric of the step arrives as NaN), corrupt (point 'commit' or 'retain' only: one bit of the largest file of
-    the step flips; at 'commit' after it was hashed).
+        first metric of the step becomes NaN), corrupt (point 'commit' or 'retain' only: flips one bit of the largest file
+        of the step; at 'commit' after it was hashed).
+    step: the step of the fault; None: the first time.
+    seconds: the duration of 'slow'.
     """
 
     point: str
@@ -53,22 +55,25 @@ class Fault:
 
 
 class Faults:
-    """What is still to happen in this process."""
+    """The faults that are still to be injected in this process."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        self._waiting = list(faults)
+        self._pending = list(faults)
 
     def at(self, point: str, step: int, place: Path | None = None) -> bool:
-        """Do what is due at ``point`` of ``step``. place: a checkpoint being written. True: the caller must make a NaN."""
+        """Apply the faults of ``point`` and ``step``; return whether the caller must set a metric to NaN.
+
+        place: the checkpoint that is being written.
+        """
         nan = False
-        for fault in [f for f in self._waiting if f.point == point and f.step in (None, step)]:
-            self._waiting.remove(fault)
+        for fault in [f for f in self._pending if f.point == point and f.step in (None, step)]:
+            self._pending.remove(fault)
             nan = nan or fault.action == "nan"
-            _do(fault, step, place)
+            _inject(fault, step, place)
         return nan
 
 
-def _do(fault: Fault, step: int, place: Path | None) -> None:
+def _inject(fault: Fault, step: int, place: Path | None) -> None:
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.action == "raise":
@@ -82,7 +87,7 @@ def _do(fault: Fault, step: int, place: Path | None) -> None:
 
 
 def flip_bit(file: Path) -> None:
-    """One bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""How often things happen in a loop, and what is done when something goes wrong."""
+"""Configuration of the training loop: intervals, checkpoints to keep, bad steps, deadlines."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from rlhf_jax.loop.faults import PHASES, SAVING, Fault
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How often things happen, in steps. save_every, log_every: >= 1. evaluate_every: 0 = never.
+    """Settings of the training loop. Intervals are in steps.
 
-    keep: newest checkpoints that stay, >= 1; keep_best: and that many of the ``best`` ("lowest" or "highest") by
-    best_metric, a name of metrics.jsonl measured at the step that is saved. tensorboard: write event files too.
-    progress: a bar or lines on stderr.
-    on_bad_step: what a number that is not finite or a refused update leads to: "stop" the run, "skip" its batch, or
-    "rollback" to the newest checkpoint (skip and rollback look at every step's numbers as it ends). bad_steps: how often
-    in a run, at most.
-    deadlines: (phase, seconds), 'step' for the whole: a hang ends the run with exit code 4 (the first step compiles).
-    stop_within: seconds from a signal until the run ends, saved or not. faults: to inject, for tests.
+    save_every, log_every: >= 1.
+    keep: the number of newest checkpoints to keep, >= 1.
+    keep_best, best_metric, best: also keep this many checkpoints with the "lowest" or "highest" value of a metric in
+        metrics.jsonl, measured at the saved step.
+    evaluate_every: 0 for never.
+    tensorboard: also write event files.
+    progress: show a bar or lines on stderr.
+    on_bad_step: after a metric that is not finite or a skipped update: "stop" the run, "skip" its batch, or "rollback" to
+        the newest checkpoint (skip and rollback wait for the metrics of every step).
+    bad_steps: the maximum number of skips or rollbacks in a run.
+    deadlines: (phase, seconds), 'step' for the whole step; a hang ends the run with exit code 4 (the first step compiles).
+    stop_within: seconds from a signal until the run ends, saved or not.
+    faults: to inject, for tests.
     """
 
     save_every: int = 100
@@ -63,16 +68,21 @@ class LoopConfig:
                 raise InputError(f"LoopConfig.deadlines: must be ('phase', seconds > 0), got {(phase, seconds)!r}")
 
     def check_phases(self, phases: Sequence[str]) -> None:
-        """Raises InputError for a deadline or a fault of a phase that the run does not have. phases: of its algorithm."""
-        known = (*phases, *PHASES)
+        """Check the phases that deadlines and faults name. phases: those of the algorithm.
+
+        Raises InputError for a phase that the run does not have.
+        """
+        valid_phases = (*phases, *PHASES)
         for phase, _ in self.deadlines:
-            if phase not in ("step", *known):
-                raise InputError(f"LoopConfig.deadlines: no phase {phase!r}; use one of step, {', '.join(known)}")
+            if phase not in ("step", *valid_phases):
+                raise InputError(
+                    f"LoopConfig.deadlines: no phase {phase!r}; use one of step, {', '.join(valid_phases)}"
+                )
         for fault in self.faults:
-            if fault.point not in (*known, *SAVING):
-                raise InputError(f"Fault.point = {fault.point!r}: one of {', '.join((*known, *SAVING))}")
+            if fault.point not in (*valid_phases, *SAVING):
+                raise InputError(f"Fault.point = {fault.point!r}: one of {', '.join((*valid_phases, *SAVING))}")
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether something that happens every ``every`` steps (0: never) and at the last one happens at ``step``."""
+    """Return whether an action that runs every ``every`` steps (0: never) and at the last one runs at ``step``."""
     return every > 0 and (step % every == 0 or step == total)

@@ -1,11 +1,11 @@
-"""Opening a run directory: refuse what may not be, lock, find the checkpoint to go on from, record; and close in order.
+"""Opening of a run directory: checks, lock, choice of the checkpoint to resume, provenance; and closing in order.
 
-A start begins from the first of these that there is:
+A start continues from the first of these that exists:
 
-1. with --sync=URL, the newest whole step at the URL, when the directory has none that is newer (`rundir.mirror`);
-2. the newest whole step in RUN_DIR/checkpoints (`rundir.checkpoints.newest_verified`);
+1. with --sync=URL, the newest complete step at the URL, when the directory has none that is newer (`rundir.mirror`);
+2. the newest complete step in RUN_DIR/checkpoints (`rundir.checkpoints.newest_verified`);
 3. the model of ModelSource.path;
-4. a new model of ModelSource.config, drawn from the seed.
+4. a new model of ModelSource.config, initialized from the seed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Job(Protocol):
 
 @contextlib.contextmanager
 def open_job(run_dir: str | Path, *, bound: BoundConfig, job: Job, seed: int, loop: LoopConfig) -> Iterator[Run]:
-    """Open the run directory of an assembled algorithm (`open_run`), and let it write what makes the directory a model."""
+    """Open the run directory of an assembled algorithm (`open_run`); the algorithm writes its model card and tokenizer there."""
     job.check(loop.evaluate_every)
     settings: dict[str, Any] = {"bound": bound, "seed": seed, "loop": loop, "mesh": job.mesh, "inputs": job.inputs}
     with open_run(run_dir, stage=job.name, phases=job.phase_names, **settings) as run:
@@ -93,12 +93,14 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run directory, new or to be resumed: lock, check, record; close drains the saves and the logs.
 
-    run_dir: a local directory, created when missing; with --sync fetched first (`rundir.mirror`). stage: 'sft', 'ppo', ... mesh:
-    only recorded. output: the file that a run without checkpoints leaves when it is done. phases: the parts
-    of a step. Raises InputError, before anything is
-    written, when the directory belongs to something else, is in use, or was begun with another configuration.
-    A directory without a checkpoint or output has nothing to lose: its configuration may change freely. An InputError before the
-    first step of a new run removes its directory again.
+    run_dir: a local directory, created when missing; with --sync downloaded first (`rundir.mirror`).
+    stage: 'sft', 'ppo', ...
+    mesh: only recorded.
+    output: the file that a run without checkpoints writes at its end.
+    phases: the phases of a step.
+    Raises InputError, before the first write, when the directory holds other files, is in use, or was started with another
+    configuration. The configuration may change freely while there is no checkpoint or output. An InputError before the first
+    step of a new run removes its directory again.
     """
     if is_remote(run_dir):
         raise InputError(f"run_dir = {str(run_dir)!r}: a run lives in a local directory; --sync=URL keeps a copy of it")
@@ -111,10 +113,10 @@ def open_run(
     check_steps(directory, bound.operative, latest_step(directory) or 0)
     identity: dict[str, Any] = {"stage": stage, "seed": seed, "inputs": [describe(entry) for entry in inputs]}
     first = jax.process_index() == 0
-    with _locked(directory), contextlib.ExitStack() as stack:
+    with _hold_lock(directory), contextlib.ExitStack() as stack:
         if first and mirror is not None:
             stack.enter_context(mirror)
-        finish = stack.enter_context(_outputs_recorded(directory))
+        finish = stack.enter_context(_record_outputs_at_end(directory))
         signals = stack.enter_context(Signals())
         _check_same_run(directory, identity, bound, output)
         resumed = agreed(newest_verified(directory) if first else 0)
@@ -131,10 +133,13 @@ def open_run(
 
 
 def _check_same_run(directory: Path, identity: Mapping[str, Any], bound: BoundConfig, output: str | None) -> None:
-    """Raise InputError when a run that has something to lose was begun otherwise, or is not in the first process's directory."""
-    reached = latest_step(directory) or 0
-    if reached or (output is not None and (directory / output).is_file()):
-        content = f"is at step {reached}" if reached else f"holds {output}"
+    """Check that a run with a checkpoint or output has the same identity, and that all processes share its directory.
+
+    Raises InputError otherwise.
+    """
+    step = latest_step(directory) or 0
+    if step or (output is not None and (directory / output).is_file()):
+        content = f"is at step {step}" if step else f"holds {output}"
         check_changes(directory, identity, bound.operative, content)
     check_shared_directory(directory, agreed(os.getpid()))
 
@@ -189,18 +194,20 @@ def _assemble_run(
 
 
 @contextlib.contextmanager
-def _outputs_recorded(directory: Path) -> Iterator[Callable[[], None]]:
-    """Record what a run has left, after its saves have ended, when the function that this gives was called."""
-    done: list[bool] = []
-    yield lambda: done.append(True)
-    if done and jax.process_index() == 0:
+def _record_outputs_at_end(directory: Path) -> Iterator[Callable[[], None]]:
+    """Record the outputs of a run after its saves have ended, if the function that this yields was called."""
+    finished: list[bool] = []
+    yield lambda: finished.append(True)
+    if finished and jax.process_index() == 0:
         record_outputs(directory)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Make the run directory and hold its lock. An InputError removes a directory that this call made and in which nothing
-    was done; only the holder of the lock removes, while it holds it."""
+def _hold_lock(directory: Path) -> Iterator[None]:
+    """Make the run directory and hold its lock.
+
+    After an InputError, a directory that this call made is removed if it is unused, while the lock is held.
+    """
     if jax.process_index() != 0:
         agreed(0)  # the first process makes it
         make_directory(directory)

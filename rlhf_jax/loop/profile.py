@@ -1,4 +1,4 @@
-"""--profile=10:12 writes a trace of steps 10 to 12 to RUN_DIR/profile, which TensorBoard and XProf open."""
+"""Profiler traces: --profile=10:12 writes a trace of steps 10 to 12 to RUN_DIR/profile, which TensorBoard and XProf open."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Profile:
 
     @classmethod
     def from_flags(cls, directory: Path) -> Profile:
-        """Return what --profile asks for. Raises InputError for another form than FIRST:LAST."""
+        """Return the window that --profile sets. Raises InputError for another form than FIRST:LAST."""
         text = flags.FLAGS.profile if flags.FLAGS.is_parsed() and "profile" in flags.FLAGS else None
         if text is None:
             return cls(directory)
@@ -37,7 +37,7 @@ class Profile:
         return cls(directory, first, last)
 
     def begin(self, start: int, total: int) -> None:
-        """Say on stderr which steps of the window the run will not do. start: the step that the run goes on from."""
+        """Print which steps of the window this run will not run. start: the step that the run resumes from."""
         if not self.first or jax.process_index() != 0:
             return
         if self.first <= start:
@@ -52,7 +52,7 @@ class Profile:
             )
 
     def before(self, step: int) -> None:
-        """Start the trace when ``step`` is the first of the window; a window is traced once, also when a rollback repeats it."""
+        """Start the trace when ``step`` is the first of the window; a window that a rollback repeats is traced once."""
         if step == self.first and not self._traced:
             jax.profiler.start_trace(str(self.directory / PROFILE))
             self._tracing = True
@@ -65,7 +65,7 @@ class Profile:
             self.end()
 
     def end(self) -> None:
-        """End a trace that is under way; whatever ends the loop calls it."""
+        """End a trace in progress; called whenever the loop ends."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

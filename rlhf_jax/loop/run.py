@@ -1,18 +1,18 @@
-"""What every loop needs and no algorithm is about, so that a script's loop holds only the algorithm.
+"""Resume, logging, checkpointing and signals for every training loop; a script's loop holds only the algorithm.
 
     bound = bound_config()                                   # the first line of the program's run()
     with open_run(run_dir, stage="sft", bound=bound, seed=0, loop=loop, inputs=[Input("data", path)]) as run:
-        state, host = run.restore(state, {"epoch": 0})       # the run's newest checkpoint, or what was given
+        state, host = run.restore(state, {"epoch": 0})       # the run's newest checkpoint, or the arguments
         for step in run.steps(run.resumed_step, total):      # resumed_step + 1 ... total
             batch = next(batches)
             state, metrics = train_step(state, frozen, batch)
-            if not run.log(step, metrics, batch=batch):      # bad, and LoopConfig.on_bad_step says "rollback"
+            if not run.log(step, metrics, batch=batch):      # a bad step, and on_bad_step is "rollback"
                 state = run.rolled_back(state)
                 continue
             run.save(step, state, {"epoch": epoch})          # every save_every, at the end, on a signal
 
-Opening and closing: `loop.opening`. Signals: `loop.signals`. Bad steps: `loop.bad_steps`. Hangs: `loop.watchdog`. Faults on
-purpose: `loop.faults`.
+Opening and closing: `loop.opening`. Signals: `loop.signals`. Bad steps: `loop.bad_steps`. Hangs: `loop.watchdog`. Fault
+injection: `loop.faults`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ from rlhf_jax.rundir.tracking import Metrics, Tracker, fetch
 from rlhf_jax.storage.files import write_atomically
 
 OWN = "run"
-"""The key of a checkpoint's host values under which this module keeps its own."""
+"""The key of a checkpoint's host values for those of this module."""
 
 
 @dataclass
 class Run:
-    """An open run directory. resumed_step: the step of the checkpoint it goes on from, 0 for a fresh start. phases: the parts of a
-    step that the algorithm names."""
+    """An open run directory.
+
+    resumed_step: the step of the checkpoint that the run resumes, 0 for a fresh start.
+    phases: the phases of a step that the algorithm names.
+    """
 
     directory: Path
     stage: str
@@ -79,13 +82,13 @@ class Run:
     _unchecked: Unchecked = field(default_factory=Unchecked)
     _values: dict[str, float | None] = field(default_factory=dict)
     _measured: tuple[int, dict[str, float | None]] = (0, {})
-    _known: set[str] = field(default_factory=set)
+    _metric_names: set[str] = field(default_factory=set)
     _timed: tuple[int, float] = (0, 0.0)
     _tokens: int = 0
     _display: Display | None = None
 
     def restore(self, state: Any, host: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """(state, host) of the newest checkpoint, onto the shardings of ``state``; those given when there is none.
+        """Return (state, host) of the newest checkpoint, with the shardings of ``state``; the arguments when there is none.
 
         The arrays of ``state`` are freed before a checkpoint is read: the devices never hold two states.
         Raises InputError when the checkpoint holds other leaves, shapes, dtypes or host keys.
@@ -100,9 +103,9 @@ class Run:
         return state, saved
 
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """start + 1 ... total; nothing when the run is complete. start: ``resumed_step``.
+        """Yield start + 1 ... total; nothing when the run is complete. start: ``resumed_step``.
 
-        Raises InputError when the run is already past ``total``, SystemExit (143, 130) after a saved signal.
+        Raises InputError when the run is already past ``total``, SystemExit (143, 130) after a signal, once the step is saved.
         """
         if start != self.resumed_step:
             raise ValueError(f"steps must start at resumed_step={self.resumed_step}, not {start}")
@@ -129,7 +132,7 @@ class Run:
                 if self._step == start + 1:
                     report_first_step()
                 self._stopping = self._stopping or self.signals.agreed()
-                # A signal between save() and here found the step unsaved: the next step will be saved, then we leave.
+                # After a signal between save() and this line the step is unsaved: the run ends after the next step.
                 if self._stopping and (self._saved == self._step or not self._offered):
                     self._leave(self._step)
             self._enter("end")
@@ -140,7 +143,7 @@ class Run:
             self.close_display()
 
     def close_display(self) -> None:
-        """Give the terminal back, also when an exception ended the loop."""
+        """Restore the terminal, also when an exception ended the loop."""
         if self._display is not None:
             self._display.close()
 
@@ -151,17 +154,19 @@ class Run:
     # ---- phases
 
     def enter(self, phase: str) -> None:
-        """From here on the step does ``phase`` (one of the algorithm's), until it enters another: a name for its deadline, its
-        fault point, its seconds in timing.jsonl and status.json."""
+        """Start ``phase`` (one of the algorithm's) of the step; it lasts until the next one is entered.
+
+        The name selects its deadline and fault point, and labels its seconds in timing.jsonl and its entry in status.json.
+        """
         if phase not in (*self.phases, *PHASES):
             raise ValueError(f"unknown phase {phase!r}; there are {', '.join((*self.phases, *PHASES))}")
         self._enter(phase)
 
     def _enter(self, phase: str, first: bool = False) -> None:
-        now, (last, began) = time.monotonic(), self._phase
+        time_now, (last, began) = time.monotonic(), self._phase
         if last:
-            self._seconds[last] = self._seconds.get(last, 0.0) + now - began
-        self._phase = (phase, now)
+            self._seconds[last] = self._seconds.get(last, 0.0) + time_now - began
+        self._phase = (phase, time_now)
         self.watchdog.enter(phase, self._step, first=first)
         self.status.update(step=self._step, phase=phase)
         self._nan = self.faults.at(phase, self._step)
@@ -177,24 +182,26 @@ class Run:
         timing: Mapping[str, float] | None = None,
         batch: Any = None,
     ) -> bool:
-        """The metrics of a step; call it every step, it writes every ``log_every`` and at the last one.
+        """Log the metrics of a step. Call it every step; it writes every ``log_every`` steps and at the last one.
 
-        tokens: trained on in this step, for tokens_per_second. timing: more wall-clock values for timing.jsonl. batch:
-        kept on disk when the step turns out bad. False: the step is bad and undone (LoopConfig.on_bad_step =
-        "rollback"): take ``rolled_back(state)``, and go on with the next step.
-        Raises RunStopped when a step is bad and may not be passed over: after writing the line, when it was due.
+        tokens: the number trained on in this step, for tokens_per_second.
+        timing: more wall-clock values for timing.jsonl.
+        batch: written to disk when the step is bad.
+        Returns False when the step is bad and undone (LoopConfig.on_bad_step = "rollback"): call ``rolled_back(state)`` and
+        continue with the next step.
+        Raises RunStopped for a bad step that may not be skipped, after writing the line if it was due.
         """
         self._enter("log")
         metrics = {**metrics, sorted(metrics)[0]: math.nan} if self._nan else metrics
         self._tokens += tokens
         self._unchecked.add(step, metrics, batch)
-        written = due(step, self.loop.log_every, self.total)
-        if not written and self.loop.on_bad_step == "stop":
-            return True  # nobody waits for the devices here; the step is looked at before anything is written or saved
+        is_due = due(step, self.loop.log_every, self.total)
+        if not is_due and self.loop.on_bad_step == "stop":
+            return True  # do not wait for the devices; the metrics are checked before the next write or save
         *_, (_, self._values) = self._check(but=step)
         if self._going_back:
             return False
-        if written:
+        if is_due:
             self._write_timing(step, timing or {})
             self._record(step, self._values)
             if self._display is not None:
@@ -204,18 +211,18 @@ class Run:
         return True
 
     def _check(self, but: int | None = None) -> list[tuple[int, dict[str, float | None]]]:
-        """The numbers of the steps since the last look, fetched; what is to be done about a bad one is done.
+        """Fetch and return the metrics of the steps since the last check, and handle the bad ones.
 
-        but: the step that its caller writes before it stops the run for it.
+        but: the step that the caller logs before it stops the run.
         """
-        looked = self._unchecked.take()
-        for step, values, batch in looked:
-            if wrong := bad_steps.what_is_wrong(values):
-                bad_steps.keep(self.directory, step, wrong, self.loop.on_bad_step, values, batch)
-                self._treat(step, wrong, values, but)
-        return [(step, values) for step, values, _ in looked]
+        checked = self._unchecked.take()
+        for step, values, batch in checked:
+            if problem := bad_steps.find_problem(values):
+                bad_steps.record(self.directory, step, problem, self.loop.on_bad_step, values, batch)
+                self._handle_bad_step(step, problem, values, but)
+        return [(step, values) for step, values, _ in checked]
 
-    def _treat(self, step: int, wrong: str, values: Mapping[str, float | None], but: int | None) -> None:
+    def _handle_bad_step(self, step: int, problem: str, values: Mapping[str, float | None], but: int | None) -> None:
         policy = self.loop.on_bad_step
         if policy == "stop":
             if step != but:
@@ -223,19 +230,22 @@ class Run:
             return
         self.bad.append(step)
         if len(self.bad) > self.loop.bad_steps:
-            raise RunStopped(f"step {step}: {wrong}; {len(self.bad)} bad steps, LoopConfig.bad_steps allows fewer")
-        self.checkpoints.drain()  # a save under way is the one to go back to
-        back = agreed(latest_step(self.directory) or 0) if policy == "rollback" else 0
-        if policy == "rollback" and not back:
-            raise RunStopped(f"step {step}: {wrong}; no checkpoint yet to roll back to (LoopConfig.save_every)")
-        told = f"going on from step {back} with the next batches" if back else "its batch is passed over"
-        print(f"warning: step {step}: {wrong}; {told}", file=sys.stderr)
+            raise RunStopped(f"step {step}: {problem}; {len(self.bad)} bad steps, LoopConfig.bad_steps allows fewer")
+        self.checkpoints.drain()  # a save in progress is the one to roll back to
+        restored_step = agreed(latest_step(self.directory) or 0) if policy == "rollback" else 0
+        if policy == "rollback" and not restored_step:
+            raise RunStopped(f"step {step}: {problem}; no checkpoint yet to roll back to (LoopConfig.save_every)")
+        consequence = (
+            f"going on from step {restored_step} with the next batches" if restored_step else "its batch is passed over"
+        )
+        print(f"warning: step {step}: {problem}; {consequence}", file=sys.stderr)
         self._going_back = policy == "rollback"
 
     def rolled_back(self, state: Any) -> Any:
-        """Return the newest checkpoint's state on the shardings of ``state``, whose arrays are freed; the next step follows it.
+        """Return the newest checkpoint's state with the shardings of ``state``, whose arrays are freed; the next step follows it.
 
-        Values that the program keeps on the host, such as the position in the data, stay: the batches since then are skipped."""
+        Host values such as the position in the data are not restored, so the batches since the checkpoint are skipped.
+        """
         self.checkpoints.drain()
         step = agreed(latest_step(self.directory) or 0)
         state, _ = self.checkpoints.restore(state, step, donate=True)
@@ -245,7 +255,7 @@ class Run:
         return state
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Write a line now, whatever the cadence: for evaluations. Raises RunStopped for a number that is not finite."""
+        """Write a line of metrics at once, for evaluations. Raises RunStopped for a number that is not finite."""
         bad_steps.stop_if_bad(step, self._record(step, metrics))
 
     def _record(self, step: int, metrics: Metrics) -> dict[str, float | None]:
@@ -255,37 +265,37 @@ class Run:
         self.tracker.write(step, values)
         if self._display is not None:
             self._display.keep_heldout(values)
-        before = self._measured[1] if self._measured[0] == step else {}
-        self._measured = (step, before | values)
-        self._known |= values.keys()
+        earlier = self._measured[1] if self._measured[0] == step else {}
+        self._measured = (step, earlier | values)
+        self._metric_names |= values.keys()
         return values
 
     def _write_timing(self, step: int, timing: Mapping[str, float]) -> None:
-        now, (last, began) = time.monotonic(), self._timed
+        time_now, (last, began) = time.monotonic(), self._timed
         steps = max(step - last, 1)
-        rate = {"tokens_per_second": self._tokens / (now - began)} if self._tokens and now > began else {}
+        rate = {"tokens_per_second": self._tokens / (time_now - began)} if self._tokens and time_now > began else {}
         phases = {f"seconds_{phase}": seconds / steps for phase, seconds in self._seconds.items()}
-        self.tracker.write_timing(step, {"seconds": (now - began) / steps, **rate, **phases, **timing})
-        self._timed, self._tokens = (step, now), 0
+        self.tracker.write_timing(step, {"seconds": (time_now - began) / steps, **rate, **phases, **timing})
+        self._timed, self._tokens = (step, time_now), 0
         self._seconds.clear()
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether to evaluate after ``step``: every ``evaluate_every`` and at the last one; never when that is 0."""
+        """Return whether to evaluate after ``step``: every ``evaluate_every`` steps and at the last one; never when that is 0."""
         if is_due := due(step, self.loop.evaluate_every, self.total):
             self._enter("evaluate")
         return is_due
 
     def write(self, name: str, text: str) -> None:
-        """A file of the run directory, the old one or the new one whole; the first process writes it, others have the same."""
+        """Write a file of the run directory atomically, in the first process only."""
         if jax.process_index() == 0:
             write_atomically(self.directory / name, text)
 
     # ---- saving
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
-        """Call it at the end of every step: it saves every ``save_every``, at the last step and after a signal.
+        """Save a checkpoint if due; call it at the end of every step. Due: every ``save_every``, the last step, after a signal.
 
-        Never saves a step whose metrics are not finite (RunStopped), even one that was not due for logging.
+        Raises RunStopped for a step whose metrics are not finite, even one that was not due for logging.
         """
         self._offered = True
         self._stopping = self._stopping or self.signals.agreed()
@@ -300,8 +310,8 @@ class Run:
 
     def _check_best_metric(self, step: int) -> None:
         metric, evaluated = self.loop.best_metric, step >= max(self.loop.evaluate_every, self.loop.log_every)
-        if self.loop.keep_best and evaluated and self._known and metric not in self._known:
+        if self.loop.keep_best and evaluated and self._metric_names and metric not in self._metric_names:
             raise InputError(
                 f"LoopConfig.best_metric = {metric!r}: this run has no such metric{renamed_metric(metric)}; it has "
-                f"{', '.join(sorted(self._known))}"
+                f"{', '.join(sorted(self._metric_names))}"
             )

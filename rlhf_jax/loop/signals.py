@@ -1,14 +1,13 @@
-"""SIGTERM, SIGINT and SIGHUP (a terminal or a connection that is closed) of a run.
+"""Handling of SIGTERM, SIGINT and SIGHUP (a closed terminal or connection) in a run.
 
-The first inside the loop: the step under way is finished and saved, the save is drained, the program exits with 143, 130
-or 129; outside the loop nothing has to be saved and it exits at once, with the same codes. The second exits at once,
-whatever is under way; a SIGHUP is no second signal, since kernel and shell both send it. Python runs a handler only between
-two of its own instructions, and a step is one long call: a thread therefore reads the signals from a wake-up pipe and is
-there in the middle of a step as well.
+First signal inside the loop: the current step is finished and saved, and the program exits with 143, 130 or 129. Outside
+the loop there is nothing to save, and the program exits at once with the same codes. A second signal exits at once; a
+second SIGHUP is ignored, since kernel and shell both send one. Python runs a handler only between two instructions of the
+interpreter, and a step is one long call: a thread therefore reads the signals from a wake-up pipe, also during a step.
 
-JAX's preemption service (jax.distributed) would take SIGTERM for itself and choose a step of its own to stop at. It is
-not used: these handlers replace its handler, `agreed` makes every process stop at the same step, and a run of one process
-(where that service does not exist) behaves as a run of many.
+JAX's preemption service (jax.distributed) would handle SIGTERM itself and choose the step to stop at. It is not used:
+these handlers replace its handler, `agreed` makes every process stop at the same step, and a run of one process (where
+that service does not exist) behaves as a run of many.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rlhf_jax.processes import STOPPING
 
 
 class Signals:
-    """A context manager. received: the first signal, 0 for none. since: when it came (time.monotonic), 0 for none."""
+    """A context manager. received: the first signal, 0 for none. since: its time (time.monotonic), 0 for none."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -52,14 +51,14 @@ class Signals:
         say_at_once(f"\n{signal.Signals(number).name}: finishing the step and saving; again to exit at once")
 
     def _listen(self) -> None:
-        """Sees the signals while the main thread is inside a compiled step or a compilation."""
-        seen = 0
+        """Handle signals while the main thread is inside a compiled step or a compilation."""
+        count = 0
         while data := self._read.recv(64):
             for number in data:
                 if number not in STOPPING:
                     continue
                 self.since = self.since or time.monotonic()
-                again, seen = seen and number != signal.SIGHUP, seen + 1
+                again, count = count and number != signal.SIGHUP, count + 1
                 if again:
                     os._exit(128 + number)
 
@@ -81,7 +80,7 @@ class Signals:
         self._write.close()  # ends the thread
 
     def agreed(self) -> int:
-        """The signal every process obeys: hosts get it at different steps, and one leaving alone hangs the rest."""
+        """Return the signal that all processes act on, 0 for none; a process that stopped alone would hang the others."""
         if jax.process_count() == 1:
             return self.received
         return int(np.max(multihost_utils.process_allgather(np.int32(self.received))))

@@ -1,4 +1,4 @@
-"""What a run is doing now, for whoever watches from outside."""
+"""Current state of a run, for monitoring from outside."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from rlhf_jax.storage.names import STATUS
 
 
 class Status:
-    """RUN_DIR/status.json: what the run is doing now, overwritten in place. For whoever watches from outside. Of several
-    processes the first writes it."""
+    """RUN_DIR/status.json with the current step and phase, overwritten in place by the first process."""
 
     def __init__(self, directory: Path) -> None:
-        first, how = jax.process_index() == 0, os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-        self._file = os.open(directory / STATUS, how, 0o644) if first else None
-        self._now: dict[str, Any] = {"pid": os.getpid(), "step": 0, "phase": "start", "saving": ""}
+        first, mode = jax.process_index() == 0, os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        self._file = os.open(directory / STATUS, mode, 0o644) if first else None
+        self._fields: dict[str, Any] = {"pid": os.getpid(), "step": 0, "phase": "start", "saving": ""}
         self.update()
 
-    def update(self, **changed: Any) -> None:
-        """step; phase; saving: the part of a save that runs in the background, '' for none."""
-        self._now |= changed
+    def update(self, **fields: Any) -> None:
+        """Update the fields: step; phase; saving (the part of a save that runs in the background, '' for none)."""
+        self._fields |= fields
         if self._file is not None:
-            os.pwrite(self._file, json.dumps(self._now).ljust(95).encode() + b"\n", 0)
+            os.pwrite(self._file, json.dumps(self._fields).ljust(95).encode() + b"\n", 0)
 
     def close(self) -> None:
         """Close the file."""

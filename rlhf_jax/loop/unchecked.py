@@ -1,4 +1,4 @@
-"""Steps that a run has dispatched and whose numbers nobody has looked at yet."""
+"""Queue of dispatched steps whose metrics are not checked yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Values = dict[str, float | None]
 
 @dataclass
 class _Step:
-    """values: the fetched metrics, None while they are on the devices."""
+    """A step in the queue. values: the fetched metrics, None while they are on the devices."""
 
     step: int
     metrics: Metrics
@@ -25,29 +25,29 @@ class _Step:
 
 @dataclass
 class Unchecked:
-    """A queue that holds the batch of a step no longer than a record of a bad step may need it.
+    """A queue that holds the batch of a step only until its metrics are known to be good.
 
-    Batches of rollouts lie in HBM: with a log line every hundred steps a hundred of them would.
+    Batches of rollouts are in HBM: without this, a log line every hundred steps would hold a hundred of them.
     """
 
     _steps: list[_Step] = field(default_factory=list)
 
     def add(self, step: int, metrics: Metrics, batch: Any) -> None:
-        """Append a step, and drop the batches of steps whose numbers have arrived and are fine. Waits for no device."""
+        """Append a step, and drop the batches of steps whose metrics are ready and good. It does not wait for devices."""
         self._steps.append(_Step(step, metrics, batch))
         for entry in self._steps:
-            if entry.batch is not None and entry.values is None and _arrived(entry.metrics):
+            if entry.batch is not None and entry.values is None and _is_ready(entry.metrics):
                 entry.values = fetch(entry.metrics)
-                entry.batch = entry.batch if bad_steps.what_is_wrong(entry.values) else None
+                entry.batch = entry.batch if bad_steps.find_problem(entry.values) else None
 
     def take(self) -> list[tuple[int, Values, Any]]:
-        """Empty the queue: (step, its numbers, its batch or None) of all, waiting for the devices."""
+        """Remove and return all entries as (step, metrics, batch or None), waiting for the devices."""
         steps, self._steps = self._steps, []
         return [
             (entry.step, fetch(entry.metrics) if entry.values is None else entry.values, entry.batch) for entry in steps
         ]
 
 
-def _arrived(metrics: Metrics) -> bool:
+def _is_ready(metrics: Metrics) -> bool:
     arrays = (leaf for leaf in jax.tree.leaves(dict(metrics)) if isinstance(leaf, jax.Array))
     return all(array.is_ready() for array in arrays)  # type: ignore[attr-defined]  # of every array with data

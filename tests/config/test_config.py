@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line with the place and the remedy. Real processes, real files."""
+"""Errors in a configuration end in one line with the place and the remedy. Real processes, real files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from forked_programs import Call, Done, forked_programs
 
 from rlhf_jax.config.gin_errors import Name
-from rlhf_jax.config.parsing import Change, changes, fingerprint_asked, scan, settable
+from rlhf_jax.config.parsing import Change, changes, fingerprint_bindings, key_to_bind, scan
 from rlhf_jax.errors import InputError
 
 PROGRAM = '''
@@ -63,7 +63,7 @@ def server() -> Iterator[Call]:
 
 @pytest.fixture
 def program(tmp_path: Path, server: Call) -> Callable[..., Done]:
-    """Runs the toy program on the text of x.gin (which may include shared.gin)."""
+    """Return a function that runs the toy program on the text of x.gin (which may include shared.gin)."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "shared.gin").write_text("UNUSED = 1\nSHARED = 2.0\n")
 
@@ -75,9 +75,9 @@ def program(tmp_path: Path, server: Call) -> Callable[..., Done]:
 
 
 def test_a_good_config_runs(program) -> None:
-    done = program('include "shared.gin"\n' + GOOD, "--gin_bindings=run.steps = 9", "--gin_bindings=LR = %SHARED")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "operative: True 2.0 9\n"
+    result = program('include "shared.gin"\n' + GOOD, "--gin_bindings=run.steps = 9", "--gin_bindings=LR = %SHARED")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "operative: True 2.0 9\n"
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_a_good_config_runs(program) -> None:
     ],
 )
 def test_one_line_and_exit_code_2(program, text: str, arguments: list[str], message: str) -> None:
-    done = program(text, *arguments)
-    lines = done.stderr.splitlines()
-    assert (done.returncode, len(lines), done.stdout) == (2, 1, ""), done.stderr
+    result = program(text, *arguments)
+    lines = result.stderr.splitlines()
+    assert (result.returncode, len(lines), result.stdout) == (2, 1, ""), result.stderr
     assert lines[0].startswith("error: " + message)
 
 
@@ -190,12 +190,11 @@ small/built.size = %UNDEFINED
 
 @pytest.mark.parametrize("other", ["run.other = None", "run.other = @built()", "OTHER = @built()"])
 def test_keys_of_a_replaced_builder_are_reported(program, tmp_path: Path, other: str) -> None:
-    """A file that includes another and replaces one of its builders need not unbind the builder's keys, nor define macros
-    that only they use."""
+    """The including file need not unbind the keys of a builder that it replaces, nor define macros that only they use."""
     (tmp_path / "base.gin").write_text(SHARED)
-    done = program(f'include "base.gin"\n{other}\n')
-    assert (done.returncode, done.stdout) == (0, "operative: True 1.0 3\n"), done.stderr
-    assert done.stderr == "left out, since what they belong to was replaced: base.gin:5: small/built.size\n"
+    result = program(f'include "base.gin"\n{other}\n')
+    assert (result.returncode, result.stdout) == (0, "operative: True 1.0 3\n"), result.stderr
+    assert result.stderr == "left out, since what they belong to was replaced: base.gin:5: small/built.size\n"
 
 
 @pytest.mark.parametrize(
@@ -210,25 +209,25 @@ def test_keys_of_a_replaced_builder_are_reported(program, tmp_path: Path, other:
     ],
     ids=["the file's own key", "a builder that nothing ever referenced", "not included"],
 )
-def test_other_keys_without_a_reader_are_refused(program, tmp_path: Path, text: str, message: str) -> None:
+def test_other_unused_keys_are_errors(program, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "base.gin").write_text(SHARED)
     (tmp_path / "typo.gin").write_text(GOOD.replace("%LR", "1.0").replace("LR = 0.5\n", "") + "smal/built.size = 3\n")
-    done = program(text)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
+    result = program(text)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
 
 
 def test_missing_file(program) -> None:
-    done = program(GOOD, file="y.gin")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --gin_file=y.gin: no such gin file 'y.gin'; paths are relative to")
+    result = program(GOOD, file="y.gin")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --gin_file=y.gin: no such gin file 'y.gin'; paths are relative to")
 
 
-def test_scoped_reference_keeps_the_unscoped_binding_alive(program) -> None:
-    done = program(
+def test_scoped_reference_uses_the_unscoped_binding(program) -> None:
+    result = program(
         "run.optimizer = @policy/ToyConfig()\nToyConfig.learning_rate = 1.0\npolicy/ToyConfig.learning_rate = 2.0\n"
     )
-    assert done.returncode == 0, done.stderr
-    assert " 2.0 3" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert " 2.0 3" in result.stdout
 
 
 def test_guard_bug_and_debug(program) -> None:
@@ -241,9 +240,9 @@ def test_guard_bug_and_debug(program) -> None:
 
 
 def test_help(program) -> None:
-    done = program(GOOD, "--help")
-    assert done.returncode == 0
-    assert "Trains a toy." in done.stdout and "--gin_bindings" in done.stdout
+    result = program(GOOD, "--help")
+    assert result.returncode == 0
+    assert "Trains a toy." in result.stdout and "--gin_bindings" in result.stdout
 
 
 def test_scan_gives_places(tmp_path: Path) -> None:
@@ -271,30 +270,30 @@ def test_changes_expands_macros_and_names_keys() -> None:
     assert [change.allowed for change in changes(old, new)] == [True, False, False, True]
 
 
-def test_scan_refuses_what_is_not_gin() -> None:
+def test_scan_of_text_that_is_not_gin() -> None:
     with pytest.raises(InputError, match=r"--gin_bindings='run.steps 3'.*cannot read gin"):
         scan([], ["run.steps 3"])
 
 
-def test_settable_is_the_macro_behind_a_parameter() -> None:
+def test_key_to_bind_is_the_macro_of_a_parameter() -> None:
     scanned = scan([], ["SEED = 0", "OTHER = %SEED", "run.seed = %OTHER", "run.run_dir = 'x'", "run.steps = %UNKNOWN"])
-    assert settable(scanned, "run.seed") == "SEED"
-    assert settable(scanned, "run.run_dir") == "run.run_dir"
-    assert settable(scanned, "run.steps") == "run.steps"
-    assert settable(scanned, "run.absent") == "run.absent"
-    assert settable(scan([], ["A = %B", "B = %A", "run.seed = %A"]), "run.seed") == "B"  # a circle ends
+    assert key_to_bind(scanned, "run.seed") == "SEED"
+    assert key_to_bind(scanned, "run.run_dir") == "run.run_dir"
+    assert key_to_bind(scanned, "run.steps") == "run.steps"
+    assert key_to_bind(scanned, "run.absent") == "run.absent"
+    assert key_to_bind(scan([], ["A = %B", "B = %A", "run.seed = %A"]), "run.seed") == "B"  # a cycle ends
 
 
-def test_fingerprint_of_what_is_asked_for(tmp_path: Path) -> None:
-    def of(*bindings: str) -> str:
-        return fingerprint_asked(scan([], bindings))
+def test_fingerprint_of_bindings(tmp_path: Path) -> None:
+    def fingerprint_of(*bindings: str) -> str:
+        return fingerprint_bindings(scan([], bindings))
 
     (tmp_path / "a.gin").write_text("# comment\nX.q = 2\n\nM=1\nX.p = %M\n")
-    same = fingerprint_asked(scan([str(tmp_path / "a.gin")], []))
-    assert of("M = 1", "X.p = 0", "X.p = %M", "X.q = 2") == same
-    others = [
-        of("M = 2", "X.p = %M", "X.q = 2"),
-        of("M = 1", "X.p = 1", "X.q = 2"),
-        of("M = 1", "a/X.p = %M", "X.q = 2"),
+    same = fingerprint_bindings(scan([str(tmp_path / "a.gin")], []))
+    assert fingerprint_of("M = 1", "X.p = 0", "X.p = %M", "X.q = 2") == same
+    different = [
+        fingerprint_of("M = 2", "X.p = %M", "X.q = 2"),
+        fingerprint_of("M = 1", "X.p = 1", "X.q = 2"),
+        fingerprint_of("M = 1", "a/X.p = %M", "X.q = 2"),
     ]
-    assert len({same, *others}) == 4
+    assert len({same, *different}) == 4

@@ -1,4 +1,4 @@
-"""Values against annotations, without gin."""
+"""Tests of the type checks of bound values, without gin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from rlhf_jax.config.gin_errors import Binding, Name
-from rlhf_jax.config.gin_types import settled, wrong_type
+from rlhf_jax.config.gin_types import effective_bindings, wrong_type
 
 
 class Optimizer:
@@ -69,7 +69,7 @@ def message(value: Any, hint: Any, macros: dict[str, Any] | None = None) -> str 
         ("anything", Any),
     ],
 )
-def test_what_fits(value: Any, hint: Any) -> None:
+def test_values_that_fit(value: Any, hint: Any) -> None:
     assert message(value, hint) is None
 
 
@@ -95,7 +95,7 @@ def test_what_fits(value: Any, hint: Any) -> None:
         (Name("@count()"), str, "@count(): must be a text in quotes"),
         (Name("@Adam"), Optimizer, "@Adam: must be a reference that gives Optimizer, '@...()'; write @Adam()"),
         (3, Optimizer, "3: must be a reference that gives Optimizer, '@...()'"),
-        # Beyond the precision of their use: float32 would make 0 or infinity of them, 32 bits another number.
+        # Out of range: float32 would turn them into 0 or infinity, 32 bits into another number.
         (1e-300, float, "1e-300: must be 0, or between 1.2e-38 and 3.4e+38 in size, which float32 can hold"),
         (-1e39, float | None, "-1e+39: must be 0, or between 1.2e-38 and 3.4e+38 in size, which float32 can hold"),
         (2**32, int, "4294967296: must be at most 4294967295 in size, which 32 bits can hold"),
@@ -105,7 +105,7 @@ def test_what_fits(value: Any, hint: Any) -> None:
         ([1, 2**40], list[int], "[1, 1099511627776]: must be at most 4294967295 in size, which 32 bits can hold"),
     ],
 )
-def test_what_does_not(value: Any, hint: Any, words: str) -> None:
+def test_values_that_do_not_fit(value: Any, hint: Any, words: str) -> None:
     assert message(value, hint) == f"x.gin:3: a/X.p = {words}"
 
 
@@ -123,6 +123,6 @@ def test_only_the_last_binding_counts() -> None:
         return Binding(scope, selector, argument, value, "x.gin:1", False)
 
     scanned = [bind("m.X", "p", "bad"), bind("M", "", 1), bind("X", "p", 2), bind("M", "", 3), bind("X", "p", 4, "a")]
-    bindings, macros = settled(scanned, {"X": "m.X", "m.X": "m.X"}.get)
+    bindings, macros = effective_bindings(scanned, {"X": "m.X", "m.X": "m.X"}.get)
     assert [(b.scope, b.value) for b in bindings] == [("", 2), ("a", 4)]
     assert macros == {"M": 3}

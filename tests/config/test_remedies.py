@@ -1,4 +1,4 @@
-"""A setting that an error message names can be bound: the messages of packages that check what a user gives are read for names."""
+"""Settings that error messages name are parameters that can be bound: the texts of the errors are searched for names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BARE = re.compile(r"\b(?:set|use|with|unset|leave|drop such (?:rows|records) wit
 
 
 def text_of(node: ast.AST) -> str:
-    """The texts below a node, one a line; in an f-string "{}" for what is filled in, whose own texts follow it."""
+    """Return the texts below a node, one a line; an f-string has "{}" for its expressions, whose own texts follow it."""
     if isinstance(node, ast.JoinedStr):
         pieces = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
         inner = [text_of(part) for part in node.values if isinstance(part, ast.FormattedValue)]
@@ -33,13 +33,15 @@ def text_of(node: ast.AST) -> str:
     return "\n".join(filter(None, map(text_of, ast.iter_child_nodes(node))))
 
 
-def messages(*rooms: str) -> Iterator[tuple[str, str]]:
-    """(place, text) of every error that is made in the packages, and of texts kept under a name for them."""
-    for path in (path for room in rooms for path in sorted((ROOT / "rlhf_jax" / room).glob("*.py"))):
+def messages(*packages: str) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of every error that the packages raise, and of texts that are assigned to a name."""
+    for path in (path for package in packages for path in sorted((ROOT / "rlhf_jax" / package).glob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
-            made = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
-            named = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr | ast.IfExp)
-            if made or named:
+            is_error = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
+            is_assigned = isinstance(node, ast.Assign) and isinstance(
+                node.value, ast.Constant | ast.JoinedStr | ast.IfExp
+            )
+            if is_error or is_assigned:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", text_of(node)
 
 
@@ -59,28 +61,28 @@ def run_parameters() -> set[str]:
 
 def test_named_settings_of_an_object_are_its_parameters() -> None:
     """`Fields.prompt`, `run.lora`, `demonstration_file.heldout`: the object can be bound and has that parameter."""
-    runs, wrong, seen = run_parameters(), [], 0
+    runs, wrong, count = run_parameters(), [], 0
     for place, text in messages("data", "io", "config", "rundir", "loop", "algorithms", "launch"):
         for owner, name in re.findall(r"\b([A-Z][a-z]+[A-Za-z]*|run|[a-z]+_file)\.([a-z][a-z_]+)\b(?![.(/])", text):
-            known = runs if owner == "run" else parameters(owner)
-            seen += 1
-            if name not in known and name not in ("gin", "json", "safetensors"):
+            valid_names = runs if owner == "run" else parameters(owner)
+            count += 1
+            if name not in valid_names and name not in ("gin", "json", "safetensors"):
                 wrong.append(f"{place}: {owner}.{name}")
-    assert wrong == [] and seen > 30
+    assert wrong == [] and count > 30
 
 
 def test_bare_settings_are_parameters_of_every_file_builder() -> None:
     """`set encoding` (often latin-1): whichever program reads the file, its builder takes it; or it is the template's."""
     file_settings = set.intersection(*(set(inspect.signature(builder).parameters) for builder in FILES))
     allowed = file_settings | parameters("Template") | {"heldout", "held_out"}
-    wrong, seen = [], set()
+    wrong, names = [], set()
     for place, text in messages("data", "io"):
         for name in BARE.findall(text):
-            seen.add(name)
+            names.add(name)
             if name not in allowed:
                 wrong.append(f"{place}: {name}")
     assert wrong == []
-    assert {"format", "encoding", "delimiter", "quotes", "split", "unusable", "style"} <= seen
+    assert {"format", "encoding", "delimiter", "quotes", "split", "unusable", "style"} <= names
 
 
 @pytest.mark.parametrize("name", ["heldout", "heldout_path", "heldout_split"])

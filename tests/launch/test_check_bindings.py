@@ -1,4 +1,4 @@
-"""What is wrong with commands that are to be run later is found before the first of them: nothing is built or written."""
+"""Tests of the checks of later commands: errors are found before the first command, and nothing is built or written."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def command(experiment: str, *bindings: str, name: str = "") -> Command:
     return Command(experiment, (f"configs/smoke/{SMOKE[experiment]}.gin",), bindings, name)
 
 
-def test_commands_of_several_experiments_can_be_used() -> None:
-    """Paths that their macros name do not exist yet."""
+def test_commands_of_several_experiments_are_valid() -> None:
+    """The paths that their macros name do not exist yet."""
     check([command(experiment, "RUN_DIR = 'x'") for experiment in SMOKE])
 
 

@@ -1,4 +1,4 @@
-"""Signals reach the child, which is waited for."""
+"""Tests of child processes: exit codes, output, forwarded signals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_output_is_appended(tmp_path: Path) -> None:
     assert sorted(log.read_text().split()) == ["one", "one", "two", "two"]
 
 
-def test_handlers_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     run_child(python("pass"), {})
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
@@ -56,7 +56,7 @@ def test_handlers_are_given_back() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_the_child_may_save_before_it_leaves(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """code 0: the child finished all the same, and counts as stopped."""
+    """code 0: the child finished nevertheless, and counts as stopped."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [*python(PARENT), SAVES.replace("CODE", str(code))]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as parent:
@@ -72,7 +72,7 @@ def test_the_child_may_save_before_it_leaves(tmp_path: Path, number: signal.Sign
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_killed_parent_takes_its_child_along(tmp_path: Path) -> None:
-    """SIGKILL forwards nothing; the child is told all the same, and saves."""
+    """SIGKILL cannot be forwarded; the child gets SIGTERM from the kernel and saves."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [*python(PARENT), SAVES.replace("CODE", "143")]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as parent:

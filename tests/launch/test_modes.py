@@ -1,4 +1,4 @@
-"""What a training script does besides training, and what it refuses then."""
+"""Tests of --plan and --doctor: settings, required values, errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_run_gets_its_settings() -> None:
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "records"])
-def test_a_run_refuses_each_by_key(name: str) -> None:
+def test_a_missing_setting_is_named(name: str) -> None:
     algorithm = Described(None) if name == "records" else Described()
     settings = SETTINGS | ({name: None} if name in SETTINGS else {})
     with pytest.raises(InputError, match=f"run.{name}: has no value; bind it"):
@@ -59,7 +59,7 @@ def test_the_doctor_needs_data_alone() -> None:
         run_mode(Described(None), mesh=MeshConfig(), **dict.fromkeys(SETTINGS))
 
 
-def test_flags_that_nothing_reads_are_refused() -> None:
+def test_flags_without_effect_are_refused() -> None:
     flags.FLAGS.plan_json = "x.json"
     with pytest.raises(InputError, match="--plan_json: has no effect without --plan"):
         run_mode(Described(), mesh=MeshConfig(), **SETTINGS)
@@ -84,8 +84,10 @@ def test_phases_are_checked_before_anything_is_loaded() -> None:
         (["doctor"], "error: --experiment=: name the training script"),
     ],
 )
-def test_what_hands_over_says_what_is_missing(arguments: list[str], message: str) -> None:
-    script, *rest = arguments
-    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *rest]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+def test_scripts_name_the_missing_flag(arguments: list[str], message: str) -> None:
+    script, *options = arguments
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1, (
+        result.stderr
+    )

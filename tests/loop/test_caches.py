@@ -1,4 +1,4 @@
-"""Directories of compiled programs: what lies there is run, so nobody else may write it. Thousands of runs are checked."""
+"""Tests of private directories for compiled programs, and of checks of thousands of runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_a_cache_of_a_pipeline_is_its_owners_alone(tmp_path: Path, monkeypatch: 
         with pytest.raises(
             InputError, match=r"compilation_cache: others may write into it, and compiled programs in it are run"
         ):
-            cold_start.own_cache(cache)
+            cold_start.make_private_cache(cache)
     cache.chmod(0o755)
-    cold_start.own_cache(cache)  # others may read
+    cold_start.make_private_cache(cache)  # others may read
     monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
     with pytest.raises(InputError, match="belongs to another user"):
-        cold_start.own_cache(cache)
+        cold_start.make_private_cache(cache)
 
 
 def test_a_cache_of_the_users_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,11 +38,11 @@ def test_a_cache_of_the_users_own_comes_first(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("what", ["file", "dangling"])
-def test_what_is_no_directory_is_named(tmp_path: Path, what: str) -> None:
+def test_a_path_that_is_no_directory_is_named(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "cache"
-    place.write_text("") if what == "file" else place.symlink_to(tmp_path / "absent" / "deeper")
+    place.write_text("") if kind == "file" else place.symlink_to(tmp_path / "absent" / "deeper")
     with pytest.raises(InputError, match="cache: cannot make it"):
-        cold_start.own_cache(place)
+        cold_start.make_private_cache(place)
 
 
 def test_bindings_of_thousands_of_runs_are_no_argument(monkeypatch: pytest.MonkeyPatch) -> None:

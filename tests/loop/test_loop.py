@@ -1,4 +1,4 @@
-"""The loop: an interrupted run is the unbroken run, byte for byte; what must not be resumed is refused by name."""
+"""Tests of the loop: exact resume, signals, refused resumes, bad steps, faults, deadlines."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def start(tmp_path: Path):
-    """Starts the toy program as a process of its own."""
+    """Return a function that starts the toy program as a process."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def call(run_dir: str, steps: int, *bindings: str, sleep: float = 0.0) -> subprocess.Popen[str]:
-        all_of_them = (f"run.run_dir = '{run_dir}'", f"run.steps = {steps}", "run.loop = @LoopConfig()", *bindings)
-        command = [sys.executable, "program.py", *(f"--gin_bindings={text}" for text in all_of_them)]
+        all_bindings = (f"run.run_dir = '{run_dir}'", f"run.steps = {steps}", "run.loop = @LoopConfig()", *bindings)
+        command = [sys.executable, "program.py", *(f"--gin_bindings={text}" for text in all_bindings)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER, "SLEEP": str(sleep)}
         return subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -99,45 +99,49 @@ def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
     return out, err
 
 
-def test_interrupted_by_signals_is_the_unbroken_run(start, tmp_path: Path) -> None:
+def test_interrupted_run_equals_the_uninterrupted_one(start, tmp_path: Path) -> None:
     every = ("LoopConfig.save_every = 100", "LoopConfig.tensorboard = False", "LoopConfig.progress = False")
     out, _ = finish(start("unbroken", 120, *every), 0)
     assert out == "after the loop\n"
 
-    broken = tmp_path / "broken"
+    interrupted = tmp_path / "broken"
     first = start("broken", 120, *every, sleep=0.4)  # long enough for the second to start up beside it
-    wait_for_lines(broken / "metrics.jsonl", 7, first)
+    wait_for_lines(interrupted / "metrics.jsonl", 7, first)
     second = start("broken", 120, *every, sleep=0.1)  # while the first one works on it
     _, err = finish(second, 2)
-    assert err.startswith(f"error: {broken}: in use by process {first.pid} on ") and err.count("\n") == 1
+    assert err.startswith(f"error: {interrupted}: in use by process {first.pid} on ") and err.count("\n") == 1
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)
     out, err = finish(first, 143)
-    (saved,) = saved_steps(broken)  # not a multiple of 100: saved because of the signal
+    (saved,) = saved_steps(interrupted)  # not a multiple of 100: saved because of the signal
     assert out == "" and f"stopped at step {saved}; the same command goes on from here" in err and 7 <= saved < 100
 
     killed = start("broken", 120, *every, sleep=0.1)
-    wait_for_lines(broken / "metrics.jsonl", saved + 5, killed)
+    wait_for_lines(interrupted / "metrics.jsonl", saved + 5, killed)
     killed.kill()  # SIGKILL: the steps since the last save are done again
     killed.communicate()
-    assert saved_steps(broken) == [saved]
-    lines = (broken / "metrics.jsonl").read_text().count("\n")
+    assert saved_steps(interrupted) == [saved]
+    lines = (interrupted / "metrics.jsonl").read_text().count("\n")
     assert lines > saved  # these are removed and written again
 
     last = start("broken", 120, *every, sleep=0.1)
-    wait_for_lines(broken / "metrics.jsonl", lines + 2, last)
+    wait_for_lines(interrupted / "metrics.jsonl", lines + 2, last)
     last.send_signal(signal.SIGINT)
     finish(last, 130)
     finish(start("broken", 120, *every), 0)
 
-    unbroken = tmp_path / "unbroken"
-    assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-    assert (unbroken / "metrics.jsonl").read_text().count("\n") == 120
+    uninterrupted = tmp_path / "unbroken"
+    assert (interrupted / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert (uninterrupted / "metrics.jsonl").read_text().count("\n") == 120
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {"params": {"w": jax.ShapeDtypeStruct((64,), jnp.float32, sharding=first)}}
-    ours, theirs = (read_state(find_step(directory), like)["params"]["w"] for directory in (broken, unbroken))
-    np.testing.assert_array_equal(ours, theirs)
-    resumed = [launch["resumed_step"] for launch in json.loads((broken / "provenance.json").read_text())["launches"]]
+    actual, expected = (
+        read_state(find_step(directory), like)["params"]["w"] for directory in (interrupted, uninterrupted)
+    )
+    np.testing.assert_array_equal(actual, expected)
+    resumed = [
+        launch["resumed_step"] for launch in json.loads((interrupted / "provenance.json").read_text())["launches"]
+    ]
     assert resumed[:3] == [0, saved, saved] and len(resumed) == 4
 
 
@@ -174,9 +178,9 @@ def train(
     seed: int = 0,
     inputs: tuple[Input, ...] = (),
 ) -> list[int]:
-    """Adds 1 to w in each step; returns the steps done."""
+    """Add 1 to w in each step; return the steps that this call ran."""
     settings = LoopConfig(**{"save_every": 2, "keep": 9, "tensorboard": False, "progress": False, **(loop or {})})
-    state, done = {"params": {"w": jnp.zeros(2)}}, []
+    state, completed = {"params": {"w": jnp.zeros(2)}}, []
     config = config or bound(run__steps=total)
     with open_run(run_dir, stage="toy", bound=config, seed=seed, loop=settings, inputs=inputs) as run:
         state, host = run.restore(state, {"row": 0})
@@ -185,8 +189,8 @@ def train(
             state = jax.tree.map(lambda x: x + 1, state)
             run.log(step, {"loss": metric(step) if metric else Mean.of(state["params"]["w"])}, tokens=8)
             run.save(step, state, {"row": step})
-            done.append(step)
-    return done
+            completed.append(step)
+    return completed
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -234,7 +238,7 @@ def test_a_changed_key_is_refused_by_name_and_nothing_is_written(tmp_path: Path)
 
 
 def test_more_steps_under_a_decaying_rate_are_refused(tmp_path: Path) -> None:
-    """The steps already done would have had another rate, silently."""
+    """The completed steps would have had another learning rate."""
 
     def config(schedule: str, steps: int) -> BoundConfig:
         return bound(OptimizerConfig__schedule=schedule, run__steps=steps)
@@ -263,18 +267,18 @@ def test_before_the_first_checkpoint_everything_may_change(tmp_path: Path) -> No
 
 
 def test_inputs_may_move_but_not_change(tmp_path: Path) -> None:
-    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
-    one.write_text("data")
-    train(tmp_path / "r", 2, config=bound(run__data=str(one)), inputs=(Input("data", str(one)),))
-    one.rename(other)
-    there = bound(run__data=str(other))
-    assert train(tmp_path / "r", 4, config=there, inputs=(Input("data", str(other)),)) == [3, 4]
-    other.write_text("other")
+    file, moved = tmp_path / "one.txt", tmp_path / "other.txt"
+    file.write_text("data")
+    train(tmp_path / "r", 2, config=bound(run__data=str(file)), inputs=(Input("data", str(file)),))
+    file.rename(moved)
+    config = bound(run__data=str(moved))
+    assert train(tmp_path / "r", 4, config=config, inputs=(Input("data", str(moved)),)) == [3, 4]
+    moved.write_text("other")
     with pytest.raises(InputError, match=r"input 'data': the content of .*other\.txt is not what the run began with"):
-        train(tmp_path / "r", 6, config=there, inputs=(Input("data", str(other)),))
-    other.write_text("data")
+        train(tmp_path / "r", 6, config=config, inputs=(Input("data", str(moved)),))
+    moved.write_text("data")
     with pytest.raises(InputError, match=r"^run\.data changed from .*other\.txt' to '/else'"):
-        train(tmp_path / "r", 6, config=bound(run__data="/else"), inputs=(Input("data", str(other)),))
+        train(tmp_path / "r", 6, config=bound(run__data="/else"), inputs=(Input("data", str(moved)),))
 
 
 def test_not_finite_stops_before_saving(tmp_path: Path) -> None:
@@ -284,21 +288,21 @@ def test_not_finite_stops_before_saving(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "r" / "metrics.jsonl")[-1] == {"step": 4, "stage": "toy", "loss": None}
 
 
-def test_not_finite_between_two_logged_steps_is_not_saved_either(tmp_path: Path) -> None:
+def test_nonfinite_step_that_is_not_logged_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match="step 4: not finite: loss=nan"):
         train(tmp_path / "r", 9, metric=lambda step: 1.0 if step < 4 else float("nan"), loop={"log_every": 9})
     assert saved_steps(tmp_path / "r") == [2]
 
 
-def test_not_finite_in_a_step_that_nobody_looks_at(tmp_path: Path) -> None:
+def test_nonfinite_step_between_logs_and_saves_stops(tmp_path: Path) -> None:
     """Step 3 is neither logged nor saved, and step 4 is finite again."""
     with pytest.raises(RunStopped, match="step 3: not finite: loss=nan"):
         train(tmp_path / "r", 9, metric=lambda step: float("nan") if step == 3 else 1.0, loop={"log_every": 9})
     assert saved_steps(tmp_path / "r") == [2]
 
 
-def test_a_log_line_every_hundred_steps_keeps_no_hundred_batches(tmp_path: Path) -> None:
-    """A batch is kept until its step's numbers have arrived and are fine; that of a bad step until it is recorded."""
+def test_rare_log_lines_do_not_keep_all_batches(tmp_path: Path) -> None:
+    """A batch is kept until its step's metrics are known to be good; that of a bad step until it is recorded."""
     batches, alive = [], []
     loop = LoopConfig(log_every=100, save_every=100, tensorboard=False, progress=False)
     double = jax.jit(lambda x: 2 * x)
@@ -311,7 +315,7 @@ def test_a_log_line_every_hundred_steps_keeps_no_hundred_batches(tmp_path: Path)
             batches.append(weakref.ref(batch["x"]))
             run.log(step, {"loss": jax.block_until_ready(double(batch["x"].sum()))}, batch=batch)
             del batch
-            alive.append([number for number, kept in enumerate(batches, 1) if kept() is not None])
+            alive.append([number for number, reference in enumerate(batches, 1) if reference() is not None])
             run.save(step, {"w": jnp.zeros(())}, {})
     assert alive == [[], [], [3], [3], [3], [3], [3], [3]]  # the ninth line is due and stops the run
     assert np.isnan(np.load(tmp_path / "r" / "bad_steps" / "step_3.npz")["x"]).all()
@@ -321,9 +325,9 @@ def test_a_log_line_every_hundred_steps_keeps_no_hundred_batches(tmp_path: Path)
 
 
 def learn(run_dir: Path, total: int, batches: list[float], **loop: Any) -> tuple[list[float], Run]:
-    """One number of ``batches`` a step; a NaN changes nothing, as `make_train_step` has it. Returns (used, the run)."""
+    """Add one number of ``batches`` to w per step; NaN changes nothing, as in `make_train_step`. Return (consumed, run)."""
     settings = LoopConfig(**{"save_every": 2, "keep": 9, "tensorboard": False, "progress": False, **loop})
-    used: list[float] = []
+    consumed: list[float] = []
     with open_run(run_dir, stage="toy", bound=bound(run__steps=total), seed=0, loop=settings) as run:
         state, host = run.restore({"w": jnp.zeros(())}, {"next": 0})
         for step in run.steps(run.resumed_step, total):
@@ -331,20 +335,20 @@ def learn(run_dir: Path, total: int, batches: list[float], **loop: Any) -> tuple
             host = {"next": host["next"] + 1}
             refused = not np.isfinite(number)
             state = state if refused else {"w": state["w"] + number}
-            used.append(number)
+            consumed.append(number)
             if not run.log(
                 step, {"loss": number, "w": state["w"], "refused": float(refused)}, batch={"x": np.array([number])}
             ):
                 state = run.rolled_back(state)
                 continue
             run.save(step, state, host)
-    return used, run
+    return consumed, run
 
 
 NAN = float("nan")
 
 
-def test_skip_passes_over_the_batch_and_the_run_has_all_its_steps(tmp_path: Path) -> None:
+def test_skip_ignores_the_batch_and_runs_all_steps(tmp_path: Path) -> None:
     numbers = [1.0, 2.0, NAN, 4.0, 5.0, NAN]
     learn(tmp_path / "r", 6, numbers, on_bad_step="skip")
     lines = read_lines(tmp_path / "r" / "metrics.jsonl")
@@ -353,8 +357,8 @@ def test_skip_passes_over_the_batch_and_the_run_has_all_its_steps(tmp_path: Path
     ]  # fmt: skip
     assert saved_steps(tmp_path / "r") == [2, 4, 6]  # the last step is there, bad or not
     assert verify(find_step(tmp_path / "r"))["host"] == {"next": 6, "run": {"bad_steps": [3, 6]}}
-    told = read_lines(tmp_path / "r" / "bad_steps.jsonl")
-    assert [(line["step"], line["wrong"]) for line in told] == [
+    entries = read_lines(tmp_path / "r" / "bad_steps.jsonl")
+    assert [(line["step"], line["wrong"]) for line in entries] == [
         (3, "not finite: loss=nan"),
         (6, "not finite: loss=nan"),
     ]
@@ -370,21 +374,21 @@ def test_the_budget_counts_over_resumes(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "r") == [2]
 
 
-def test_rollback_goes_on_from_the_checkpoint_with_the_batches_that_follow(tmp_path: Path) -> None:
-    """Saved at 2 (w = 3). Step 4 is bad: 8 is undone as well, steps 3 ... are done with 16, 32, ..."""
+def test_rollback_continues_with_the_next_batches(tmp_path: Path) -> None:
+    """Saved at 2 (w = 3). Step 4 is bad: 8 is undone as well, and steps 3 ... use 16, 32, ..."""
     numbers = [1.0, 2.0, 8.0, NAN, 16.0, 32.0, 64.0]
-    used, run = learn(tmp_path / "r", 5, numbers, on_bad_step="rollback")
-    assert used == pytest.approx(numbers, nan_ok=True) and run.bad == [4]
+    consumed, run = learn(tmp_path / "r", 5, numbers, on_bad_step="rollback")
+    assert consumed == pytest.approx(numbers, nan_ok=True) and run.bad == [4]
     lines = read_lines(tmp_path / "r" / "metrics.jsonl")
     assert [(line["step"], line["w"]) for line in lines] == [(1, 1.0), (2, 3.0), (3, 19.0), (4, 51.0), (5, 115.0)]
     assert verify(find_step(tmp_path / "r"))["host"] == {"next": 7, "run": {"bad_steps": [4]}}
     assert [line["policy"] for line in read_lines(tmp_path / "r" / "bad_steps.jsonl")] == ["rollback"]
     # The same run, stopped before its rollback was saved: it happens again, and the end is the same.
-    broken = tmp_path / "broken"
-    learn(broken, 2, numbers, on_bad_step="rollback")
-    learn(broken, 5, numbers, on_bad_step="rollback")
-    assert (broken / "metrics.jsonl").read_bytes() == (tmp_path / "r" / "metrics.jsonl").read_bytes()
-    assert verify(find_step(broken))["host"] == verify(find_step(tmp_path / "r"))["host"]
+    interrupted = tmp_path / "broken"
+    learn(interrupted, 2, numbers, on_bad_step="rollback")
+    learn(interrupted, 5, numbers, on_bad_step="rollback")
+    assert (interrupted / "metrics.jsonl").read_bytes() == (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    assert verify(find_step(interrupted))["host"] == verify(find_step(tmp_path / "r"))["host"]
 
 
 def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
@@ -392,7 +396,7 @@ def test_rollback_without_a_checkpoint_stops(tmp_path: Path) -> None:
         learn(tmp_path / "r", 4, [NAN], on_bad_step="rollback")
 
 
-def test_a_program_that_does_not_roll_back_is_told(tmp_path: Path) -> None:
+def test_a_program_that_does_not_roll_back_fails(tmp_path: Path) -> None:
     loop = LoopConfig(save_every=1, on_bad_step="rollback", tensorboard=False, progress=False)
     with open_run(tmp_path / "r", stage="toy", bound=bound(), seed=0, loop=loop) as run:
         steps = run.steps(0, 3)
@@ -413,7 +417,7 @@ def test_an_injected_nan_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "wrong"),
+    ("values", "expected"),
     [
         ({"loss": 1.0, "none": None, "refused": 0.0}, ""),
         ({"loss": 9.0, "grad_norm": 2.0, "refused": 0.25}, "refused: loss=9.0, grad_norm=2.0: a spike"),
@@ -424,9 +428,9 @@ def test_an_injected_nan_stops_the_run(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_in_words(values: dict[str, float | None], wrong: str) -> None:
-    found = bad_steps.what_is_wrong(values)
-    assert found.startswith(wrong) and bool(found) == bool(wrong)
+def test_find_problem(values: dict[str, float | None], expected: str) -> None:
+    problem = bad_steps.find_problem(values)
+    assert problem.startswith(expected) and bool(problem) == bool(expected)
 
 
 # ---- best checkpoints, faults, deadlines
@@ -449,37 +453,37 @@ def test_an_injected_exception_leaves_the_newest_checkpoint(tmp_path: Path) -> N
     assert saved_steps(tmp_path / "r") == [2] and train(tmp_path / "r", 6) == [3, 4, 5, 6]
 
 
-def test_a_damaged_newest_step_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_after_a_damaged_checkpoint_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "r", 6)
     flip_bit(find_step(tmp_path / "r") / "state" / "_METADATA")
-    whole = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    undamaged = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     assert train(tmp_path / "r", 6) == [5, 6]
     assert "going on from step 4; 6.damaged set aside" in capsys.readouterr().err
-    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == whole
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == undamaged
 
 
-def test_a_hang_ends_with_stacks_and_its_own_code(start, tmp_path: Path) -> None:
+def test_a_hang_ends_with_stacks_and_exit_code_4(start, tmp_path: Path) -> None:
     every = ("LoopConfig.deadlines = (('train', 2.0),)", "LoopConfig.faults = [@Fault()]")
     fault = ("Fault.point = 'train'", "Fault.action = 'hang'", "Fault.step = 3")
     _, err = finish(start("hung", 9, "LoopConfig.save_every = 1", *every, *fault), 4)
     assert "stopped: step 3: train took longer than 2 s (LoopConfig.deadlines); the stacks of all threads are in" in err
     stacks = (tmp_path / "hung" / "stacks.txt").read_text()
-    assert "step 3: train took longer than 2 s" in stacks and "_do" in stacks and "faults.py" in stacks
+    assert "step 3: train took longer than 2 s" in stacks and "_inject" in stacks and "faults.py" in stacks
     assert saved_steps(tmp_path / "hung") == [1, 2]
     status = json.loads((tmp_path / "hung" / "status.json").read_text())
     assert (status["step"], status["phase"], status["saving"]) == (3, "train", "")
     finish(start("hung", 9, "LoopConfig.save_every = 1"), 0)  # without the fault: keys of LoopConfig may change
 
 
-def test_a_signal_that_is_not_obeyed_in_time(start, tmp_path: Path) -> None:
+def test_stop_within_ends_a_run_that_ignores_a_signal(start, tmp_path: Path) -> None:
     fault = ("Fault.point = 'log'", "Fault.action = 'hang'", "Fault.step = 2")
     process = start("stuck", 9, "LoopConfig.stop_within = 1.0", "LoopConfig.faults = [@Fault()]", *fault)
     status = tmp_path / "stuck" / "status.json"
     wait_for_lines(status, 1, process)
     deadline = time.monotonic() + 60
-    while (now := json.loads(status.read_text()))["step"] != 2 or now[
+    while (state := json.loads(status.read_text()))["step"] != 2 or state[
         "phase"
-    ] != "log":  # a signal before would be obeyed
+    ] != "log":  # earlier, the run would stop
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -487,7 +491,7 @@ def test_a_signal_that_is_not_obeyed_in_time(start, tmp_path: Path) -> None:
     assert "stopped: not stopped within 1 s of the signal (LoopConfig.stop_within)" in err
 
 
-def test_a_second_signal_is_heard_in_the_middle_of_a_compiled_step(start, tmp_path: Path) -> None:
+def test_second_signal_ends_a_compiled_step(start, tmp_path: Path) -> None:
     """Python's own handlers wait for the call to return; the wake-up pipe does not."""
     text = (tmp_path / "program.py").read_text()
     long = "jax.lax.fori_loop(0, 2**31 - 2, lambda i, x: jnp.cos(x), params['w'][0])"
@@ -506,7 +510,7 @@ def test_a_second_signal_is_heard_in_the_middle_of_a_compiled_step(start, tmp_pa
     finish(process, 143)
 
 
-def test_the_output_of_a_run_without_checkpoints_is_not_overwritten_by_another(tmp_path: Path) -> None:
+def test_output_of_another_configuration_is_not_overwritten(tmp_path: Path) -> None:
     def make(config: BoundConfig) -> None:
         loop = LoopConfig(tensorboard=False)
         with open_run(tmp_path / "r", stage="toy", bound=config, seed=0, loop=loop, output="made.txt") as run:
@@ -514,7 +518,7 @@ def test_the_output_of_a_run_without_checkpoints_is_not_overwritten_by_another(t
 
     first, other = bound(run__samples=2), bound(run__samples=4)
     make(first)
-    make(first)  # the same again is welcome
+    make(first)  # the same configuration is allowed
     with pytest.raises(InputError, match=r"run\.samples changed from 2 to 4.*holds made\.txt"):
         make(other)
     assert (tmp_path / "r" / "made.txt").read_text() == first.operative
@@ -522,7 +526,7 @@ def test_the_output_of_a_run_without_checkpoints_is_not_overwritten_by_another(t
     make(other)
 
 
-def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
+def test_other_directories_are_not_changed(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
     with pytest.raises(InputError, match=r"photos: not empty and not a run \(a\.jpg is there\)"):
@@ -558,7 +562,7 @@ def test_an_input_error_before_the_first_step_leaves_nothing(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "one step", "was there"]
 
 
-def test_a_run_of_another_stage_is_left_alone_even_without_a_checkpoint(tmp_path: Path) -> None:
+def test_a_run_of_another_stage_is_not_changed(tmp_path: Path) -> None:
     with open_run(tmp_path / "r", stage="generate", bound=bound(), seed=0, loop=LoopConfig(tensorboard=False)):
         pass
     before = (tmp_path / "r" / "provenance.json").read_bytes()
@@ -567,7 +571,7 @@ def test_a_run_of_another_stage_is_left_alone_even_without_a_checkpoint(tmp_path
     assert (tmp_path / "r" / "provenance.json").read_bytes() == before
 
 
-def test_host_values_are_checked_and_steps_must_start_where_the_run_is(tmp_path: Path) -> None:
+def test_host_values_and_the_first_step_are_checked(tmp_path: Path) -> None:
     train(tmp_path / "r", 2)
     loop = LoopConfig(tensorboard=False, progress=False)
     state = {"params": {"w": jnp.zeros(2)}}
@@ -578,7 +582,7 @@ def test_host_values_are_checked_and_steps_must_start_where_the_run_is(tmp_path:
             next(run.steps(0, 4))
 
 
-def test_signal_handlers_and_lock_are_given_back(tmp_path: Path) -> None:
+def test_signal_handlers_and_lock_are_released(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     train(tmp_path / "r", 2)
     train(tmp_path / "r", 4)
@@ -588,12 +592,12 @@ def test_signal_handlers_and_lock_are_given_back(tmp_path: Path) -> None:
 def test_record_writes_at_once_and_evaluation_cadence(tmp_path: Path) -> None:
     loop = LoopConfig(evaluate_every=2, log_every=9, tensorboard=False, progress=False)
     with open_run(tmp_path / "r", stage="toy", bound=bound(), seed=0, loop=loop) as run:
-        seen = []
+        evaluated = []
         for step in run.steps(0, 5):
             if run.evaluation_due(step):
                 run.record(step, {"accuracy": step / 2, "none": Mean(jnp.float32(0), jnp.float32(0))})
-                seen.append(step)
-    assert seen == [2, 4, 5]
+                evaluated.append(step)
+    assert evaluated == [2, 4, 5]
     entries = read_lines(tmp_path / "r" / "metrics.jsonl")
     assert entries[1] == {"step": 4, "stage": "toy", "accuracy": 2.0, "none": None}
 
@@ -618,8 +622,8 @@ def test_plain_progress_line() -> None:
     assert line("sft", 30, 50, values, 30.0, 10) == "sft 30/50  loss 0.6931  accuracy 0.5  30 s, 60 s left"
 
 
-def test_processes_that_do_not_share_the_run_directory_are_refused(tmp_path: Path) -> None:
-    """The second of two processes looks for the lock of the first: none, or that of an earlier run, is another directory."""
+def test_processes_must_share_the_run_directory(tmp_path: Path) -> None:
+    """The second of two processes reads the lock of the first; a missing or older lock means another directory."""
     with pytest.raises(InputError, match="not the directory that the first process has opened"):
         check_shared_directory(tmp_path, os.getpid())
     with lock(tmp_path):

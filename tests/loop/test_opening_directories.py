@@ -1,4 +1,4 @@
-"""Where a run may live, and what two starts or a kill in the first second leave there."""
+"""Tests of opening run directories: valid places, two starts at once, a kill during the start."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rlhf_jax.rundir.resume import check_run_place, lock, make_directory, names_
 BOUND = BoundConfig("run.steps = 1\n", "run.steps = 1\n")
 
 
-def opened(run_dir: Path):
+def open_toy(run_dir: Path):
     return open_run(run_dir, stage="toy", bound=BOUND, seed=0, loop=LoopConfig(tensorboard=False))
 
 
 @pytest.mark.parametrize(
     "names", [(), (".lock",), (".lock", "provenance.json.tmp"), ("provenance.json.tmp", "config.gin.tmp")]
 )
-def test_what_a_kill_at_the_start_leaves_is_ours(names: tuple[str, ...], tmp_path: Path) -> None:
-    """It was called "not empty and not a run" for ever."""
+def test_directory_of_a_killed_start_can_be_opened(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Regression: every later start failed with "not empty and not a run"."""
     (tmp_path / "run").mkdir()
     for name in names:
         (tmp_path / "run" / name).write_text('{"stage": ')
-    with opened(tmp_path / "run") as run:
+    with open_toy(tmp_path / "run") as run:
         assert run.resumed_step == 0
     assert not [name for name in names_in(tmp_path / "run") if name.endswith(".tmp")]
 
@@ -36,40 +36,40 @@ def test_what_a_kill_at_the_start_leaves_is_ours(names: tuple[str, ...], tmp_pat
 def test_a_full_disk_at_the_first_file_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises((OSError, InputError)), opened(tmp_path / "run"):
+        with pytest.raises((OSError, InputError)), open_toy(tmp_path / "run"):
             pass
-    with opened(tmp_path / "run"):
+    with open_toy(tmp_path / "run"):
         pass
 
 
 def test_the_second_of_two_first_starts_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both saw no directory; the one that made it and holds the lock owns it, the other leaves everything alone."""
-    with opened(tmp_path / "run") as run:
-        (run.directory / "checkpoints").rmdir()  # nothing in it shows a step yet
+    """Both starts saw no directory; the one that made it holds the lock, the other removes nothing."""
+    with open_toy(tmp_path / "run") as run:
+        (run.directory / "checkpoints").rmdir()  # no sign of a step yet
         monkeypatch.setattr(Path, "exists", lambda path: False)  # the second start looked before the first made it
-        with pytest.raises(InputError, match="in use by process"), opened(tmp_path / "run"):
+        with pytest.raises(InputError, match="in use by process"), open_toy(tmp_path / "run"):
             pass
         monkeypatch.undo()
         assert {".lock", "provenance.json", "config.gin"} <= names_in(tmp_path / "run")
 
 
-def test_fresh_is_a_mkdir_that_succeeded(tmp_path: Path) -> None:
+def test_make_directory_returns_whether_it_made_it(tmp_path: Path) -> None:
     assert make_directory(tmp_path / "a" / "b") and not make_directory(tmp_path / "a" / "b")
     (tmp_path / "link").symlink_to("/not/mounted/x")
     with pytest.raises(InputError, match="link: cannot make it"):
         make_directory(tmp_path / "link")
 
 
-def test_a_lock_on_a_removed_directory_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One start opens the lock's file, the other removes its directory, and then the first locks a file that no name has."""
+def test_lock_in_a_removed_directory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One start opens the lock file, another removes the directory, and then the first locks a deleted file."""
     directory = tmp_path / "run"
     directory.mkdir()
     flock = resume.fcntl.flock
 
-    def removed_meanwhile(file: int, how: int) -> None:
+    def removed_meanwhile(file: int, operation: int) -> None:
         (directory / ".lock").unlink()
         (directory / ".lock").touch()  # a third start's
-        flock(file, how)
+        flock(file, operation)
 
     monkeypatch.setattr(resume.fcntl, "flock", removed_meanwhile)
     with pytest.raises(InputError, match="another process has just removed it; give the command again"):
@@ -81,18 +81,18 @@ def test_a_lock_on_a_removed_directory_is_none(tmp_path: Path, monkeypatch: pyte
         lock(directory)
 
 
-def test_forget_leaves_what_another_start_has_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock's file goes last; another start may make its own before the directory goes."""
+def test_remove_unused_keeps_the_lock_of_another_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock file is removed last; another start may make a new one before the directory is removed."""
     (tmp_path / "run").mkdir()
     unlink = Path.unlink
 
-    def then_another(path: Path, missing_ok: bool = False) -> None:
+    def unlink_and_recreate(path: Path, missing_ok: bool = False) -> None:
         unlink(path, missing_ok)
         if path.name == ".lock":
             path.write_text("process 1 on elsewhere")
 
     with lock(tmp_path / "run"):
-        monkeypatch.setattr(Path, "unlink", then_another)
+        monkeypatch.setattr(Path, "unlink", unlink_and_recreate)
         remove_unused(tmp_path / "run")
         monkeypatch.undo()
     assert names_in(tmp_path / "run") == {".lock"}
@@ -101,12 +101,12 @@ def test_forget_leaves_what_another_start_has_put_there(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "inside", ["checkpoints/12/inner", "checkpoints/99", "checkpoints", "tensorboard/x", "tokenizer"]
 )
-def test_inside_what_a_run_keeps_for_itself(inside: str, tmp_path: Path) -> None:
-    """Retention of the outer run removed the inner one; an inner ``checkpoints/99`` passed for its newest step."""
-    with opened(tmp_path / "outer"):
+def test_run_inside_a_directory_of_another_run_is_refused(inside: str, tmp_path: Path) -> None:
+    """Regression: retention of the outer run removed the inner one, and ``checkpoints/99`` counted as its newest step."""
+    with open_toy(tmp_path / "outer"):
         pass
     message = r"outer/\w+, which belongs to .*outer; give another directory"
-    with pytest.raises(InputError, match=message), opened(tmp_path / "outer" / inside):
+    with pytest.raises(InputError, match=message), open_toy(tmp_path / "outer" / inside):
         pass
     (tmp_path / "link").symlink_to(tmp_path / "outer" / "checkpoints")
     with pytest.raises(InputError, match="outer/checkpoints, which belongs to"):
@@ -114,8 +114,8 @@ def test_inside_what_a_run_keeps_for_itself(inside: str, tmp_path: Path) -> None
     assert list((tmp_path / "outer" / "checkpoints").iterdir()) == []
 
 
-def test_other_places_are_free(tmp_path: Path) -> None:
-    with opened(tmp_path / "outer"):
+def test_other_places_are_allowed(tmp_path: Path) -> None:
+    with open_toy(tmp_path / "outer"):
         pass
     check_run_place(tmp_path / "outer" / "evaluation")
     check_run_place(tmp_path / "checkpoints" / "run")  # no run's

@@ -1,4 +1,4 @@
-"""--profile traces the steps of its window, also when the loop ends inside it."""
+"""Tests of --profile: the traced steps, also when the loop ends inside the window."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rlhf_jax.loop.profile import Profile
 
 
 @pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch):
-    """Set --profile as a command line does."""
+def set_flag(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that sets --profile as the command line does."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["x"])
     return lambda text: monkeypatch.setattr(flags.FLAGS["profile"], "value", text)
@@ -42,15 +42,15 @@ def profile_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if "profile" in line]
 
 
-def test_a_window_leaves_a_trace_of_its_steps(ask, tmp_path: Path, capsys) -> None:
-    ask("2:3")
+def test_a_window_leaves_a_trace_of_its_steps(set_flag, tmp_path: Path, capsys) -> None:
+    set_flag("2:3")
     train(tmp_path / "r", 4)
     assert list((tmp_path / "r" / "profile").rglob("*.xplane.pb"))
     assert profile_lines(capsys.readouterr().err) == [f"profile of steps 2 to 3: {tmp_path / 'r' / 'profile'}"]
 
 
-def test_a_window_beyond_the_run_ends_with_it(ask, tmp_path: Path, capsys) -> None:
-    ask("2:9")
+def test_a_window_beyond_the_run_ends_with_it(set_flag, tmp_path: Path, capsys) -> None:
+    set_flag("2:9")
     train(tmp_path / "r", 3)
     assert profile_lines(capsys.readouterr().err) == [
         "--profile: step 9 comes after the last step, 3; the trace ends there",
@@ -58,24 +58,24 @@ def test_a_window_beyond_the_run_ends_with_it(ask, tmp_path: Path, capsys) -> No
     ]
 
 
-def test_a_loop_that_fails_in_the_window_still_leaves_it(ask, tmp_path: Path, capsys) -> None:
-    """The line names the steps that began; the directory, of a run with steps, stays."""
-    ask("2:4")
+def test_a_loop_that_fails_in_the_window_leaves_a_trace(set_flag, tmp_path: Path, capsys) -> None:
+    """The line names the steps that started; the directory of a run with steps stays."""
+    set_flag("2:4")
     with pytest.raises(InputError, match="the data ends"):
         train(tmp_path / "r", 5, stop_at=3)
     assert profile_lines(capsys.readouterr().err) == [f"profile of steps 2 to 3: {tmp_path / 'r' / 'profile'}"]
     assert list((tmp_path / "r" / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_run_inside_a_profile_is_refused(ask, tmp_path: Path) -> None:
+def test_a_run_inside_a_profile_is_refused(set_flag, tmp_path: Path) -> None:
     train(tmp_path / "r", 1)
     with pytest.raises(InputError, match="inside .*r/profile, which belongs to .*r; give another directory"):
         train(tmp_path / "r" / "profile" / "x", 1)
 
 
-def test_steps_that_do_not_run_are_said(ask, tmp_path: Path, capsys) -> None:
+def test_steps_that_do_not_run_are_reported(set_flag, tmp_path: Path, capsys) -> None:
     for text in ("2:3", "12:13", None):
-        ask(text)
+        set_flag(text)
         Profile.from_flags(tmp_path).begin(5, 9)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -85,8 +85,8 @@ def test_steps_that_do_not_run_are_said(ask, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "3", "3:2", "0:4", "a:b", "1:2:3"])
-def test_other_forms_are_refused(ask, tmp_path: Path, text: str) -> None:
-    ask(text)
+def test_invalid_values_are_refused(set_flag, tmp_path: Path, text: str) -> None:
+    set_flag(text)
     with pytest.raises(InputError, match=f"--profile={text}: give the first and the last step"):
         train(tmp_path / "r", 1)
     assert not (tmp_path / "r").exists()

@@ -1,4 +1,4 @@
-"""The bar on a terminal: it is drawn, messages beside it obey nobody, and a terminal that closes does not end the run."""
+"""Tests of the bar on a terminal: messages beside it are escaped, and a terminal that closes does not end the run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ os.write(1, b"done\\n")
 
 
 def test_a_bar_and_a_terminal_that_closes() -> None:
-    terminal, own = os.openpty()
+    terminal, child_end = os.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", PROGRAM]
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=own, text=True) as process:
-        os.close(own)
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=child_end, text=True) as process:
+        os.close(child_end)
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "drawn\n"
-        shown = os.read(terminal, 100_000).decode()
-        assert "\x1b[" in shown and "monitor/loss[red] 0.5" in shown
-        assert "\\x1b]0;owned\\x07" in shown and "\x1b]0;" not in shown
+        output = os.read(terminal, 100_000).decode()
+        assert "\x1b[" in output and "monitor/loss[red] 0.5" in output
+        assert "\\x1b]0;owned\\x07" in output and "\x1b]0;" not in output
         os.close(terminal)
         assert process.communicate("\n", timeout=60)[0] == "done\n"
         assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""What the line of a run shows: the figures that its kind is judged by."""
+"""Tests of the progress line: the metrics that it shows for each kind of run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_rollouts_show_score_kl_length_and_monitor() -> None:
     assert headline(without_reference).startswith("score 0.5  response_length 31.5  monitor")
 
 
-def test_held_out_figures_stay_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_heldout_metrics_stay_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display("reward", 0, 3, True)
     display.update(1, {"loss": 0.5, "accuracy": 0.75})
     display.keep_heldout({"heldout/loss": 0.625, "heldout/accuracy": 0.5, "other": 1.0})
@@ -45,5 +45,5 @@ def test_held_out_figures_stay_on_the_line(capsys: pytest.CaptureFixture[str]) -
 def test_many_rows_left_out_are_a_warning(dropped: int, warning: str, capsys: pytest.CaptureFixture[str]) -> None:
     train: EncodedSet = EncodedSet([[1]] * 8, [], Counter({"too long": dropped}))
     report_skipped(Records([], [], Template(style="raw")), train, EncodedSet([], [], Counter()), byte_tokenizer())
-    told = f"{warning}training records: 8 of {8 + dropped} used; left out: too long {dropped}\n"
-    assert capsys.readouterr().err == told
+    expected = f"{warning}training records: 8 of {8 + dropped} used; left out: too long {dropped}\n"
+    assert capsys.readouterr().err == expected

@@ -1,4 +1,4 @@
-"""Signals of a run, in this process: which are obeyed, and which count as the second one."""
+"""Tests of signal handling in this process, and of which signal counts as the second one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlhf_jax.loop.signals import Signals
 
 
 @pytest.fixture(autouse=True)
-def hang_ups_count() -> Iterator[None]:
+def default_hangup_handler() -> Iterator[None]:
     """The suite itself may run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
-def test_hang_up_twice_is_obeyed_once() -> None:
+def test_second_hangup_is_ignored() -> None:
     """Kernel and shell both send SIGHUP when a terminal closes: the save must not be cut short."""
     with Signals() as signals:
         signals.in_loop = True
@@ -42,6 +42,6 @@ def test_hang_up_is_ignored_under_nohup() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_outside_the_loop_a_signal_ends_at_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended, Signals():
+    with pytest.raises(SystemExit) as caught, Signals():
         os.kill(os.getpid(), number)
-    assert ended.value.code == 128 + number and signal.getsignal(number) == before
+    assert caught.value.code == 128 + number and signal.getsignal(number) == before
