@@ -37,7 +37,7 @@ def test_a_cache_of_the_users_own_comes_first(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["file", "dangling"])
+@pytest.mark.parametrize("kind", ["file", "dangling"])
 def test_a_path_that_is_no_directory_is_named(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "cache"
     place.write_text("") if kind == "file" else place.symlink_to(tmp_path / "absent" / "deeper")
