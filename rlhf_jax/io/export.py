@@ -146,9 +146,9 @@ def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndar
     sizes = dimensions(config)
     rows: dict[tuple[str, range | None], list[Weight]] = {}
     for weight in weights_of(config):
-        rows.setdefault((weight.theirs, weight.layers), []).append(weight)
+        rows.setdefault((weight.tensor, weight.layers), []).append(weight)
     for weights in rows.values():
-        hosts = [np.asarray(_leaf(params, weight.ours)) for weight in weights]
+        hosts = [np.asarray(_leaf(params, weight.parameter)) for weight in weights]
         if weights[0].zero_when_absent and not hosts[0].any():
             continue
         axes = stacked(weights[0], config)

@@ -100,9 +100,9 @@ def _matrices(config: ModelConfig) -> list[_Matrix]:
     Phi-3's qkv_proj) has no A and B of its own there, and is left out."""
     found = []
     for weight in weights_of(config):
-        if weight.layers is None or not weight.ours.endswith("/kernel") or "{expert}" in weight.theirs:
+        if weight.layers is None or not weight.parameter.endswith("/kernel") or "{expert}" in weight.tensor:
             continue
-        stack = weight.ours.removesuffix("/kernel")
+        stack = weight.parameter.removesuffix("/kernel")
         inside = re.sub(r"^layers/(\d+/)?", "", stack)
         layout = parse(weight.layout, weight.part)
         inputs = 2 if inside == "attention/output" else 1
@@ -111,7 +111,7 @@ def _matrices(config: ModelConfig) -> list[_Matrix]:
             continue
         a = f"r ({' '.join(ins)}) -> {' '.join(ins)} r"
         b = f"({' '.join(outs)}) r -> r {' '.join(outs)}"
-        found.append(_Matrix(inside, stack, weight.layers, weight.theirs.removesuffix(".weight"), a, b))
+        found.append(_Matrix(inside, stack, weight.layers, weight.tensor.removesuffix(".weight"), a, b))
     return found
 
 

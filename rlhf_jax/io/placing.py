@@ -69,15 +69,15 @@ def with_base_names(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 def names_of(weight: Weight, config: ModelConfig) -> list[str]:
     """The tensor names of a row in the order of the parameter's leading axes: of layers, then of experts."""
-    experts = config.num_experts if "{expert}" in weight.theirs else 1
+    experts = config.num_experts if "{expert}" in weight.tensor else 1
     layers = (0,) if weight.layers is None else weight.layers
-    return [weight.theirs.format(layer=layer, expert=expert) for layer in layers for expert in range(experts)]
+    return [weight.tensor.format(layer=layer, expert=expert) for layer in layers for expert in range(experts)]
 
 
 def stacked(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
     """The lengths of those leading axes."""
     layers = () if weight.layers is None else (len(weight.layers),)
-    return (*layers, config.num_experts) if "{expert}" in weight.theirs else layers
+    return (*layers, config.num_experts) if "{expert}" in weight.tensor else layers
 
 
 def place(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardings: Params) -> Params:
@@ -88,7 +88,7 @@ def place(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardi
     """
     params: Params = {}
     for weight in table:
-        *parents, leaf = weight.ours.split("/")
+        *parents, leaf = weight.parameter.split("/")
         node, at = params, shardings
         for key in parents:
             node, at = node.setdefault(key, {}), at[key]
@@ -133,7 +133,7 @@ def _fill(
 
 
 def _their_name(table: Iterable[Weight], ours: str) -> str:
-    return next(weight.theirs for weight in table if weight.ours == ours)
+    return next(weight.tensor for weight in table if weight.parameter == ours)
 
 
 def _equals_the_embeddings(tensors: Tensors, config: ModelConfig, head: str) -> bool:

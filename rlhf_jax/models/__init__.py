@@ -1,4 +1,4 @@
-"""The decoder transformer: its configuration, its parameters as plain arrays, its pure functions."""
+"""The decoder transformer: configuration, parameters as plain arrays, and pure functions of both."""
 
 from rlhf_jax.models.cache import KVCache, Storage, empty_cache
 from rlhf_jax.models.config import DTYPES, Head, ModelConfig

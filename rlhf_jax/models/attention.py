@@ -1,5 +1,5 @@
-"""Causal attention with grouped queries, sliding windows and soft-capped scores: one function, `self_attention`, and the
-implementations that it chooses from.
+"""Causal attention with grouped queries, sliding windows and soft-capped scores: `self_attention` and its
+implementations.
 
 | implementation | platforms | compute_dtype | packed segments | sliding window | soft-cap |
 |---|---|---|---|---|---|
@@ -7,12 +7,13 @@ implementations that it chooses from.
 | splash | tpu | bfloat16 | yes | yes | yes |
 | cudnn | gpu | bfloat16, float16 | yes, by a dense mask | yes | no |
 
-All are causal. On a mesh that splits columns (MeshConfig.sequence) xla becomes a ring of devices (`models.ring`); the
-others cannot. "auto" takes splash on a TPU and cudnn on a GPU where they can do what the layer needs, else xla. Asked for
-by name, an implementation that cannot is an error. Decoding a token (`attend` over a cache) is always xla: its one query
-leaves nothing to tile.
+All are causal. On a mesh that splits columns (MeshConfig.sequence) xla becomes ring attention (`models.ring`); the
+other implementations do not support such a mesh. "auto" selects splash on a TPU and cudnn on a GPU where they support
+the layer, else xla. An implementation that is named and does not support the layer is an error. Decoding a token
+(`attend` over a cache) always uses xla: a single query leaves nothing to tile.
 
-Letters in shapes: B rows, S query columns, C key columns, G key/value heads, R query heads per key/value head, K head_dim.
+Letters in shapes: B rows, S query columns, C key columns, G key/value heads, R query heads per key/value head, K
+head_dim.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Attend = Callable[[Array, Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Ability:
-    """What an implementation can do; None: everything."""
+    """The platforms, dtypes and options that an implementation supports; None: all."""
 
     platforms: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
@@ -56,11 +57,12 @@ ABILITIES = {
 def self_attention(
     config: ModelConfig, constrain: Constrain, segment_ids: Int32[Array, "B S"], window: int | None
 ) -> Attend:
-    """Attention of whole sequences to themselves, inside segments, by the implementation of ``config.attention``.
+    """Return the attention function of a layer over whole sequences, inside segments, by ``config.attention``.
 
-    window: of the layer (None: everything before a token). Raises InputError when the implementation cannot do it.
+    window: of the layer; None: all tokens before the query. Raises InputError when the implementation does not support
+    the layer.
     """
-    implementation = chosen(config, constrain)
+    implementation = choose_implementation(config, constrain)
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     cap, precision = config.attention_soft_cap, precision_of(config)
     if implementation == "splash":
@@ -111,27 +113,35 @@ def _platform(constrain: Constrain) -> str:
 
 
 def in_blocks(constrain: Constrain) -> bool:
-    """Whether "xla" is `causal_attention`: on a CPU. A TPU's program moves more between HBM and the cores so (13 % in a step of
-    1024 columns, for 5 % fewer operations)."""
+    """Return whether "xla" is `causal_attention`: only on a CPU.
+
+    On a TPU the blocks move more data between HBM and the cores: 13 % more time in a step of 1024 columns, for 5 %
+    fewer operations.
+    """
     return _platform(constrain) == "cpu"
 
 
-def chosen(config: ModelConfig, constrain: Constrain) -> str:
-    """The implementation that a model uses on its devices. Raises InputError when the one it names cannot do it."""
+def choose_implementation(config: ModelConfig, constrain: Constrain) -> str:
+    """Return the name of the implementation that a model uses on its devices.
+
+    Raises InputError when ``config.attention`` names one that does not support the configuration.
+    """
     platform = _platform(constrain)
     split = constrain.parts("act_length") > 1
     if config.attention != "auto":
-        if missing := _lacks(ABILITIES[config.attention], config, platform, split):
+        if missing := _missing_support(ABILITIES[config.attention], config, platform, split):
             raise InputError(
                 f"ModelConfig.attention = {config.attention!r} cannot do {missing}; use 'auto' or 'xla' "
                 "(rlhf_jax/models/attention.py has the table)"
             )
         return config.attention
-    return next(name for name in ("splash", "cudnn", "xla") if not _lacks(ABILITIES[name], config, platform, split))
+    return next(
+        name for name in ("splash", "cudnn", "xla") if not _missing_support(ABILITIES[name], config, platform, split)
+    )
 
 
 def check_length(columns: int, parts: int) -> None:
-    """Raises InputError when rows do not divide over the devices that split their columns."""
+    """Raise InputError when the columns do not divide over the devices that split them."""
     if columns % parts:
         raise InputError(
             f"MeshConfig.sequence = {parts}: rows of {columns} columns do not divide; make BatchConfig.length (and "
@@ -139,8 +149,10 @@ def check_length(columns: int, parts: int) -> None:
         )
 
 
-def _lacks(ability: Ability, config: ModelConfig, platform: str, split: bool) -> str:
-    """What the configuration or the platform needs and the implementation has not, '' when nothing."""
+def _missing_support(ability: Ability, config: ModelConfig, platform: str, split: bool) -> str:
+    """Return what the configuration or the platform needs and the implementation does not support, '' when nothing is
+    missing.
+    """
     if ability.platforms is not None and platform not in ability.platforms:
         return f"platform {platform!r} (only {', '.join(ability.platforms)})"
     if ability.dtypes is not None and config.compute_dtype not in ability.dtypes:
@@ -152,12 +164,15 @@ def _lacks(ability: Ability, config: ModelConfig, platform: str, split: bool) ->
     return ""
 
 
-_MASKED = -1e30  # finite: a row with nothing to attend to (padding) gives uniform weights instead of NaN
+_MASKED = -1e30  # finite: a row without keys to attend to (padding) gives uniform weights instead of NaN
 
 
 def segment_mask(segment_ids: Int32[Array, "B S"], window: int | None = None, first: int = 0) -> Bool[Array, "B Q S"]:
-    """Query column s may attend to key column c: same segment, not padding (segment 0), and s - window < c <= s. first: of the
-    query columns."""
+    """Return the mask of the keys that each query may attend to.
+
+    Query column s may attend to key column c when both are in the same segment, neither is padding (segment 0), and s -
+    window < c <= s. first: the column of the first query.
+    """
     same = segment_ids[:, first:, None] == segment_ids[:, None, :]
     columns = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     causal = columns <= columns[first:, None]
@@ -167,8 +182,10 @@ def segment_mask(segment_ids: Int32[Array, "B S"], window: int | None = None, fi
 
 
 def blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, end, first key) of each block of `causal_attention`, whose keys end where its queries do. Up to 128
-    columns are one block; then up to eight of at least 64."""
+    """Return (first query, end, first key) of each block of `causal_attention`; its keys end where its queries do.
+
+    Up to 128 columns are one block; longer rows have up to eight blocks of at least 64 columns.
+    """
     size = -(-length // min(8, length // 64)) if length > 128 else length
     ends = [(first, min(first + size, length)) for first in range(0, length, size)]
     return [(first, end, 0 if window is None else max(0, first - window + 1)) for first, end in ends]
@@ -185,13 +202,16 @@ def causal_attention(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B S G R K"]:
-    """`attend` under `segment_mask`, a block of queries at a time and only to keys that the block may see: 9/16 of the scores
-    with eight blocks. A row of padding gets another mean of values than there."""
+    """Compute `attend` under `segment_mask`, a block of queries at a time and only with the keys that the block may
+    attend to.
+
+    Eight blocks compute 9/16 of the scores. A row of padding gets another mean of values than from `attend`.
+    """
     mixed = []
     for first, end, low in blocks(query.shape[1], window):
-        seen = slice(low, end)
-        mask = segment_mask(segment_ids[:, seen], window, first - low)
-        parts = (query[:, first:end], key[:, :, seen], value[:, :, seen])
+        keys = slice(low, end)
+        mask = segment_mask(segment_ids[:, keys], window, first - low)
+        parts = (query[:, first:end], key[:, :, keys], value[:, :, keys])
         mixed.append(attend(*parts, mask, precision, scale=scale, cap=cap))
     return jnp.concatenate(mixed, axis=1)
 
@@ -206,11 +226,11 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
 ) -> Float[Array, "B S G R K"]:
-    """Softmax attention; scores and softmax in float32, the result in the dtype of ``value``.
+    """Compute softmax attention; scores and softmax in float32, the result in the dtype of ``value``.
 
     scale: of the scores, None = K^-1/2. cap: `soft_cap` of the scaled scores.
-    The R query heads of a key/value head are rows of ONE matrix, and the sum of the weights divides the [S, K] result
-    instead of the [S, C] weights: both save a pass over the largest array there is here.
+    The R query heads of a key/value head are rows of one matrix, and the sum of the weights divides the [S, K] result
+    instead of the [S, C] weights: both save a pass over the largest array of the function.
     """
     batch, length, groups, per_group, size = query.shape
     rows = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * length, size)
@@ -235,8 +255,11 @@ def fused_attention(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B S G R K"]:
-    """Causal attention inside segments by `jax.nn.dot_product_attention`: cuDNN's fused kernel, or JAX's own form of it.
-    What stands in padding may differ from `attend`: it attends to padding."""
+    """Compute causal attention inside segments by `jax.nn.dot_product_attention`: cuDNN's fused kernel, or JAX's own
+    implementation.
+
+    The results of padding columns may differ from `attend`: padding attends to padding.
+    """
     batch, length, groups, per_group, size = query.shape
     mixed = jax.nn.dot_product_attention(
         query.reshape(batch, length, groups * per_group, size),

@@ -14,20 +14,23 @@ from jaxtyping import Array, Bool, Int32
 from rlhf_jax.models.config import ModelConfig
 
 Storage = Literal["compute", "bfloat16", "int8"]
-"""How keys and values are kept: in compute_dtype, in bfloat16, or `Quantised`."""
+"""The format in which keys and values are stored: compute_dtype, bfloat16, or `Quantised`."""
 
 
 @struct.dataclass
 class Quantised:
-    """Numbers as int8 times a scale for each vector. numbers: int8 [..., K]. scale: float32 [..., 1], the largest
-    magnitude of the vector over 127: what comes back is off by at most half a scale."""
+    """Vectors as int8 numbers times one scale per vector.
+
+    numbers: int8 [..., K]. scale: float32 [..., 1], the largest magnitude of the vector over 127: the dequantized
+    values are off by at most half a scale.
+    """
 
     numbers: Any
     scale: Any
 
 
-def stored(x: Array, storage: Storage) -> Any:
-    """Keys or values [..., K] as they are kept; vectors of zeros stay so."""
+def to_storage(x: Array, storage: Storage) -> Any:
+    """Return keys or values [..., K] in the storage format; vectors of zeros stay zeros."""
     if storage == "bfloat16":
         return x.astype(jnp.bfloat16)
     if storage == "compute":
@@ -38,25 +41,28 @@ def stored(x: Array, storage: Storage) -> Any:
     return Quantised(numbers, scale)
 
 
-def restored(kept: Any, dtype: Any) -> Array:
-    """As they are multiplied: the inverse of `stored`, up to its rounding."""
-    if isinstance(kept, Quantised):
-        numbers: Array = kept.numbers.astype(jnp.float32) * kept.scale
+def from_storage(values: Any, dtype: Any) -> Array:
+    """Return stored keys or values in ``dtype``: the inverse of `to_storage`, up to its rounding."""
+    if isinstance(values, Quantised):
+        numbers: Array = values.numbers.astype(jnp.float32) * values.scale
         return numbers.astype(dtype)
-    whole: Array = kept
+    whole: Array = values
     return whole.astype(dtype)
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of what was read so far.
+    """Keys and values of the tokens read so far.
 
     keys, values: compute_dtype [L, B, G, C, K]: per row and head a contiguous [C, K] matrix, which is what the decode
-    matmul reads; kept as ``storage`` says (`Quantised` has two such arrays); or, `separated`, a tuple of L [B, G, C, K].
-    positions: int32 [B, C], the position of the token in a column, -1 where there is none; keys carry their rotation, so
-    columns may hold tokens in any order. index: int32 [], the next column to write, one for all rows (one slice instead of
-    a scatter): a sampler that puts a new prompt into a row writes on where the others are. recent: the layers that slide
-    in a cache of their own, a ring of as many columns as their window; None: they are among the others.
+    matmul reads; in the format of ``storage`` (`Quantised` has two such arrays); or, after `separated`, a tuple of L
+    arrays [B, G, C, K].
+    positions: int32 [B, C], the position of the token in a column, -1 for an empty column. Keys are already rotated, so
+    columns may hold tokens in any order.
+    index: int32 [], the next column to write, the same for all rows (a slice instead of a scatter): the sampler
+    continues a new prompt at the column where the running rows are.
+    recent: a separate cache of the sliding-window layers, a ring of as many columns as their window; None: those layers
+    are in this cache.
     """
 
     keys: Any
@@ -74,15 +80,17 @@ class KVCache:
         return self.positions >= 0
 
     def take(self, rows: Int32[Array, "N"], capacity: int | None = None) -> KVCache:  # noqa: F821
-        """The given rows (one may come several times), with empty columns behind up to ``capacity`` (None: as many)."""
+        """Return the cache of these rows (a row may occur several times), padded with empty columns to ``capacity``
+        (None: no padding).
+        """
         chosen = jax.tree.map(lambda stack: jnp.take(stack, rows, axis=stack.ndim - 4), (self.keys, self.values))
         positions = jnp.take(self.positions, rows, axis=0)
         recent = None if self.recent is None else self.recent.take(rows)
-        taken = dataclasses.replace(self, keys=chosen[0], values=chosen[1], positions=positions, recent=recent)
-        return taken if capacity is None else taken.widened(capacity)
+        cache = dataclasses.replace(self, keys=chosen[0], values=chosen[1], positions=positions, recent=recent)
+        return cache if capacity is None else cache.widened(capacity)
 
     def widened(self, capacity: int) -> KVCache:
-        """With empty columns behind, ``capacity`` in all; ``recent`` keeps its own."""
+        """Return the cache with empty columns appended, ``capacity`` in all; ``recent`` keeps its own capacity."""
         more = capacity - self.positions.shape[1]
 
         def padded(stack: Array) -> Array:
@@ -93,7 +101,7 @@ class KVCache:
         return dataclasses.replace(self, keys=keys, values=values, positions=positions)
 
     def separated(self) -> KVCache:
-        """With an array for each layer."""
+        """Return the cache with one array per layer instead of stacks."""
 
         def layer(stack: Any, index: int) -> Any:
             return jax.tree.map(lambda x: x[index], stack)
@@ -107,29 +115,36 @@ class KVCache:
     def put(
         self, row: Int32[Array, ""], other: KVCache, other_row: Int32[Array, ""], turn: Int32[Array, ""] | None = None
     ) -> KVCache:
-        """With what ``row`` held replaced, in place, by a row of ``other``, whose columns become the first ones, or with
-        ``turn`` those from there on around the ring."""
+        """Return the cache with ``row`` replaced, in place, by a row of ``other``, whose columns become the first ones.
+
+        turn: roll those columns around the ring by so many.
+        """
         zero = jnp.zeros((), jnp.int32)
 
-        def moved(stack: Array, source: Array) -> Array:
-            one = jax.lax.dynamic_slice_in_dim(source, other_row, 1, axis=stack.ndim - 4)
-            one = one if turn is None else jnp.roll(one, turn, axis=-2)
-            return jax.lax.dynamic_update_slice(stack, one, (*[zero] * (stack.ndim - 4), row, zero, zero, zero))
+        def replace_row(stack: Array, source: Array) -> Array:
+            columns = jax.lax.dynamic_slice_in_dim(source, other_row, 1, axis=stack.ndim - 4)
+            columns = columns if turn is None else jnp.roll(columns, turn, axis=-2)
+            return jax.lax.dynamic_update_slice(stack, columns, (*[zero] * (stack.ndim - 4), row, zero, zero, zero))
 
-        one = jax.lax.dynamic_slice_in_dim(other.positions, other_row, 1, axis=0)
-        one = jnp.pad(one, ((0, 0), (0, self.positions.shape[1] - one.shape[1])), constant_values=-1)
-        one = one if turn is None else jnp.roll(one, turn, axis=-1)
-        positions = jax.lax.dynamic_update_slice(self.positions, one, (row, zero))
-        keys, values = jax.tree.map(moved, (self.keys, self.values), (other.keys, other.values))
+        columns = jax.lax.dynamic_slice_in_dim(other.positions, other_row, 1, axis=0)
+        columns = jnp.pad(columns, ((0, 0), (0, self.positions.shape[1] - columns.shape[1])), constant_values=-1)
+        columns = columns if turn is None else jnp.roll(columns, turn, axis=-1)
+        positions = jax.lax.dynamic_update_slice(self.positions, columns, (row, zero))
+        keys, values = jax.tree.map(replace_row, (self.keys, self.values), (other.keys, other.values))
         recent = self.recent
         if recent is not None and other.recent is not None:  # the next column of both is the same then
             recent = recent.put(row, other.recent, other_row, recent.index - other.recent.index)
         return dataclasses.replace(self, keys=keys, values=values, positions=positions, recent=recent)
 
     def parted(self, slides: Sequence[bool], window: int) -> KVCache:
-        """With the layers that slide in a ring of ``window`` columns (`recent`): the last tokens by their positions, as columns
-        of a prefix come first. slides: of every layer."""
-        numbers = [[index for index, other in enumerate(slides) if other == which] for which in (False, True)]
+        """Return the cache with the sliding-window layers in a ring of ``window`` columns (`recent`).
+
+        The ring holds the last tokens by position, because the columns of a shared prefix come first. slides: for every
+        layer, whether it has a sliding window.
+        """
+        numbers = [
+            [index for index, other in enumerate(slides) if other == sliding_layers] for sliding_layers in (False, True)
+        ]
         whole, sliding = (
             jax.tree.map(lambda stack, chosen=chosen: stack[jnp.asarray(chosen, jnp.int32)], (self.keys, self.values))
             for chosen in numbers
@@ -146,11 +161,16 @@ class KVCache:
         return (self,) if self.recent is None else (self, self.recent)
 
     def after(self, columns: int, parts: Sequence[tuple[Any, Any, Array]]) -> KVCache:
-        """With ``columns`` more columns read: for each of `parts` its keys, values and positions now."""
-        (keys, values, positions), *rest = parts
+        """Return the cache after reading ``columns`` more columns.
+
+        parts: for each of `parts` its new keys, values and positions.
+        """
+        (keys, values, positions), *recent_parts = parts
         recent = self.recent
         if recent is not None:
-            recent = dataclasses.replace(recent.after(columns, rest), index=(recent.index + columns) % recent.capacity)
+            recent = dataclasses.replace(
+                recent.after(columns, recent_parts), index=(recent.index + columns) % recent.capacity
+            )
         index = self.index + columns
         return dataclasses.replace(self, keys=keys, values=values, positions=positions, index=index, recent=recent)
 
@@ -161,20 +181,23 @@ class KVCache:
 
 
 def ring_of(keys: Any, values: Any, positions: Int32[Array, "B C"], window: int, storage: Storage) -> KVCache:
-    """The last ``window`` of some columns (keys and values may hold these alone), which new ones will follow around a ring of
-    so many."""
-    held = min(window, positions.shape[1])
-    keys, values = jax.tree.map(lambda stack: stack[..., stack.shape[-2] - held :, :], (keys, values))
-    index = jnp.asarray(held % window, jnp.int32)
-    return KVCache(keys, values, positions[:, -held:], index, storage=storage).widened(window)
+    """Return a ring of ``window`` columns that holds the last ``window`` columns; new columns are written around the
+    ring.
+
+    keys, values: may have fewer columns than ``positions``: the last ones.
+    """
+    columns = min(window, positions.shape[1])
+    keys, values = jax.tree.map(lambda stack: stack[..., stack.shape[-2] - columns :, :], (keys, values))
+    index = jnp.asarray(columns % window, jnp.int32)
+    return KVCache(keys, values, positions[:, -columns:], index, storage=storage).widened(window)
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, storage: Storage = "compute") -> KVCache:
-    """A cache of ``capacity`` columns that holds nothing."""
+    """Return an empty cache of ``capacity`` columns."""
     shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
     return KVCache(
-        keys=stored(jnp.zeros(shape, config.dtype), storage),
-        values=stored(jnp.zeros(shape, config.dtype), storage),
+        keys=to_storage(jnp.zeros(shape, config.dtype), storage),
+        values=to_storage(jnp.zeros(shape, config.dtype), storage),
         positions=jnp.full((batch, capacity), -1, jnp.int32),
         index=jnp.zeros((), jnp.int32),
         storage=storage,

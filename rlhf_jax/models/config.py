@@ -1,4 +1,4 @@
-"""What distinguishes one decoder transformer from another, as data."""
+"""`ModelConfig`: the architecture of a decoder transformer as data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.layer_kinds import LayerGroup, LayerKind, grouped
+from rlhf_jax.models.layer_kinds import LayerGroup, LayerKind, group_layers
 from rlhf_jax.models.rope import Rope, RopeScaling
 from rlhf_jax.storage.files import json_text, parse_object
 
@@ -56,31 +56,35 @@ _LAYERS = ("full", "sliding", "full_nope", "sliding_nope")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One decoder transformer. The defaults are the Llama layout: RMSNorm before each part, rotary positions, SwiGLU.
+    """The architecture of a decoder transformer. The defaults are the Llama layout: RMSNorm before each part, rotary
+    positions, SwiGLU.
 
-    Sizes: vocab_size, hidden_size, num_layers, num_heads (a multiple of num_kv_heads), num_kv_heads, head_dim, ffn_size;
-    max_length: longest sequence in tokens. head: what stands on the trunk, "lm" (logits), "scalar" (reward or value)
-    or "lm+scalar" (policy and value sharing a trunk). param_dtype: dtype in which parameters are kept; compute_dtype:
-    of activations and matmuls. Logits and scalars are float32 whatever these are. remat: what
-    the backward pass computes again of a block: nothing (False), all from its input (True), or "cheap": all but the
-    products with weights, which are kept (docs/memory.md). logits_chunk: columns of a batch whose logits exist at a time when
-    tokens are scored; changes memory, not numbers (docs/memory.md). attention: its
-    implementation (`models.attention` has the table). family: the checkpoint format it is exported in.
+    Sizes: vocab_size, hidden_size, num_layers, num_heads (a multiple of num_kv_heads), num_kv_heads, head_dim,
+    ffn_size; max_length: longest sequence in tokens.
+    head: "lm" (logits), "scalar" (reward or value) or "lm+scalar" (policy and value sharing a trunk).
+    param_dtype: dtype of the stored parameters; compute_dtype: of activations and matmuls. Logits and scalars are
+    always float32.
+    remat: what the backward pass recomputes of a block: nothing (False), everything from its input (True), or "cheap":
+    everything but the products with weights, which are stored (docs/memory.md).
+    logits_chunk: columns of a batch whose logits exist at a time when tokens are scored; changes memory, not numbers
+    (docs/memory.md).
+    attention: the implementation (`models.attention` has the table). family: the checkpoint format of exports.
 
     Embeddings: tie_embeddings: the output projection is the transposed table; scale_embeddings: rows times
     sqrt(hidden_size); logit_soft_cap c: logits become c tanh(logits / c).
-    Norms: norm: "rms" or "layer" (with mean and bias); norm_placement: before each part, "post" (on what the part adds
-    to the residual stream) or "both"; norm_epsilon; norm_offset: added to the stored scales.
-    Positions: "rotary" with base rope_theta on the first rope_fraction of a head, stretched by rope_scaling, in
-    sliding layers with base rope_theta_sliding, not stretched, when that is given; or "learned", a table.
+    Norms: norm: "rms" or "layer" (with mean and bias); norm_placement: "pre" (before each part), "post" (on what the
+    part adds to the residual stream) or "both"; norm_epsilon; norm_offset: added to the stored scales.
+    Positions: "rotary" with base rope_theta on the first rope_fraction of a head, scaled by rope_scaling;
+    sliding-window layers use base rope_theta_sliding without scaling when it is set; or "learned", a table.
     Layers: layer_pattern is repeated over the layers: "full" attention, "sliding" (the last sliding_window tokens),
     "full_nope" and "sliding_nope" (no rotary positions); () = all full.
     Attention: qkv_bias, output_bias; qk_norm: queries and keys normed per "head", or over the "width" of all heads;
     attention_scale (None: head_dim^-1/2); attention_soft_cap, as that of the logits; parallel_residual: attention and
     feed-forward both read the block's input.
-    Feed-forward: activation ("gelu" is exact, "gelu_tanh" approximate); gated_mlp: act(x gate) * (x up), else act(x up);
-    mlp_bias. num_experts > 0: a router picks experts_per_token experts of width expert_ffn_size, weighted by their
-    softmax, normalize_expert_weights: over the picked ones; dense_layers: layers that have none; router_coefficient:
+    Feed-forward: activation ("gelu" is exact, "gelu_tanh" approximate); gated_mlp: act(x gate) * (x up), else act(x
+    up); mlp_bias.
+    Experts: num_experts > 0: a router selects experts_per_token experts of width expert_ffn_size, weighted by their
+    softmax; normalize_expert_weights: over the selected ones; dense_layers: layers without experts; router_coefficient:
     weight of the load-balancing loss.
     """
 
@@ -131,10 +135,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("layer_pattern", "dense_layers"):
-            given = getattr(self, name)
-            if not isinstance(given, tuple | list):
-                raise InputError(f"ModelConfig.{name} = {given!r}: give a tuple")
-            object.__setattr__(self, name, tuple(given))  # JSON gives lists
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise InputError(f"ModelConfig.{name} = {value!r}: give a tuple")
+            object.__setattr__(self, name, tuple(value))  # JSON gives lists
         self._check_types()
         self._check_sizes()
         self._check_layers()
@@ -144,8 +148,8 @@ class ModelConfig:
         for name in (*_SIZES, *_COUNTS):
             value, least = getattr(self, name), 0 if name in _COUNTS else 1
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                wanted = "a positive whole number" if least else "a whole number >= 0"
-                raise InputError(f"ModelConfig.{name} = {value!r}: give {wanted}")
+                kind = "a positive whole number" if least else "a whole number >= 0"
+                raise InputError(f"ModelConfig.{name} = {value!r}: give {kind}")
             if value > (most := _MOST_LAYERS if name == "num_layers" else _MOST):
                 raise InputError(f"ModelConfig.{name} = {value!r}: give at most {most}")
         for name in (*_POSITIVE, *_POSITIVE_OR_NONE):
@@ -239,12 +243,12 @@ class ModelConfig:
 
     @property
     def has_lm(self) -> bool:
-        """Whether logits can be computed."""
+        """Whether the model has logits."""
         return self.head in ("lm", "lm+scalar")
 
     @property
     def has_scalar(self) -> bool:
-        """Whether a scalar per token can be computed."""
+        """Whether the model has a scalar per token."""
         return self.head in ("scalar", "lm+scalar")
 
     @property
@@ -254,11 +258,11 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """How many dimensions of a head are rotated."""
+        """The number of rotated dimensions of a head."""
         return int(self.head_dim * self.rope_fraction)
 
     def layer(self, index: int) -> LayerKind:
-        """What layer ``index`` is."""
+        """Return the kind of layer ``index``."""
         name = self.layer_pattern[index % len(self.layer_pattern)] if self.layer_pattern else "full"
         slides = name.startswith("sliding")
         rope = None
@@ -273,17 +277,17 @@ class ModelConfig:
 
     @property
     def slides(self) -> tuple[bool, ...]:
-        """Which layers see a window of tokens only."""
+        """For every layer, whether it has a sliding window."""
         return tuple(self.layer(index).window is not None for index in range(self.num_layers))
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The layers as repeating blocks (`layer_kinds.grouped`)."""
-        return grouped([self.layer(index) for index in range(self.num_layers)])
+        """Return the layers as repeating blocks (`layer_kinds.group_layers`)."""
+        return group_layers([self.layer(index) for index in range(self.num_layers)])
 
     def layer_stacks(self) -> tuple[tuple[str, range], ...]:
-        """(path of the parameters, the layers stacked there), in the order of the first layer.
+        """Return (path of the parameters, the layers stacked there), in the order of the first layer.
 
-        "layers" when all are alike; else "layers/N", N the first layer of the stack.
+        The path is "layers" when all layers are alike; else "layers/N", N the first layer of the stack.
         """
         groups = self.layer_groups()
         if len(groups) == 1 and len(groups[0].kinds) == 1:
@@ -291,19 +295,19 @@ class ModelConfig:
         return tuple((f"layers/{stack.start}", stack) for group in groups for stack in group.stacks())
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed (and checked)."""
+        """Return a copy with some fields changed (and checked)."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
-        """The fields as indented JSON: what a run directory keeps as ``model.json``."""
+        """Return the fields as indented JSON: the contents of ``model.json`` in a run directory."""
         return json_text(dataclasses.asdict(self), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, where: str = "model.json") -> ModelConfig:
-        """The inverse of `to_json`; unknown or missing fields are an `InputError` that names them."""
+        """Return the configuration of a `to_json` text. Raises InputError naming unknown or missing fields."""
         fields = parse_object(text, where)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - names):
             raise InputError(f"{where}: unknown fields {', '.join(unknown)}: written by another version?")
         try:
             if isinstance(fields.get("rope_scaling"), dict):

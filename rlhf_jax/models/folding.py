@@ -1,8 +1,11 @@
-"""Rows of different lengths read two by two: the longest with the shortest in one row, the second longest with the second
-shortest, and so on, as segments that do not see each other. Fewer columns of padding go through the network; what comes out
-has its old place. And the tokens that are predicted moved together, so that there are logits of no others.
+"""Folding: rows of different lengths are combined in pairs, to compute fewer columns of padding.
 
-`fold_of` decides on the host, from the lengths alone, whether that is worth it; a program has one shape for each `Fold`.
+The longest row shares a row with the shortest, the second longest with the second shortest, and so on, as separate
+segments. The results are moved back to the original columns. The predicted tokens are also gathered, so that logits
+exist only for them.
+
+`fold_of` decides on the host, from the lengths alone, whether folding saves anything; there is one compiled program for
+each `Fold`.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 WIDTHS, COUNTS = 16, 8
-"""Of what rows can need, widths are multiples of a 32nd and counts of an eighth: so few programs are compiled."""
+"""Widths are rounded up to 1/32 of the longest possible row and counts to 1/8, so that few programs are compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """How a program reads rows; hashable, for a static argument. columns: two rows in so many, None: as they come. targets:
-    logits in so many columns, over which the tokens that are predicted are spread evenly (`Picked`), None: where they are."""
+    """The shape of a folded batch; hashable, for a static argument.
+
+    columns: width of the rows that hold two sequences each, None: not folded. targets: columns of logits per row, over
+    which the predicted tokens are spread evenly (`Picked`), None: all columns.
+    """
 
     columns: int | None = None
     targets: int | None = None
@@ -30,11 +36,11 @@ class Fold:
 def fold_of(
     lengths: np.ndarray, rows: int, columns: int, targets: np.ndarray | None = None, target_columns: int = 0
 ) -> Fold | None:
-    """A fold that ANY ``rows`` of the sequences, rows of ``columns``, fit. None: it would save nothing.
+    """Return a fold that fits any ``rows`` of the sequences, rows of ``columns``; None when it would save nothing.
 
-    lengths: int [n], n >= rows. Of sorted lengths the longest ``rows`` need the most: each of any others is no longer than
-    the one in its place. Lengths 8, 7, 3, 2, rows 4, columns 8: 8 + 2 and 7 + 3 need 10 columns of 16. targets: int [n], how
-    many tokens of each are predicted, of ``target_columns`` for which there would be logits.
+    lengths: int [n], n >= rows. The longest ``rows`` need the most: sorted, each length of any other choice is no
+    longer than the length at its place. Lengths 8, 7, 3, 2, rows 4, columns 8: 8 + 2 and 7 + 3 need 10 columns of 16.
+    targets: int [n], predicted tokens of each sequence; without folding there are logits of ``target_columns`` columns.
     """
     columns_needed = targets_needed = None
     if rows % 2 == 0:
@@ -45,12 +51,12 @@ def fold_of(
         most = int(np.sort(np.asarray(targets))[::-1][:rows].sum())
         spread = _up(-(-most // rows), target_columns, COUNTS)
         targets_needed = spread if spread < target_columns else None
-    found = Fold(columns_needed, targets_needed)
-    return None if found == Fold() else found
+    result = Fold(columns_needed, targets_needed)
+    return None if result == Fold() else result
 
 
 def _up(needed: int, most: int, steps: int) -> int:
-    """``needed`` as a multiple of the ``steps``-th part of ``most``."""
+    """Return ``needed`` rounded up to a multiple of the ``steps``-th part of ``most``."""
     step = max(1, most // steps)
     return max(1, -(-needed // step)) * step
 
@@ -62,32 +68,36 @@ def fold(
     width: int,
     parts: int,
 ) -> tuple[tuple[Array, Array, Array], Int32[Array, "B S"], Bool[Array, " B"]]:
-    """((tokens, positions, segment ids) [B / 2, width], the place of each column in its part, whether each row fits).
+    """Return ((tokens, positions, segment ids) [B / 2, width], the place of each column in its part, whether each row
+    fits).
 
-    parts: each block of B / parts rows is folded by itself, as devices that share the rows need it. Padding goes nowhere.
+    parts: each block of B / parts rows is folded separately, as required by devices that share the rows. Padding is
+    dropped.
     """
 
-    def one(tokens: Array, positions: Array, segment_ids: Array) -> tuple[tuple[Array, Array, Array], Array, Array]:
+    def fold_part(
+        tokens: Array, positions: Array, segment_ids: Array
+    ) -> tuple[tuple[Array, Array, Array], Array, Array]:
         rows, columns = tokens.shape
-        held = segment_ids > 0
-        lengths = held.sum(axis=1)
+        is_token = segment_ids > 0
+        lengths = is_token.sum(axis=1)
         order = jnp.argsort(-lengths, stable=True)
         rank = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))
         second = rank >= rows // 2
         begin = jnp.where(second, lengths[order[rows - 1 - rank]], 0)
         fits = begin + lengths <= width
         nowhere = rows // 2 * width
-        place = (jnp.minimum(rank, rows - 1 - rank) * width + begin)[:, None] + jnp.cumsum(held, axis=1) - 1
-        place = jnp.where(held & fits[:, None], place, nowhere).astype(jnp.int32)
+        place = (jnp.minimum(rank, rows - 1 - rank) * width + begin)[:, None] + jnp.cumsum(is_token, axis=1) - 1
+        place = jnp.where(is_token & fits[:, None], place, nowhere).astype(jnp.int32)
 
-        def laid(values: Array) -> Array:
+        def scatter(values: Array) -> Array:
             return jnp.zeros(nowhere, jnp.int32).at[place].set(values, mode="drop").reshape(-1, width)
 
         apart = segment_ids + jnp.where(second, columns, 0)[:, None]
-        return (laid(tokens), laid(positions), laid(apart)), place, fits
+        return (scatter(tokens), scatter(positions), scatter(apart)), place, fits
 
     blocks = [x.reshape(parts, -1, x.shape[1]) for x in (tokens, positions, segment_ids)]
-    folded, place, fits = jax.vmap(one)(*blocks)
+    folded, place, fits = jax.vmap(fold_part)(*blocks)
     whole = jax.tree.map(lambda x: x.reshape(-1, width), folded)
     return whole, place.reshape(tokens.shape), fits.reshape(-1)
 
@@ -95,45 +105,53 @@ def fold(
 def unfold(
     hidden: Float[Array, "half W D"], place: Int32[Array, "B S"], fits: Bool[Array, " B"], parts: int
 ) -> Float[Array, "B S D"]:
-    """What `fold` put together, each column in its old place; padding is 0, a row that did not fit is NaN: a training step
-    refuses it."""
+    """Return the columns of a folded batch in their original places; padding is 0.
+
+    A row that did not fit is NaN, which a training step rejects.
+    """
     flat = hidden.reshape(parts, -1, hidden.shape[-1])
-    take = jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))
-    taken = take(flat, place.reshape(parts, -1, place.shape[1])).reshape(*place.shape, -1)
-    return jnp.where(fits[:, None, None], taken, jnp.nan)
+    gather = jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))
+    unfolded = gather(flat, place.reshape(parts, -1, place.shape[1])).reshape(*place.shape, -1)
+    return jnp.where(fits[:, None, None], unfolded, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class Picked:
-    """The True entries of a mask [B, S], moved together in order over as many rows, [B, N]; each block of B / parts rows by
-    itself. source: int32 [parts, B N / parts], where in its block each comes from (behind the last one any). held: bool [B, N].
-    place: int32 [B, S], where in its block each went. fits: bool [parts, 1]."""
+    """The True entries of a mask [B, S], gathered in order over [B, N]; each block of B / parts rows separately.
+
+    source: int32 [parts, B N / parts], the index of each entry in its block (arbitrary for entries past the last one).
+    valid: bool [B, N].
+    place: int32 [B, S], the index in its block to which each entry moved. fits: bool [parts, 1].
+    """
 
     source: Int32[Array, "P M"]
-    held: Bool[Array, "B N"]
+    valid: Bool[Array, "B N"]
     place: Int32[Array, "B S"]
     fits: Bool[Array, "P 1"]
 
     @classmethod
     def of(cls, mask: Bool[Array, "B S"], columns: int, parts: int) -> Picked:
-        """columns: N."""
+        """Return the entries of ``mask``. columns: N."""
         flat = mask.reshape(parts, -1)
         count = mask.shape[0] // parts * columns
         source = jnp.argsort(~flat, axis=1, stable=True)[:, :count].astype(jnp.int32)
         place = jnp.where(flat, jnp.cumsum(flat, axis=1) - 1, count).astype(jnp.int32)
-        held = jnp.take_along_axis(flat, source, axis=1).reshape(-1, columns)
-        return cls(source, held, place.reshape(mask.shape), flat.sum(axis=1, keepdims=True) <= count)
+        valid = jnp.take_along_axis(flat, source, axis=1).reshape(-1, columns)
+        return cls(source, valid, place.reshape(mask.shape), flat.sum(axis=1, keepdims=True) <= count)
 
     def take(self, values: Array) -> Array:
-        """[B, S, ...] -> [B, N, ...]."""
+        """Gather [B, S, ...] -> [B, N, ...]."""
         flat = values.reshape(self.source.shape[0], -1, *values.shape[2:])
-        taken: Array = jax.vmap(lambda rows, at: rows.at[at].get(unique_indices=True))(flat, self.source)
-        return taken.reshape(*self.held.shape, *values.shape[2:])
+        gathered: Array = jax.vmap(lambda rows, at: rows.at[at].get(unique_indices=True))(flat, self.source)
+        return gathered.reshape(*self.valid.shape, *values.shape[2:])
 
     def put(self, values: Float[Array, "B N"]) -> Float[Array, "B S"]:
-        """In their old places, 0 where the mask is False. In a block with more True entries than there is room for, those that had
-        a place are NaN: a training step refuses them."""
+        """Return values at their original places, 0 where the mask is False.
+
+        In a block with more True entries than there is room for, the entries that have a place are NaN, which a
+        training step rejects.
+        """
         blocks, places = (x.reshape(self.source.shape[0], -1) for x in (values, self.place))
         blocks = jnp.where(self.fits, blocks, jnp.nan)
-        found: Array = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(blocks, places)
-        return found.reshape(self.place.shape)
+        scattered: Array = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(blocks, places)
+        return scattered.reshape(self.place.shape)

@@ -1,9 +1,9 @@
 """Weight-only int8: a matrix W as int8 numbers Q and one float32 scale s per output, W = Q s.
 
 s = max |W| / 127 over the inputs of an output, Q = W / s rounded to nearest even: every number is off by at most s / 2.
-``x W`` is then ``(x Q) s``: the scale is taken out of the product, so no float copy of a stack is made. Only matrices of
-the layers are quantised, and only those that nothing trains (`LoraConfig.base_dtype`); embeddings, norms, biases and heads
-stay as they are.
+``x W`` is then ``(x Q) s``: the scale is applied after the product, so no float copy of a stack is made. Only matrices
+of the layers are quantised, and only frozen ones (`LoraConfig.base_dtype`); embeddings, norms, biases and heads are not
+quantised.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ SCALE = "kernel_scale"
 
 
 def quantize(kernel: Array, inputs: int) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """Q and s of a stack of matrices [L, inputs, outputs] (some axes each; ``inputs`` says how many); s: [L, outputs].
+    """Return Q and s [L, outputs] of a stack of matrices [L, inputs, outputs].
 
-    [[1, -8], [0.5, 4]] -> Q [[127, -127], [64, 64]], s [1/127, 8/127]. Outputs that are all zero have s = 1.
+    inputs: the number of axes that are inputs. Outputs that are all zero have s = 1.
+    [[1, -8], [0.5, 4]] -> Q [[127, -127], [64, 64]], s [1/127, 8/127].
     """
     exact = kernel.astype(jnp.float32)
     over = tuple(range(1, 1 + inputs))
@@ -34,7 +35,7 @@ def quantize(kernel: Array, inputs: int) -> tuple[Int8[Array, "..."], Float[Arra
 
 
 def dequantize(quantized: Int8[Array, "..."], scale: Float[Array, "..."], dtype: Any) -> Array:
-    """Q s in ``dtype``."""
+    """Return Q s in ``dtype``."""
     inputs = quantized.ndim - scale.ndim
     wide = scale.reshape(scale.shape[0], *(1,) * inputs, *scale.shape[1:])
     return (quantized.astype(jnp.float32) * wide).astype(dtype)
@@ -46,20 +47,26 @@ def _rounded(kernel: Array, inputs: int) -> Array:
 
 
 def quantized_tree(params: Params, like: Params, shardings: Params | None = None) -> Params:
-    """``params`` with the matrices that ``like`` (`Model.abstract` of a model with ``int8``) has as Q and s, one after the other.
-    shardings: where they are to lie, a tree like ``like``."""
+    """Return ``params`` with the int8 matrices of ``like`` quantised, one after the other.
+
+    like: `Model.abstract` of a model with ``int8``. shardings: of the result, a tree like ``like``.
+    """
 
     def replace(leaf: Array, inputs: int, at: Params | None) -> Params:
-        there = None if at is None else (at["kernel"], at[SCALE])
+        out_shardings = None if at is None else (at["kernel"], at[SCALE])
         return dict(
-            zip(("kernel", SCALE), jax.jit(quantize, static_argnums=1, out_shardings=there)(leaf, inputs), strict=True)
+            zip(
+                ("kernel", SCALE),
+                jax.jit(quantize, static_argnums=1, out_shardings=out_shardings)(leaf, inputs),
+                strict=True,
+            )
         )
 
     return _on_matrices(params, like, replace, shardings)
 
 
 def rounded_tree(params: Params, like: Params) -> Params:
-    """``params`` with those matrices as they are after quantising, in their own dtype."""
+    """Return ``params`` with those matrices quantised and dequantised again, in their own dtype."""
     return _on_matrices(params, like, lambda leaf, inputs, _: {"kernel": _rounded(leaf, inputs)})
 
 
@@ -69,14 +76,14 @@ def _on_matrices(
     replace: Callable[[Array, int, Params | None], Params],
     shardings: Params | None = None,
 ) -> Params:
-    made: Params = {}
+    replaced: Params = {}
     for name, below in params.items():
         at = None if shardings is None else shardings[name]
         if not isinstance(below, dict):
-            made[name] = below
+            replaced[name] = below
         elif SCALE in like[name]:
             inputs = like[name]["kernel"].ndim - like[name][SCALE].ndim
-            made[name] = below | replace(below["kernel"], inputs, at)
+            replaced[name] = below | replace(below["kernel"], inputs, at)
         else:
-            made[name] = _on_matrices(below, like[name], replace, at)
-    return made
+            replaced[name] = _on_matrices(below, like[name], replace, at)
+    return replaced

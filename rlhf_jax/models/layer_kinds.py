@@ -1,4 +1,4 @@
-"""Which layers of a decoder are alike: what is scanned together and stacked together."""
+"""Kinds of layers, and the grouping of equal layers that are stacked and scanned together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from rlhf_jax.models.rope import Rope
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What one layer is. window: how many tokens it sees, itself included (None: all before it). rope: None = no rotary
-    positions. experts: whether its feed-forward part is a mixture of experts."""
+    """The kind of a layer.
+
+    window: how many tokens it attends to, itself included (None: all before it). rope: None = no rotary positions.
+    experts: whether its feed-forward part is a mixture of experts.
+    """
 
     window: int | None = None
     rope: Rope | None = None
@@ -20,14 +23,14 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """A block of layers (``kinds``) that is repeated ``repeats`` times, from layer ``first`` on."""
+    """A block of layers (``kinds``) that is repeated ``repeats`` times, starting at layer ``first``."""
 
     kinds: tuple[LayerKind, ...]
     first: int
     repeats: int
 
     def stacks(self) -> tuple[range, ...]:
-        """For each place in the block the layers that stand there: their parameters are stacked.
+        """Return for each place in the block the layers at that place: their parameters are stacked.
 
         Two kinds, three times, from layer 4 on: (4, 6, 8), (5, 7, 9).
         """
@@ -36,8 +39,9 @@ class LayerGroup:
         return tuple(range(self.first + place, end, period) for place in range(period))
 
 
-def grouped(layers: Sequence[LayerKind]) -> tuple[LayerGroup, ...]:
-    """The layers as a repeating block plus remainder when a block repeats at least twice, else as runs of equal layers.
+def group_layers(layers: Sequence[LayerKind]) -> tuple[LayerGroup, ...]:
+    """Return the layers as a repeating block plus remainder when a block repeats at least twice, else as runs of equal
+    layers.
 
     s s f s s f s -> (s s f) x 2, (s) x 1; f f f s s -> (f) x 3, (s) x 2.
     """
@@ -46,8 +50,8 @@ def grouped(layers: Sequence[LayerKind]) -> tuple[LayerGroup, ...]:
         if all(layers[index] == layers[index % period] for index in range(count)):
             repeats = count // period
             whole = LayerGroup(tuple(layers[:period]), 0, repeats)
-            rest = tuple(layers[period * repeats :])
-            return (whole, LayerGroup(rest, period * repeats, 1)) if rest else (whole,)
+            remainder = tuple(layers[period * repeats :])
+            return (whole, LayerGroup(remainder, period * repeats, 1)) if remainder else (whole,)
     groups, first = [], 0
     for index in range(1, count + 1):
         if index == count or layers[index] != layers[first]:

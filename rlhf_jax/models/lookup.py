@@ -1,7 +1,7 @@
-"""Rows of a token table whose words are split over a mesh, as a shard_map island.
+"""Embedding lookup with a vocab-sharded table, as a shard_map island.
 
-Left to itself, XLA makes float32 rows of every token of all devices on each of them, twice, and in a large ring sums the
-float32 gradients of whole tables on every device, and keeps those that wait.
+Without it, XLA makes float32 rows of every token of all devices on each of them, twice, and in a large ring sums the
+float32 gradients of whole tables on every device and keeps those that wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from rlhf_jax.models.layout import Constrain, axis_names, own_part, scattered_su
 def look_up(
     table: Float[Array, "V D"], tokens: Int32[Array, "B S"], dtype: Any, constrain: Constrain
 ) -> Float[Array, "B S D"]:
-    """``jnp.take(table, tokens, axis=0)`` in ``dtype``, NaN for what is no word; the table's gradient is summed in float32."""
+    """Return ``jnp.take(table, tokens, axis=0)`` in ``dtype``; NaN for ids outside the table. The gradient is summed in
+    float32.
+    """
     mesh = constrain.mesh
     words = constrain.spec(("vocab", "embed_table"), table.shape)[0] if mesh is not None else None
     holders = axis_names(words)
@@ -31,11 +33,13 @@ def look_up(
     island = Island(
         mesh, holders, axis_names(batch), axis_names(columns), table.shape[0], table.dtype, jnp.dtype(dtype)
     )
-    held, placed = PartitionSpec(words, None), PartitionSpec(batch, columns)
+    table_spec, token_spec = PartitionSpec(words, None), PartitionSpec(batch, columns)
     rows = PartitionSpec(batch, columns, None)
     # Sums are written out, so that nothing is left for JAX to check or to transpose.
-    forward = jax.shard_map(island.rows, mesh=mesh, in_specs=(held, placed), out_specs=rows, check_vma=False)
-    backward = jax.shard_map(island.gradient, mesh=mesh, in_specs=(placed, rows), out_specs=held, check_vma=False)
+    forward = jax.shard_map(island.rows, mesh=mesh, in_specs=(table_spec, token_spec), out_specs=rows, check_vma=False)
+    backward = jax.shard_map(
+        island.gradient, mesh=mesh, in_specs=(token_spec, rows), out_specs=table_spec, check_vma=False
+    )
 
     @jax.custom_vjp
     def looked_up(table: Array, tokens: Array) -> Array:
@@ -52,11 +56,13 @@ def look_up(
 
 @dataclasses.dataclass(frozen=True)
 class Island:
-    """What each device does. holders: mesh axes that split the table's words; batch, columns: those that split tokens. words,
-    kept: of the whole table, and the dtype that it has; dtype: of rows.
+    """The computation of each device.
 
-    Either every device makes rows of all tokens along the axes that split both, from the words that it holds, and the rows
-    are added up and scattered; or the table comes whole in the dtype of rows. The less travels.
+    holders: mesh axes that split the table's vocabulary; batch, columns: mesh axes that split the tokens. words,
+    table_dtype: rows and dtype of the whole table; dtype: of the result.
+
+    Either every device looks up all tokens along the axes that split both in its own part of the table, and the results
+    are summed and scattered; or the table is gathered in the dtype of the result. The cheaper transfer is used.
     """
 
     mesh: Mesh
@@ -64,37 +70,37 @@ class Island:
     batch: tuple[str, ...]
     columns: tuple[str, ...]
     words: int
-    kept: Any
+    table_dtype: Any
     dtype: Any
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Axes along which devices with other tokens hold other words."""
+        """Mesh axes that split both the vocabulary and the batch."""
         return tuple(axis for axis in self.holders if axis in self.batch)
 
     def rows(self, table: Array, tokens: Array) -> Array:
-        """Of a device's tokens [b, s, D]."""
+        """Return the rows of a device's tokens [b, s, D]."""
         table = table.astype(self.dtype)
         if self.table_travels(tokens):
             for axis in reversed(self.holders):
                 table = jax.lax.all_gather(table, axis, tiled=True)
             return jnp.take(table, tokens, axis=0)
-        here, ours = self._mine(tokens, table.shape[0])
-        out = jnp.where(ours[..., None], jnp.take(table, here, axis=0, mode="clip"), 0)
+        places, is_local = self._local_places(tokens, table.shape[0])
+        out = jnp.where(is_local[..., None], jnp.take(table, places, axis=0, mode="clip"), 0)
         if sums := tuple(axis for axis in self.holders if axis not in self.shared):
             out = jax.lax.psum(out, sums)
         for axis in self.shared:
             out = scattered_sum(out, axis, self.mesh)
-        known = (tokens >= -self.words) & (tokens < self.words)
-        return jnp.where(known[..., None], out, jnp.nan)
+        valid = (tokens >= -self.words) & (tokens < self.words)
+        return jnp.where(valid[..., None], out, jnp.nan)
 
     def gradient(self, tokens: Array, rows: Array) -> Array:
-        """Of a device's words [v, D]. rows: gradient of its rows."""
+        """Return the gradient of a device's part of the table [v, D]. rows: gradient of its rows."""
         size, parts = self.words, 1
         if not self.table_travels(tokens):
             size, parts = size // self.parts(self.holders), self.parts(self.shared)
-            here, ours = self._mine(tokens, size)
-            tokens = jnp.where(ours, here, size)  # of other devices: behind the last word, dropped
+            local_tokens, is_local = self._local_places(tokens, size)
+            tokens = jnp.where(is_local, local_tokens, size)  # ids of other devices: past the last row, dropped
             rows = self._gathered(rows)
 
         def added(whole: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
@@ -111,14 +117,14 @@ class Island:
                 )
         if sums := tuple(axis for axis in (*self.batch, *self.columns) if axis not in self.shared):
             whole = jax.lax.psum(whole, sums)
-        return whole.astype(self.kept)
+        return whole.astype(self.table_dtype)
 
     def table_travels(self, tokens: Array) -> bool:
-        """Rather than rows. tokens: [b, s] of a device."""
+        """Return whether the table is gathered rather than the rows exchanged. tokens: [b, s] of a device."""
         return tokens.size * self.parts(self.shared) > self.words
 
     def parts(self, axes: tuple[str, ...]) -> int:
-        """Over how many devices these axes split."""
+        """Return the number of devices that these axes split over."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _gathered(self, x: Array) -> Array:
@@ -126,10 +132,13 @@ class Island:
             x = jax.lax.all_gather(x, axis, tiled=True)
         return x
 
-    def _mine(self, tokens: Array, size: int) -> tuple[Array, Array]:
-        """All tokens along the shared axes: their places among the ``size`` words that this device holds, and whether they
-        are among them."""
+    def _local_places(self, tokens: Array, size: int) -> tuple[Array, Array]:
+        """Return (places, is_local) of all tokens along the shared axes.
+
+        places: index among the ``size`` rows of the table that this device holds; is_local: whether the token is among
+        them.
+        """
         tokens = self._gathered(tokens)
         tokens = jnp.where(tokens < 0, tokens + self.words, tokens)  # counted from the end
-        here = tokens - jax.lax.axis_index(self.holders) * size
-        return here, (here >= 0) & (here < size)
+        places = tokens - jax.lax.axis_index(self.holders) * size
+        return places, (places >= 0) & (places < size)

@@ -1,9 +1,9 @@
 """Low-rank adapters (Hu et al. 2021, LoRA): y = x W + scaling * dropout(x) A B, W frozen, A and B trained.
 
 A tree of parameters with adapters is the model's own tree with ``lora_a`` and ``lora_b`` beside the ``kernel`` of each
-adapted matrix. `split` parts it into the base, which is frozen, and what is trained: the adapters, and the scalar head of
-a reward or value model whole (a head drawn at random is no base for anything). So optimiser moments exist for adapters
-alone, and the reference policy is the base as it lies there.
+adapted matrix. `split` divides it into the frozen base and the trained part: the adapters, and the whole scalar head of
+a reward or value model (a randomly initialized head must be trained). So optimizer moments exist only for the trained
+part, and the reference policy is the base without adapters.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ HEAD = "scalar_head"
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """rank: columns of A. alpha: the scaling is alpha / rank, with rslora alpha / sqrt(rank) (Kalajdzievski 2023). dropout:
-    of the inputs of A, in training. targets: a regular expression that the whole name of a matrix inside its layer must
-    match, such as ``attention/query`` or ``mlp/down``. Defaults: every matrix of attention and feed-forward. base_dtype:
-    "int8" keeps the frozen matrices of the layers in int8 (`models.int8`); None: as they were loaded.
+    """The settings of adapters.
+
+    rank: columns of A. alpha: the scaling is alpha / rank, with rslora alpha / sqrt(rank) (Kalajdzievski 2023).
+    dropout: of the inputs of A, in training.
+    targets: a regular expression that the whole name of a matrix inside its layer must match, such as
+    ``attention/query`` or ``mlp/down``. Default: every matrix of attention and feed-forward.
+    base_dtype: "int8" stores the frozen matrices of the layers in int8 (`models.int8`); None: in the dtype in which
+    they were loaded.
     """
 
     rank: int = 16
@@ -73,10 +77,11 @@ class LoraConfig:
 
 
 def add_adapters(layers: nnx.Module, config: ModelConfig, lora: LoraConfig, rngs: nnx.Rngs, dropout: bool) -> list[str]:
-    """Give every matrix of a stack of layers that ``lora.targets`` names its A and B; the names of all its matrices.
+    """Add A and B to every matrix of a stack of layers that ``lora.targets`` matches; return the names of all its
+    matrices.
 
-    A is uniform within 1 / sqrt(inputs), as in PEFT, B is 0: the first output is the base's. dropout: make room for the
-    keys that `with_dropout` puts in.
+    A is uniform within 1 / sqrt(inputs), as in PEFT, B is 0: the first output equals the base's. dropout: add
+    parameters for the keys that `with_dropout` sets.
     """
     names = []
     for path, module in nnx.iter_modules(layers):
@@ -89,7 +94,7 @@ def add_adapters(layers: nnx.Module, config: ModelConfig, lora: LoraConfig, rngs
 
 
 def check_lora_targets(lora: LoraConfig, names: set[str]) -> None:
-    """Raises InputError when the regular expression names none of the matrices."""
+    """Raise InputError when the regular expression matches none of the matrices."""
     if not any(re.fullmatch(lora.targets, name) for name in names):
         raise InputError(
             f"LoraConfig.targets = {lora.targets!r}: matches no matrix of the layers; there are {', '.join(sorted(names))}"
@@ -97,7 +102,7 @@ def check_lora_targets(lora: LoraConfig, names: set[str]) -> None:
 
 
 def split(tree: Params, path: tuple[str, ...] = ()) -> tuple[Params, Params]:
-    """(frozen, trained) parts of a tree like the parameters, whatever its leaves."""
+    """Return the (frozen, trained) parts of a tree like the parameters, whatever its leaves."""
     frozen: Params = {}
     trained: Params = {}
     for name, below in tree.items():
@@ -114,15 +119,15 @@ def split(tree: Params, path: tuple[str, ...] = ()) -> tuple[Params, Params]:
 
 
 def combine(frozen: Params, trained: Params) -> Params:
-    """The inverse of `split`. No copies."""
-    both: Params = dict(frozen)
+    """Return the tree that `split` divided. Makes no copies."""
+    combined: Params = dict(frozen)
     for name, below in trained.items():
-        both[name] = combine(frozen[name], below) if isinstance(below, dict) and name in frozen else below
-    return both
+        combined[name] = combine(frozen[name], below) if isinstance(below, dict) and name in frozen else below
+    return combined
 
 
 def adapted_kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Params]]:
-    """(path, parameters) of every adapted matrix."""
+    """Yield (path, parameters) of every adapted matrix."""
     for name in sorted(params):
         if name == "lora_a":
             yield "/".join(path), params
@@ -131,7 +136,9 @@ def adapted_kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def with_dropout(params: Params, rng: Rng) -> Params:
-    """The tree with a key for each adapted matrix of each layer; a key depends on (rng, path, layer) alone."""
+    """Return the tree with a dropout key for each adapted matrix of each layer; a key depends on (rng, path, layer)
+    only.
+    """
     out: Params = {name: dict(below) if isinstance(below, dict) else below for name, below in params.items()}
     for path, kernel in list(adapted_kernels(params)):
         keys = jax.random.split(jax.random.fold_in(rng, zlib.crc32(path.encode())), kernel["lora_a"].shape[0])
@@ -146,13 +153,18 @@ def _nested(path: str, leaf: Params) -> Params:
 
 
 def whole(trained: Params, frozen: Params | None) -> Params:
-    """The whole trees of ``trained`` and ``frozen["base"]``; ``trained`` itself when there is no base, so that everything is
-    trained. Trees of several models ({"policy": ..., "value": ...} on both sides) work the same."""
+    """Return the tree of ``trained`` combined with ``frozen["base"]``; ``trained`` itself when there is no base (full
+    fine-tuning).
+
+    Trees of several models ({"policy": ..., "value": ...} on both sides) work the same.
+    """
     return combine(frozen["base"], trained) if frozen and "base" in frozen else trained
 
 
 def on_adapters(loss: LossFn, lora: LoraConfig | None) -> LossFn:
-    """A loss of whole parameter trees as one of (trained, frozen), see `whole`. lora: None = everything is trained."""
+    """Return a loss of whole parameter trees as a loss of (trained, frozen), see `whole`. lora: None = full
+    fine-tuning.
+    """
 
     def adapted(trained: Params, frozen: Params, batch: Any, rng: Rng) -> Any:
         params = whole(trained, frozen)
@@ -165,8 +177,9 @@ def on_adapters(loss: LossFn, lora: LoraConfig | None) -> LossFn:
 
 
 def merge(params: Params, lora: LoraConfig) -> Params:
-    """The parameters of the model without adapters that computes the same: W + scaling A B, summed in float32 and rounded
-    to W's dtype."""
+    """Return the parameters of the equivalent model without adapters: W + scaling A B, summed in float32 and rounded to
+    W's dtype.
+    """
     merged: Params = {}
     for name, below in params.items():
         if not isinstance(below, dict):
@@ -180,9 +193,12 @@ def merge(params: Params, lora: LoraConfig) -> Params:
 
 
 def _merged(kernel: Array, a: Array, b: Array, scaling: float) -> Array:
-    """kernel: [L, inputs, outputs], a: [L, inputs, r], b: [L, r, outputs], where inputs and outputs are some axes each."""
+    """Return one merged stack of kernels.
+
+    kernel: [L, inputs, outputs], a: [L, inputs, r], b: [L, r, outputs], where inputs and outputs are some axes each.
+    """
     layers, rank = a.shape[0], a.shape[-1]
-    left = a.astype(jnp.float32).reshape(layers, -1, rank)
-    right = b.astype(jnp.float32).reshape(layers, rank, -1)
-    change = scaling * jnp.einsum("lir,lro->lio", left, right, precision="highest")
+    a32 = a.astype(jnp.float32).reshape(layers, -1, rank)
+    b32 = b.astype(jnp.float32).reshape(layers, rank, -1)
+    change = scaling * jnp.einsum("lir,lro->lio", a32, b32, precision="highest")
     return (kernel.astype(jnp.float32) + change.reshape(kernel.shape)).astype(kernel.dtype)

@@ -1,4 +1,4 @@
-"""Mixture of experts without dropping: every token reaches all the experts that its router picked.
+"""Mixture of experts without dropping: every token is processed by all experts that its router selected.
 
 Letters in shapes: N tokens, D hidden size, E experts, T experts per token, F width of an expert.
 """
@@ -16,31 +16,31 @@ from jaxtyping import Array, Float, Int32
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layout import Constrain, axis_names, scattered_sum
-from rlhf_jax.models.weights import Matrix, drawn, precision_of
+from rlhf_jax.models.weights import Matrix, precision_of, random_matrix
 
 
 @struct.dataclass
 class Routing:
-    """What a router did. picked: int32 [B, S, T], the experts of each token; probabilities: float32 [B, S, E]."""
+    """The decisions of a router. picked: int32 [B, S, T], the experts of each token; probabilities: float32 [B, S, E]."""
 
     picked: Int32[Array, "B S T"]
     probabilities: Float[Array, "B S E"]
 
 
 class Experts(nnx.Module):
-    """Router (softmax over all experts in float32, the T largest taken) and gated feed-forward experts.
+    """Router (softmax over all experts in float32, the T largest selected) and gated feed-forward experts.
 
-    The tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): no capacity, so nothing is
-    dropped and a token's result does not depend on its neighbours.
+    The tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): there is no capacity, so
+    nothing is dropped and a token's result does not depend on its neighbours.
     """
 
     def __init__(self, config: ModelConfig, activation: Callable[[Array], Array], *, rngs: nnx.Rngs):
         d, e, f = config.hidden_size, config.num_experts, config.expert_ffn_size
-        self.router = Matrix(drawn(config, (d, e), d, rngs), sharding_names=("embed", "expert_logits"))
+        self.router = Matrix(random_matrix(config, (d, e), d, rngs), sharding_names=("embed", "expert_logits"))
         inner, outer = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
-        self.gate = Matrix(drawn(config, (e, d, f), d, rngs), sharding_names=inner)
-        self.up = Matrix(drawn(config, (e, d, f), d, rngs), sharding_names=inner)
-        self.down = Matrix(drawn(config, (e, f, d), f, rngs), sharding_names=outer)
+        self.gate = Matrix(random_matrix(config, (e, d, f), d, rngs), sharding_names=inner)
+        self.up = Matrix(random_matrix(config, (e, d, f), d, rngs), sharding_names=inner)
+        self.down = Matrix(random_matrix(config, (e, f, d), f, rngs), sharding_names=outer)
         self._config, self._activation = config, activation
 
     def __call__(self, x: Float[Array, "B S D"], constrain: Constrain) -> tuple[Float[Array, "B S D"], Routing]:
@@ -52,7 +52,7 @@ class Experts(nnx.Module):
         if config.normalize_expert_weights:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         kernels = [kernel[...].astype(config.dtype) for kernel in (self.gate, self.up, self.down)]
-        mixture = functools.partial(mixed, activation=self._activation, precision=precision_of(config))
+        mixture = functools.partial(apply_experts, activation=self._activation, precision=precision_of(config))
         if constrain.mesh is None or constrain.mesh.size == 1:
             out = mixture(x, picked, weights, *kernels)
         else:
@@ -60,7 +60,7 @@ class Experts(nnx.Module):
         return out.astype(x.dtype), Routing(picked, probabilities)
 
 
-def mixed(
+def apply_experts(
     x: Float[Array, "B S D"],
     picked: Int32[Array, "B S T"],
     weights: Float[Array, "B S T"],
@@ -72,14 +72,17 @@ def mixed(
     precision: jax.lax.Precision | None,
     first: Array | int = 0,
 ) -> Float[Array, "B S D"]:
-    """What the experts ``first`` ... first + E - 1 add to each token, float32: sum over its picks among them of weight *
-    down(act(gate x) * up x). Picks of other experts add nothing."""
+    """Return what the experts ``first`` ... first + E - 1 add to each token, float32.
+
+    That is the sum, over the selected experts among them, of weight * down(act(gate x) * up x). Other experts add
+    nothing.
+    """
     rows, choices, experts = x.reshape(-1, x.shape[-1]), picked.shape[-1], gate.shape[0]
-    here = picked.reshape(-1) - first
-    ours = (here >= 0) & (here < experts)
-    here = jnp.where(ours, here, experts)  # those of others come last, behind every group
-    order = jnp.argsort(here, stable=True)  # slots (token, choice) by expert
-    sizes = jnp.bincount(here, length=experts + 1)[:experts].astype(jnp.int32)
+    local_expert = picked.reshape(-1) - first
+    is_local = (local_expert >= 0) & (local_expert < experts)
+    local_expert = jnp.where(is_local, local_expert, experts)  # experts of other devices come last, after every group
+    order = jnp.argsort(local_expert, stable=True)  # slots (token, choice) by expert
+    sizes = jnp.bincount(local_expert, length=experts + 1)[:experts].astype(jnp.int32)
     grouped = jnp.take(rows, order // choices, axis=0)
 
     def multiply(rows: Array, kernels: Array) -> Array:
@@ -87,7 +90,7 @@ def mixed(
 
     out = multiply(activation(multiply(grouped, gate)) * multiply(grouped, up), down)
     back = jnp.argsort(order)  # slot -> its row in ``out``
-    slots = jnp.where(ours[:, None], jnp.take(out, back, axis=0), 0).reshape(-1, choices, out.shape[-1])
+    slots = jnp.where(is_local[:, None], jnp.take(out, back, axis=0), 0).reshape(-1, choices, out.shape[-1])
     summed = jnp.einsum("ntd,nt->nd", slots.astype(jnp.float32), weights.reshape(-1, choices), precision="highest")
     return summed.reshape(x.shape)
 
@@ -101,10 +104,12 @@ def _over_mesh(
     constrain: Constrain,
     mesh: Mesh,
 ) -> Array:
-    """`mixed` as a shard_map island: each device has all columns of its own experts, and sees every token that may need them.
+    """Run `apply_experts` as a shard_map island: each device has all columns of its own experts and every token that
+    may need them.
 
-    The tokens of the devices along the expert axis are gathered, each device adds what its experts give, and the sums are
-    scattered back: no capacity, whatever the routers pick. Kernels that fsdp splits arrive whole, as they do everywhere.
+    The tokens of the devices along the expert axis are gathered, each device adds the outputs of its experts, and the
+    sums are scattered back: there is no capacity, whatever the routers select. Kernels that fsdp splits are gathered
+    whole, as in other layers.
     """
     batch, columns, _ = constrain.spec(("act_batch", "act_length", "act_embed"), x.shape)
     inner = constrain.spec(("experts", "act_embed", "expert_mlp"), kernels[0].shape)
@@ -114,7 +119,7 @@ def _over_mesh(
 
     def local(x: Array, picked: Array, weights: Array, *kernels: Array) -> Array:
         for axis in shared:
-            x, picked, weights = (jax.lax.all_gather(each, axis, tiled=True) for each in (x, picked, weights))
+            x, picked, weights = (jax.lax.all_gather(array, axis, tiled=True) for array in (x, picked, weights))
         first = jax.lax.axis_index(holders) * kernels[0].shape[0] if holders else 0
         out = mixture(x, picked, weights, *kernels, first=first)
         if sums := tuple(axis for axis in (*holders, *splits) if axis not in shared):
@@ -129,10 +134,11 @@ def _over_mesh(
 
 
 def load_balancing_loss(routing: Routing, counts: Array) -> Float[Array, ""]:
-    """E * sum over experts of f P (Fedus et al. 2021, eq. 4-6): f the tokens that picked the expert per token, P its mean
-    probability, over the tokens where ``counts`` (bool [B, S]) and all layers at once. Equal loads give T.
+    """Return E * sum over experts of f P (Fedus et al. 2021, eq. 4-6).
 
-    routing: leaves stacked over layers, [L, B, S, ...]. With T > 1 picks per token f sums to T, as in transformers.
+    f: the tokens that selected the expert, per token; P: its mean probability; both over the tokens where ``counts``
+    (bool [B, S]) is True and over all layers at once. Equal loads give T.
+    routing: leaves stacked over layers, [L, B, S, ...]. With T > 1 choices per token f sums to T, as in transformers.
     """
     experts = routing.probabilities.shape[-1]
     weight = jnp.broadcast_to(counts.astype(jnp.float32), routing.probabilities.shape[:-1])

@@ -26,9 +26,12 @@ _ACTIVATIONS = {
 
 
 class Norm(nnx.Module):
-    """x / rms(x) * scale (Zhang and Sennrich 2019, eq. 4), or (x - mean) / std * scale + bias (Ba et al. 2016), over the
-    last axes of ``x`` that ``shape`` names, in float32. ``norm_offset`` is added to the scale, which starts so that the
-    factor is 1."""
+    """RMSNorm: x / rms(x) * scale (Zhang and Sennrich 2019, eq. 4), or layer norm: (x - mean) / std * scale + bias (Ba
+    et al. 2016).
+
+    Computed in float32 over the last axes of ``x`` that ``shape`` names. ``norm_offset`` is added to the scale, which
+    is initialized such that the factor is 1.
+    """
 
     def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...], *, kind: str | None = None):
         start = jnp.full(shape, 1.0 - config.norm_offset, config.param_dtype)
@@ -52,7 +55,7 @@ class Norm(nnx.Module):
 
 
 def hidden_norm(config: ModelConfig) -> Norm:
-    """A norm of the residual stream."""
+    """Return a norm of the residual stream."""
     return Norm(config, (config.hidden_size,), ("norm",))
 
 
@@ -76,7 +79,9 @@ class Attention(nnx.Module):
         self._config, self._rope = config, kind.rope
 
     def project(self, x: Float[Array, "B S D"], positions: Int32[Array, "B S"]) -> tuple[Array, Array, Array]:
-        """Queries [B, S, G, R, K] and keys [B, G, S, K], normed and rotated as the layer does, and values [B, G, S, K]."""
+        """Return queries [B, S, G, R, K], keys and values [B, G, S, K]; queries and keys are normed and rotated as the
+        layer requires.
+        """
         config = self._config
         query, key = self.query("nd,dhk->nhk", x), self.key("nd,dgk->ngk", x)
         if config.qk_norm != "none":
@@ -113,7 +118,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual block. What differs between training and decoding is only where keys and values come from."""
+    """A residual block. Training and decoding differ only in the source of keys and values."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         before, after = config.norm_placement in ("pre", "both"), config.norm_placement in ("post", "both")
@@ -132,13 +137,13 @@ class Block(nnx.Module):
         self._before, self._after, self._parallel = before, after, config.parallel_residual
 
     def read(self, x: Float[Array, "B S D"], positions: Int32[Array, "B S"]) -> tuple[Array, Array, Array]:
-        """Query, key and value of this block's input."""
+        """Return query, key and value of this block's input."""
         return self.attention.project(self.attention_norm(x) if self._before else x, positions)
 
     def __call__(
         self, x: Array, query: Array, key: Array, value: Array, attend: Attend, constrain: Constrain
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
-        """The residual stream behind the block, and where its experts sent the tokens (None without experts)."""
+        """Return the residual stream after the block, and the routing of its experts (None without experts)."""
         mixed = self.attention(query, key, value, attend)
         if self._after:
             mixed = self.attention_post_norm(mixed)
@@ -152,7 +157,9 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table. Its width has its own logical axis: the weights' FSDP axis there would make XLA replicate activations."""
+    """An embedding table. Its width has its own logical axis: the FSDP axis of weights would make XLA replicate
+    activations.
+    """
 
     def __init__(self, config: ModelConfig, rows: int, axis: str, *, rngs: nnx.Rngs):
         draw = 0.02 * jax.random.normal(rngs.params(), (rows, config.hidden_size), jnp.float32)
@@ -160,7 +167,9 @@ class Embedding(nnx.Module):
 
 
 class ScalarHead(nnx.Module):
-    """One number per token: Linear(D, 1) with N(0, 1/sqrt(D + 1)) weights and zero bias (Ziegler et al. 2019, their code)."""
+    """A scalar per token: Linear(D, 1) with N(0, 1/sqrt(D + 1)) weights and zero bias (Ziegler et al. 2019, their
+    code).
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         std = (config.hidden_size + 1) ** -0.5

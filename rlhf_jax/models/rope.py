@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, RoFormer) and the ways in which checkpoints stretch them over longer contexts."""
+"""Rotary positions (Su et al. 2021, RoFormer) and their scaling for longer contexts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ _KINDS = ("linear", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies f of the original context are changed for a longer one.
+    """The change of the rotary frequencies f of the original context for a longer one.
 
-    kind "linear": f / factor (Chen et al. 2023, position interpolation). "llama3": frequencies with a wavelength above
-    original_max_length / low_frequency_factor are divided by ``factor``, those below original_max_length /
-    high_frequency_factor kept, those between blended (Llama 3.1's reference code). "yarn": blended between the
-    dimensions that turn beta_fast and beta_slow times in the original context (Peng et al. 2023, section 3.2);
-    truncate: the two dimensions are rounded outwards. "longrope": each frequency divided by its own number,
-    ``short_factors``, or ``long_factors`` in a model whose max_length exceeds original_max_length (Ding et al. 2024).
+    kind "linear": f / factor (Chen et al. 2023, position interpolation).
+    "llama3": frequencies with a wavelength above original_max_length / low_frequency_factor are divided by ``factor``,
+    those below original_max_length / high_frequency_factor are unchanged, those between are blended (Llama 3.1's
+    reference code).
+    "yarn": blended between the dimensions that rotate beta_fast and beta_slow times in the original context (Peng et
+    al. 2023, section 3.2); truncate: the two dimensions are rounded outwards.
+    "longrope": each frequency is divided by its own number of ``short_factors``, or of ``long_factors`` in a model
+    whose max_length exceeds original_max_length (Ding et al. 2024).
     attention_factor: multiplies sine and cosine ("yarn" and "longrope").
     """
 
@@ -66,8 +68,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """The rotary positions of one layer. size: how many (an even number) of a head's dimensions are rotated, the first ones.
-    long: of "longrope", the long factors."""
+    """The rotary positions of one layer.
+
+    size: number (even) of a head's dimensions that are rotated, the first ones. long: "longrope" uses the long factors.
+    """
 
     theta: float
     size: int
@@ -82,22 +86,22 @@ def rotary(x: Float[Array, "B S H K"], positions: Int32[Array, "B S"], rope: Rop
     Angles, sines and the rotation are float32 whatever the dtype of ``x``: bfloat16 cannot tell position 257 from 256.
     Returns the dtype of ``x``.
     """
-    turned, kept = x[..., : rope.size], x[..., rope.size :]
+    rotated, unrotated = x[..., : rope.size], x[..., rope.size :]
     angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies(rope)  # [B, S, 1, size/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     if rope.scaling is not None and rope.scaling.attention_factor != 1.0:
         sin, cos = sin * rope.scaling.attention_factor, cos * rope.scaling.attention_factor
-    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return out if rope.size == x.shape[-1] else jnp.concatenate([out, kept], axis=-1)
+    return out if rope.size == x.shape[-1] else jnp.concatenate([out, unrotated], axis=-1)
 
 
 def inverse_frequencies(rope: Rope) -> Array:
-    """Radians per position of each pair, float32 [size / 2], computed on the host.
+    """Return radians per position of each pair, float32 [size / 2], computed on the host.
 
-    1 / theta^(2 i / size), float32 after each step as in the reference implementations: another rounding of one frequency
-    is 3e-4 radians at position 5000, and the powers of float32 of XLA on a CPU and of numpy with AVX-512 are off by more
-    than a rounding: the power is taken in float64.
+    1 / theta^(2 i / size), rounded to float32 after each step as in the reference implementations: a different rounding
+    of one frequency is 3e-4 radians at position 5000. The power is taken in float64, because float32 powers of XLA on a
+    CPU and of numpy with AVX-512 are off by more than a rounding.
     """
     exponents = np.arange(0, rope.size, 2, dtype=np.float32) / np.float32(rope.size)
     powers = np.power(float(np.float32(rope.theta)), exponents.astype(np.float64)).astype(np.float32)
@@ -108,7 +112,7 @@ def inverse_frequencies(rope: Rope) -> Array:
 
 
 def _scaled(plain: np.ndarray, rope: Rope, scaling: RopeScaling) -> Any:
-    """The frequencies ``plain`` as ``scaling`` changes them, in float64."""
+    """Return the frequencies ``plain`` changed by ``scaling``, in float64."""
     if scaling.kind == "linear":
         return plain / scaling.factor
     if scaling.kind == "longrope":
@@ -116,8 +120,8 @@ def _scaled(plain: np.ndarray, rope: Rope, scaling: RopeScaling) -> Any:
     if scaling.kind == "llama3":
         turns = plain * scaling.original_max_length / (2 * math.pi)  # in the original context
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: kept, 0: divided by the factor
-        return plain * (kept + (1 - kept) / scaling.factor)
+        unscaled = np.clip((turns - low) / (high - low), 0, 1)  # 1: unchanged, 0: divided by the factor
+        return plain * (unscaled + (1 - unscaled) / scaling.factor)
     low_dim, high_dim = (_yarn_dimension(rope, scaling, turns) for turns in (scaling.beta_fast, scaling.beta_slow))
     if scaling.truncate:
         low_dim, high_dim = math.floor(low_dim), math.ceil(high_dim)
@@ -128,7 +132,7 @@ def _scaled(plain: np.ndarray, rope: Rope, scaling: RopeScaling) -> Any:
 
 
 def _yarn_dimension(rope: Rope, scaling: RopeScaling, turns: float) -> float:
-    """The (fractional) pair that turns so often in the original context."""
+    """Return the (fractional) pair that rotates so many times in the original context."""
     pairs: float = (
         rope.size * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
     )

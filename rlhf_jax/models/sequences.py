@@ -1,4 +1,4 @@
-"""Sequences read with a model: token log-probabilities, entropies, scalar scores. One forward definition for all loops."""
+"""Forward passes over sequences: token log-probabilities, entropies and scalar scores, shared by all loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax.types import Completions, Params
 
 
 def as_token_batch(completions: Completions) -> TokenBatch:
-    """Prompt and response as one sequence [B, P + T]; loss_mask True on response tokens."""
+    """Join prompt and response to one sequence [B, P + T]; loss_mask is True on response tokens."""
     prompts = completions.prompts
     mask = jnp.concatenate([prompts.mask, completions.mask], axis=1)
     return TokenBatch(
@@ -25,18 +25,20 @@ def as_token_batch(completions: Completions) -> TokenBatch:
 
 
 def batch_hidden(model: Model, params: Params, batch: TokenBatch) -> Array:
-    """Final hidden states [B, S, D] of a batch."""
+    """Return the final hidden states [B, S, D] of a batch."""
     return model.hidden(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
 
 
 def sequence_logprobs(model: Model, params: Params, batch: TokenBatch) -> tuple[Array, Array]:
-    """(log-probability of the token at each column given those before it, entropy there), float32 [B, S], at
-    temperature 1; both 0 where loss_mask is False. Logits exist for ``config.logits_chunk`` columns at a time."""
+    """Return (log-probability of the token at each column given those before it, entropy there), float32 [B, S].
+
+    Temperature 1; both are 0 where loss_mask is False. Logits exist for ``config.logits_chunk`` columns at a time.
+    """
     return _logprobs_of(model, params, batch_hidden(model, params, batch), batch)
 
 
 def sequence_logprobs_and_router_loss(model: Model, params: Params, batch: TokenBatch) -> tuple[Array, Array, Array]:
-    """`sequence_logprobs`, and the load-balancing loss of a model with experts times its coefficient, float32 []."""
+    """Return `sequence_logprobs` and the load-balancing loss of a model with experts times its coefficient, float32 []."""
     hidden, router = model.hidden_and_router_loss(
         params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
@@ -51,8 +53,10 @@ def _logprobs_of(model: Model, params: Params, hidden: Array, batch: TokenBatch)
 def _predicted(
     model: Model, params: Params, hidden: Array, targets: Array, mask: Array, temperature: float = 1.0
 ) -> tuple[Array, Array]:
-    """`ops.hidden_logprobs` of the model, 0 where the mask is False; with ``model.fold.targets`` logits of those only that the
-    mask leaves."""
+    """Return `ops.hidden_logprobs` of the model, 0 where the mask is False.
+
+    With ``model.fold.targets`` only the tokens under the mask have logits.
+    """
 
     def logprobs(hidden: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
         return ops.hidden_logprobs(
@@ -67,12 +71,14 @@ def _predicted(
     if model.fold is None or model.fold.targets is None:
         return logprobs(hidden, targets, mask)
     picked = Picked.of(mask, model.fold.targets, model.constrain.parts("act_batch"))
-    found, entropy = logprobs(picked.take(hidden), picked.take(targets), picked.held)
-    return picked.put(found), picked.put(entropy)
+    picked_logprobs, entropy = logprobs(picked.take(hidden), picked.take(targets), picked.valid)
+    return picked.put(picked_logprobs), picked.put(entropy)
 
 
 def response_hidden(model: Model, params: Params, completions: Completions) -> Array:
-    """Hidden states [B, T, D] from which response token t is predicted: sequence columns P - 1 ... P + T - 2."""
+    """Return the hidden states [B, T, D] from which response token t is predicted: sequence columns P - 1 ... P + T -
+    2.
+    """
     width = completions.prompts.tokens.shape[1]
     return batch_hidden(model, params, as_token_batch(completions))[:, width - 1 : -1]
 
@@ -85,12 +91,12 @@ def response_logprobs(
     *,
     temperature: float,
 ) -> tuple[Array, Array]:
-    """(log-probabilities of the response tokens, entropies), float32 [B, T], 0 outside the response."""
+    """Return (log-probabilities of the response tokens, entropies), float32 [B, T], 0 outside the response."""
     return _predicted(model, params, hidden, completions.tokens, completions.mask, temperature)
 
 
 def sequence_scores(model: Model, params: Params, batch: TokenBatch) -> Array:
-    """The scalar head at the last real token of each row, float32 [B] (0 for rows that are all padding)."""
+    """Return the output of the scalar head at the last token of each row, float32 [B] (0 for rows of only padding)."""
     scalars = model.scalars(params, batch_hidden(model, params, batch))
     last = ops.last_true_index(batch.segment_ids > 0)
     picked = jnp.take_along_axis(scalars, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
@@ -100,6 +106,6 @@ def sequence_scores(model: Model, params: Params, batch: TokenBatch) -> Array:
 def policy_logprobs(
     model: Model, params: Params, completions: Completions, *, temperature: float
 ) -> tuple[Array, Array]:
-    """(logprobs, entropy) of the response tokens, float32 [B, T] each."""
+    """Return (logprobs, entropy) of the response tokens, float32 [B, T] each."""
     hidden = response_hidden(model, params, completions)
     return response_logprobs(model, params, hidden, completions, temperature=temperature)

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int32
 LANES = 128
 """The kernel works on blocks of a multiple of this many columns."""
 BLOCKS = (512, 256, 128)
-"""Block lengths, the largest that divides the columns is taken."""
+"""Block lengths; the largest that divides the columns is used."""
 RESIDUALS = "splash_residuals"
-"""What `jax.checkpoint` policies call the result of the kernel and its logsumexp, which its backward pass reads."""
+"""Name in `jax.checkpoint` policies of the kernel's result and its logsumexp, which its backward pass reads."""
 
 
 def splash_attention(
@@ -35,12 +35,12 @@ def splash_attention(
     key_spec: PartitionSpec | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B S G R K"]:
-    """Causal attention inside segments, as `attention.attend` under `attention.segment_mask`; what stands in padding
-    (segment 0) may differ: it attends to padding.
+    """Compute causal attention inside segments, like `attention.attend` under `attention.segment_mask`.
 
-    window, scale, cap: of the layer. mesh, key_spec: how keys [B, G, S, K] lie over a mesh (rows and heads may be split);
-    None: one device. interpret: run the kernel's body as ordinary JAX, on any platform. Columns are filled up to a
-    multiple of `LANES` with padding.
+    The results of padding columns (segment 0) may differ: padding attends to padding.
+    window, scale, cap: of the layer. mesh, key_spec: PartitionSpec of keys [B, G, S, K] over a mesh (rows and heads may
+    be split); None: one device. interpret: run the kernel's body as ordinary JAX, on any platform. Columns are padded
+    to a multiple of `LANES`.
     """
     length = query.shape[1]
     fill = -length % LANES
@@ -56,7 +56,7 @@ def splash_attention(
             mesh=mesh,
             in_specs=(rows_spec, key_spec, key_spec, PartitionSpec(batch, columns)),
             out_specs=rows_spec,
-            check_vma=False,  # a Pallas call says nothing of how its result varies over the mesh
+            check_vma=False,  # a Pallas call does not declare how its result varies over the mesh
         )
     mixed = local(rows, key, value, segment_ids)
     return mixed[:, :, :, :length].transpose(0, 3, 1, 2, 4)
@@ -72,7 +72,9 @@ def _on_one_device(
     cap: float | None,
     interpret: bool,
 ) -> Array:
-    """query: [B, G, R, S, K]; the query heads of a key head are neighbours, which is what the kernel expects."""
+    """Run the kernel on one device. query: [B, G, R, S, K]; the kernel expects the query heads of a key head to be
+    adjacent.
+    """
     _, groups, per_group, length, _ = query.shape
     shape = (length, length)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)

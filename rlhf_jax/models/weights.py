@@ -1,4 +1,4 @@
-"""Weight matrices, and the arithmetic that all layers share."""
+"""Weight matrices and arithmetic that all layers share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rlhf_jax.models.config import ModelConfig
 
 
 def precision_of(config: ModelConfig) -> jax.lax.Precision | None:
-    """float32 models multiply in float32 on every platform (a TPU would otherwise use one bfloat16 pass)."""
+    """Return the precision of products: highest for float32 models (a TPU would otherwise use one bfloat16 pass)."""
     return jax.lax.Precision.HIGHEST if config.compute_dtype == "float32" else None
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
-    """cap * tanh(x / cap), within (-cap, cap) (Bello et al. 2016); ``x`` itself without a cap."""
+    """Return cap * tanh(x / cap), within (-cap, cap) (Bello et al. 2016); ``x`` itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def drawn(config: ModelConfig, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs) -> Array:
-    """N(0, 1/fan_in) truncated at two sigma, in param_dtype."""
+def random_matrix(config: ModelConfig, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs) -> Array:
+    """Return samples of N(0, 1/fan_in) truncated at two sigma, in param_dtype."""
     draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32) / math.sqrt(fan_in)
     return draw.astype(config.param_dtype)
 
@@ -39,10 +39,10 @@ def weights_first(
     precision: jax.lax.Precision | None,
     result: DTypeLike | None = None,
 ) -> Array:
-    """``equation`` of [n, inputs] and [inputs, outputs], given the weights as [outputs, inputs].
+    """Compute ``equation`` of [n, inputs] and [inputs, outputs] with the weights stored as [outputs, inputs].
 
-    The weights are the left operand: a CPU streams its rows once, where as the right one it packs all of them anew for
-    16 rows of text (1.5 to 2 times the time). The barrier keeps XLA from turning the product round again.
+    The weights are the left operand: a CPU streams its rows once, whereas as the right operand it packs all of them
+    again for 16 rows of text (1.5 to 2 times the time). The barrier keeps XLA from reversing the operands.
     """
     operands, out = equation.split("->")
     row, weight = operands.split(",")
@@ -52,17 +52,19 @@ def weights_first(
 
 
 class Matrix(nnx.Param[Any]):
-    """A parameter that multiplies or is looked up, one a layer or one an expert: what weight decay acts on, unlike a bias or
-    the scale of a norm. `Model.matrices` tells them apart by this type."""
+    """A parameter that multiplies or is looked up, one per layer or per expert: weight decay applies to it, but not to
+    biases and scales of norms. `Model.matrices` identifies them by this type.
+    """
 
 
 class Kernel(nnx.Module):
-    """A weight matrix, `drawn`, and a bias (zeros) when asked for, applied by an einsum over rows (``n`` = B * S).
+    """A weight matrix (`random_matrix`) with an optional bias (zeros), applied by an einsum over rows (``n`` = B * S).
 
-    inputs: how many leading axes are contracted. Rows and not [B, S]: the gradient of the weights then contracts over one
-    dimension. Over two, XLA on a CPU writes a transposed copy of the activations first, which doubles the backward pass
-    of a small model. On a mesh that splits columns the two stay apart (`keep_columns`): rows of a merged array could not
-    lie where the columns do, and every product would gather them.
+    inputs: how many leading axes are contracted.
+    Rows instead of [B, S]: the gradient of the weights then contracts over one dimension. Over two, XLA on a CPU writes
+    a transposed copy of the activations first, which doubles the backward pass of a small model. On a mesh that splits
+    columns the two dimensions stay separate (`keep_columns`): rows of a merged array could not have the sharding of the
+    columns, and every product would gather them.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Kernel(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.kernel = Matrix(drawn(config, shape, math.prod(shape[:inputs]), rngs), sharding_names=axes)
+        self.kernel = Matrix(random_matrix(config, shape, math.prod(shape[:inputs]), rngs), sharding_names=axes)
         if bias:
             self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), sharding_names=axes[inputs:])
         self._bias, self._dtype, self._precision = bias, config.dtype, precision_of(config)
@@ -83,7 +85,9 @@ class Kernel(nnx.Module):
         self._columns_apart = False
 
     def quantize(self) -> None:
-        """Hold a stack of matrices [L, ...] as int8 with a scale per output (`models.int8`); the numbers are put in later."""
+        """Replace a stack of matrices [L, ...] by int8 with a scale per output (`models.int8`); the values are set
+        later.
+        """
         outs = self.kernel.shape[1 + self._inputs :]
         self.kernel_scale = nnx.Param(
             jnp.ones((self.kernel.shape[0], *outs), jnp.float32), sharding_names=("layers", *self._axes[self._inputs :])
@@ -92,7 +96,9 @@ class Kernel(nnx.Module):
         self._int8 = True
 
     def adapt(self, config: ModelConfig, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs) -> None:
-        """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also room for a key per layer."""
+        """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also a parameter for a key per
+        layer.
+        """
         shape, at = self.kernel.shape, 1 + self._inputs
         bound = math.prod(shape[1:at]) ** -0.5
         draw = jax.random.uniform(rngs.params(), (*shape[:at], rank), jnp.float32, -bound, bound)
@@ -104,18 +110,18 @@ class Kernel(nnx.Module):
             self.dropout_key = nnx.Param(jnp.zeros((shape[0], 2), jnp.uint32), sharding_names=("layers", "lora_rank"))
         self._adapted, self._scaling, self._dropout = True, scaling, dropout
 
-    def turn(self) -> None:
-        """Keep the weights [outputs, inputs] from now on, for products with few rows on a CPU (see `weights_first`)."""
+    def transpose_kernel(self) -> None:
+        """Transpose the weights to [outputs, inputs], for products with few rows on a CPU (see `weights_first`)."""
         kernel = self.kernel[...].astype(self._dtype)
         self.kernel = Matrix(kernel.transpose(*range(self._inputs, kernel.ndim), *range(self._inputs)))
         self._turned = True
 
     def keep_columns(self) -> None:
-        """Multiply [B, S, ...] as it is."""
+        """Multiply [B, S, ...] without merging rows and columns."""
         self._columns_apart = True
 
     def __call__(self, equation: str, x: Array) -> Array:
-        """x: [B, S, ...]; the equation sees [n, ...]."""
+        """Apply the matrix to x: [B, S, ...]; the equation is written for [n, ...]."""
         rows, kernel = x.reshape(-1, *x.shape[2:]), self.kernel[...].astype(self._dtype)
         if self._columns_apart and not self._turned:
             rows, equation = x, equation.replace("n", "bs")
@@ -132,14 +138,14 @@ class Kernel(nnx.Module):
         return out if rows is x else out.reshape(*x.shape[:2], *out.shape[1:])
 
     def _low_rank(self, equation: str, rows: Array) -> Array:
-        """scaling * dropout(rows) A B; "nd,dhk->nhk" is "nd,dr->nr" and "nr,rhk->nhk"."""
-        seen, joined = equation.split(",")
+        """Return scaling * dropout(rows) A B; "nd,dhk->nhk" becomes "nd,dr->nr" and "nr,rhk->nhk"."""
+        input_axes, joined = equation.split(",")
         weight, out = joined.split("->")
         if self._dropout:
             key = jax.random.wrap_key_data(self.dropout_key[...], impl="threefry2x32")
-            kept = jax.random.bernoulli(key, 1.0 - self._dropout, rows.shape)
-            rows = jnp.where(kept, rows / (1.0 - self._dropout), 0).astype(rows.dtype)
+            keep = jax.random.bernoulli(key, 1.0 - self._dropout, rows.shape)
+            rows = jnp.where(keep, rows / (1.0 - self._dropout), 0).astype(rows.dtype)
         a, b = self.lora_a[...].astype(self._dtype), self.lora_b[...].astype(self._dtype)
-        row = "bs" if seen.startswith("bs") else "n"
-        few = jnp.einsum(f"{seen},{weight[: self._inputs]}r->{row}r", rows, a, precision=self._precision)
+        row = "bs" if input_axes.startswith("bs") else "n"
+        few = jnp.einsum(f"{input_axes},{weight[: self._inputs]}r->{row}r", rows, a, precision=self._precision)
         return self._scaling * jnp.einsum(f"{row}r,r{weight[self._inputs :]}->{out}", few, b, precision=self._precision)

@@ -13,7 +13,7 @@ import math
 import jax
 
 from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.models.attention import blocks, chosen, in_blocks
+from rlhf_jax.models.attention import blocks, choose_implementation, in_blocks
 from rlhf_jax.models.lora import TRAINED
 from rlhf_jax.models.splash import BLOCKS, LANES
 from rlhf_jax.plan.kernels import visited_pairs
@@ -65,7 +65,7 @@ def forward_flops(config: ModelConfig, rows: int, length: int, heads_at: int, im
 
 def attention_of(model: Model) -> str:
     """The implementation of `models.attention`; "blocks" where "xla" leaves pairs out."""
-    implementation = chosen(model.config, model.constrain)
+    implementation = choose_implementation(model.config, model.constrain)
     whole = model.constrain.parts("act_length") > 1 or not in_blocks(model.constrain)  # a ring meets all pairs
     return implementation if implementation != "xla" or whole else "blocks"
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.models.attention import chosen
+from rlhf_jax.models.attention import choose_implementation
 from rlhf_jax.plan.analytic import kept_columns, split_weights
 
 Axes = Mapping[str, int]
@@ -54,7 +54,7 @@ def block_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: b
     weights = 2 * width * split_weights(model)[1] // config.num_layers // tensor
     columns = (5 if backward else 2) * config.ffn_size // tensor + (10 if backward else 4) * config.hidden_size
     activations = rows * length * columns * width
-    if chosen(config, model.constrain) != "splash":
+    if choose_implementation(config, model.constrain) != "splash":
         activations += rows * config.num_heads * length * length * 4 * (3 if backward else 2) // tensor
     return weights + activations
 

@@ -150,7 +150,7 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
             cache = job.prefix.take(jnp.zeros((count,), jnp.int32), job.width)
         # Of left-padded prompts the last width - known columns hold all that is behind the prefix.
         mask = (mask & (positions >= known))[:, known:]
-        hidden, cache = job.model.read_on(
+        hidden, cache = job.model.prefill_after(
             job.params, tokens[:, known:], mask, positions[:, known:], cache, job.slots.prefill_chunk
         )
         cache = cache if job.window is None else cache.parted(job.model.config.slides, job.window)

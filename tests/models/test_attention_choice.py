@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import Model
-from rlhf_jax.models.attention import attend, chosen, fused_attention, segment_mask
+from rlhf_jax.models.attention import attend, choose_implementation, fused_attention, segment_mask
 from rlhf_jax.models.splash import splash_attention
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, make_mesh
 from rlhf_jax.testing import tiny_config, tiny_model
@@ -109,7 +109,7 @@ def on(platform):
     ],
 )
 def test_auto_takes_what_the_platform_has_and_the_layer_can_use(platform, changes, expected):
-    assert chosen(tiny_config(**changes), on(platform)) == expected
+    assert choose_implementation(tiny_config(**changes), on(platform)) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_auto_takes_what_the_platform_has_and_the_layer_can_use(platform, change
 )
 def test_an_implementation_asked_for_what_it_cannot_do_is_an_error(platform, changes, missing):
     with pytest.raises(InputError, match=missing):
-        chosen(tiny_config(**changes), on(platform))
+        choose_implementation(tiny_config(**changes), on(platform))
 
 
 def test_a_model_asks_the_devices_of_its_mesh():

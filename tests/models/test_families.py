@@ -362,9 +362,9 @@ def test_the_name_table_covers_exactly_the_parameters(head: Head, tied: bool) ->
     shapes = {}
     for weight in weights_of(config):
         layers = (config.num_layers,) if weight.layers is not None else ()
-        shapes[weight.ours] = layers + parse(weight.layout).our_shape(dimensions(config))
+        shapes[weight.parameter] = layers + parse(weight.layout).our_shape(dimensions(config))
     leaves = jax.tree_util.tree_leaves_with_path(Model(config).abstract())
     assert shapes == {jax.tree_util.keystr(at, simple=True, separator="/"): leaf.shape for at, leaf in leaves}
-    names = [weight.theirs for weight in weights_of(config)]
+    names = [weight.tensor for weight in weights_of(config)]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z_.{}]+", name) for name in names)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import Model
-from rlhf_jax.models.layer_kinds import LayerKind, grouped
+from rlhf_jax.models.layer_kinds import LayerKind, group_layers
 from rlhf_jax.testing import random_params, tiny_config
 
 F, S, E = LayerKind(), LayerKind(window=4), LayerKind(experts=True)
@@ -25,7 +25,7 @@ F, S, E = LayerKind(), LayerKind(window=4), LayerKind(experts=True)
     ],
 )
 def test_groups_by_hand(layers, expected):
-    assert [(list(group.kinds), group.first, group.repeats) for group in grouped(layers)] == expected
+    assert [(list(group.kinds), group.first, group.repeats) for group in group_layers(layers)] == expected
 
 
 def test_stacks_by_hand():

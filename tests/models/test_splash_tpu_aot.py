@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 
 from rlhf_jax.models import Model, ModelConfig
-from rlhf_jax.models.attention import chosen
+from rlhf_jax.models.attention import choose_implementation
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, batch_sharding, make_mesh, tree_shardings
 
 pytestmark = pytest.mark.tpu_aot
@@ -27,7 +27,7 @@ def test_the_gradient_of_a_model_compiles_with_the_kernel(head_dim, changes, ker
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), list(devices))
     config = ModelConfig(1024, 256, 2, 4, 2, head_dim, 512, compute_dtype="bfloat16", **changes)
     model = Model(config, ActivationConstraint(mesh))
-    assert chosen(config, model.constrain) == "splash"
+    assert choose_implementation(config, model.constrain) == "splash"
     shardings = tree_shardings(model.abstract(), model.logical_axes(), mesh)
     params = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), model.abstract(), shardings

@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax import ops
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import as_token_batch, empty_cache
-from rlhf_jax.models.cache import Quantised, restored, stored
+from rlhf_jax.models.cache import Quantised, from_storage, to_storage
 from rlhf_jax.plan.memory import cache_bytes
 from rlhf_jax.rollout import SamplingConfig, SlotConfig, check_shared_prompts, generate
 from rlhf_jax.rollout.slots import Job, first_fill, read_prompts
@@ -154,17 +154,17 @@ def test_narrow_storage_moves_log_probabilities_a_little(storage, limit, slots):
 
 def test_int8_by_hand():
     # Largest magnitude 2.54: a scale of 0.02. 1.27 -> 63.5, to even 64 -> 1.28; -0.013 -> -0.65 -> -1 -> -0.02.
-    kept = stored(jnp.array([[2.54, 1.27, -0.013, 0.0], [0.0, 0.0, 0.0, 0.0]]), "int8")
+    kept = to_storage(jnp.array([[2.54, 1.27, -0.013, 0.0], [0.0, 0.0, 0.0, 0.0]]), "int8")
     assert isinstance(kept, Quantised) and kept.numbers.dtype == jnp.int8
     np.testing.assert_allclose(kept.scale[:, 0], [0.02, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(kept.numbers[1], 0)
-    np.testing.assert_allclose(restored(kept, jnp.float32)[0], [2.54, 1.28, -0.02, 0.0], atol=1e-6)
+    np.testing.assert_allclose(from_storage(kept, jnp.float32)[0], [2.54, 1.28, -0.02, 0.0], atol=1e-6)
 
 
 def test_int8_is_off_by_at_most_half_a_scale():
     x = jax.random.normal(jax.random.key(0), (50, 64))
-    kept = stored(x, "int8")
-    assert (jnp.abs(restored(kept, jnp.float32) - x) <= 0.5 * kept.scale * (1 + 1e-5)).all()
+    kept = to_storage(x, "int8")
+    assert (jnp.abs(from_storage(kept, jnp.float32) - x) <= 0.5 * kept.scale * (1 + 1e-5)).all()
 
 
 def test_bytes_of_a_cache():

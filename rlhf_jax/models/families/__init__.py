@@ -1,8 +1,8 @@
-"""Families of Hugging Face checkpoints, as data: what a config.json field means here, which tensor is which parameter.
+"""Families of Hugging Face checkpoints, as data: the mapping of config.json fields and of tensor names.
 
-A family is a `Family` record in a file of its own, not a class: the fields it maps, what it assumes of absent ones, the
-values that the decoder can compute, and one table of tensor names that is read in both directions (`io` imports and
-exports by it). `table.py` lists all; `shared.py` holds what several have in common.
+A family is a `Family` record in a file of its own, not a class: the fields it maps, the defaults of absent fields, the
+values that the decoder supports, and one table of tensor names that is read in both directions (`io` imports and
+exports with it). `table.py` lists all; `shared.py` holds what several have in common.
 """
 
 from rlhf_jax.models.families.convert import ARCHITECTURES, config_from_hf, config_to_hf

@@ -1,4 +1,4 @@
-"""config.json <-> `ModelConfig`. Every field is mapped, known to leave the logits alone, or refused by name."""
+"""config.json <-> `ModelConfig`. Every field is mapped, known not to affect the logits, or rejected by name."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ _NO_EFFECT = frozenset(
 
 
 def config_from_hf(fields: Fields, where: str) -> ModelConfig:
-    """The `ModelConfig` (float32, head and family as the architecture says) of a config.json. where: the file, for messages.
+    """Return the `ModelConfig` of a config.json: float32, head and family from the architecture.
 
-    Raises InputError.
+    where: the file, for messages. Raises InputError for a configuration that is not supported.
     """
     architecture = _architecture(fields, where)
     name, head = ARCHITECTURES[architecture]
     family = FAMILIES[name]
-    _refuse_foreign(fields, family, where)
+    _check_supported(fields, family, where)
     if head == "scalar" and (labels := _labels(fields)) != 1:
         raise InputError(f"{where}: {architecture} with {labels} labels: a reward or value model has num_labels = 1")
     values: dict[str, Any] = dict(family.implied)
-    for theirs, ours in family.fields.items():
-        if theirs not in fields and theirs not in family.defaults:
-            raise InputError(f"{where}: {theirs} is missing; take config.json and weights from the same checkpoint")
-        for one in (ours,) if isinstance(ours, str) else ours:
-            values[one] = fields.get(theirs, family.defaults.get(theirs))
+    for field, targets in family.fields.items():
+        if field not in fields and field not in family.defaults:
+            raise InputError(f"{where}: {field} is missing; take config.json and weights from the same checkpoint")
+        for target in (targets,) if isinstance(targets, str) else targets:
+            values[target] = fields.get(field, family.defaults.get(field))
     if values.get("num_kv_heads") is None:
         values["num_kv_heads"] = values["num_heads"]
     if values.get("head_dim") is None:
@@ -69,23 +69,22 @@ def config_from_hf(fields: Fields, where: str) -> ModelConfig:
     except InputError as error:
         raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{where}: not a configuration of {architecture} ({what}); restore the file") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: not a configuration of {architecture} ({cause}); restore the file") from error
 
 
-_OURS_ALONE = ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention")
-"""`ModelConfig` fields that say how, not what, is computed."""
+_EXECUTION_FIELDS = ("param_dtype", "compute_dtype", "remat", "logits_chunk", "attention")
+"""`ModelConfig` fields that change how the model is computed, not its results: a config.json does not have them."""
 _SIZE_FIELDS = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_length",
 )  # fmt: skip
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The config.json fields of a model with head "lm" or "scalar", in the format of ``config.family``, without special
-    token ids.
+    """Return the config.json fields of a model with head "lm" or "scalar", in the format of ``config.family``.
 
-    ``torch_dtype`` is the dtype of the parameters. What is written is read back and compared: raises InputError for what
-    no checkpoint of the family can say.
+    Special token ids are left out. ``torch_dtype`` is the dtype of the parameters. The fields are read back and
+    compared. Raises InputError for a configuration that checkpoints of the family cannot express.
     """
     if config.head == "lm+scalar":
         raise InputError(
@@ -98,44 +97,47 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             f"ModelConfig.hidden_size = {config.hidden_size} is not a multiple of num_heads = {config.num_heads}: "
             f"transformers cannot say this {family.model_type} model"
         )
-    theirs: dict[str, Any] = {
-        name: getattr(config, ours if isinstance(ours, str) else ours[0]) for name, ours in family.fields.items()
+    hf_fields: dict[str, Any] = {
+        name: getattr(config, targets if isinstance(targets, str) else targets[0])
+        for name, targets in family.fields.items()
     }
     for rule in family.rules:
-        theirs |= rule.write(config)
-    theirs |= {
+        hf_fields |= rule.write(config)
+    hf_fields |= {
         "architectures": [family.language_model if config.head == "lm" else family.scorer],
         "model_type": family.model_type,
         "torch_dtype": config.param_dtype,
         "use_cache": True,
     }
     if config.head == "scalar":
-        theirs |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
-    said = config_from_hf(theirs, "config.json")
-    said = said.replace(**{name: getattr(config, name) for name in _OURS_ALONE})
+        hf_fields |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+    parsed = config_from_hf(hf_fields, "config.json")
+    parsed = parsed.replace(**{name: getattr(config, name) for name in _EXECUTION_FIELDS})
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != getattr(said, field.name):
+        if value != getattr(parsed, field.name):
             raise InputError(
                 f"ModelConfig.{field.name} = {value!r}: a checkpoint of family {config.family!r} cannot say this; choose "
                 "another ModelConfig.family"
             )
     weights_of(config)
-    return theirs
+    return hf_fields
 
 
 def _architecture(fields: Fields, where: str) -> str:
-    named = fields.get("architectures")
-    known = ", ".join(ARCHITECTURES)
-    if not isinstance(named, list) or len(named) != 1:
-        raise InputError(f"{where}: architectures = {named!r}: name exactly one of {known}")
-    if not isinstance(named[0], str) or named[0] not in ARCHITECTURES:
-        raise InputError(f"{where}: architecture {named[0]} is not supported; supported: {known}")
-    return str(named[0])
+    architectures = fields.get("architectures")
+    supported = ", ".join(ARCHITECTURES)
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise InputError(f"{where}: architectures = {architectures!r}: name exactly one of {supported}")
+    if not isinstance(architectures[0], str) or architectures[0] not in ARCHITECTURES:
+        raise InputError(f"{where}: architecture {architectures[0]} is not supported; supported: {supported}")
+    return str(architectures[0])
 
 
-def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
-    """Raises InputError naming each field that changes the computation, or may do so, in a way the decoder does not follow."""
+def _check_supported(fields: Fields, family: Family, where: str) -> None:
+    """Raise InputError naming each field that changes, or may change, the computation in a way that the decoder does
+    not support.
+    """
     if fields.get("auto_map") is not None and "auto_map" not in family.ignored:
         raise InputError(f"{where}: auto_map: the checkpoint brings its own code, which is never run")
     if fields.get("model_type") not in (None, family.model_type):
@@ -152,8 +154,8 @@ def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
     if wrong:
         raise InputError(f"{where}: {'; '.join(wrong)}: this computation is not implemented")
     ruled = frozenset[str]().union(*(rule.names for rule in family.rules))
-    known = fixed.keys() | family.fields.keys() | ruled | family.ignored | _NO_EFFECT | {"auto_map"}
-    if unknown := sorted(fields.keys() - known):
+    handled = fixed.keys() | family.fields.keys() | ruled | family.ignored | _NO_EFFECT | {"auto_map"}
+    if unknown := sorted(fields.keys() - handled):
         raise InputError(
             f"{where}: unknown fields {', '.join(unknown)}: they may change the computation; "
             "delete from config.json those that are known not to"
@@ -161,10 +163,10 @@ def _refuse_foreign(fields: Fields, family: Family, where: str) -> None:
 
 
 def _labels(fields: Fields) -> int:
-    """How many labels a sequence classifier has; transformers' default is two."""
-    named, count = fields.get("id2label"), fields.get("num_labels")
-    if named is not None:
-        return len(named) if isinstance(named, dict) else 0
+    """Return the number of labels of a sequence classifier; transformers' default is two."""
+    labels, count = fields.get("id2label"), fields.get("num_labels")
+    if labels is not None:
+        return len(labels) if isinstance(labels, dict) else 0
     return 2 if count is None else count if type(count) is int else 0
 
 

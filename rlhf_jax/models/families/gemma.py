@@ -1,4 +1,4 @@
-"""Gemma: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Gemma: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GEMMA = Family(
     fields=SIZES | BIASES,
     defaults=defaults(8192, 16, 256, tie_word_embeddings=True),
     implied=GEMMA_MODEL,
-    # the first releases say "gelu" and mean its approximation, as transformers knows
+    # the first releases write "gelu" for its approximation, as in transformers
     rules=(
         activation("hidden_act", "gelu_pytorch_tanh", ACTIVATIONS | {"gelu": "gelu_tanh"}),
         second_activation("hidden_activation"),

@@ -1,4 +1,4 @@
-"""Gemma 2: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Gemma 2: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GEMMA2 = Family(
         *GEMMA2_RULES,
         alternating(2),
         rope_rule(),
-        second_activation("hidden_act"),  # the files have both words
+        second_activation("hidden_act"),  # the files have both fields
         second_number("sliding_window_size", "sliding_window", 4096),
     ),
     fixed=GEMMA_FIXED,

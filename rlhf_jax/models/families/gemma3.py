@@ -1,4 +1,4 @@
-"""Gemma 3 (text): its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Gemma 3 (text): mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""GPT-2: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""GPT-2: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 
 from rlhf_jax.models.families.records import Family, Weight
-from rlhf_jax.models.families.shared import HEADS, LAYER_NORMS, QKV, both
+from rlhf_jax.models.families.shared import HEADS, LAYER_NORMS, QKV, with_bias
 from rlhf_jax.models.families.value_fields import GPT2_SCALE, activation
 
 _GPT2 = "transformer.h.{layer}."
@@ -11,7 +11,7 @@ _GPT2 = "transformer.h.{layer}."
 GPT2_WEIGHTS = (  # matrices lie transposed (Conv1D)
     Weight("transformer.wte.weight", "embed/embedding", "v d -> v d"),
     Weight("transformer.wpe.weight", "position_embed/embedding", "p d -> p d"),
-    *both(_GPT2 + "ln_1", "layers/attention_norm"),
+    *with_bias(_GPT2 + "ln_1", "layers/attention_norm"),
     *(
         Weight(_GPT2 + f"attn.c_attn.{kind}", f"layers/attention/{name}/{leaf}", layout, part)
         for part, name in enumerate(QKV)
@@ -20,11 +20,11 @@ GPT2_WEIGHTS = (  # matrices lie transposed (Conv1D)
             ("bias", "bias", "(h k)|(h k)|(h k) -> h k"),
         )
     ),
-    *both(_GPT2 + "attn.c_proj", "layers/attention/output", kernel="(h k) d -> h k d"),
-    *both(_GPT2 + "ln_2", "layers/mlp_norm"),
-    *both(_GPT2 + "mlp.c_fc", "layers/mlp/up", kernel="d f -> d f", bias="f -> f"),
-    *both(_GPT2 + "mlp.c_proj", "layers/mlp/down", kernel="f d -> f d"),
-    *both("transformer.ln_f", "final_norm"),
+    *with_bias(_GPT2 + "attn.c_proj", "layers/attention/output", kernel="(h k) d -> h k d"),
+    *with_bias(_GPT2 + "ln_2", "layers/mlp_norm"),
+    *with_bias(_GPT2 + "mlp.c_fc", "layers/mlp/up", kernel="d f -> d f", bias="f -> f"),
+    *with_bias(_GPT2 + "mlp.c_proj", "layers/mlp/down", kernel="f d -> f d"),
+    *with_bias("transformer.ln_f", "final_norm"),
     *HEADS,
 )
 

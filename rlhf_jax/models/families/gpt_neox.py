@@ -1,27 +1,27 @@
-"""GPT-NeoX: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""GPT-NeoX: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 
 from rlhf_jax.models.families.records import Family, Weight
 from rlhf_jax.models.families.rope_fields import rope_rule
-from rlhf_jax.models.families.shared import HEADS, LAYER_NORMS, NO_DROPOUT, QKV, both
+from rlhf_jax.models.families.shared import HEADS, LAYER_NORMS, NO_DROPOUT, QKV, with_bias
 from rlhf_jax.models.families.value_fields import activation
 
 _NEOX = "gpt_neox.layers.{layer}."
 
 GPT_NEOX_WEIGHTS = (
     Weight("gpt_neox.embed_in.weight", "embed/embedding", "v d -> v d"),
-    *both(_NEOX + "input_layernorm", "layers/attention_norm"),
+    *with_bias(_NEOX + "input_layernorm", "layers/attention_norm"),
     *(
         Weight(_NEOX + f"attention.query_key_value.{kind}", f"layers/attention/{name}/{leaf}", layout, part)
         for part, name in enumerate(QKV)
         for kind, leaf, layout in (("weight", "kernel", "(h 3 k) d -> d h k"), ("bias", "bias", "(h 3 k) -> h k"))
     ),
-    *both(_NEOX + "attention.dense", "layers/attention/output", kernel="d (h k) -> h k d"),
-    *both(_NEOX + "post_attention_layernorm", "layers/mlp_norm"),
-    *both(_NEOX + "mlp.dense_h_to_4h", "layers/mlp/up", kernel="f d -> d f", bias="f -> f"),
-    *both(_NEOX + "mlp.dense_4h_to_h", "layers/mlp/down", kernel="d f -> f d"),
-    *both("gpt_neox.final_layer_norm", "final_norm"),
+    *with_bias(_NEOX + "attention.dense", "layers/attention/output", kernel="d (h k) -> h k d"),
+    *with_bias(_NEOX + "post_attention_layernorm", "layers/mlp_norm"),
+    *with_bias(_NEOX + "mlp.dense_h_to_4h", "layers/mlp/up", kernel="f d -> d f", bias="f -> f"),
+    *with_bias(_NEOX + "mlp.dense_4h_to_h", "layers/mlp/down", kernel="d f -> f d"),
+    *with_bias("gpt_neox.final_layer_norm", "final_norm"),
     Weight("embed_out.weight", "lm_head/kernel", "v d -> d v"),
     *HEADS[1:],
 )

@@ -1,4 +1,4 @@
-"""Which layers slide, which have no rotary positions, which have experts: the rules of the families that say it."""
+"""Rules of the config.json fields for sliding windows, layers without rotary positions, and layers with experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
 def pattern(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The shortest tuple that repeats to ``kinds``; () when all are "full". (s, s, f, s, s, f, s) -> (s, s, f)."""
+    """Return the shortest tuple that repeats to ``kinds``; () when all are "full". (s, s, f, s, s, f, s) -> (s, s, f)."""
     if all(kind == "full" for kind in kinds):
         return ()
     for period in range(1, len(kinds) + 1):
@@ -23,7 +23,7 @@ def pattern(kinds: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kinds_of(config: ModelConfig) -> list[str]:
-    """The kind of each layer."""
+    """Return the kind of each layer."""
     kinds = config.layer_pattern or ("full",)
     return [kinds[index % len(kinds)] for index in range(config.num_layers)]
 
@@ -49,21 +49,23 @@ def _switch(fields: Fields, name: str, where: str) -> bool:
 
 
 def _typed_layers(fields: Fields, count: int, assumed: Callable[[int], bool], where: str) -> list[str]:
-    """The kind of each layer from layer_types, or from ``assumed`` (layer -> whether it slides) when that is absent."""
-    given = fields.get("layer_types")
-    if given is None:
+    """Return the kind of each layer from layer_types; when it is absent, from ``assumed`` (layer -> whether it has a
+    window).
+    """
+    layer_types = fields.get("layer_types")
+    if layer_types is None:
         return ["sliding" if assumed(layer) else "full" for layer in range(count)]
     if (
-        not isinstance(given, list)
-        or len(given) != count
-        or not all(isinstance(kind, str) and kind in _KINDS for kind in given)
+        not isinstance(layer_types, list)
+        or len(layer_types) != count
+        or not all(isinstance(kind, str) and kind in _KINDS for kind in layer_types)
     ):
         raise InputError(f"{where}: layer_types: must name {' or '.join(_KINDS)} for each of {count} layers")
-    return [_KINDS[kind] for kind in given]
+    return [_KINDS[kind] for kind in layer_types]
 
 
-def _told(kinds: list[str], window: int | None, where: str) -> dict[str, Any]:
-    """`ModelConfig` fields of these layers."""
+def _layer_settings(kinds: list[str], window: int | None, where: str) -> dict[str, Any]:
+    """Return the `ModelConfig` fields of these layers."""
     slides = any("sliding" in kind for kind in kinds)
     if slides and window is None:
         raise InputError(f"{where}: layer_types has sliding_attention, but sliding_window is null")
@@ -71,17 +73,21 @@ def _told(kinds: list[str], window: int | None, where: str) -> dict[str, Any]:
 
 
 def one_window(default: int | None, switch: str | None = None) -> Rule:
-    """All layers slide when sliding_window is given (Mistral, Phi-3, Mixtral); switch: ... and this is true (Qwen 3 MoE)."""
+    """Return the rule of families where all layers have a sliding window if sliding_window is set (Mistral, Phi-3,
+    Mixtral).
+
+    switch: a field that must also be true (Qwen 3 MoE).
+    """
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         window = _window(fields, "sliding_window", fields.get("sliding_window", default), where)
         if switch and not _switch(fields, switch, where):
             window = None
-        return _told(["full" if window is None else "sliding"] * values["num_layers"], window, where)
+        return _layer_settings(["full" if window is None else "sliding"] * values["num_layers"], window, where)
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        told: dict[str, Any] = {"sliding_window": config.sliding_window}
-        return told | ({switch: config.sliding_window is not None} if switch else {})
+        hf_fields: dict[str, Any] = {"sliding_window": config.sliding_window}
+        return hf_fields | ({switch: config.sliding_window is not None} if switch else {})
 
     return Rule(frozenset({"sliding_window"} | ({switch} if switch else set())), read, write)
 
@@ -91,7 +97,7 @@ def _qwen_layers(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
     window = window if _switch(fields, "use_sliding_window", where) else None
     first = _count(fields, "max_window_layers", 28, 0, where)
     kinds = _typed_layers(fields, values["num_layers"], lambda layer: window is not None and layer >= first, where)
-    return _told(kinds, window, where)
+    return _layer_settings(kinds, window, where)
 
 
 def _layer_types(config: ModelConfig) -> list[str]:
@@ -107,21 +113,25 @@ QWEN_LAYERS = Rule(
         "layer_types": _layer_types(config),
     },
 )
-"""Sliding from max_window_layers on when use_sliding_window, unless layer_types says otherwise."""
+"""With use_sliding_window, layers from max_window_layers on have the window, unless layer_types says otherwise."""
 
 
 def alternating(period: int, name: str | None = None) -> Rule:
-    """Every ``period``-th layer is full, the others slide (Gemma 2: 2, Gemma 3: 6); name: the field that may change it."""
+    """Return the rule of families where every ``period``-th layer is full and the others have a window (Gemma 2: 2,
+    Gemma 3: 6).
+
+    name: the field that may change the period.
+    """
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
         window = _window(fields, "sliding_window", fields.get("sliding_window", 4096), where)
         every = _count(fields, name, period, 1, where) if name else period
         kinds = _typed_layers(fields, values["num_layers"], lambda layer: bool((layer + 1) % every), where)
-        return _told(kinds, window, where)
+        return _layer_settings(kinds, window, where)
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        told: dict[str, Any] = {"layer_types": _layer_types(config)}
-        return told | ({"sliding_window": config.sliding_window} if config.sliding_window is not None else {})
+        hf_fields: dict[str, Any] = {"layer_types": _layer_types(config)}
+        return hf_fields | ({"sliding_window": config.sliding_window} if config.sliding_window is not None else {})
 
     return Rule(frozenset({"layer_types", "sliding_window"} | ({name} if name else set())), read, write)
 
@@ -138,7 +148,7 @@ def _smollm3_layers(fields: Fields, values: Fields, where: str) -> dict[str, Any
     kinds = _typed_layers(fields, count, lambda layer: window is not None and not rotated[layer], where)
     if window is None:
         kinds = ["full"] * count  # as transformers: the switch decides
-    return _told(
+    return _layer_settings(
         [kind if turned else f"{kind}_nope" for kind, turned in zip(kinds, rotated, strict=False)], window, where
     )
 
@@ -153,13 +163,13 @@ SMOLLM3_LAYERS = Rule(
         "layer_types": _layer_types(config),
     },
 )
-"""Every fourth layer has no rotary positions; with use_sliding_window those without slide."""
+"""Every fourth layer has no rotary positions; with use_sliding_window those layers have the sliding window."""
 
 
 def _qwen3_moe_experts(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
-    named = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
-    if len(named) == 2 and named[0] != named[1]:
-        raise InputError(f"{where}: num_experts = {named[0]!r}, but num_local_experts = {named[1]!r}; keep one")
+    counts = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
+    if len(counts) == 2 and counts[0] != counts[1]:
+        raise InputError(f"{where}: num_experts = {counts[0]!r}, but num_local_experts = {counts[1]!r}; keep one")
     count = fields.get("num_experts", fields.get("num_local_experts", 128))
     step, dense = _count(fields, "decoder_sparse_step", 1, 1, where), fields.get("mlp_only_layers") or []
     if not isinstance(dense, list):

@@ -1,4 +1,4 @@
-"""Llama: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Llama: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 

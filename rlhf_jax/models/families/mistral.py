@@ -1,4 +1,4 @@
-"""Mistral: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Mistral: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen 2: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Qwen 2: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 

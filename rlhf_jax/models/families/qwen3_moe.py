@@ -1,4 +1,4 @@
-"""Qwen 3 MoE: its config.json in the words of `ModelConfig`, and its tensor names."""
+"""Qwen 3 MoE: mapping of config.json to `ModelConfig`, and tensor names."""
 
 from __future__ import annotations
 

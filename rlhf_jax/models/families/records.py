@@ -1,4 +1,4 @@
-"""What a family of checkpoints is, as data."""
+"""Records that describe a family of checkpoints: `Weight`, `Rule`, `Family`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ Fields = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One row of a name table.
+    """A row of a table of tensor names.
 
-    theirs: tensor name; ``{layer}`` and ``{expert}`` stand for numbers. ours: path of the parameter; with ``{layer}`` in
-    ``theirs`` it begins with "layers" and its layers are stacked along a leading axis, with ``{expert}`` its experts
-    along the next. layout: their axes -> our axes in the letters of `dimensions`, ``(h k) d -> d h k``: their rows are h
-    blocks of k, ours is [d, h, k]. Their axis may hold more than this parameter, which is then the ``part``-th:
-    ``(h k)|(g k)|(g k) d`` one after the other, ``(h 3 k) d`` interleaved. zero_when_absent: a checkpoint may lack it,
-    which means zeros. layers: which are stacked in ``ours`` (None in the table itself and for what has no layers).
+    tensor: name in the checkpoint; ``{layer}`` and ``{expert}`` are replaced by numbers.
+    parameter: path in the parameter tree; with ``{layer}`` in ``tensor`` it begins with "layers" and its layers are
+    stacked along a leading axis, with ``{expert}`` its experts along the next.
+    layout: axes of the tensor -> axes of the parameter, in the letters of `dimensions`. ``(h k) d -> d h k``: the
+    tensor's rows are h blocks of k, the parameter is [d, h, k]. An axis of the tensor may hold several parameters, of
+    which this is the ``part``-th: ``(h k)|(g k)|(g k) d`` concatenated, ``(h 3 k) d`` interleaved.
+    zero_when_absent: a checkpoint may lack the tensor, which means zeros. layers: the layers stacked in ``parameter``
+    (None in the table itself and for parameters outside the layers).
     """
 
-    theirs: str
-    ours: str
+    tensor: str
+    parameter: str
     layout: str
     part: int = 0
     zero_when_absent: bool = False
@@ -34,8 +36,11 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Fields that are not mapped one to one. names: those it reads. read: (config.json, what is mapped so far, file for
-    messages) -> `ModelConfig` fields. write: the inverse."""
+    """Fields that are not mapped one to one.
+
+    names: the fields it reads. read: (config.json, `ModelConfig` fields so far, file for messages) -> `ModelConfig`
+    fields. write: the inverse.
+    """
 
     names: frozenset[str]
     read: Callable[[Fields, Fields, str], dict[str, Any]]
@@ -44,15 +49,16 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How checkpoints of one kind are read and written.
+    """The mapping between one kind of checkpoint and `ModelConfig`.
 
-    model_type: of config.json. language_model, scorer: the architectures with head "lm" and "scalar". fields: config.json
-    field -> `ModelConfig` field, or several. defaults: what transformers assumes when a field is absent (None: derived
-    from others). implied: `ModelConfig` fields that are the same in the whole family. rules: what is not one to one.
-    fixed: fields that change the computation -> the values the decoder computes, the first one when absent. ignored:
-    fields without effect on the logits, besides those of every family. weights: the name table, all options and heads
-    together. prefix: of the trunk's tensors; checkpoints of the bare trunk lack it. even_heads: transformers wants
-    hidden_size to be a multiple of the heads.
+    model_type: of config.json. language_model, scorer: the architectures with head "lm" and "scalar".
+    fields: config.json field -> `ModelConfig` field, or several. defaults: the values that transformers assumes for
+    absent fields (None: derived from others). implied: `ModelConfig` fields that are the same in the whole family.
+    rules: fields that are not mapped one to one.
+    fixed: fields that change the computation -> the supported values, first the default. ignored: fields without effect
+    on the logits, in addition to those of every family.
+    weights: the table of tensor names, for all options and heads. prefix: of the trunk's tensors; checkpoints of the
+    bare trunk lack it. even_heads: transformers requires hidden_size to be a multiple of the heads.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""What several families have in common: fields, tensor names, and what an absent field means in transformers."""
+"""Fields, tensor names and defaults that several families share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DERIVED_TENSORS = (
 HEADS = (
     Weight("lm_head.weight", "lm_head/kernel", "v d -> d v"),
     Weight("score.weight", "scalar_head/kernel", "o d -> d o"),
-    # transformers' score head has no bias. Ours is kept under this name; transformers reports it as unexpected and
+    # transformers' score head has no bias. This bias is saved under this name; transformers reports it as unexpected and
     # computes the score without it.
     Weight("score.bias", "scalar_head/bias", "o -> o", zero_when_absent=True),
 )
@@ -25,8 +25,10 @@ LAYER = "model.layers.{layer}."
 
 
 def norms(**names: str) -> tuple[Weight, ...]:
-    """ours=theirs for the norms of a block."""
-    return tuple(Weight(f"{LAYER}{theirs}.weight", f"layers/{ours}/scale", "d -> d") for ours, theirs in names.items())
+    """Return the rows of a block's norms. names: parameter=tensor."""
+    return tuple(
+        Weight(f"{LAYER}{tensor}.weight", f"layers/{parameter}/scale", "d -> d") for parameter, tensor in names.items()
+    )
 
 
 ENDS = (
@@ -66,6 +68,7 @@ MLP = (
 
 
 def experts(router: str, expert: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """Return the rows of a mixture of experts, given its tensor names."""
     return (
         Weight(f"{LAYER}{router}.weight", "layers/mlp/router", "e d -> d e"),
         Weight(f"{LAYER}{expert}.{{expert}}.{gate}.weight", "layers/mlp/gate", "m d -> d m"),
@@ -94,12 +97,15 @@ GEMMA_WEIGHTS = (
 QKV = ("query", "key", "value")
 
 
-def both(
-    theirs: str, ours: str, *, kernel: str = "", bias: str = "d -> d", scale: str = "d -> d"
+def with_bias(
+    tensor: str, parameter: str, *, kernel: str = "", bias: str = "d -> d", scale: str = "d -> d"
 ) -> tuple[Weight, ...]:
-    """A tensor and its bias: of a matrix when ``kernel`` is given, else of a layer norm."""
+    """Return the rows of a tensor and its bias: of a matrix when ``kernel`` is given, else of a layer norm."""
     name, layout = ("kernel", kernel) if kernel else ("scale", scale)
-    return (Weight(f"{theirs}.weight", f"{ours}/{name}", layout), Weight(f"{theirs}.bias", f"{ours}/bias", bias))
+    return (
+        Weight(f"{tensor}.weight", f"{parameter}/{name}", layout),
+        Weight(f"{tensor}.bias", f"{parameter}/bias", bias),
+    )
 
 
 SIZES = {
@@ -120,8 +126,8 @@ BIASES: dict[str, str | tuple[str, ...]] = {"attention_bias": ("qkv_bias", "outp
 NO_DROPOUT: dict[str, tuple[Any, ...]] = {"attention_dropout": (0, None)}
 
 
-def defaults(max_length: int, kv_heads: int | None, head_dim: int | None = None, **others: Any) -> dict[str, Any]:
-    """What a config.json without the field means in transformers."""
+def defaults(max_length: int, kv_heads: int | None, head_dim: int | None = None, **more: Any) -> dict[str, Any]:
+    """Return the values that transformers assumes for absent fields of a config.json."""
     return {
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -130,7 +136,7 @@ def defaults(max_length: int, kv_heads: int | None, head_dim: int | None = None,
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
-    } | others
+    } | more
 
 
 GEMMA_MODEL = {"norm_offset": 1.0, "scale_embeddings": True}

@@ -1,4 +1,4 @@
-"""All families by `ModelConfig.family`. A family is one file of this package."""
+"""All families by `ModelConfig.family`, each a file of this package."""
 
 from __future__ import annotations
 

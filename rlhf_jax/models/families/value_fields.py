@@ -1,4 +1,4 @@
-"""Activations, attention scales and fields that say the same as another one: the rules of config.json that read one value."""
+"""Rules of config.json for a single value: activations, attention scales, and fields that repeat another one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ACTIVATIONS = {
 }
 
 
-def activation(name: str, default: str, known: Mapping[str, str] = ACTIVATIONS) -> Rule:
-    """The field ``name``; written as the family's own word for the function."""
+def activation(name: str, default: str, functions: Mapping[str, str] = ACTIVATIONS) -> Rule:
+    """Return the rule of the field ``name``; it is written in the family's own word for the function."""
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
-        given = fields.get(name, default)
-        if not isinstance(given, str) or given not in known:
-            raise InputError(f"{where}: {name} = {given!r}: not implemented; known: {', '.join(known)}")
-        return {"activation": known[given]}
+        value = fields.get(name, default)
+        if not isinstance(value, str) or value not in functions:
+            raise InputError(f"{where}: {name} = {value!r}: not implemented; known: {', '.join(functions)}")
+        return {"activation": functions[value]}
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        words = [word for word, ours in known.items() if ours == config.activation]
+        words = [word for word, function in functions.items() if function == config.activation]
         return {name: default if default in words else words[-1]}
 
     return Rule(frozenset({name}), read, write)
@@ -48,14 +48,16 @@ def _query_scalar(config: ModelConfig) -> dict[str, Any]:
 
 
 def second_activation(name: str) -> Rule:
-    """Another field for the activation, which must mean the same ("gelu" is also its approximation). Never written."""
+    """Return the rule of another field for the activation, which must mean the same ("gelu" is also its approximation).
+    Never written.
+    """
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
-        given, computed = fields.get(name), values["activation"]
-        meant = ACTIVATIONS.get(given) if isinstance(given, str) else None
-        if given is not None and computed != meant and (given, computed) != ("gelu", "gelu_tanh"):
+        value, computed = fields.get(name), values["activation"]
+        function = ACTIVATIONS.get(value) if isinstance(value, str) else None
+        if value is not None and computed != function and (value, computed) != ("gelu", "gelu_tanh"):
             raise InputError(
-                f"{where}: {name} = {given!r}, but the activation is {computed!r}; let both fields say the same"
+                f"{where}: {name} = {value!r}, but the activation is {computed!r}; let both fields say the same"
             )
         return {}
 
@@ -63,12 +65,14 @@ def second_activation(name: str) -> Rule:
 
 
 def second_number(name: str, first: str, default: int, unless: str | None = None) -> Rule:
-    """Another field for the number of ``first``, which must be the same, unless the field ``unless`` decides. Never written."""
+    """Return the rule of another field for the number of ``first``, which must be equal unless ``unless`` is set. Never
+    written.
+    """
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
-        given, computed = fields.get(name), fields.get(first, default)
-        if given is not None and given != computed and (unless is None or fields.get(unless) is None):
-            raise InputError(f"{where}: {name} = {given!r}, but {first} is {computed!r}; let both fields say the same")
+        value, computed = fields.get(name), fields.get(first, default)
+        if value is not None and value != computed and (unless is None or fields.get(unless) is None):
+            raise InputError(f"{where}: {name} = {value!r}, but {first} is {computed!r}; let both fields say the same")
         return {}
 
     return Rule(frozenset({name}), read, lambda config: {})

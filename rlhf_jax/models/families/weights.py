@@ -1,4 +1,4 @@
-"""The rows of a name table that one model has."""
+"""The rows of a family's table of tensor names for one model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from rlhf_jax.models.model import Model
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:
-    """The letters of `Weight.layout`: v vocabulary, p positions, d hidden, h query heads, g key/value heads, k head_dim,
-    f feed-forward, e experts, m width of an expert, o = 1."""
+    """Return the sizes of the letters of `Weight.layout`.
+
+    v vocabulary, p positions, d hidden, h query heads, g key/value heads, k head_dim, f feed-forward, e experts, m
+    width of an expert, o = 1.
+    """
     return {
         "v": config.vocab_size,
         "p": config.max_length,
@@ -32,7 +35,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The record of ``config.family``. Raises InputError for a name that is none."""
+    """Return the record of ``config.family``. Raises InputError for an unknown name."""
     if config.family not in FAMILIES:
         raise InputError(f"ModelConfig.family = {config.family!r}: one of {', '.join(FAMILIES)}")
     return FAMILIES[config.family]
@@ -40,20 +43,20 @@ def family_of(config: ModelConfig) -> Family:
 
 @functools.lru_cache(maxsize=64)
 def weights_of(config: ModelConfig) -> tuple[Weight, ...]:
-    """The rows of the family's name table that this model has, one for each of its parameters, with ``ours`` and
-    ``layers`` as the parameters are stacked.
+    """Return the rows of the family's table for this model: one for each of its parameters.
 
-    Raises InputError naming a parameter that checkpoints of the family have no tensor for.
+    ``parameter`` and ``layers`` describe the parameters as they are stacked. Raises InputError naming a parameter that
+    checkpoints of the family have no tensor for.
     """
     leaves = jax.tree_util.tree_leaves_with_path(Model(config).abstract())
     present = {jax.tree_util.keystr(at, simple=True, separator="/") for at, _ in leaves}
     rows = []
     for weight in family_of(config).weights:
-        stacks = config.layer_stacks() if "{layer}" in weight.theirs else (("", None),)
+        stacks = config.layer_stacks() if "{layer}" in weight.tensor else (("", None),)
         for path, layers in stacks:
-            ours = weight.ours if layers is None else path + weight.ours.removeprefix("layers")
-            if ours in present:
-                rows.append(dataclasses.replace(weight, ours=ours, layers=layers))
-    if unnamed := sorted(present - {row.ours for row in rows}):
+            parameter = weight.parameter if layers is None else path + weight.parameter.removeprefix("layers")
+            if parameter in present:
+                rows.append(dataclasses.replace(weight, parameter=parameter, layers=layers))
+    if unnamed := sorted(present - {row.parameter for row in rows}):
         raise InputError(f"ModelConfig.family = {config.family!r}: its checkpoints have no tensor for {unnamed[0]}")
     return tuple(rows)
