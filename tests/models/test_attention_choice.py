@@ -1,4 +1,4 @@
-"""The implementations of attention give the same numbers, and refuse what they cannot do."""
+"""All implementations of attention give the same numbers, and reject settings that they do not support."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCALE = 0.3
 
 @functools.cache
 def inputs():
-    """Queries, keys, values and segments: packed rows, left and right padding, a row of one document."""
+    """Return queries, keys, values and segments: packed rows, left and right padding, a row of one document."""
     draw = np.random.default_rng(0)
     query = draw.normal(size=(BATCH, LENGTH, GROUPS, PER_GROUP, SIZE)).astype(np.float32)
     key, value = draw.normal(size=(2, BATCH, GROUPS, LENGTH, SIZE)).astype(np.float32)
@@ -36,7 +36,7 @@ def inputs():
 
 
 def values_and_gradients(attention):
-    """Of the counted queries: (mixed values, gradients in query, key and value of a weighted sum)."""
+    """Return (values, gradients in query, key and value of a weighted sum) of the queries that are not padding."""
     query, key, value, segments = inputs()
     counted = jnp.asarray(segments > 0)[:, :, None, None, None]
     weights = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
@@ -64,8 +64,8 @@ def reference(window, cap):
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (3, None), (None, 0.8), (6, 0.8)])
 def test_splash_equals_xla(window, cap):
     splash = functools.partial(splash_attention, window=window, scale=SCALE, cap=cap, interpret=True)
-    for ours, expected in zip(values_and_gradients(splash), reference(window, cap), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-5)
+    for actual, expected in zip(values_and_gradients(splash), reference(window, cap), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -78,19 +78,19 @@ def test_the_splash_island_equals_xla_over_a_mesh(tensor):
         options = {"window": 6, "scale": SCALE, "cap": None, "mesh": mesh, "key_spec": spec, "interpret": True}
         return splash_attention(query, key, value, jnp.asarray(segments), **options)
 
-    for ours, expected in zip(values_and_gradients(splash), reference(6, None), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-5)
+    for actual, expected in zip(values_and_gradients(splash), reference(6, None), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_cudnn_is_asked_for_equals_xla(window):
+def test_the_arguments_of_cudnn_equal_xla(window):
     fused = functools.partial(fused_attention, window=window, scale=SCALE, implementation="xla")
-    for ours, expected in zip(values_and_gradients(fused), reference(window, None), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-5)
+    for actual, expected in zip(values_and_gradients(fused), reference(window, None), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
-def on(platform):
-    """Something laid out over a mesh of that platform."""
+def constraint_on(platform):
+    """Return a stand-in for a constraint over a mesh of that platform."""
     device = SimpleNamespace(platform=platform)
     mesh = SimpleNamespace(devices=np.asarray([device], dtype=object))
     return SimpleNamespace(mesh=mesh, parts=lambda axis: 1)
@@ -108,8 +108,8 @@ def on(platform):
         ("gpu", {"compute_dtype": "bfloat16", "attention_soft_cap": 30.0}, "xla"),
     ],
 )
-def test_auto_takes_what_the_platform_has_and_the_layer_can_use(platform, changes, expected):
-    assert choose_implementation(tiny_config(**changes), on(platform)) == expected
+def test_auto_selects_what_platform_and_layer_support(platform, changes, expected):
+    assert choose_implementation(tiny_config(**changes), constraint_on(platform)) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_auto_takes_what_the_platform_has_and_the_layer_can_use(platform, change
         ("gpu", {"attention": "cudnn", "compute_dtype": "bfloat16", "attention_soft_cap": 30.0}, "attention_soft_cap"),
     ],
 )
-def test_an_implementation_asked_for_what_it_cannot_do_is_an_error(platform, changes, missing):
+def test_unsupported_settings_of_a_named_implementation_fail(platform, changes, missing):
     with pytest.raises(InputError, match=missing):
-        choose_implementation(tiny_config(**changes), on(platform))
+        choose_implementation(tiny_config(**changes), constraint_on(platform))
 
 
-def test_a_model_asks_the_devices_of_its_mesh():
+def test_the_platform_is_that_of_the_mesh():
     model, params = tiny_model(attention="splash", compute_dtype="bfloat16")
     tokens = np.ones((2, 4), np.int32)
     for constrained in (model, Model(model.config, ActivationConstraint(make_mesh(MeshConfig(), jax.devices()[:1])))):

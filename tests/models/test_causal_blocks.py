@@ -1,4 +1,4 @@
-"""Attention in blocks of queries that skip keys behind them: what it computes, and which keys are left out."""
+"""Attention in blocks of queries: its values and gradients, and which keys each block reads."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SETTINGS = {"precision": jax.lax.Precision.HIGHEST, "scale": 0.4}
 
 
 def test_blocks_by_hand() -> None:
-    assert blocks(128, None) == [(0, 128, 0)]  # short rows stay whole
+    assert blocks(128, None) == [(0, 128, 0)]  # a single block
     assert blocks(129, None) == [(0, 65, 0), (65, 129, 0)]
-    assert blocks(200, 5) == [(0, 67, 0), (67, 134, 63), (134, 200, 130)]  # the query at 67 sees 63 ... 67
+    assert blocks(200, 5) == [(0, 67, 0), (67, 134, 63), (134, 200, 130)]  # the query at 67 attends to 63 ... 67
     eight = blocks(2048, None)
     assert len(eight) == 8 and sum((end - first) * (end - low) for first, end, low in eight) == 2048**2 * 9 // 16
 
 
 @functools.cache
-def whole(window: int | None, cap: float | None) -> list[np.ndarray]:
-    """The direct way: one mask over all pairs."""
+def reference(window: int | None, cap: float | None) -> list[np.ndarray]:
+    """Compute the reference: one mask over all pairs."""
 
     def attention(query, key, value, segments):
         return attend(query, key, value, segment_mask(segments, window), cap=cap, **SETTINGS)
@@ -34,7 +34,7 @@ def whole(window: int | None, cap: float | None) -> list[np.ndarray]:
 
 
 def mixed_and_gradients(attention) -> list[np.ndarray]:
-    """Of two rows of several segments with padding on one side or the other, where nothing is counted."""
+    """Return values and gradients for two rows of several segments; padding on the left or right is not counted."""
     rng = np.random.default_rng(0)
     query, key, value = (
         rng.standard_normal(shape).astype(np.float32)
@@ -62,5 +62,5 @@ def test_values_and_gradients_are_those_of_all_pairs(window, cap) -> None:
     def attention(query, key, value, segments):
         return causal_attention(query, key, value, segments, window, cap=cap, **SETTINGS)
 
-    for ours, expected in zip(mixed_and_gradients(attention), whole(window, cap), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-5)
+    for actual, expected in zip(mixed_and_gradients(attention), reference(window, cap), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)

@@ -1,4 +1,4 @@
-"""What must not change the logits: padding and what stands in it, neighbours in a packed row, a cache, rematerialisation."""
+"""Invariances of the logits: padding and its contents, other documents of a packed row, the cache, rematerialization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def left_padded(model, params, prompts):
 
 
 def test_left_padding_changes_nothing():
-    """Any number of pads in front (a model that counts positions from the first column fails here)."""
+    """Any number of pads on the left (fails for a model that counts positions from the first column)."""
     model, params = tiny_model()
     rows = [[5, 6, 7, 8], [9, 10], [11]]
     prompts = prompt_batch(rows, width=7)
@@ -40,12 +40,12 @@ def test_left_and_right_padding_agree():
     model, params = tiny_model()
     tokens = np.array([[0, 0, 5, 6, 7], [5, 6, 7, 0, 0]], np.int32)
     mask = tokens > 0
-    both = apply(model, params, tokens, ops.positions_from_mask(mask), mask.astype(np.int32))
-    np.testing.assert_allclose(both[0, 2:], both[1, :3], rtol=1e-5, atol=1e-5)
+    logits = apply(model, params, tokens, ops.positions_from_mask(mask), mask.astype(np.int32))
+    np.testing.assert_allclose(logits[0, 2:], logits[1, :3], rtol=1e-5, atol=1e-5)
 
 
 def test_garbage_in_padding_changes_nothing():
-    """Bit for bit: pads have weight exactly 0 in attention, left of the prompt and right of the response."""
+    """Bit for bit: padding has weight exactly 0 in attention, left of the prompt and right of the response."""
     model, params = tiny_model()
     rng = np.random.default_rng(0)
     mask = np.array([[0, 0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 0]], bool)
@@ -53,7 +53,7 @@ def test_garbage_in_padding_changes_nothing():
     dirty = np.where(mask, clean, rng.integers(0, VOCAB, mask.shape)).astype(np.int32)
     assert (clean != dirty).any(axis=1)[[0, 2]].all()
     positions, segments = np.asarray(ops.positions_from_mask(mask)), mask.astype(np.int32)
-    wild = np.where(mask, positions, 1000).astype(np.int32)  # and so are the positions of padding columns
+    wild = np.where(mask, positions, 1000).astype(np.int32)  # positions of padding columns are arbitrary, too
     first, second = (apply(model, params, tokens, p, segments) for tokens, p in ((clean, positions), (dirty, wild)))
     np.testing.assert_array_equal(first[mask], second[mask])
 
@@ -109,14 +109,14 @@ def decoded(model: Model, params, tokens, positions, cache):
 
 
 def decoded_logits(model: Model, params, prompts, capacity: int, continuation):
-    """Logits [B, 1 + T, V] after the prompt and after each of T given tokens, through the cache."""
+    """Return logits [B, 1 + T, V] after the prompt and after each of the T tokens, computed with the cache."""
     logits, cache = prefilled(model, params, prompts, capacity)
-    seen, lengths = [logits], prompts.mask.sum(axis=1).astype(np.int32)
+    outputs, lengths = [logits], prompts.mask.sum(axis=1).astype(np.int32)
     for column in range(continuation.shape[1]):
         token = continuation[:, column : column + 1]
         logits, cache = decoded(model, params, token, (lengths + column)[:, None], cache)
-        seen.append(logits)
-    return jnp.concatenate(seen, axis=1), cache
+        outputs.append(logits)
+    return jnp.concatenate(outputs, axis=1), cache
 
 
 SLIDING = {"num_layers": 3, "layer_pattern": ("sliding", "full"), "sliding_window": 3, "attention_soft_cap": 2.0}
@@ -143,7 +143,7 @@ def test_rematerialisation_changes_neither_logits_nor_gradients(remat):
     remat = Model(model.config.replace(remat=remat))
     tokens = np.random.default_rng(3).integers(3, VOCAB, (2, 6)).astype(np.int32)
 
-    def both(model):
+    def logits_and_gradients(model):
         def loss(params):
             logits = model.apply(params, tokens)
             return ops.token_logprobs(logits[:, :-1], tokens[:, 1:]).mean(), logits
@@ -151,21 +151,23 @@ def test_rematerialisation_changes_neither_logits_nor_gradients(remat):
         (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         return logits, grads
 
-    (plain, plain_grads), (recomputed, remat_grads) = both(model), both(remat)
+    (plain, plain_grads), (recomputed, remat_grads) = logits_and_gradients(model), logits_and_gradients(remat)
     np.testing.assert_array_equal(plain, recomputed)
     for first, second in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(remat_grads), strict=True):
         assert np.abs(first).max() > 1e-5
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)  # sums of float32 up to 1
 
 
-def test_kept_for_the_backward_pass():
-    """12 layers x 8 rows x 64 columns: everything, more than the products with weights, more than the inputs of blocks."""
+def test_memory_of_the_backward_pass():
+    """12 layers x 8 rows x 64 columns: all activations need more than the products with weights, those more than block
+    inputs.
+    """
     tokens = np.ones((8, 64), np.int32)
 
-    def kept(remat):
+    def temp_bytes(remat):
         model, params = tiny_model(num_layers=12, remat=remat)
         step = jax.jit(jax.grad(lambda params: model.apply(params, tokens).sum()))
         return step.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    everything, products, inputs = kept(False), kept("cheap"), kept(True)
-    assert everything > 1.5 * products > 1.5 * 1.2 * inputs
+    no_remat, products, inputs = temp_bytes(False), temp_bytes("cheap"), temp_bytes(True)
+    assert no_remat > 1.5 * products > 1.5 * 1.2 * inputs

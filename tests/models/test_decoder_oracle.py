@@ -1,4 +1,4 @@
-"""The decoder against a slow float64 one written from the papers, without jax: every shape of it must agree."""
+"""The decoder against a slow float64 implementation written from the papers in numpy, for every option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_jax.testing import random_params, tiny_model
 
 
 def norm(config: ModelConfig, x: np.ndarray, weights: dict, *, kind: str | None = None) -> np.ndarray:
-    """Over the last axis; with a "bias" only where the layer norm has one."""
+    """Normalize over the last axis; only layer norms have a "bias"."""
     if (kind or config.norm) == "layer":
         x = x - x.mean(-1, keepdims=True)
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon)
@@ -25,7 +25,9 @@ def norm(config: ModelConfig, x: np.ndarray, weights: dict, *, kind: str | None 
 
 
 def rotate(x: np.ndarray, position: int, theta: float, size: int) -> np.ndarray:
-    """Of the first ``size`` numbers the pair (i, i + size/2) as one complex number, turned by position * theta^(-2 i / size)."""
+    """Rotate pairs (i, i + size/2) of the first ``size`` numbers, as complex numbers, by position * theta^(-2 i /
+    size).
+    """
     half = size // 2
     turned = (x[:half] + 1j * x[half:size]) * np.exp(1j * position * theta ** (-2 * np.arange(half) / size))
     return np.concatenate([turned.real, turned.imag, x[size:]])
@@ -64,7 +66,7 @@ def queries_and_keys(config: ModelConfig, index: int, layer: dict, x: np.ndarray
 
 
 def attention(config: ModelConfig, index: int, layer: dict, x: np.ndarray, positions, segments) -> np.ndarray:
-    """One head and one query at a time, over the columns it may see."""
+    """Compute attention one head and one query at a time, over the columns that the query may attend to."""
     query, key, window = queries_and_keys(config, index, layer, x, positions)
     value = dense(x, layer["value"])
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
@@ -73,14 +75,14 @@ def attention(config: ModelConfig, index: int, layer: dict, x: np.ndarray, posit
         shared = head * config.num_kv_heads // config.num_heads
         for s in range(len(x)):
             first = 0 if window is None else max(0, s - window + 1)
-            seen = [c for c in range(first, s + 1) if segments[c] == segments[s] != 0]
-            if not seen:
+            visible = [c for c in range(first, s + 1) if segments[c] == segments[s] != 0]
+            if not visible:
                 continue
             scores = capped(
-                np.array([query[s, head] @ key[c, shared] for c in seen]) * scale, config.attention_soft_cap
+                np.array([query[s, head] @ key[c, shared] for c in visible]) * scale, config.attention_soft_cap
             )
             weights = np.exp(scores - scores.max())
-            out[s] += (weights / weights.sum()) @ value[seen, shared] @ layer["output"]["kernel"][head]
+            out[s] += (weights / weights.sum()) @ value[visible, shared] @ layer["output"]["kernel"][head]
     return out
 
 
@@ -93,7 +95,7 @@ def activated(config: ModelConfig, x: np.ndarray) -> np.ndarray:
 
 
 def experts(config: ModelConfig, layer: dict, x: np.ndarray) -> np.ndarray:
-    """One token and one of its experts at a time."""
+    """Compute the mixture one token and one expert at a time."""
     out = np.zeros_like(x)
     for s, row in enumerate(x):
         odds = np.exp(row @ layer["router"])
@@ -115,7 +117,7 @@ def feed_forward(config: ModelConfig, index: int, layer: dict, x: np.ndarray) ->
 
 
 def layer_of(config: ModelConfig, params: dict, index: int) -> dict:
-    """The parameters of one layer, wherever they are stacked."""
+    """Return the parameters of one layer, wherever they are stacked."""
     if "attention" in params["layers"]:
         return jax.tree.map(lambda leaf: leaf[index], params["layers"])
     for path, layers in config.layer_stacks():
@@ -126,7 +128,7 @@ def layer_of(config: ModelConfig, params: dict, index: int) -> dict:
 
 
 def slow_hidden(config: ModelConfig, params: dict, tokens, positions, segments) -> np.ndarray:
-    """Final hidden states of ONE row, float64 [S, D]."""
+    """Return the final hidden states of one row, float64 [S, D]."""
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = exact["embed"]["embedding"][np.asarray(tokens)]
     if config.scale_embeddings:
@@ -146,7 +148,7 @@ def slow_hidden(config: ModelConfig, params: dict, tokens, positions, segments) 
 
 
 def slow_logits(config: ModelConfig, params: dict, tokens, positions=None, segments=None) -> np.ndarray:
-    """float64 [B, S, V]."""
+    """Return logits, float64 [B, S, V]."""
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)) if positions is None else positions
     segments = np.ones_like(tokens) if segments is None else segments
     hidden = np.stack(
@@ -201,25 +203,25 @@ SHAPES = {
 def test_logits_equal_the_slow_decoder(name):
     model, params = tiny_model(**SHAPES[name])
     tokens = tokens_of(0, 2, 9)
-    got = apply(model, params, tokens)
-    assert got.dtype == jnp.float32
+    logits = apply(model, params, tokens)
+    assert logits.dtype == jnp.float32
     expected = slow_logits(model.config, params, tokens)
     assert expected.std() > 0.5  # the numbers compared are not all near zero
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"layer_pattern": ("full", "sliding"), "sliding_window": 2}])
 def test_padding_segments_and_positions_equal_the_slow_decoder(changes):
-    """Left padding, two documents in a row with restarted positions, right padding, and positions far out at once."""
+    """Left padding, two documents in a row with restarted positions, right padding, and large positions, all at once."""
     model, params = tiny_model(**changes)
     tokens = tokens_of(1, 3, 9)
     segments = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9], np.int32)
     positions = np.array([[0, 0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 0, 1, 2, 3, 3], list(range(500, 509))], np.int32)
     expected = slow_logits(model.config, params, tokens, positions, segments)
-    got = np.asarray(apply(model, params, tokens, positions, segments))
+    logits = np.asarray(apply(model, params, tokens, positions, segments))
     real = segments > 0
-    np.testing.assert_allclose(got[real], expected[real], rtol=1e-4, atol=1e-4)
-    assert np.isfinite(got).all()  # padding columns: any finite number
+    np.testing.assert_allclose(logits[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(logits).all()  # padding columns: any finite number
 
 
 def test_scalars_equal_the_slow_decoder():

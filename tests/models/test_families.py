@@ -42,12 +42,12 @@ V4 = {
     "eos_token_id": [2, 3],
     "transformers_version": "4.46.0",
 }
-"""As transformers 4 writes it."""
+"""A config.json written by transformers 4."""
 V5 = {name: value for name, value in V4.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")} | {
     "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
     "dtype": "bfloat16",
 }
-"""As transformers 5 writes it."""
+"""A config.json written by transformers 5."""
 EXPECTED = ModelConfig(
     vocab_size=300,
     hidden_size=32,
@@ -73,7 +73,7 @@ def test_every_field_arrives(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "value", "ours"),
+    ("hf_field", "value", "field"),
     [
         ("vocab_size", 301, "vocab_size"),
         ("hidden_size", 64, "hidden_size"),
@@ -88,8 +88,8 @@ def test_every_field_arrives(fields: dict[str, Any]) -> None:
         ("tie_word_embeddings", False, "tie_embeddings"),
     ],
 )
-def test_each_field_is_its_own(theirs: str, value: Any, ours: str) -> None:
-    assert config(V4 | {theirs: value}) == EXPECTED.replace(**{ours: value})
+def test_each_field_is_its_own(hf_field: str, value: Any, field: str) -> None:
+    assert config(V4 | {hf_field: value}) == EXPECTED.replace(**{field: value})
 
 
 def test_absent_fields_mean_what_transformers_assumes() -> None:
@@ -172,7 +172,7 @@ def test_mistral_without_a_window_is_the_same_model() -> None:
 
 
 def read(architecture: str, **fields: Any) -> ModelConfig:
-    """A config.json of that architecture and V4's sizes."""
+    """Read a config.json of that architecture with V4's sizes."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     heads = {} if architecture.startswith("GPTNeoX") else {"num_key_value_heads": 2}
     return config({name: V4[name] for name in sizes} | heads | {"architectures": [architecture]} | fields)
@@ -342,7 +342,7 @@ def test_configurations_go_both_ways(head: Head) -> None:
     assert config_to_hf(how) == config_to_hf(before)
 
 
-def test_what_no_checkpoint_can_say() -> None:
+def test_configurations_that_no_checkpoint_can_express() -> None:
     with pytest.raises(InputError, match="head='lm' or head='scalar'"):
         config_to_hf(EXPECTED.replace(head="lm+scalar"))
     with pytest.raises(InputError, match="hidden_size = 32 is not a multiple of num_heads = 5"):

@@ -1,4 +1,4 @@
-"""Frozen matrices in int8: the numbers by hand, the product of the dequantised matrix, adapters trained over them."""
+"""Frozen matrices in int8: quantisation by hand, products of the dequantised matrix, adapters trained over it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = [
 
 
 def quantized(config, seed=0):
-    """(model, its parameters, the model with the same numbers in float32, its parameters)."""
+    """Return (model, its parameters, the model with the same numbers in float32, its parameters)."""
     plain, model = Model(config), Model(config, int8=True)
     params = jax.tree.map(jnp.asarray, random_params(plain, seed))
     return model, int8.quantized_tree(params, model.abstract()), plain, int8.rounded_tree(params, model.abstract())
@@ -60,11 +60,11 @@ def test_every_number_is_off_by_half_a_step_at_most(shape, inputs):
 
 
 @pytest.mark.parametrize("changes", KINDS)
-def test_the_model_computes_what_its_dequantised_matrices_compute(changes):
+def test_logits_are_those_of_the_dequantised_matrices(changes):
     model, params, plain, rounded = quantized(tiny_config(**changes))
     assert jax.tree.structure(params) == jax.tree.structure(model.abstract())
-    for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(model.abstract()), strict=True):
-        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(model.abstract()), strict=True):
+        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
     logits = jax.jit(lambda m, p: m.apply(p, TOKENS), static_argnums=0)
     np.testing.assert_allclose(logits(model, params), logits(plain, rounded), atol=2e-4)
     exact = random_params(plain, 0)
@@ -95,12 +95,12 @@ def test_sampling(separate):
     options = {"sampling": SamplingConfig(temperature=0.0, max_new_tokens=6), "eos_ids": (63,), "pad_id": 0}
     options["slots"] = SlotConfig(separate_layers=separate)
     sample = jax.jit(lambda m, p: generate(m, p, prompts, jax.random.key(0), **options), static_argnums=0)
-    ours, theirs = sample(model, params), sample(plain, rounded)
-    assert ours.tokens.tolist() == theirs.tokens.tolist()
-    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+    actual, expected = sample(model, params), sample(plain, rounded)
+    assert actual.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-4)
 
 
-def test_adapters_over_int8_have_the_gradients_of_adapters_over_its_numbers():
+def test_gradients_of_adapters_over_int8():
     config, batch = tiny_config(), token_batch([[5, 6, 7, 8], [9, 10, 11]])
     whole = jax.tree.map(jnp.asarray, random_params(Model(config, lora=SETTINGS), 0))
     base, adapters = lora.split(whole)
@@ -116,8 +116,8 @@ def test_adapters_over_int8_have_the_gradients_of_adapters_over_its_numbers():
         find = jax.jit(lambda a, b: learn.gradients(adapted, a, {"base": b}, batch, jax.random.key(0), 1)[0])
         return find(adapters, base)
 
-    ours, theirs = (gradient(model, base) for model, base in trees.items())
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    actual, expected = (gradient(model, base) for model, base in trees.items())
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(other) > 1e-3
         assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other)
 

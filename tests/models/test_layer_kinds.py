@@ -1,4 +1,4 @@
-"""Which layers are scanned and stacked together."""
+"""Kinds of layers, their grouping into blocks, and scans that compute the same as a layer at a time."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ def test_stacks_by_hand():
     assert [(path, list(layers)) for path, layers in alike.layer_stacks()] == [("layers", list(range(8)))]
 
 
-def test_the_parameters_lie_where_the_stacks_say():
+def test_parameters_are_stacked_like_layer_stacks():
     model = Model(tiny_config(num_layers=5, layer_pattern=("sliding", "full"), sliding_window=4))
     layers = model.abstract()["layers"]
     assert {name: stack["mlp"]["up"]["kernel"].shape[0] for name, stack in layers.items()} == {"0": 2, "1": 2, "4": 1}
     assert model.logical_axes()["layers"]["4"]["mlp"]["up"]["kernel"] == ("layers", "embed", "mlp")
 
 
-def test_a_pattern_of_equal_layers_is_no_pattern():
-    """The same weights stacked once and by place in a block of two kinds that compute the same: a window of everything."""
+def test_equivalent_kinds_of_layers_give_equal_logits():
+    """The same weights in one stack, and in a block of two kinds of layers that compute the same: a window longer than
+    the rows.
+    """
     one = Model(tiny_config(num_layers=5))
     other = Model(tiny_config(num_layers=5, layer_pattern=("full", "sliding"), sliding_window=1000))
     params = random_params(one, 0)

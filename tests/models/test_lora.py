@@ -1,4 +1,4 @@
-"""Adapters: the numbers of the merged model, gradients that follow from the base's, and nothing else that is trained."""
+"""Adapters: outputs equal the merged model's, gradients follow from the base's, and only adapters are trained."""
 
 from __future__ import annotations
 
@@ -94,12 +94,14 @@ def test_split_and_combine_are_inverse_and_the_head_is_trained():
     assert trained["layers"].keys() == {"attention"} and trained["layers"]["attention"].keys() == {"query", "value"}
     assert trained["layers"]["attention"]["query"]["lora_a"].shape == (2, 16, 2)
     assert trained["layers"]["attention"]["query"]["lora_b"].shape == (2, 2, 4, 8)
-    wanted = Model(model.config).abstract()
-    del wanted["scalar_head"]
-    assert jax.tree.structure(base) == jax.tree.structure(wanted)
+    expected = Model(model.config).abstract()
+    del expected["scalar_head"]
+    assert jax.tree.structure(base) == jax.tree.structure(expected)
     again = lora.combine(base, trained)
     assert jax.tree.structure(again) == jax.tree.structure(whole)
-    assert all(ours is theirs for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True))
+    assert all(
+        restored is original for restored, original in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True)
+    )
 
 
 def sft_loss(model):
@@ -109,7 +111,7 @@ def sft_loss(model):
 BATCH = token_batch([[5, 6, 7, 8], [9, 10, 11]])
 
 
-def test_gradients_of_a_and_b_follow_from_that_of_the_merged_matrix():
+def test_gradients_of_a_and_b_follow_from_the_merged_matrix():
     # W' = W + s A B, so dL/dA = s dL/dW' B^T and dL/dB = s A^T dL/dW'.
     base, adapters = lora.split(PARAMS)
     loss = lora.on_adapters(sft_loss(MODEL), CONFIG)
@@ -118,14 +120,14 @@ def test_gradients_of_a_and_b_follow_from_that_of_the_merged_matrix():
     plain = sft_loss(Model(MODEL.config))
     of_merged = jax.jit(lambda p: learn.gradients(plain, p, {}, BATCH, key, 1)[0])(lora.merge(PARAMS, CONFIG))
     for part, name, inputs in (("mlp", "up", 1), ("attention", "query", 1), ("attention", "output", 2)):
-        ours, kernel = gradient["layers"][part][name], of_merged["layers"][part][name]["kernel"]
+        actual, kernel = gradient["layers"][part][name], of_merged["layers"][part][name]["kernel"]
         matrices = PARAMS["layers"][part][name]
         flat = np.asarray(kernel).reshape(2, np.prod(kernel.shape[1 : 1 + inputs]), -1)
         a, b = matrices["lora_a"].reshape(2, -1, 3), matrices["lora_b"].reshape(2, 3, -1)
         expected_a = 2.0 * np.einsum("lio,lro->lir", flat, b)
         expected_b = 2.0 * np.einsum("lir,lio->lro", a, flat)
-        np.testing.assert_allclose(ours["lora_a"].reshape(a.shape), expected_a, atol=2e-4)
-        np.testing.assert_allclose(ours["lora_b"].reshape(b.shape), expected_b, atol=2e-4)
+        np.testing.assert_allclose(actual["lora_a"].reshape(a.shape), expected_a, atol=2e-4)
+        np.testing.assert_allclose(actual["lora_b"].reshape(b.shape), expected_b, atol=2e-4)
 
 
 def test_a_step_trains_adapters_only_and_only_they_have_moments():
@@ -156,17 +158,17 @@ def test_dropout_is_unbiased_and_decided_by_the_key():
     assert set(kernel) == {"kernel", "lora_a", "lora_b"}
     keys = jax.random.key_data(jax.random.split(jax.random.key(3), 4000))
 
-    def down(key):  # the matrix by itself: behind it the final norm is not linear
+    def down(key):  # only the matrix: the final norm after it is not linear
         whole = lora.combine(params, {"layers": {"mlp": {"down": {"dropout_key": key[None]}}}})
         stack = nnx.merge(_abstract(model.config, model.lora, True)[0], whole).layers
         definition, weights = nnx.split(stack)
         return nnx.merge(definition, jax.tree.map(lambda x: x[0], weights)).mlp.down("nf,fd->nd", rows)
 
-    drawn = jax.jit(jax.vmap(down))(keys)[:, 0, 0]
+    outputs = jax.jit(jax.vmap(down))(keys)[:, 0, 0]
     exact = rows[0, 0] @ (kernel["kernel"][0] + 2.0 * kernel["lora_a"][0] @ kernel["lora_b"][0])
-    error = drawn.mean(axis=0) - exact
-    assert (np.abs(error) < 5 * drawn.std(axis=0) / 4000**0.5).all()
-    assert (drawn.std(axis=0) > 0.1).all()
+    error = outputs.mean(axis=0) - exact
+    assert (np.abs(error) < 5 * outputs.std(axis=0) / 4000**0.5).all()
+    assert (outputs.std(axis=0) > 0.1).all()
 
 
 def test_each_layer_and_matrix_has_its_own_dropout_key():
@@ -226,10 +228,10 @@ def test_gradients_over_eight_devices_are_those_of_one(sizes):
         base, adapters = lora.split(jax.device_put(whole, shardings))
         loss = lora.on_adapters(sft_loss(model), CONFIG)
         rows = jax.device_put(batch, batch_sharding(mesh))
-        found = jax.jit(lambda a, b, rows: learn.gradients(loss, a, {"base": b}, rows, jax.random.key(0), 1)[0])
-        return jax.device_get(found(adapters, base, rows))
+        gradients = jax.jit(lambda a, b, rows: learn.gradients(loss, a, {"base": b}, rows, jax.random.key(0), 1)[0])
+        return jax.device_get(gradients(adapters, base, rows))
 
     one, eight = gradient(make_mesh(MeshConfig(), jax.devices()[:1])), gradient(make_mesh(MeshConfig(**sizes)))
-    for ours, theirs in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
-        assert np.linalg.norm(theirs) > 1e-3
-        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+    for actual, expected in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+        assert np.linalg.norm(expected) > 1e-3
+        assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)

@@ -1,4 +1,4 @@
-"""Precision, and the distributions parameters are born with."""
+"""Precision of the model, and the distributions of initial parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POSITIONS = np.unique([0, 1, 2, 255, 256, 257, 511, 1000, 2047, 4095, 4096, 8190
 
 
 def exact_rotation(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """float64: pairs (i, i + K/2) as complex numbers. x: [S, K]."""
+    """Rotate pairs (i, i + K/2) as complex numbers in float64. x: [S, K]."""
     half = x.shape[1] // 2
     phases = positions[:, None] * theta ** (-np.arange(half) / half)
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * phases)
@@ -32,11 +32,11 @@ def test_rotary_phases_are_float32_to_position_8191(theta):
     """A float32 angle near 8191 is rounded by up to 2.4e-4, its frequency by as much again; bfloat16 angles are off by 16."""
     x = np.random.default_rng(0).standard_normal((len(POSITIONS), 64))
     exact = exact_rotation(x, POSITIONS, theta)
-    got = rotary(jnp.asarray(x, jnp.float32)[None, :, None], jnp.asarray(POSITIONS)[None], Rope(theta, 64))[0, :, 0]
+    rotated = rotary(jnp.asarray(x, jnp.float32)[None, :, None], jnp.asarray(POSITIONS)[None], Rope(theta, 64))[0, :, 0]
     radius = np.sqrt(x[:, :32] ** 2 + x[:, 32:] ** 2)
-    assert np.abs((got - exact) / np.tile(radius, 2)).max() < 1.5e-3
+    assert np.abs((rotated - exact) / np.tile(radius, 2)).max() < 1.5e-3
     near = POSITIONS <= 257
-    assert np.abs((got - exact)[near]).max() < 1e-4
+    assert np.abs((rotated - exact)[near]).max() < 1e-4
 
 
 def test_rotary_in_bfloat16_tells_position_257_from_256():
@@ -44,10 +44,10 @@ def test_rotary_in_bfloat16_tells_position_257_from_256():
     x = np.asarray(
         jnp.asarray(np.random.default_rng(1).standard_normal((len(POSITIONS), 64)), jnp.bfloat16), np.float64
     )
-    got = rotary(jnp.asarray(x, jnp.bfloat16)[None, :, None], jnp.asarray(POSITIONS)[None], Rope(10000.0, 64))
-    assert got.dtype == jnp.bfloat16
+    rotated = rotary(jnp.asarray(x, jnp.bfloat16)[None, :, None], jnp.asarray(POSITIONS)[None], Rope(10000.0, 64))
+    assert rotated.dtype == jnp.bfloat16
     exact = exact_rotation(x, POSITIONS, 10000.0)
-    error = np.abs(np.asarray(got, np.float64)[0, :, 0] - exact)
+    error = np.abs(np.asarray(rotated, np.float64)[0, :, 0] - exact)
     # half an ulp of bfloat16 is 2^-9 of the value; the float32 angle adds up to 1.5e-3 of the radius
     assert (error <= np.abs(exact) * 2.0**-9 + 6e-3).all()
     same = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
@@ -83,7 +83,7 @@ def test_bfloat16_compute_stays_within_its_bound(start):
     assert 1e-3 < error.mean() < 0.02 and error.max() < 0.15
 
 
-def test_activations_have_the_compute_dtype_and_results_are_float32():
+def test_activations_have_compute_dtype_and_results_float32():
     model, params = tiny_model("lm+scalar", compute_dtype="bfloat16")
     hidden, cache = jax.eval_shape(
         lambda p: model.prefill(
@@ -105,7 +105,7 @@ BIG = ModelConfig(
 )  # fmt: skip
 
 
-def named(tree):
+def leaves_by_name(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
@@ -119,13 +119,13 @@ def test_initial_parameters():
     )
     for first, second in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(first, second)
-    kernels, others = (
-        {name: leaf for name, leaf in named(tree).items() if "scale" not in name and "bias" not in name}
+    kernels, other_kernels = (
+        {name: leaf for name, leaf in leaves_by_name(tree).items() if "scale" not in name and "bias" not in name}
         for tree in (params, other)
     )
     assert len(kernels) == 4 + 3 + 3
     for name, leaf in kernels.items():
-        assert (leaf != others[name]).all()
+        assert (leaf != other_kernels[name]).all()
         if name.startswith("['layers']"):
             assert (leaf[0] != leaf[1]).all()
     # truncated at two sigma of 1/sqrt(fan_in): no larger value, and the spread is .880 of sigma
@@ -185,12 +185,12 @@ SCALINGS = {
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_frequencies_by_hand(name):
     scaling, expected = SCALINGS[name]
-    got = inverse_frequencies(Rope(10000.0, 8, scaling))
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    frequencies = inverse_frequencies(Rope(10000.0, 8, scaling))
+    assert frequencies.dtype == jnp.float32
+    np.testing.assert_allclose(frequencies, expected, rtol=1e-4)
 
 
-def test_longrope_takes_the_long_factors_when_the_model_is_longer_than_the_original():
+def test_longrope_uses_long_factors_beyond_the_original_length():
     scaling = SCALINGS["longrope"][0]
     chosen = [tiny_config(rope_scaling=scaling, max_length=length).layer(0).rope.long for length in (999, 1000, 1001)]
     assert chosen == [False, False, True]
@@ -199,7 +199,7 @@ def test_longrope_takes_the_long_factors_when_the_model_is_longer_than_the_origi
     )
 
 
-def test_the_attention_factor_stretches_what_is_rotated():
+def test_the_attention_factor_scales_rotated_dimensions():
     x = jnp.ones((1, 2, 1, 8))
     positions = jnp.array([[0, 3]])
     plain = rotary(x, positions, Rope(10000.0, 4, RopeScaling("yarn", 4.0, 1000)))

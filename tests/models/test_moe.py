@@ -1,6 +1,6 @@
-"""Mixtures of experts: nothing dropped, nothing mixed up between tokens, experts over the mesh, the routers' loss.
+"""Mixtures of experts: no token is dropped, tokens are independent, experts over the mesh, the load-balancing loss.
 
-(The layer itself is compared with a float64 loop in test_decoder_oracle.py.)
+The layer itself is compared with a float64 loop in test_decoder_oracle.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ def tokens_of(seed: int, *shape: int) -> np.ndarray:
 
 
 def test_the_load_balancing_loss_by_hand() -> None:
-    """Two layers, two tokens, three experts, two picks each; the second token of the second layer does not count... nor in
-    the first: a mask is of tokens.
+    """Two layers, two tokens, three experts, two choices each; the mask removes the second token from both layers.
 
-    Counted: token 0 of both layers. Picks: experts 0, 1 and 0, 2, so f = (2, 1, 1) / 2; P = mean of (.6, .3, .1) and
+    Counted: token 0 of both layers. Choices: experts 0, 1 and 0, 2, so f = (2, 1, 1) / 2; P = mean of (.6, .3, .1) and
     (.5, .1, .4) = (.55, .2, .25). 3 (1 x .55 + .5 x .2 + .5 x .25) = 2.325.
     """
     picked = jnp.array([[[[0, 1], [1, 2]]], [[[0, 2], [2, 1]]]])
@@ -42,15 +41,15 @@ def test_the_load_balancing_loss_by_hand() -> None:
     assert float(load_balancing_loss(routing, jnp.array([[False, False]]))) == 0.0
 
 
-def test_equal_loads_give_the_picks_per_token() -> None:
-    """E experts with T / E of the picks and 1 / E of the probability each: E x E x (T / E) x (1 / E) = T."""
+def test_equal_loads_give_the_choices_per_token() -> None:
+    """E experts, each with T / E choices per token and probability 1 / E: E x E x (T / E) x (1 / E) = T."""
     picked = jnp.array([[[[0, 1], [2, 3]]]])
     routing = Routing(picked, jnp.full((1, 1, 2, 4), 0.25))
     assert float(load_balancing_loss(routing, jnp.ones((1, 2), bool))) == pytest.approx(2.0)
 
 
-def test_nothing_is_dropped_when_all_tokens_pick_the_same_experts() -> None:
-    """A token's logits do not depend on how many others its experts serve: one row alone and among 31 copies."""
+def test_no_token_is_dropped_under_equal_choices() -> None:
+    """A token's logits do not depend on the load of its experts: one row alone and among 31 copies."""
     model = Model(tiny_config(**EXPERTS))
     params = random_params(model, 0)
     row = tokens_of(0, 1, 6)
@@ -63,14 +62,14 @@ def loss_and_gradients(model: Model, params, batch: TokenBatch):
     loss = learn.make_sft_loss(functools.partial(sequence_logprobs_and_router_loss, model))
 
     @jax.jit
-    def both(params, batch):
+    def run(params, batch):
         def total(params):
             terms, _ = loss(params, {}, batch, jax.random.key(0))
             return sum(term.coefficient * term.total / term.weight for term in terms.values()), terms
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
-    return both(params, batch)
+    return run(params, batch)
 
 
 def token_batch(rows: int = 8) -> TokenBatch:
@@ -92,8 +91,10 @@ def token_batch(rows: int = 8) -> TokenBatch:
     ids=str,
 )
 def test_experts_over_the_mesh(sizes: dict[str, int]) -> None:
-    """Experts lie whole on the devices along the expert axis (their width over fsdp, their columns over tensor); losses and
-    gradients are those of one device, the routers' too. What one token picks changes nothing for the others."""
+    """Experts are split over the expert axis (their width over fsdp, their columns over tensor).
+
+    Losses, also the routers', and gradients equal those of one device, and tokens stay independent.
+    """
     mesh = mesh_of(**sizes)
     model = Model(tiny_config(**EXPERTS), ActivationConstraint(mesh))
     params = random_params(model, 0)
@@ -127,19 +128,21 @@ def test_all_tokens_to_the_experts_of_one_device() -> None:
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_the_routers_loss_is_a_part_of_sft_and_leaves_out_padding() -> None:
+def test_sft_adds_the_routers_loss_without_padding() -> None:
     model = Model(tiny_config(**EXPERTS))
     params, batch = random_params(model, 0), token_batch()
     (_, terms), gradients = loss_and_gradients(model, params, batch)
     value = float(terms["router"].total / terms["router"].weight)
     assert terms["router"].weight == (batch.segment_ids > 0).sum()
-    assert 0.5 * 2 * 0.9 < value < 0.5 * 2 * 4 / 2  # coefficient x (T when equal ... E T / T when two experts do all)
+    assert (
+        0.5 * 2 * 0.9 < value < 0.5 * 2 * 4 / 2
+    )  # coefficient x (T for equal loads ... E T / T when two experts have all tokens)
     dirty = batch.replace(tokens=np.where(batch.segment_ids > 0, batch.tokens, 9))
     assert float(loss_and_gradients(model, params, dirty)[0][1]["router"].total) == pytest.approx(
         float(terms["router"].total), rel=1e-6
     )
     without = Model(model.config.replace(router_coefficient=0.0))
-    (_, silent), others = loss_and_gradients(without, params, batch)
+    (_, silent), other_gradients = loss_and_gradients(without, params, batch)
     assert float(silent["router"].total) == 0.0
-    router, plain = (tree["layers"]["mlp"]["router"] for tree in (gradients, others))
+    router, plain = (tree["layers"]["mlp"]["router"] for tree in (gradients, other_gradients))
     assert np.abs(router - plain).max() > 1e-4

@@ -1,4 +1,4 @@
-"""Ring attention over pretended devices against the same attention on one device, and against a loop in float64."""
+"""Ring attention over simulated devices against the same attention on one device, and against a loop in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS, LENGTH, GROUPS, PER_GROUP, SIZE = 2, 16, 2, 2, 8
 HIGHEST = jax.lax.Precision.HIGHEST
 AXES = ("act_batch", "act_kv_heads", "act_length", "act_head_dim")
 SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [1] * 2 + [2] * 14], np.int32)
-"""Packed: two documents a row whose borders are not those of the devices, padding at the end of the first."""
+"""Packed: two documents per row that do not end where devices do, padding at the end of the first row."""
 
 
 def inputs(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,20 +45,20 @@ def alone(window: int | None, cap: float | None):
 
 
 def by_a_loop(query, key, value, window: int | None, cap: float | None) -> np.ndarray:
-    """float64, one query after another; padding gives 0."""
+    """Compute attention in float64, one query after another; padding gives 0."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros(query.shape)
     for row, at, group, head in np.ndindex(ROWS, LENGTH, GROUPS, PER_GROUP):
-        seen = [
+        visible = [
             column
             for column in range(max(0, 0 if window is None else at - window + 1), at + 1)
             if SEGMENTS[row, column] == SEGMENTS[row, at] > 0
         ]
-        if seen:
-            scores = 0.4 * key[row, group, seen] @ query[row, at, group, head]
+        if visible:
+            scores = 0.4 * key[row, group, visible] @ query[row, at, group, head]
             scores = scores if cap is None else cap * np.tanh(scores / cap)
             weights = np.exp(scores - scores.max())
-            out[row, at, group, head] = weights @ value[row, group, seen] / weights.sum()
+            out[row, at, group, head] = weights @ value[row, group, visible] / weights.sum()
     return out
 
 
@@ -69,12 +69,12 @@ def by_a_loop(query, key, value, window: int | None, cap: float | None) -> np.nd
 )
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (3, None), (7, 2.0)])
 def test_a_ring_is_the_attention_of_a_loop(sizes: dict[str, int], window: int | None, cap: float | None) -> None:
-    """Windows that end the ring early: 3 columns reach one block of 2 back, 7 three of them."""
+    """Windows that end the ring early: 3 columns reach back one block of 2 columns, 7 columns three blocks."""
     query, key, value = inputs()
-    got = np.asarray(ring(sizes, window, cap)(query, key, value))
+    actual = np.asarray(ring(sizes, window, cap)(query, key, value))
     real = SEGMENTS > 0
-    np.testing.assert_allclose(got[real], by_a_loop(query, key, value, window, cap)[real], rtol=1e-5, atol=1e-6)
-    assert np.isfinite(got).all()
+    np.testing.assert_allclose(actual[real], by_a_loop(query, key, value, window, cap)[real], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(actual).all()
 
 
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 3])
@@ -83,15 +83,17 @@ def test_gradients_are_those_of_one_device(window: int | None) -> None:
     weights = np.random.default_rng(1).standard_normal((ROWS, LENGTH, GROUPS, PER_GROUP, SIZE)).astype(np.float32)
 
     def gradients(call):
-        loss = lambda *given: (jnp.where(real, call(*given), 0) * weights).sum()  # noqa: E731
+        loss = lambda *arrays: (jnp.where(real, call(*arrays), 0) * weights).sum()  # noqa: E731
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*inputs())
 
-    for got, expected in zip(gradients(ring({"sequence": 4}, window, 2.0)), gradients(alone(window, 2.0)), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    for actual, expected in zip(
+        gradients(ring({"sequence": 4}, window, 2.0)), gradients(alone(window, 2.0)), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_bfloat16_keeps_float32_sums() -> None:
-    """As far from float32 as `attend` is."""
+    """The error against float32 is that of `attend`."""
     real, exact = SEGMENTS > 0, np.asarray(alone(None, None)(*inputs()))
     rounded = [
         np.asarray(call(*inputs("bfloat16")), np.float32)
@@ -117,13 +119,13 @@ def test_a_device_holds_scores_of_its_own_columns_only() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"attention": "splash"}, {"attention": "cudnn"}])
-def test_others_cannot_split_columns(changes: dict[str, str]) -> None:
+def test_fused_implementations_cannot_split_columns(changes: dict[str, str]) -> None:
     model = Model(tiny_config(compute_dtype="bfloat16", **changes), ActivationConstraint(mesh_of(sequence=2)))
     with pytest.raises(InputError, match="ModelConfig.attention"):
         jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((2, 16), jnp.int32))
 
 
-def test_rows_that_do_not_divide_are_refused() -> None:
+def test_rows_that_do_not_divide_are_rejected() -> None:
     model = Model(tiny_config(), ActivationConstraint(mesh_of(sequence=4)))
     with pytest.raises(InputError, match=r"MeshConfig\.sequence = 4: rows of 10 columns do not divide"):
         jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((2, 10), jnp.int32))
@@ -140,8 +142,8 @@ def test_logits_of_a_model_with_packed_rows(changes: dict) -> None:
     spread = jax.device_put(params, tree_shardings(model.abstract(), model.logical_axes(), mesh))
     tokens = np.random.default_rng(2).integers(3, 64, (ROWS, LENGTH)).astype(np.int32)
     positions = np.array([[*range(5), *range(8), 0, 0, 0], [*range(2), *range(14)]], np.int32)
-    given = {"positions": positions, "segment_ids": SEGMENTS}
-    got = np.asarray(jax.jit(lambda params: model.apply(params, tokens, **given))(spread))
-    expected = np.asarray(jax.jit(lambda params: Model(config).apply(params, tokens, **given))(params))
+    inputs = {"positions": positions, "segment_ids": SEGMENTS}
+    actual = np.asarray(jax.jit(lambda params: model.apply(params, tokens, **inputs))(spread))
+    expected = np.asarray(jax.jit(lambda params: Model(config).apply(params, tokens, **inputs))(params))
     real = SEGMENTS > 0
-    np.testing.assert_allclose(got[real], expected[real], rtol=0, atol=1e-5 * np.abs(expected[real]).max())
+    np.testing.assert_allclose(actual[real], expected[real], rtol=0, atol=1e-5 * np.abs(expected[real]).max())
