@@ -1,4 +1,4 @@
-"""Meshes, the logical-to-mesh rules table, and placing arrays by it."""
+"""Meshes, the table of rules from logical to mesh axes, and placing arrays by it."""
 
 from rlhf_jax.parallel.jitted import Jitted, jitted, shardings_of
 from rlhf_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_between, remake_mesh

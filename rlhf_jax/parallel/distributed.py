@@ -1,11 +1,11 @@
-"""Joining the processes of a run: one per host of a TPU slice, or several on one machine for tests.
+"""Connecting the processes of a run: one per host of a TPU slice, or several on one machine for tests.
 
-    --distributed=auto                       TPU slices, SLURM, GKE: JAX finds the others
-    --distributed=HOST:PORT,PROCESSES,INDEX  said by hand, as scripts/launch.py does
+    --distributed=auto                       TPU slices, SLURM, GKE: JAX finds the processes
+    --distributed=HOST:PORT,PROCESSES,INDEX  explicit, as scripts/launch.py passes it
 
-A process that dies makes the others stop: JAX's coordinator misses its heartbeat and every client aborts. The default is
-100 s; here it is `HEARTBEAT_SECONDS`. An abort prints a stack trace, so whoever started the process (scripts/launch.py on one
-machine, scripts/tpu_vm.sh on a slice) says what happened.
+When a process dies, JAX's coordinator misses its heartbeat and every other process aborts. The default timeout is 100 s; here
+it is `HEARTBEAT_SECONDS`. An abort prints a stack trace, so the script that started the process (scripts/launch.py on one
+machine, scripts/tpu_vm.sh on a slice) explains it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ HEARTBEAT_SECONDS = 20
 
 
 def connect(how: str) -> None:
-    """Join; before anything else of JAX runs. Raises InputError for another spelling, or when the others do not come."""
+    """Connect this process with the others; call it before anything else of JAX.
+
+    how: the value of --distributed. Raises InputError for an unknown spelling, or when the other processes do not
+    connect.
+    """
     if how == "auto":
         _initialize()
         return
@@ -33,8 +37,10 @@ def connect(how: str) -> None:
 
 
 def agreed(step: int) -> int:
-    """The first process's number, on every process: it alone gives checkpoints their names and sets damaged ones aside, so
-    only it knows which there are."""
+    """Return the first process's number on every process.
+
+    Only the first process names checkpoints and sets damaged ones aside, so only it knows which there are.
+    """
     return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))
 
 

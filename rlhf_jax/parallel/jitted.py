@@ -1,4 +1,4 @@
-"""`jitted`: `jax.jit` that keeps the signature of a function for the type checker, with its outputs pinned."""
+"""`jitted`: `jax.jit` that keeps a function's signature for the type checker and fixes the shardings of its outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device meshes: which devices there are along which named axis."""
+"""Device meshes: the devices along each named axis."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel.meeting import meet
+from rlhf_jax.parallel.meeting import connect_devices
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-"""From the least to the most that devices along an axis have to say to each other: neighbours in the last."""
+"""Axes in the order of communication between their devices, least first: neighbours are along the last axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; exactly one may be -1 (all that are left).
+    """The number of devices along each axis; at most one may be -1 (all remaining devices).
 
-    data: copies of the parameters, batch split over them. fsdp: parameters and batch split. tensor: heads, feed-forward
-    columns and vocabulary split. sequence: the columns of long rows split (ring attention), parameters copied. expert:
-    batch split, and the experts of a mixture; other parameters copied.
-    dcn_data, dcn_fsdp: of several TPU slices, how many lie along data and fsdp (a divisor of the axis): between slices
-    there is the data centre's network, between chips of a slice their own links. Without slices: of several processes.
+    data: copies of the parameters, the batch is split over them. fsdp: parameters and batch are split. tensor: heads,
+    feed-forward columns and vocabulary are split. sequence: the columns of long rows are split (ring attention),
+    parameters are copied. expert: the batch and the experts of a mixture are split; other parameters are copied.
+    dcn_data, dcn_fsdp: with several TPU slices, the number of slices along data and fsdp (a divisor of the axis):
+    slices are connected by the data centre's network, chips of a slice by their own links. Without slices: the number
+    of processes.
     """
 
     data: int = 1
@@ -51,47 +52,50 @@ class MeshConfig:
 
 
 def remake_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
-    """The devices of ``mesh`` in the same order under another shape: arrays go from one to the other on the devices."""
-    sizes = _sizes(config, mesh.size)
-    made = Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    meet(made)
-    return made
-
-
-def mesh_between(here: Mesh, there: Mesh) -> Mesh | None:
-    """A stop on the way from one shape to another of the same devices that splits tensor more; None when there is none.
-
-    fsdp 8 to data 4, tensor 2: at fsdp 4, tensor 2 two neighbours have exchanged rows of their blocks for columns, and the
-    four blocks of rows are then gathered. In one step GSPMD finds no such way and holds the whole array.
+    """Return a mesh of the devices of ``mesh`` in the same order with another shape: arrays move between both on the
+    devices.
     """
-    more, rest = divmod(there.shape["tensor"], here.shape["tensor"])
-    idle = all(mesh.shape[axis] == 1 for mesh in (here, there) for axis in ("expert", "sequence"))
-    if rest or more == 1 or not idle or here.shape["fsdp"] % more:
+    sizes = _sizes(config, mesh.size)
+    reshaped = Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    connect_devices(reshaped)
+    return reshaped
+
+
+def mesh_between(source: Mesh, target: Mesh) -> Mesh | None:
+    """Return an intermediate mesh between two shapes of the same devices that splits tensor more; None when there is
+    none.
+
+    fsdp 8 to data 4, tensor 2: at fsdp 4, tensor 2 two neighbours have exchanged rows of their blocks for columns, and
+    the four blocks of rows are then gathered. In a single step GSPMD does not find this way and holds the whole array.
+    """
+    more, remainder = divmod(target.shape["tensor"], source.shape["tensor"])
+    idle = all(mesh.shape[axis] == 1 for mesh in (source, target) for axis in ("expert", "sequence"))
+    if remainder or more == 1 or not idle or source.shape["fsdp"] % more:
         return None
-    sizes = here.shape | {"fsdp": here.shape["fsdp"] // more, "tensor": there.shape["tensor"]}
-    return Mesh(here.devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=here.axis_types)
+    sizes = source.shape | {"fsdp": source.shape["fsdp"] // more, "tensor": target.shape["tensor"]}
+    return Mesh(source.devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=source.axis_types)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over ``devices`` (all when None) with axes `AXES`, left to the compiler (Auto).
+    """Return a mesh over ``devices`` (all when None) with axes `AXES`, shardings left to the compiler (Auto).
 
     Raises InputError when the devices do not divide into the shape, or their slices into its dcn sizes.
     """
     devices = jax.devices() if devices is None else devices
     sizes, kinds = _sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
     if len(_granules(devices, "slice_index")) == 1 and config.dcn_data == config.dcn_fsdp == 1:
-        made = jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+        mesh = jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
     else:
-        made = Mesh(hybrid_devices(config, devices), AXES, axis_types=kinds)
-    meet(made)
-    return made
+        mesh = Mesh(hybrid_devices(config, devices), AXES, axis_types=kinds)
+    connect_devices(mesh)
+    return mesh
 
 
 def hybrid_devices(config: MeshConfig, devices: list[Any]) -> np.ndarray:
-    """Devices of several slices (of several processes where there are no slices) as an array over `AXES`: a step along
-    data or fsdp leaves the slice as rarely as dcn_data and dcn_fsdp allow, a step along another axis never does.
+    """Return devices of several slices (or processes, where there are no slices) as an array over `AXES`.
 
-    Two slices of four chips, data 4, dcn_data 2, tensor 2: data 0 and 1 are the first slice, 2 and 3 the second.
+    A step along data or fsdp leaves the slice as rarely as dcn_data and dcn_fsdp allow, a step along another axis never
+    does. Two slices of four chips, data 4, dcn_data 2, tensor 2: data 0 and 1 are the first slice, 2 and 3 the second.
     """
     sizes = dict(zip(AXES, _sizes(config, len(devices)), strict=True))
     outer = {axis: {"data": config.dcn_data, "fsdp": config.dcn_fsdp}.get(axis, 1) for axis in AXES}
@@ -108,18 +112,18 @@ def hybrid_devices(config: MeshConfig, devices: list[Any]) -> np.ndarray:
     for axis in ("data", "fsdp"):
         if sizes[axis] % outer[axis]:
             raise InputError(f"MeshConfig.{axis} = {sizes[axis]} does not divide by dcn_{axis} = {outer[axis]}")
-    made: np.ndarray = mesh_utils.create_hybrid_device_mesh(
+    array: np.ndarray = mesh_utils.create_hybrid_device_mesh(
         [sizes[axis] // outer[axis] for axis in AXES],
         list(outer.values()),
         devices,
         process_is_granule=attribute == "process_index",
         allow_split_physical_axes=devices[0].platform == "tpu",
     )
-    return made
+    return array
 
 
 def _granules(devices: list[Any], attribute: str) -> dict[int, int]:
-    """How many devices each slice (or process) has; one of them all where devices do not say."""
+    """Return the number of devices of each slice (or process); a single one when devices have no such attribute."""
     counts: dict[int, int] = {}
     for device in devices:
         key = getattr(device, attribute, 0)
@@ -128,15 +132,17 @@ def _granules(devices: list[Any], attribute: str) -> dict[int, int]:
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Of the axes over ``count`` devices. Raises InputError when they do not divide."""
+    """Return the sizes of the axes over ``count`` devices. Raises InputError when they do not divide."""
     sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
+    product = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        if count % known:
+        if count % product:
             raise InputError(
-                f"MeshConfig: {count} devices do not divide by {known} ({dict(zip(AXES, sizes, strict=True))})"
+                f"MeshConfig: {count} devices do not divide by {product} ({dict(zip(AXES, sizes, strict=True))})"
             )
-        sizes[sizes.index(-1)] = count // known
-    elif known != count:
-        raise InputError(f"MeshConfig: {dict(zip(AXES, sizes, strict=True))} needs {known} devices, there are {count}")
+        sizes[sizes.index(-1)] = count // product
+    elif product != count:
+        raise InputError(
+            f"MeshConfig: {dict(zip(AXES, sizes, strict=True))} needs {product} devices, there are {count}"
+        )
     return tuple(sizes)

@@ -1,4 +1,4 @@
-"""A table of parameters: names, shapes, counts, bytes and where they lie."""
+"""A table of parameters: names, shapes, counts, bytes and shardings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays that are born where they live: parameters, optimiser state, batches."""
+"""Arrays created on their shards: parameters, optimizer state, batches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _T = TypeVar("_T")
 
 
 def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) -> Any:
-    """Shardings of anything that holds trees like the parameters: a leaf whose path ends in a parameter's path (Adam's
-    moments, the parameters themselves) lies as that parameter does; every other leaf (counts, keys) is on all devices.
+    """Return the shardings of any tree that contains trees like the parameters.
+
+    A leaf whose path ends in a parameter's path (Adam's moments, the parameters themselves) gets the sharding of that
+    parameter; every other leaf (counts, keys) is replicated.
     """
-    known = {
+    by_path = {
         tuple(str(key) for key in path): sharding
         for path, sharding in jax.tree_util.tree_flatten_with_path(param_shardings)[0]
     }
@@ -28,7 +30,7 @@ def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) ->
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         keys = tuple(str(key) for key in path)
         for start in range(len(keys)):
-            sharding = known.get(keys[start:])
+            sharding = by_path.get(keys[start:])
             if sharding is not None and len(sharding.spec) <= len(leaf.shape):
                 return sharding
         return replicated(mesh)
@@ -37,27 +39,29 @@ def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) ->
 
 
 def init_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
-    """``make(*arguments)`` under jit with every output created on its shards: no device ever holds the whole."""
+    """Return ``make(*arguments)``, run under jit with every output created on its shards: no device ever holds the
+    whole.
+    """
     shardings = state_shardings(jax.eval_shape(make, *arguments), param_shardings, mesh)
-    made: _T = jax.jit(make, out_shardings=shardings)(*arguments)
-    return made
+    result: _T = jax.jit(make, out_shardings=shardings)(*arguments)
+    return result
 
 
 def init_abstract(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
-    """What `init_sharded` would return, as ShapeDtypeStructs with shardings: for planning."""
+    """Return the result of `init_sharded` as ShapeDtypeStructs with shardings, for planning."""
     shapes = jax.eval_shape(make, *arguments)
-    placed: _T = abstract_arrays(shapes, state_shardings(shapes, param_shardings, mesh))
-    return placed
+    abstract: _T = abstract_arrays(shapes, state_shardings(shapes, param_shardings, mesh))
+    return abstract
 
 
 def abstract_arrays(shapes: Any, shardings: Any) -> Any:
-    """Two trees alike as one of ShapeDtypeStructs with shardings."""
+    """Return a tree of ShapeDtypeStructs with shardings from a tree of shapes and a tree of shardings."""
     struct: Any = jax.ShapeDtypeStruct
     return jax.tree.map(lambda leaf, sharding: struct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
 
 
 def to_host(tree: _T) -> _T:
-    """numpy arrays of the whole of ``tree``, in every process: rows that lie with other processes are sent around."""
+    """Return the whole of ``tree`` as numpy arrays in every process; rows on other processes are gathered."""
     if jax.process_count() == 1:
         host: _T = jax.device_get(tree)
     else:
@@ -66,7 +70,7 @@ def to_host(tree: _T) -> _T:
 
 
 def to_global(batch: _T, mesh: Mesh) -> _T:
-    """A host batch (numpy, the whole of it in every process) as global arrays with rows over the batch axes.
+    """Return a host batch (numpy, the whole of it in every process) as global arrays with rows over the batch axes.
 
     Raises InputError when the rows do not divide over the mesh's batch axes.
     """
@@ -80,5 +84,5 @@ def to_global(batch: _T, mesh: Mesh) -> _T:
             )
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    placed: _T = jax.tree.map(place, batch)
-    return placed
+    arrays: _T = jax.tree.map(place, batch)
+    return arrays

@@ -1,4 +1,4 @@
-"""THE table from logical axis names to mesh axes, and shardings made from it."""
+"""The table from logical axis names to mesh axes, and shardings made from it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def partition_spec(axes: tuple[str, ...], rules: Rules = RULES) -> PartitionSpec:
-    """Mesh axes of an array with these logical axes. Raises InputError for a name that the table lacks."""
+    """Return the mesh axes of an array with these logical axes. Raises InputError for a name that the table lacks."""
     for name in axes:
         if name not in rules:
             raise InputError(f"logical axis {name!r} is not in the rules table; known: {', '.join(sorted(rules))}")
@@ -54,13 +54,15 @@ def partition_spec(axes: tuple[str, ...], rules: Rules = RULES) -> PartitionSpec
 
 
 def _shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
-    """Over how many devices a PartitionSpec entry (None, an axis, a tuple of axes) splits a dimension."""
+    """Return the number of devices over which a PartitionSpec entry (None, an axis, a tuple of axes) splits a
+    dimension.
+    """
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _divided(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
-    """``spec`` once it is known to divide ``shape``."""
+def _checked(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
+    """Return ``spec``. Raises InputError when it does not divide ``shape``."""
     for size, entry in zip(shape, spec, strict=False):
         shards = _shards(mesh, entry)
         if size % shards:
@@ -72,42 +74,43 @@ def _divided(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, .
 
 
 def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
-    """A NamedSharding per leaf. abstract: tree of shapes; logical_axes: same tree of tuples of names.
+    """Return a NamedSharding per leaf.
 
-    Raises InputError naming the parameter whose dimension does not divide.
+    abstract: tree of shapes. logical_axes: the same tree with tuples of names. Raises InputError naming the parameter
+    whose dimension does not divide.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     axes = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     shardings = [
-        NamedSharding(mesh, _divided(mesh, partition_spec(names, rules), leaf.shape, jax.tree_util.keystr(path)))
+        NamedSharding(mesh, _checked(mesh, partition_spec(names, rules), leaf.shape, jax.tree_util.keystr(path)))
         for (path, leaf), names in zip(leaves, axes, strict=True)
     ]
     return jax.tree.unflatten(treedef, shardings)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
-    """Rows over the batch axes, everything else whole."""
+    """Return the sharding of a batch: rows over the batch axes, other dimensions whole."""
     return NamedSharding(mesh, partition_spec(("act_batch",), rules))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Return the sharding of an array that is the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationConstraint:
-    """Lays activations out over the mesh; hand it to a `Model`. Hashable."""
+    """The sharding of activations over the mesh, passed to a `Model`. Hashable."""
 
     mesh: Mesh
 
     def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
-        """How an activation of this shape lies on the mesh; dimensions that do not divide are whole."""
+        """Return the PartitionSpec of an activation of this shape; dimensions that do not divide are whole."""
         entries = zip(shape, partition_spec(axes), strict=True)
         return PartitionSpec(*(None if size % _shards(self.mesh, entry) else entry for size, entry in entries))
 
     def parts(self, axis: str) -> int:
-        """Over how many devices a dimension with this logical axis is split."""
+        """Return the number of devices that split a dimension with this logical axis."""
         return _shards(self.mesh, partition_spec((axis,))[0])
 
     def __call__(self, x: Array, axes: tuple[str, ...]) -> Array:

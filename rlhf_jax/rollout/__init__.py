@@ -1,4 +1,4 @@
-"""Sampling completions: prefill, decode, slots."""
+"""Sampling of completions: prefill, decoding, continuous batching in slots."""
 
 from rlhf_jax.rollout.finite import stop_if_not_finite, stop_if_scores_not_finite
 from rlhf_jax.rollout.generate import generate

@@ -1,4 +1,6 @@
-"""What a model computes must be numbers: a sampler over NaN gives some token, and a table of scores."""
+"""Checks for NaN and infinity: a sampler would turn NaN logits into arbitrary tokens, and scores of NaN would enter
+rewards.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,13 @@ from rlhf_jax.errors import RunStopped
 from rlhf_jax.types import Completions
 
 
-def stop_if_not_finite(done: Completions, place: str) -> None:
-    """Raises RunStopped when a log-probability of a sampled token is not finite. done: numpy. place: for the message."""
-    logprobs = np.asarray(done.logprobs)
-    wrong = np.argwhere(~np.isfinite(logprobs) & np.asarray(done.mask))
+def stop_if_not_finite(completions: Completions, place: str) -> None:
+    """Raise RunStopped when a log-probability of a sampled token is not finite.
+
+    completions: numpy arrays. place: prefix of the message.
+    """
+    logprobs = np.asarray(completions.logprobs)
+    wrong = np.argwhere(~np.isfinite(logprobs) & np.asarray(completions.mask))
     if wrong.size:
         row, column = wrong[0]
         raise RunStopped(
@@ -21,7 +26,7 @@ def stop_if_not_finite(done: Completions, place: str) -> None:
 
 
 def stop_if_scores_not_finite(scores: np.ndarray, place: str) -> None:
-    """Raises RunStopped when a score of a reward model is not finite. scores: [B], numpy."""
+    """Raise RunStopped when a score of a reward model is not finite. scores: [B], numpy. place: prefix of the message."""
     wrong = np.flatnonzero(~np.isfinite(scores))
     if wrong.size:
         raise RunStopped(

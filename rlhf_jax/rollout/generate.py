@@ -1,4 +1,4 @@
-"""Sampling completions: prefill, single-token decodes and slot refill, all inside one jitted function."""
+"""Sampling of completions: prefill, single-token decoding and slot refill, all inside one jitted function."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlhf_jax.rollout.slots import (
     Job,
     Slots,
     admit,
+    compact_slots,
     decode_until,
-    first_fill,
+    fill_slots,
     flush,
-    move_together,
     read_prefix,
     read_prompts,
 )
@@ -39,14 +39,17 @@ def generate(
     slots: SlotConfig = ALL_AT_ONCE,
     stop_table: Array | None = None,
 ) -> Completions:
-    """Sample ``samples`` completions of every prompt (left-padded, [N, P]): tokens [N * samples, sampling.max_new_tokens].
+    """Sample ``samples`` completions of every prompt (left-padded, [N, P]): tokens [N * samples,
+    sampling.max_new_tokens].
 
     Completion r is number r % samples of prompt r // samples, which is read once for all of them; its sample_id is the
-    prompt's * samples + that number. Random bits depend on (rng, prompt_id or the prompt's own seed, sample_id, response
-    position) only, see `ops.token_keys`: slots change what is computed when, not what is sampled. stop_table: `data.stop_table` of
-    sampling.stop_strings, needed when there are any. Stops early when every row has ended. Pure: jit it with model,
-    sampling, eos_ids, pad_id, samples and slots static. Raises InputError when prompt and response columns together
-    exceed the model's max_length.
+    prompt's * samples + that number.
+    Random bits depend only on (rng, prompt_id or the prompt's own seed, sample_id, response position), see
+    `ops.token_keys`: slots change when something is computed, not what is sampled.
+    stop_table: `data.stop_table` of sampling.stop_strings, required when there are any.
+    Sampling stops when every row has ended. Pure: jit it with model, sampling, eos_ids, pad_id, samples and slots
+    static.
+    Raises InputError when prompt and response columns together exceed the model's max_length.
     """
     width, length = prompts.tokens.shape[1], sampling.max_new_tokens
     if width + length > model.config.max_length:
@@ -61,8 +64,8 @@ def generate(
     if samples < 1:
         raise InputError(f"generate: samples = {samples}: must be at least 1")
     vocabulary = model.config.vocab_size
-    known = [number for number in (*eos_ids, pad_id) if not isinstance(number, jax.core.Tracer)]
-    if outside := [number for number in known if not 0 <= number < vocabulary]:
+    static_ids = [number for number in (*eos_ids, pad_id) if not isinstance(number, jax.core.Tracer)]
+    if outside := [number for number in static_ids if not 0 <= number < vocabulary]:
         raise InputError(f"generate: eos_ids or pad_id {outside[0]}: the vocabulary has the ids 0 to {vocabulary - 1}")
     if bool(sampling.stop_strings) != (stop_table is not None):
         raise InputError("generate: stop_table goes with SamplingConfig.stop_strings: make it with data.stop_table")
@@ -73,24 +76,27 @@ def generate(
     if slots.shared_prefix:
         job = dataclasses.replace(job, prefix=read_prefix(job))
     wide = min(slots.slots or job.rows, job.rows)
-    queue = wide < job.rows  # its rows follow each other around the whole ring
+    queue = wide < job.rows  # refilled slots use the whole ring
     columns = length if queue else -(-length // slots.ring_stages)
-    state = first_fill(job, read_prompts(job, 0, -(-wide // samples)), wide, columns)
+    state = fill_slots(job, read_prompts(job, 0, -(-wide // samples)), wide, columns)
     if queue:
-        state = _serve_the_queue(job, state, wide, slots)
+        state = _serve_queue(job, state, wide, slots)
     else:
         state = _grow(job, state, wide // 2 if wide // 2 >= slots.smallest > 0 else 0)
     return _as_completions(job, _finish(job, state, wide, slots.smallest))
 
 
-def _serve_the_queue(job: Job, state: Slots, wide: int, slots: SlotConfig) -> Slots:
-    """Until the last row has entered a slot. Prompts are read a group at a time, a fixed number, when the rows of the
-    group before have all entered; those enter as slots fall free."""
-    count, begun = job.rows // job.samples, wide // job.samples
+def _serve_queue(job: Job, state: Slots, wide: int, slots: SlotConfig) -> Slots:
+    """Decode until the last row has entered a slot.
+
+    Prompts are read in groups of a fixed size, when all rows of the group before have entered; the rows of a group
+    enter slots as they become free.
+    """
+    count, first_prompts = job.rows // job.samples, wide // job.samples
     size = min(slots.prefill or -(-wide // job.samples), count)
 
     def serve(group: Array, state: Slots) -> Slots:
-        first = begun + group * size
+        first = first_prompts + group * size
         last = jnp.minimum((first + size) * job.samples, job.rows)
         staged = read_prompts(job, first, size)
 
@@ -101,25 +107,28 @@ def _serve_the_queue(job: Job, state: Slots, wide: int, slots: SlotConfig) -> Sl
         served: Slots = jax.lax.while_loop(lambda state: state.waiting < last, enter, state)
         return served
 
-    served: Slots = jax.lax.fori_loop(0, -(-(count - begun) // size), serve, state)
+    served: Slots = jax.lax.fori_loop(0, -(-(count - first_prompts) // size), serve, state)
     return served
 
 
 def _grow(job: Job, state: Slots, running: int) -> Slots:
-    """Until the cache has all its columns: decode until no more than ``running`` slots are at work or its columns are full,
-    then give it as many again."""
+    """Decode until the cache has all its columns.
+
+    Decoding runs until no more than ``running`` slots are active or the cache is full; then the cache grows by the same
+    number of columns.
+    """
     columns, step = job.width + job.sampling.max_new_tokens, state.cache.positions.shape[1] - job.width
-    while (now := state.cache.positions.shape[1]) < columns:
+    while (capacity := state.cache.positions.shape[1]) < columns:
         state = decode_until(job, state, running)
-        state = dataclasses.replace(state, cache=state.cache.widened(min(now + step, columns)))
+        state = dataclasses.replace(state, cache=state.cache.widened(min(capacity + step, columns)))
     return state
 
 
 def _finish(job: Job, state: Slots, wide: int, smallest: int) -> Slots:
-    """Until every slot has ended, in ever fewer slots."""
+    """Decode until every slot has ended, in ever fewer slots."""
     while smallest and wide // 2 >= smallest:
         wide //= 2
-        state = move_together(job, decode_until(job, state, wide), wide)
+        state = compact_slots(job, decode_until(job, state, wide), wide)
     return flush(job, decode_until(job, state, 0))
 
 

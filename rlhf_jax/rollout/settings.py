@@ -1,4 +1,4 @@
-"""What is sampled, and on how many rows at a time."""
+"""Settings of sampling and of the slots of continuous batching."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """temperature: 0 = greedy. top_k (0 = off), top_p (1 = off), min_p (0 = off), repetition_penalty (1 = off, of tokens
-    of prompt and response): these change what is drawn from, which biases PPO's ratio; leave them off there.
-    max_new_tokens: columns of the response. min_new_tokens: tokens before a stop token, which is barred until then, as
-    transformers counts them: a response that ends by one has at least one token more. A stop string that is completed
-    earlier ends nothing (in transformers it does). A completion ends at a stop token (of the tokenizer and template), and
-    with the token that completes one of ``stop_strings``."""
+    """Settings of sampling.
+
+    temperature: 0 = greedy. top_k (0 = off), top_p (1 = off), min_p (0 = off), repetition_penalty (1 = off, applies to
+    tokens of prompt and response): these change the distribution that is sampled, which biases PPO's ratio; leave them
+    off there.
+    max_new_tokens: columns of the response. min_new_tokens: number of tokens before which a stop token is barred,
+    counted as in transformers: a response that ends with a stop token has at least one token more. A stop string
+    completed earlier does not end the response (in transformers it does).
+    stop_strings: a completion ends at a stop token (of the tokenizer and template), and with the token that completes
+    one of these.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -62,27 +67,31 @@ class SamplingConfig:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             require_number(f"SamplingConfig.{name}", getattr(self, name), 0.0)
         strings = self.stop_strings
-        if not (isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)):
+        if not (isinstance(strings, list | tuple) and all(isinstance(string, str) and string for string in strings)):
             raise InputError(f"SamplingConfig.stop_strings = {strings!r}: give a list of strings, none of them empty")
         object.__setattr__(self, "stop_strings", tuple(strings))  # gin gives lists; a static argument must be hashable
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotConfig:
-    """How many completions are decoded at a time; what is sampled does not depend on it.
+    """Settings of continuous batching; the sampled tokens do not depend on them.
 
-    slots: rows of the decode step (0 = one per completion); a completion that has ended makes room for the next.
-    prefill: prompts read together to fill free slots (0 = as many as fill all). refill_at: free slots at which the next
-    completions enter. smallest: when nothing waits any more, running completions move together into half as many slots,
-    again and again while at least this many remain (0 = never; each halving compiles the decode step once more).
-    prefill_chunk: columns of the prompts read at a time (0 = all): for prompts too long for attention scores of all columns
-    to all. shared_prefix: the first so many tokens are the same in all prompts (a system prompt) and read once in a call.
-    ring_stages: when nothing waits for a slot, the cache begins with 1/ring_stages of the response columns and grows by as
-    many when they are full, so that short replies do not attend over columns for long ones (each stage compiles the decode
-    step once more). cache: keys and values kept in the model's "compute" dtype, as "bfloat16", or as "int8" with a scale
-    for each vector: half to a quarter of the memory, and log-probabilities that are off by what docs/performance.md says.
-    separate_layers: decode with a copy of the weights, layer by layer, laid out for products with few rows: faster on a
-    CPU and not on a TPU; compiles a decode step of all layers instead of one, and holds the weights twice.
+    slots: rows of the decode step (0 = one per completion); a completion that has ended frees its slot for the next.
+    prefill: prompts read together to fill free slots (0 = as many as fill all). refill_at: number of free slots at
+    which the next completions enter.
+    smallest: when no completion waits, running completions are moved together into half as many slots, repeatedly while
+    at least this many remain (0 = never; each halving compiles the decode step once more).
+    prefill_chunk: columns of the prompts read at a time (0 = all): for prompts too long for attention scores of all
+    columns to all.
+    shared_prefix: the number of first tokens that are the same in all prompts (a system prompt) and are read once per
+    call.
+    ring_stages: when no completion waits for a slot, the cache begins with 1/ring_stages of the response columns and
+    grows by as many when they are full, so that short responses do not attend over columns for long ones (each stage
+    compiles the decode step once more).
+    cache: keys and values stored in the model's "compute" dtype, as "bfloat16", or as "int8" with a scale for each
+    vector: half to a quarter of the memory, with errors of log-probabilities in docs/performance.md.
+    separate_layers: decode with a copy of the weights, layer by layer, in the layout for products with few rows: faster
+    on a CPU and not on a TPU; compiles a decode step of all layers instead of one, and stores the weights twice.
     """
 
     slots: int = 0
@@ -111,8 +120,11 @@ class SlotConfig:
 
 
 def check_shared_prompts(prompts: Sequence[Sequence[int]], slots: SlotConfig) -> None:
-    """Raises InputError when two prompts (token ids, no padding) differ in their first ``slots.shared_prefix`` tokens, or
-    one has no more than these."""
+    """Raise InputError when two prompts differ in their first ``slots.shared_prefix`` tokens, or one has no more than
+    these.
+
+    prompts: token ids without padding.
+    """
     length = slots.shared_prefix
     for number, prompt in enumerate(prompts if length else ()):
         if len(prompt) <= length or list(prompt[:length]) != list(prompts[0][:length]):

@@ -1,8 +1,8 @@
-"""Decoding as a fold over a frozen state: S slots, each at work on one completion, refilled on the device.
+"""Continuous batching: a pure decoding loop over S slots, one completion each, refilled inside the jitted loop.
 
 The cache has P + T columns: those of the prompt, then a ring of T. Every decode step writes one column of the ring, the
-same for all slots, so a step needs no scatter; a completion lives at most T steps, hence none of its columns is written
-over before it ends. A slot that is refilled gets another prompt's columns and forgets the ring (its positions there
+same for all slots, so a step needs no scatter; a completion lives at most T steps, hence none of its columns is write_column
+over before it ends. A refilled slot gets the columns of another prompt, and its ring becomes empty (its positions there
 become -1). Example, P = 1, T = 3, two slots, completions a (1 token), b (3 tokens), c (2 tokens):
 
     step      0        1        2        3
@@ -10,8 +10,8 @@ become -1). Example, P = 1, T = 3, two slots, completions a (1 token), b (3 toke
     slot 0    a0 end   c0       c1 end
     slot 1    b0       b1       b2 end
 
-Layers that slide keep no more columns than their window: a ring of these alone, in which a prompt's last tokens are turned
-to where the next column follows them (`KVCache.recent`).
+Sliding-window layers have a separate ring of as many columns as their window (`KVCache.recent`), in which a prompt's last
+tokens are rolled such that the next column follows them.
 
 Letters: S slots, N prompts, R = N * samples completions ("rows"; row r is a sample of prompt r // samples), P prompt
 columns, T response columns.
@@ -36,9 +36,11 @@ from rlhf_jax.types import Params, Rng
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What stays the same while sampling. prompts: [N, P]; stop_table: int [states, V] of `data.stop_table`, or None.
-    slots: how. layers: `Model.separate_layers`, or None to decode with a loop over the stacked ones. prefix: what
-    all prompts begin with, read (`read_prefix`), or None."""
+    """The constants of a call of `generate`.
+
+    prompts: [N, P]. stop_table: int [states, V] of `data.stop_table`, or None. layers: `Model.separate_layers`, or None
+    to decode with a loop over the stacked ones. prefix: cache of the shared prefix (`read_prefix`), or None.
+    """
 
     model: Model
     params: Params
@@ -55,29 +57,30 @@ class Job:
 
     @property
     def width(self) -> int:
-        """P."""
+        """P, the prompt columns."""
         return int(self.prompts.tokens.shape[1])
 
     @property
     def window(self) -> int | None:
-        """Columns of the cache of layers that slide, None: as many as others (`KVCache.recent`)."""
+        """Columns of the cache of sliding-window layers, None: no separate cache (`KVCache.recent`)."""
         window = self.model.config.sliding_window
         return window if window is not None and window < self.width + self.sampling.max_new_tokens else None
 
     @property
     def rows(self) -> int:
-        """R."""
+        """R, the number of completions."""
         return int(self.prompts.tokens.shape[0]) * self.samples
 
 
 @struct.dataclass
 class Work:
-    """What a slot knows of its completion; everything [S, ...] and replaced when another one enters.
+    """The state of the completion in each slot; every field is [S, ...] and replaced when another completion enters.
 
-    row: int32, which completion. noise_id (of the prompt), sample_id: int32, for the random bits. prompt_length: int32, real
-    tokens. begin: int32, ring column of its first token. count: int32, tokens so far. running, ended: bool. held: int32, decode
-    steps since it entered. hidden: [S, 1, D], what the next token is read from. stop_state: int32, of the stop table,
-    or None. seen: bool [S, V], tokens of prompt and response, or None.
+    row: int32, index of the completion. noise_id (of the prompt), sample_id: int32, for the random bits. prompt_length:
+    int32, tokens without padding. begin: int32, ring column of its first token. count: int32, tokens so far. running,
+    ended: bool. steps: int32, decode steps since it entered. hidden: [S, 1, D], the hidden state from which the next
+    token is sampled. stop_state: int32, of the stop table, or None. present: bool [S, V], tokens of prompt and
+    response, or None.
     """
 
     row: Int32[Array, "S"]  # noqa: F821
@@ -88,16 +91,18 @@ class Work:
     count: Int32[Array, "S"]  # noqa: F821
     running: Bool[Array, "S"]  # noqa: F821
     ended: Bool[Array, "S"]  # noqa: F821
-    held: Int32[Array, "S"]  # noqa: F821
+    steps: Int32[Array, "S"]  # noqa: F821
     hidden: Float[Array, "S 1 D"]
     stop_state: Int32[Array, "S"] | None  # noqa: F821
-    seen: Bool[Array, "S V"] | None
+    present: Bool[Array, "S V"] | None
 
 
 @struct.dataclass
 class Sampled:
-    """Columns of text: rings [S, T] in the slots, finished rows [R, T] in the results. sampled_logprobs: None when
-    nothing sets them apart from logprobs."""
+    """Columns of sampled tokens: rings [S, T] in the slots, finished rows [R, T] in the results.
+
+    sampled_logprobs: None when they equal logprobs.
+    """
 
     tokens: Int32[Array, "S T"]
     logprobs: Float[Array, "S T"]
@@ -116,7 +121,7 @@ class Results:
 
 @struct.dataclass
 class Slots:
-    """The state of the fold. waiting: int32 [], the first row that has not entered a slot yet."""
+    """The state of the decoding loop. waiting: int32 [], the first row that has not entered a slot yet."""
 
     waiting: Int32[Array, ""]
     work: Work
@@ -127,7 +132,7 @@ class Slots:
 
 @struct.dataclass
 class Staged:
-    """Prompts that were read and wait to be copied into slots: ``first`` and the following. cache: P columns."""
+    """Prompts that were read and wait to be copied into slots. first: index of the first one. cache: P columns."""
 
     first: Int32[Array, ""]
     prompts: PromptBatch
@@ -136,7 +141,7 @@ class Staged:
 
 
 def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
-    """Prefill of ``count`` prompts from ``first`` on (or as many before the end of the queue)."""
+    """Prefill ``count`` prompts from ``first`` on (or the last ``count`` when fewer remain)."""
     first = jnp.minimum(first, job.prompts.tokens.shape[0] - count)
     prompts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), job.prompts)
     tokens, mask, positions = prompts.tokens, prompts.mask, ops.positions_from_mask(prompts.mask)
@@ -144,21 +149,21 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
         hidden, cache = job.model.prefill(job.params, tokens, mask, positions, job.width, job.slots.cache, job.window)
     else:
         if job.prefix is None:
-            known, cache = 0, empty_cache(job.model.config, count, job.width, job.slots.cache)
+            prefix_length, cache = 0, empty_cache(job.model.config, count, job.width, job.slots.cache)
         else:
-            known = job.slots.shared_prefix
+            prefix_length = job.slots.shared_prefix
             cache = job.prefix.take(jnp.zeros((count,), jnp.int32), job.width)
-        # Of left-padded prompts the last width - known columns hold all that is behind the prefix.
-        mask = (mask & (positions >= known))[:, known:]
+        # The last width - prefix_length columns of left-padded prompts hold all tokens after the prefix.
+        mask = (mask & (positions >= prefix_length))[:, prefix_length:]
         hidden, cache = job.model.prefill_after(
-            job.params, tokens[:, known:], mask, positions[:, known:], cache, job.slots.prefill_chunk
+            job.params, tokens[:, prefix_length:], mask, positions[:, prefix_length:], cache, job.slots.prefill_chunk
         )
         cache = cache if job.window is None else cache.parted(job.model.config.slides, job.window)
     return Staged(first, prompts, hidden, cache if job.layers is None else cache.separated())
 
 
 def read_prefix(job: Job) -> KVCache:
-    """A cache of one row with the first ``slots.shared_prefix`` tokens of the first prompt."""
+    """Return a cache of one row with the first ``slots.shared_prefix`` tokens of the first prompt."""
     length = job.slots.shared_prefix
     tokens, mask = job.prompts.tokens[:1], job.prompts.mask[:1]
     tokens = jax.lax.dynamic_slice_in_dim(tokens, job.width - mask.sum(), length, axis=1)
@@ -167,9 +172,11 @@ def read_prefix(job: Job) -> KVCache:
     return cache
 
 
-def first_fill(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
-    """Rows 0 ... slots - 1 in slots of their own; ``staged`` holds their prompts, from prompt 0 on. columns: of the cache for
-    responses, T unless it is to grow."""
+def fill_slots(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
+    """Put rows 0 ... slots - 1 into slots of their own.
+
+    staged: holds their prompts, from prompt 0 on. columns: of the cache for responses, T unless the cache grows.
+    """
     rows = jnp.arange(slots, dtype=jnp.int32)
     if job.samples == 1:  # every row has its prompt already; on a mesh a gather would send the cache to all devices
         cache = staged.cache.widened(job.width + columns)
@@ -190,7 +197,9 @@ def first_fill(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
 
 
 def admit(job: Job, state: Slots, staged: Staged, last: Array) -> Slots:
-    """Waiting rows before ``last`` into free slots, as many as fit; what had ended there goes to the results."""
+    """Move waiting rows before ``last`` into free slots, as many as fit; completions that ended there go to the
+    results.
+    """
     state = flush(job, state)
     free = ~state.work.running
     count = jnp.minimum(free.sum(), last - state.waiting).astype(jnp.int32)
@@ -217,7 +226,7 @@ def admit(job: Job, state: Slots, staged: Staged, last: Array) -> Slots:
 
 
 def decode_until(job: Job, state: Slots, running: int) -> Slots:
-    """Decode steps until no more than ``running`` slots are at work, or a cache that is to grow is full."""
+    """Decode until no more than ``running`` slots are active, or a cache that grows later is full."""
     columns = state.cache.positions.shape[1]
 
     def more(state: Slots) -> Array:
@@ -229,24 +238,24 @@ def decode_until(job: Job, state: Slots, running: int) -> Slots:
 
 
 def step(job: Job, state: Slots) -> Slots:
-    """One token for every running slot: sample it from the hidden state, write it, read it."""
+    """Sample one token for every running slot from its hidden state, store it, and read it."""
     work, running = state.work, state.work.running
     token, logprob, sampled_logprob, is_stop = _sample(job, work)
     token = jnp.where(running, token, job.pad_id)
     column = state.cache.index - job.width
 
-    def written(ring: Array, value: Array) -> Array:
-        """An ended slot keeps its text, however long it waits."""
-        kept = jax.lax.dynamic_slice_in_dim(ring, column, 1, axis=1)
-        value = jnp.where(running[:, None], value[:, None], kept)
+    def write_column(ring: Array, value: Array) -> Array:
+        """Write the column; an ended slot keeps its tokens until it is flushed."""
+        previous = jax.lax.dynamic_slice_in_dim(ring, column, 1, axis=1)
+        value = jnp.where(running[:, None], value[:, None], previous)
         return jax.lax.dynamic_update_slice_in_dim(ring, value, column, axis=1)
 
     ring = Sampled(
-        tokens=written(state.ring.tokens, token),
-        logprobs=written(state.ring.logprobs, logprob),
+        tokens=write_column(state.ring.tokens, token),
+        logprobs=write_column(state.ring.logprobs, logprob),
         sampled_logprobs=None
         if state.ring.sampled_logprobs is None
-        else written(state.ring.sampled_logprobs, sampled_logprob),
+        else write_column(state.ring.sampled_logprobs, sampled_logprob),
     )
     count = work.count + running
     stop_state = work.stop_state
@@ -264,16 +273,18 @@ def step(job: Job, state: Slots) -> Slots:
         count=count,
         running=running & ~stops & (count < job.sampling.max_new_tokens),
         ended=work.ended | stops,
-        held=work.held + 1,
+        steps=work.steps + 1,
         stop_state=stop_state,
-        seen=None if work.seen is None else work.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        present=None if work.present is None else work.present.at[jnp.arange(token.shape[0]), token].set(True),
     )
     return dataclasses.replace(state, work=work, cache=cache, ring=ring)
 
 
 def flush(job: Job, state: Slots) -> Slots:
-    """What has ended, from the rings to the results. A row that stays in its slot is written again, with more
-    ``slot_steps``."""
+    """Copy completions from the rings to the results.
+
+    An ended row that stays in its slot is write_column again later, with more ``slot_steps``.
+    """
     work, length = state.work, job.sampling.max_new_tokens
     columns = jnp.arange(length, dtype=jnp.int32)
     source = (work.begin[:, None] + columns) % length
@@ -289,12 +300,12 @@ def flush(job: Job, state: Slots) -> Slots:
     ring = state.ring
     sampled = None if ring.sampled_logprobs is None else unrolled(ring.sampled_logprobs, 0.0)
     text = Sampled(unrolled(ring.tokens, job.pad_id), unrolled(ring.logprobs, 0.0), sampled)
-    results = Results(text=text, count=work.count, ended=work.ended, slot_steps=work.held)
+    results = Results(text=text, count=work.count, ended=work.ended, slot_steps=work.steps)
     return dataclasses.replace(state, results=jax.tree.map(stored, state.results, results))
 
 
-def move_together(job: Job, state: Slots, slots: int) -> Slots:
-    """The same with ``slots`` slots, at least as many as are running."""
+def compact_slots(job: Job, state: Slots, slots: int) -> Slots:
+    """Return the state with only ``slots`` slots, at least as many as are running."""
     state = flush(job, state)
     order = jnp.argsort(~state.work.running, stable=True)[:slots].astype(jnp.int32)
     work, ring = jax.tree.map(lambda x: jnp.take(x, order, axis=0), (state.work, state.ring))
@@ -302,14 +313,14 @@ def move_together(job: Job, state: Slots, slots: int) -> Slots:
 
 
 def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:
-    """(token, its raw log-probability, that it was drawn with, is it a stop token) of every slot."""
+    """Return (token, its raw log-probability, that of the sampling distribution, is it a stop token) of every slot."""
     sampling = job.sampling
     keys = ops.token_keys(job.rng, work.noise_id, work.sample_id, work.count)
     logits = job.model.logits(job.params, work.hidden, few_rows=job.layers is not None)[:, 0]
     stops = jnp.asarray(job.eos_ids, jnp.int32)
     adjusted = None
-    if work.seen is not None:
-        adjusted = ops.penalise_repetition(logits, work.seen, sampling.repetition_penalty)
+    if work.present is not None:
+        adjusted = ops.penalise_repetition(logits, work.present, sampling.repetition_penalty)
     if sampling.min_new_tokens and job.eos_ids:
         early = (work.count < sampling.min_new_tokens)[:, None]
         barred = early & jnp.zeros((logits.shape[1],), bool).at[stops].set(True)
@@ -327,27 +338,27 @@ def _sample(job: Job, work: Work) -> tuple[Array, Array, Array, Array]:
 
 
 def _new_work(job: Job, staged: Staged, rows: Array, begin: Array) -> Work:
-    """A beginning for each of ``rows``, int32 [S] (clipped to what is staged: take only what counts)."""
+    """Return the initial state for each of ``rows``, int32 [S] (clipped to the staged prompts: ignore the others)."""
     prompt = jnp.clip(rows // job.samples - staged.first, 0, staged.hidden.shape[0] - 1)
     mask = staged.prompts.mask[prompt]
-    nothing = jnp.zeros(rows.shape, jnp.int32)
-    seen = None
+    zeros = jnp.zeros(rows.shape, jnp.int32)
+    present = None
     if job.sampling.repetition_penalty != 1.0:
         empty = jnp.zeros((rows.shape[0], job.model.config.vocab_size), bool)
-        seen = empty.at[jnp.arange(rows.shape[0])[:, None], staged.prompts.tokens[prompt]].max(mask)
+        present = empty.at[jnp.arange(rows.shape[0])[:, None], staged.prompts.tokens[prompt]].max(mask)
     return Work(
         row=rows,
         noise_id=staged.prompts.noise_id[prompt],
         sample_id=staged.prompts.sample_id[prompt] * job.samples + rows % job.samples,
         prompt_length=mask.sum(axis=1).astype(jnp.int32),
         begin=jnp.broadcast_to(begin, rows.shape),
-        count=nothing,
+        count=zeros,
         running=jnp.ones(rows.shape, bool),
         ended=jnp.zeros(rows.shape, bool),
-        held=nothing,
+        steps=zeros,
         hidden=staged.hidden[prompt],
-        stop_state=None if job.stop_table is None else nothing,
-        seen=seen,
+        stop_state=None if job.stop_table is None else zeros,
+        present=present,
     )
 
 

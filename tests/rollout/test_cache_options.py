@@ -16,7 +16,7 @@ from rlhf_jax.models import as_token_batch, empty_cache
 from rlhf_jax.models.cache import Quantised, from_storage, to_storage
 from rlhf_jax.plan.memory import cache_bytes
 from rlhf_jax.rollout import SamplingConfig, SlotConfig, check_shared_prompts, generate
-from rlhf_jax.rollout.slots import Job, first_fill, read_prompts
+from rlhf_jax.rollout.slots import Job, fill_slots, read_prompts
 from rlhf_jax.testing import prompt_batch, tiny_model
 
 MODEL, PARAMS = tiny_model()
@@ -125,7 +125,7 @@ def test_columns_of_a_windowed_cache():
     """Three layers of which two slide over 4: 21 columns of one, 4 of two, where all would have 21."""
     model, params = tiny_model(num_layers=3, layer_pattern=("sliding", "full"), sliding_window=4)
     job = Job(model, params, PROMPTS, jax.random.key(0), SAMPLING, 1, STOPS, 0, None, SlotConfig())
-    cache = jax.eval_shape(lambda: first_fill(job, read_prompts(job, 0, 10), 10, 9)).cache
+    cache = jax.eval_shape(lambda: fill_slots(job, read_prompts(job, 0, 10), 10, 9)).cache
     assert cache.keys.shape == (1, 10, 2, 21, 8) and cache.recent.keys.shape == (2, 10, 2, 4, 8)
     held = sum(leaf.size * leaf.dtype.itemsize for part in cache.parts for leaf in (part.keys, part.values))
     assert held == cache_bytes(model.config, 10, 21)
