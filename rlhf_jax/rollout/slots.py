@@ -1,7 +1,7 @@
 """Continuous batching: a pure decoding loop over S slots, one completion each, refilled inside the jitted loop.
 
 The cache has P + T columns: those of the prompt, then a ring of T. Every decode step writes one column of the ring, the
-same for all slots, so a step needs no scatter; a completion lives at most T steps, hence none of its columns is write_column
+same for all slots, so a step needs no scatter; a completion lives at most T steps, hence none of its columns is written
 over before it ends. A refilled slot gets the columns of another prompt, and its ring becomes empty (its positions there
 become -1). Example, P = 1, T = 3, two slots, completions a (1 token), b (3 tokens), c (2 tokens):
 
@@ -283,7 +283,7 @@ def step(job: Job, state: Slots) -> Slots:
 def flush(job: Job, state: Slots) -> Slots:
     """Copy completions from the rings to the results.
 
-    An ended row that stays in its slot is write_column again later, with more ``slot_steps``.
+    An ended row that stays in its slot is written again later, with more ``slot_steps``.
     """
     work, length = state.work, job.sampling.max_new_tokens
     columns = jnp.arange(length, dtype=jnp.int32)

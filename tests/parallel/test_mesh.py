@@ -1,4 +1,4 @@
-"""Shapes of meshes, and what is refused."""
+"""Shapes of meshes, and configurations that are rejected."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_devices_that_do_not_fit(config, message):
         ({"dcn_fsdp": 1.5}, r"MeshConfig\.dcn_fsdp = 1\.5"),
     ],
 )
-def test_bad_sizes_are_refused_by_name(fields, message):
+def test_bad_sizes_are_named(fields, message):
     with pytest.raises(InputError, match=message):
         MeshConfig(**fields)
 
@@ -78,42 +78,44 @@ def test_bad_sizes_are_refused_by_name(fields, message):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What `mesh_utils` asks of a device."""
+    """A stand-in for a device with the attributes that `mesh_utils` reads."""
 
     id: int
     process_index: int
     slice_index: int = 0
-    platform: str = "pretended"
-    device_kind: str = "pretended"
+    platform: str = "simulated"
+    device_kind: str = "simulated"
 
 
 def chips(count: int, slices: int) -> list[Chip]:
-    """Two chips a process, slices one after another."""
+    """Return chips, two per process, slices one after another."""
     return [Chip(i, i // 2, i // (count // slices)) for i in range(count)]
 
 
 def along(config: MeshConfig, devices: list[Chip], axis: str, attribute: str = "slice_index") -> list[int]:
-    """The slice of each device along ``axis`` from the first corner of the mesh."""
+    """Return the slice of each device along ``axis`` from the first corner of the mesh."""
     line = np.moveaxis(hybrid_devices(config, devices), AXES.index(axis), 0)
     return [getattr(device, attribute) for device in line.reshape(line.shape[0], -1)[:, 0]]
 
 
-def test_slices_lie_along_data_and_everything_else_stays_inside_one() -> None:
+def test_slices_are_along_data_and_other_axes_inside_a_slice() -> None:
     config = MeshConfig(data=4, fsdp=2, tensor=2, dcn_data=2)
     devices = chips(16, 2)
     assert along(config, devices, "data") == [0, 0, 1, 1]
     assert along(config, devices, "fsdp") == along(config, devices, "tensor") == [0, 0]
-    found = hybrid_devices(config, devices)
-    assert found.shape == (4, 2, 1, 1, 2) and sorted(chip.id for chip in found.flat) == list(range(16))
+    devices_by_axis = hybrid_devices(config, devices)
+    assert devices_by_axis.shape == (4, 2, 1, 1, 2) and sorted(chip.id for chip in devices_by_axis.flat) == list(
+        range(16)
+    )
 
 
 def test_slices_along_fsdp_and_along_both() -> None:
     assert along(MeshConfig(fsdp=8, dcn_fsdp=2), chips(8, 2), "fsdp") == [0] * 4 + [1] * 4
-    both = MeshConfig(data=2, fsdp=4, dcn_data=2, dcn_fsdp=2)
-    assert along(both, chips(8, 4), "data") == [0, 2] and along(both, chips(8, 4), "fsdp") == [0, 0, 1, 1]
+    config = MeshConfig(data=2, fsdp=4, dcn_data=2, dcn_fsdp=2)
+    assert along(config, chips(8, 4), "data") == [0, 2] and along(config, chips(8, 4), "fsdp") == [0, 0, 1, 1]
 
 
-def test_processes_are_the_slices_of_what_has_none() -> None:
+def test_processes_are_the_slices_of_devices_without_slices() -> None:
     config = MeshConfig(data=4, fsdp=2, dcn_data=4)
     assert along(config, chips(8, 1), "data", "process_index") == [0, 1, 2, 3]
 
@@ -132,6 +134,6 @@ def test_slices_that_do_not_fit(config: MeshConfig, devices: list[Chip], message
         make_mesh(config, devices)
 
 
-def test_a_mesh_of_real_devices_asked_for_slices_says_that_there_are_none() -> None:
+def test_slices_of_devices_without_slices_are_an_error() -> None:
     with pytest.raises(InputError, match="the devices are 1 processes"):
         make_mesh(MeshConfig(data=2, dcn_data=2))

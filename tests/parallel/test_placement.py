@@ -1,4 +1,4 @@
-"""Arrays are born on their shards, and each device holds what the rules predict: replication everywhere is not sharding."""
+"""Arrays are created on their shards, and each device holds the bytes that the rules predict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLOAT = 4
 
 
 def parameter_bytes(config: ModelConfig, fsdp: int, tensor: int) -> int:
-    """By hand, float32: matrices divided by fsdp and tensor, norms whole."""
+    """Return the bytes per device, by hand, float32: matrices divided by fsdp and tensor, norms whole."""
     d, h, g, k = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     layer = 2 * d * h * k + 2 * d * g * k + 3 * d * config.ffn_size
     split = config.vocab_size * d + config.num_layers * layer
@@ -58,7 +58,7 @@ def test_parameters_and_moments_shrink_as_predicted(name):
     assert set(bytes_per_device(moments).values()) == {2 * one}
     if fsdp * tensor > 1:
         assert one < parameter_bytes(model.config, 1, 1) / 2.5
-    adam = next(each for each in state.opt_state if isinstance(each, optax.ScaleByAdamState))
+    adam = next(entry for entry in state.opt_state if isinstance(entry, optax.ScaleByAdamState))
     for moment in (adam.mu, adam.nu):
         assert jax.tree.map(lambda leaf: leaf.sharding, moment) == shardings
     assert state.step.sharding.is_fully_replicated and state.rng.sharding.is_fully_replicated
@@ -84,19 +84,21 @@ def test_the_cache_shrinks_as_predicted(name):
 
 
 def test_initial_parameters_are_the_same_on_every_mesh():
-    """Drawn on the shards, with the partitionable threefry: the mesh decides where a number lies, not which it is."""
+    """Initialized on the shards with the partitionable threefry: the mesh decides on which device a number is, not its
+    value.
+    """
     model = Model(tiny_config())
     mesh = mesh_of(2, 2, 2)
 
-    def some(tree):  # drawing all of them takes the compiler ten times as long
+    def some(tree):  # compiling the initialization of all takes ten times as long
         return {"embed": tree["embed"], "layers": {"attention": {"output": tree["layers"]["attention"]["output"]}}}
 
     shardings = some(tree_shardings(model.abstract(), model.logical_axes(), mesh))
     params = init_sharded(lambda key: some(model.init(key)), shardings, mesh, jax.random.key(3))
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
     alone = jax.jit(lambda key: some(model.init(key)))(jax.random.key(3))
-    for here, there in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_array_equal(here, there)
+    for sharded, expected in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(sharded, expected)
 
 
 def test_state_shardings_follow_the_end_of_the_path():
@@ -110,22 +112,22 @@ def test_state_shardings_follow_the_end_of_the_path():
         "params": {"policy": {"w": leaf}, "value": {"w": leaf}},
         "moments": ({"policy": {"w": leaf}}, {"value": {"w": leaf}}),
         "count": jax.ShapeDtypeStruct((), jnp.int32),
-        "factored": {"policy": {"w": jax.ShapeDtypeStruct((), jnp.float32)}},  # its name, but not its shape
+        "factored": {"policy": {"w": jax.ShapeDtypeStruct((), jnp.float32)}},  # the parameter's name, but not its shape
         "w": leaf,  # not the whole path of a parameter
     }
-    placed = state_shardings(state, shardings, mesh)
-    assert placed["params"] == shardings
-    assert placed["moments"] == ({"policy": shardings["policy"]}, {"value": shardings["value"]})
-    assert placed["count"] == placed["factored"]["policy"]["w"] == placed["w"] == replicated(mesh)
+    actual = state_shardings(state, shardings, mesh)
+    assert actual["params"] == shardings
+    assert actual["moments"] == ({"policy": shardings["policy"]}, {"value": shardings["value"]})
+    assert actual["count"] == actual["factored"]["policy"]["w"] == actual["w"] == replicated(mesh)
 
 
 def test_host_batches_become_global_rows():
     mesh = mesh_of(2, 2, 2)
     batch = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3), "mask": np.arange(8) % 2 == 0}
-    placed = to_global(batch, mesh)
-    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
-    assert placed["mask"].dtype == bool
-    held = {shard.device.id: shard.data.shape for shard in placed["tokens"].addressable_shards}
-    assert set(held.values()) == {(2, 3)} and len(held) == 8  # two rows each, the same on both devices of tensor
+    arrays = to_global(batch, mesh)
+    np.testing.assert_array_equal(arrays["tokens"], batch["tokens"])
+    assert arrays["mask"].dtype == bool
+    shapes = {shard.device.id: shard.data.shape for shard in arrays["tokens"].addressable_shards}
+    assert set(shapes.values()) == {(2, 3)} and len(shapes) == 8  # two rows each, the same on both devices of tensor
     with pytest.raises(InputError, match="6 rows does not divide over 4 devices"):
         to_global(np.zeros((6, 2)), mesh)

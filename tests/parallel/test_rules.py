@@ -1,4 +1,4 @@
-"""The table from logical axes to mesh axes, and the shardings made from it."""
+"""The table from logical axes to mesh axes, and shardings made from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_specs_by_hand():
     assert partition_spec(("embed",), own) == P(("tensor",)) and partition_spec(("embed",)) == P(("fsdp",))
 
 
-def test_an_unknown_axis_is_refused_by_name():
+def test_an_unknown_axis_is_named():
     with pytest.raises(InputError, match="'width' is not in the rules table; known: .*'?embed"):
         partition_spec(("embed", "width"))
 
@@ -45,10 +45,10 @@ def test_the_table_splits_every_matrix_and_names_only_mesh_axes():
     model, _ = tiny_model("lm+scalar", tie_embeddings=False)
     leaves = jax.tree_util.tree_flatten_with_path(model.logical_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))[0]
     for path, names in leaves:
-        used = [axis for name in names for axis in RULES[name]]
-        assert len(used) == len(set(used)), f"{path}: one mesh axis on two dimensions"
+        mesh_axes = [axis for name in names for axis in RULES[name]]
+        assert len(mesh_axes) == len(set(mesh_axes)), f"{path}: one mesh axis on two dimensions"
         small = any(word in jax.tree_util.keystr(path) for word in ("norm", "scalar_head"))
-        assert small or {"fsdp", "tensor"} <= set(used), f"{path} is replicated over fsdp or tensor"
+        assert small or {"fsdp", "tensor"} <= set(mesh_axes), f"{path} is replicated over fsdp or tensor"
 
 
 @pytest.mark.parametrize("name", MESHES_OF_EIGHT)
@@ -64,10 +64,10 @@ def test_parameters_get_the_rules_sharding(name):
         ("final_norm", "scale"): P(None),
     }
     for path, spec in expected.items():
-        found = shardings
+        actual = shardings
         for key in path:
-            found = found[key]
-        assert found == NamedSharding(mesh, spec), path
+            actual = actual[key]
+        assert actual == NamedSharding(mesh, spec), path
     assert batch_sharding(mesh).spec == P(("data", "fsdp", "expert")) and replicated(mesh).spec == P()
 
 
@@ -80,22 +80,24 @@ def test_parameters_get_the_rules_sharding(name):
         ({"ffn_size": 31}, (4, 1, 2), r"\['mlp'\]\['down'\]\['kernel'\]", 31),
     ],
 )
-def test_what_does_not_divide_is_refused_by_name(changes, sizes, parameter, size):
+def test_a_dimension_that_does_not_divide_is_named(changes, sizes, parameter, size):
     model = Model(tiny_config(**changes))
     with pytest.raises(InputError, match=f"{parameter} has a dimension of {size}, not divisible") as error:
         tree_shardings(model.abstract(), model.logical_axes(), mesh_of(*sizes))
     assert "MeshConfig" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_activations_are_laid_out_or_left_alone():
+def test_activations_are_sharded_where_they_divide():
     mesh = mesh_of(2, 2, 2)
     constrain = ActivationConstraint(mesh)
     assert hash(constrain) == hash(ActivationConstraint(mesh_of(2, 2, 2)))
     x = np.arange(8 * 3 * 4, dtype=np.float32).reshape(8, 3, 4)
-    laid = jax.jit(lambda x: constrain(x * 1, ("act_batch", "act_length", "act_vocab")))(x)
-    assert laid.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp", "expert"), "sequence", "tensor")), 3)
-    np.testing.assert_array_equal(laid, x)
-    # three rows do not divide over four devices: same values, the compiler's own layout
+    sharded = jax.jit(lambda x: constrain(x * 1, ("act_batch", "act_length", "act_vocab")))(x)
+    assert sharded.sharding.is_equivalent_to(
+        NamedSharding(mesh, P(("data", "fsdp", "expert"), "sequence", "tensor")), 3
+    )
+    np.testing.assert_array_equal(sharded, x)
+    # three rows do not divide over four devices: same values, the sharding is left to the compiler
     np.testing.assert_array_equal(
         jax.jit(lambda x: constrain(x * 1, ("act_batch", "act_length", "act_vocab")))(x[:3]), x[:3]
     )

@@ -1,4 +1,4 @@
-"""How the cache is kept and filled: nothing but int8 and bfloat16 storage changes what is sampled, and these by how much."""
+"""Storage and filling of the cache: only int8 and bfloat16 storage change log-probabilities, within a bound."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_nothing_changes_a_token(name, plain):
+def test_options_change_no_token(name, plain):
     assert 0 < plain.ended.sum() < 10
-    done = run(MODEL, PARAMS, OPTIONS[name])
+    sampled = run(MODEL, PARAMS, OPTIONS[name])
     for field in ("tokens", "mask", "ended"):
-        np.testing.assert_array_equal(getattr(done, field), getattr(plain, field))
-    np.testing.assert_allclose(done.logprobs, plain.logprobs, atol=1e-5)
+        np.testing.assert_array_equal(getattr(sampled, field), getattr(plain, field))
+    np.testing.assert_allclose(sampled.logprobs, plain.logprobs, atol=1e-5)
 
 
 LAYERS = {
@@ -73,7 +73,7 @@ REFILLED = {
 }
 
 
-OTHERS = [
+SLOW_CASES = [
     *(("one in two slides", name) for name in (OPTIONS | REFILLED) if name not in IN_SLOTS),
     ("all slide", "a prefix, then chunks, in slots"),
     ("all slide", "int8 in slots"),
@@ -83,18 +83,20 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def windowed():
-    """Of a name of `LAYERS`: a model with layers that slide, and what it samples with all columns kept."""
+    """A function of a name in `LAYERS`: a model with sliding-window layers, and its samples with a cache of all
+    columns.
+    """
 
     @functools.cache
-    def made(name):
+    def build(name):
         model, params = tiny_model(num_layers=3, **LAYERS[name])
         return model, params, all_columns(model, params, SlotConfig())
 
-    return made
+    return build
 
 
 def all_columns(model, params, slots):
-    """`run` as if the window were longer than a row."""
+    """Call `run` as if the window were longer than a row."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "window", None)
         return run.__wrapped__(model, params, slots)
@@ -106,33 +108,33 @@ def all_columns(model, params, slots):
         ("one in two slides", "slots that are refilled often"),
         ("one in two slides", "a prefix, then chunks, in slots"),
         ("all slide", "slots that are refilled often"),
-        # The other options and windows go through the same cache, one compiled sampler each.
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
+        # The other options and windows use the same cache code, with one compiled sampler each.
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
     ],
 )
-def test_layers_that_slide_keep_only_their_window(layers, name, windowed):
-    """And sample what they sample with all columns."""
+def test_sliding_layers_keep_only_their_window(layers, name, windowed):
+    """The samples equal those with a cache of all columns."""
     model, params, expected = windowed(layers)
     slots = (OPTIONS | REFILLED)[name]
-    done = run(model, params, slots)
+    sampled = run(model, params, slots)
     expected = expected if slots.cache == "compute" else all_columns(model, params, slots)
-    np.testing.assert_array_equal(done.tokens, expected.tokens)
-    # Sums in another order; how they round depends on the CPU (1.07e-5 at -3.475 was seen).
-    np.testing.assert_allclose(done.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(sampled.tokens, expected.tokens)
+    # Sums in another order; how they round depends on the CPU (1.07e-5 at -3.475 was observed).
+    np.testing.assert_allclose(sampled.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_columns_of_a_windowed_cache():
-    """Three layers of which two slide over 4: 21 columns of one, 4 of two, where all would have 21."""
+    """Three layers, two with a window of 4: 21 columns of one layer and 4 of two, instead of 21 of all."""
     model, params = tiny_model(num_layers=3, layer_pattern=("sliding", "full"), sliding_window=4)
     job = Job(model, params, PROMPTS, jax.random.key(0), SAMPLING, 1, STOPS, 0, None, SlotConfig())
     cache = jax.eval_shape(lambda: fill_slots(job, read_prompts(job, 0, 10), 10, 9)).cache
     assert cache.keys.shape == (1, 10, 2, 21, 8) and cache.recent.keys.shape == (2, 10, 2, 4, 8)
-    held = sum(leaf.size * leaf.dtype.itemsize for part in cache.parts for leaf in (part.keys, part.values))
-    assert held == cache_bytes(model.config, 10, 21)
+    total = sum(leaf.size * leaf.dtype.itemsize for part in cache.parts for leaf in (part.keys, part.values))
+    assert total == cache_bytes(model.config, 10, 21)
 
 
-def test_a_ring_that_grows_steps_as_often():
-    """What `slot_steps` counts does not depend on the columns that exist."""
+def test_growing_rings_have_the_same_slot_steps():
+    """`slot_steps` does not depend on the number of columns of the cache."""
     np.testing.assert_array_equal(
         run(MODEL, PARAMS, SlotConfig(ring_stages=4)).slot_steps, run(MODEL, PARAMS).slot_steps
     )
@@ -140,31 +142,31 @@ def test_a_ring_that_grows_steps_as_often():
 
 @pytest.mark.parametrize(("storage", "limit"), [("bfloat16", 5e-2), ("int8", 5e-2)])
 @pytest.mark.parametrize("slots", [SlotConfig(), SlotConfig(slots=3, prefill=2, separate_layers=True)])
-def test_narrow_storage_moves_log_probabilities_a_little(storage, limit, slots):
-    """Against the scorer, which has no cache: the difference is seen, so the storage is used, and small."""
-    done = run(MODEL, PARAMS, replace(slots, cache=storage))
-    batch = as_token_batch(done)
+def test_narrow_storage_changes_log_probabilities_a_little(storage, limit, slots):
+    """Against the scorer, which has no cache: the difference is not zero, so the storage is used, and it is small."""
+    sampled = run(MODEL, PARAMS, replace(slots, cache=storage))
+    batch = as_token_batch(sampled)
     logits = MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
     width = PROMPTS.tokens.shape[1]
-    scored = ops.token_logprobs(logits[:, width - 1 : -1], done.tokens, SAMPLING.temperature)
-    gap = np.abs(np.where(done.mask, scored - done.logprobs, 0.0))
+    scored = ops.token_logprobs(logits[:, width - 1 : -1], sampled.tokens, SAMPLING.temperature)
+    gap = np.abs(np.where(sampled.mask, scored - sampled.logprobs, 0.0))
     assert 1e-5 < gap.max() < limit
-    assert gap.sum() / np.asarray(done.mask).sum() < limit / 5
+    assert gap.sum() / np.asarray(sampled.mask).sum() < limit / 5
 
 
 def test_int8_by_hand():
     # Largest magnitude 2.54: a scale of 0.02. 1.27 -> 63.5, to even 64 -> 1.28; -0.013 -> -0.65 -> -1 -> -0.02.
-    kept = to_storage(jnp.array([[2.54, 1.27, -0.013, 0.0], [0.0, 0.0, 0.0, 0.0]]), "int8")
-    assert isinstance(kept, Quantised) and kept.numbers.dtype == jnp.int8
-    np.testing.assert_allclose(kept.scale[:, 0], [0.02, 0.0], rtol=1e-6)
-    np.testing.assert_array_equal(kept.numbers[1], 0)
-    np.testing.assert_allclose(from_storage(kept, jnp.float32)[0], [2.54, 1.28, -0.02, 0.0], atol=1e-6)
+    quantised = to_storage(jnp.array([[2.54, 1.27, -0.013, 0.0], [0.0, 0.0, 0.0, 0.0]]), "int8")
+    assert isinstance(quantised, Quantised) and quantised.numbers.dtype == jnp.int8
+    np.testing.assert_allclose(quantised.scale[:, 0], [0.02, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(quantised.numbers[1], 0)
+    np.testing.assert_allclose(from_storage(quantised, jnp.float32)[0], [2.54, 1.28, -0.02, 0.0], atol=1e-6)
 
 
 def test_int8_is_off_by_at_most_half_a_scale():
     x = jax.random.normal(jax.random.key(0), (50, 64))
-    kept = to_storage(x, "int8")
-    assert (jnp.abs(from_storage(kept, jnp.float32) - x) <= 0.5 * kept.scale * (1 + 1e-5)).all()
+    quantised = to_storage(x, "int8")
+    assert (jnp.abs(from_storage(quantised, jnp.float32) - x) <= 0.5 * quantised.scale * (1 + 1e-5)).all()
 
 
 def test_bytes_of_a_cache():

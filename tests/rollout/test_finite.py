@@ -1,4 +1,4 @@
-"""A model that computes no numbers is not sampled from, and its scores are not used."""
+"""NaN and infinite log-probabilities and scores stop a run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rlhf_jax.testing import completions, prompt_batch
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_log_probabilities_of_a_response_are_numbers(number):
-    done = completions(prompt_batch([[5], [6]]), [(7, 2), (7,)], length=3)
+    samples = completions(prompt_batch([[5], [6]]), [(7, 2), (7,)], length=3)
     logprobs = np.full((2, 3), -1.0, np.float32)
-    logprobs[1, 2] = number  # behind the end of a response: whatever it is
-    rollout.stop_if_not_finite(done.replace(logprobs=logprobs), "run.model")
+    logprobs[1, 2] = number  # after the end of a response: any value is allowed
+    rollout.stop_if_not_finite(samples.replace(logprobs=logprobs), "run.model")
     logprobs[0, 1] = number
     with pytest.raises(
         RunStopped, match=rf"run.model: the model's numbers are not finite: log-probability {number} at"
     ):
-        rollout.stop_if_not_finite(done.replace(logprobs=logprobs), "run.model")
+        rollout.stop_if_not_finite(samples.replace(logprobs=logprobs), "run.model")
 
 
 def test_scores_of_a_reward_model_are_numbers():

@@ -1,4 +1,4 @@
-"""Sampling: what is sampled, where it stops, and that the batch has no say in it."""
+"""Sampling: tokens, log-probabilities and ends of responses, independent of the batch."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def _logits(batch):
     return MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
 
 
-def response_logits(done: Completions) -> np.ndarray:
-    """What each response token was sampled from, by one full forward over the finished text: [B, T, V]."""
-    width = done.prompts.tokens.shape[1]
-    return np.asarray(_logits(as_token_batch(done)))[:, width - 1 : -1]
+def response_logits(samples: Completions) -> np.ndarray:
+    """Return the logits from which each response token was sampled, by one full forward: [B, T, V]."""
+    width = samples.prompts.tokens.shape[1]
+    return np.asarray(_logits(as_token_batch(samples)))[:, width - 1 : -1]
 
 
 def test_greedy_is_the_argmax_of_the_full_forward():
-    done = sample(PROMPTS, KEY, sampling(temperature=0.0), ())
-    assert done.mask.all() and not done.ended.any() and done.tokens.shape == (ROWS, LENGTH)
-    logits = response_logits(done)
+    samples = sample(PROMPTS, KEY, sampling(temperature=0.0), ())
+    assert samples.mask.all() and not samples.ended.any() and samples.tokens.shape == (ROWS, LENGTH)
+    logits = response_logits(samples)
     best = np.sort(logits, axis=-1)
-    assert (best[..., -1] - best[..., -2]).min() > 1e-4  # no tie that rounding could break
-    np.testing.assert_array_equal(done.tokens, logits.argmax(-1))
-    np.testing.assert_allclose(done.logprobs, ops.token_logprobs(jnp.asarray(logits), done.tokens), atol=1e-5)
+    assert (best[..., -1] - best[..., -2]).min() > 1e-4  # no ties that rounding could decide
+    np.testing.assert_array_equal(samples.tokens, logits.argmax(-1))
+    np.testing.assert_allclose(samples.logprobs, ops.token_logprobs(jnp.asarray(logits), samples.tokens), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def sampled() -> Completions:
-    done = sample(PROMPTS, KEY, sampling())
-    assert 1 < done.ended.sum() < ROWS
-    return done
+    samples = sample(PROMPTS, KEY, sampling())
+    assert 1 < samples.ended.sum() < ROWS
+    return samples
 
 
 def test_sampler_and_scorer_agree_on_log_probabilities(sampled):
@@ -66,7 +66,7 @@ def test_sampler_and_scorer_agree_on_log_probabilities(sampled):
     np.testing.assert_allclose(sampled.logprobs, np.where(sampled.mask, again, 0.0), atol=1e-5)
     assert (np.asarray(sampled.logprobs)[np.asarray(sampled.mask)] < 0).all()
     cold = ops.token_logprobs(jnp.asarray(response_logits(sampled)), sampled.tokens, 1.0)
-    assert np.abs(np.where(sampled.mask, again - cold, 0.0)).max() > 0.1  # another temperature is another number
+    assert np.abs(np.where(sampled.mask, again - cold, 0.0)).max() > 0.1  # the temperature matters
 
 
 def test_a_response_stops_at_the_first_end_and_keeps_it(sampled):
@@ -77,15 +77,15 @@ def test_a_response_stops_at_the_first_end_and_keeps_it(sampled):
         assert counted.tolist() == [True] * length + [False] * (LENGTH - length)
         assert (row[length:] == 0).all()
         if ended:
-            assert ends[0] == length - 1  # the end token is the last counted one, and there is none before it
+            assert ends[0] == length - 1  # the end token is the last counted token, and there is no earlier end token
         else:
             assert length == LENGTH and ends.size == 0
     assert len({row[counted][-1] for row, counted in zip(tokens[sampled.ended], mask[sampled.ended], strict=True)}) > 1
     np.testing.assert_array_equal(mask, ops.end_mask(jnp.asarray(tokens), STOPS) | (mask & ~sampled.ended[:, None]))
 
 
-def test_where_it_stops_does_not_change_what_comes_before(sampled):
-    """Without end tokens the same tokens come, and go on: the bits of a position do not depend on what ended."""
+def test_end_tokens_do_not_change_earlier_tokens(sampled):
+    """Without end tokens the same tokens are sampled, and more: random bits of a position do not depend on ends."""
     free = sample(PROMPTS, KEY, sampling(), ())
     assert free.mask.all() and not free.ended.any()
     np.testing.assert_array_equal(np.where(sampled.mask, free.tokens, 0), sampled.tokens)
@@ -96,20 +96,23 @@ def test_where_it_stops_does_not_change_what_comes_before(sampled):
 
 
 def test_min_new_tokens_counts_tokens_before_the_end():
-    """As transformers' MinNewTokensLengthLogitsProcessor, which bars the ends while fewer than min_new_tokens tokens stand:
-    with all tokens but four ending a response, 3 of those come first, then an end as the fourth."""
+    """Like transformers' MinNewTokensLengthLogitsProcessor, which bars ends while there are fewer than min_new_tokens
+    tokens.
+
+    With all tokens but four ending a response, 3 of those four come first, then an end as the fourth token.
+    """
     ends = tuple(range(4, 64))
-    done = sample(PROMPTS, KEY, sampling(min_new_tokens=3), ends)
-    for row, count, ended in zip(np.asarray(done.tokens), done.mask.sum(axis=1), done.ended, strict=True):
+    samples = sample(PROMPTS, KEY, sampling(min_new_tokens=3), ends)
+    for row, count, ended in zip(np.asarray(samples.tokens), samples.mask.sum(axis=1), samples.ended, strict=True):
         generated = next((place for place in range(3, LENGTH) if row[place] in ends), LENGTH - 1)
         assert not np.isin(row[:3], ends).any() and count == generated + 1 and bool(ended) == (row[count - 1] in ends)
-    assert done.mask.sum(axis=1).min() == 4  # the first end that may come does
-    whole = sample(PROMPTS, KEY, sampling(min_new_tokens=LENGTH), ends)
-    assert whole.mask.all() and not whole.ended.any()
+    assert samples.mask.sum(axis=1).min() == 4  # the first allowed end is sampled
+    longest = sample(PROMPTS, KEY, sampling(min_new_tokens=LENGTH), ends)
+    assert longest.mask.all() and not longest.ended.any()
 
 
 def test_pad_may_be_an_end_token(sampled):
-    """pad = end: the mask comes from where the sampler stopped, not from the token (B3)."""
+    """pad = end: the mask is that of the sampler's stop, not computed from the tokens."""
     same = sample(PROMPTS, KEY, sampling(), STOPS, STOPS[0])
     for name in ("mask", "ended", "logprobs"):
         np.testing.assert_array_equal(getattr(same, name), getattr(sampled, name))
@@ -151,19 +154,19 @@ def test_random_bits_belong_to_prompt_sample_and_key(sampled):
 
 
 def test_a_prompt_with_a_seed_samples_from_that_alone(sampled):
-    """Wherever it stands in the batch and whatever its number; not what a prompt with that number samples."""
+    """Independent of its place in the batch and its number, and unlike a prompt with that number."""
     text = [[20, 21, 22]] * ROWS
     seeds = np.array([5, 5, 6, 0, 1, 2, 3, 6], np.int32)
     batch = prompt_batch(text, width=WIDTH)
     assert batch.prompt_id.tolist() == list(range(ROWS))
-    done = sample(batch.replace(seed=seeds), KEY, sampling(temperature=3.0), ())
-    tokens = np.asarray(done.tokens)
+    samples = sample(batch.replace(seed=seeds), KEY, sampling(temperature=3.0), ())
+    tokens = np.asarray(samples.tokens)
     np.testing.assert_array_equal(tokens[0], tokens[1])
     np.testing.assert_array_equal(tokens[2], tokens[7])
     assert len({tuple(row) for row in tokens}) == ROWS - 2
     unseeded = np.asarray(sample(batch, KEY, sampling(temperature=3.0), ()).tokens)
     assert not {tuple(row) for row in tokens} & {tuple(row) for row in unseeded}
-    np.testing.assert_array_equal(done.prompts.prompt_id, batch.prompt_id)
+    np.testing.assert_array_equal(samples.prompts.prompt_id, batch.prompt_id)
 
 
 def test_frequencies_follow_the_model():
@@ -174,17 +177,17 @@ def test_frequencies_follow_the_model():
     logits = MODEL.apply(PARAMS, jnp.array([[20, 21, 22]]))[0, -1]
     expected = np.asarray(jax.nn.softmax(logits / 0.7), np.float64)
     assert 0.02 < expected.max() < 0.9
-    found = np.bincount(tokens, minlength=64) / count
+    frequencies = np.bincount(tokens, minlength=64) / count
     error = np.sqrt(expected * (1 - expected) / count)
-    assert (np.abs(found - expected) < 5 * error + 1 / count).all()
+    assert (np.abs(frequencies - expected) < 5 * error + 1 / count).all()
 
 
 def test_top_k_and_top_p_keep_to_their_set():
-    """Every token comes from the k largest, respectively from the smallest set that reaches p, of what a full forward gives."""
+    """Every token is among the k largest of a full forward, or in the smallest set that reaches p."""
     for fields in ({"top_k": 3}, {"top_p": 0.6}):
-        done = sample(PROMPTS, KEY, sampling(temperature=2.0, **fields), ())
-        logits = response_logits(done) / 2.0
-        chosen = np.take_along_axis(logits, np.asarray(done.tokens)[..., None], axis=-1)
+        samples = sample(PROMPTS, KEY, sampling(temperature=2.0, **fields), ())
+        logits = response_logits(samples) / 2.0
+        chosen = np.take_along_axis(logits, np.asarray(samples.tokens)[..., None], axis=-1)
         rank = (logits > chosen).sum(-1)
         if "top_k" in fields:
             assert rank.max() == fields["top_k"] - 1
@@ -192,24 +195,24 @@ def test_top_k_and_top_p_keep_to_their_set():
             probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
             before = (probabilities * (logits > chosen)).sum(-1)
             assert (before < 0.6 + 1e-5).all() and rank.max() > 3
-        again = ops.token_logprobs(jnp.asarray(logits), done.tokens)  # of the distribution before it was cut
-        np.testing.assert_allclose(done.logprobs, again, atol=1e-5)
+        again = ops.token_logprobs(jnp.asarray(logits), samples.tokens)  # of the distribution before truncation
+        np.testing.assert_allclose(samples.logprobs, again, atol=1e-5)
 
 
-def test_a_row_without_a_prompt_is_finite_and_disturbs_nobody(sampled):
+def test_a_row_without_a_prompt_does_not_affect_others(sampled):
     """Rows that only fill up an evaluation batch are all padding."""
     filled = PROMPTS.replace(
         tokens=np.where(np.arange(ROWS)[:, None] == 2, 0, PROMPTS.tokens),
         mask=PROMPTS.mask & (np.arange(ROWS)[:, None] != 2),
         prompt_id=np.where(np.arange(ROWS) == 2, -1, PROMPTS.prompt_id).astype(np.int32),
     )
-    done = sample(filled, KEY, sampling())
-    assert np.isfinite(done.logprobs).all()
-    others = np.arange(ROWS) != 2
-    np.testing.assert_array_equal(np.asarray(done.tokens)[others], np.asarray(sampled.tokens)[others])
+    samples = sample(filled, KEY, sampling())
+    assert np.isfinite(samples.logprobs).all()
+    real_rows = np.arange(ROWS) != 2
+    np.testing.assert_array_equal(np.asarray(samples.tokens)[real_rows], np.asarray(sampled.tokens)[real_rows])
 
 
-def test_what_does_not_fit_the_model_is_refused():
+def test_rows_longer_than_max_length_are_rejected():
     model, params = tiny_model(max_length=10)
     with pytest.raises(
         InputError, match="5 prompt columns and .*max_new_tokens = 6 exceed the model's max_length = 10"
@@ -227,6 +230,6 @@ def test_what_does_not_fit_the_model_is_refused():
         ("min_new_tokens", 65), ("stop_strings", "x y"), ("stop_strings", [""]),
     ],
 )  # fmt: skip
-def test_bad_fields_are_refused_by_name(field, value):
+def test_invalid_fields_are_named(field, value):
     with pytest.raises(InputError, match=rf"SamplingConfig\.{field} = "):
         SamplingConfig(**{field: value})

@@ -1,7 +1,7 @@
-"""The identities of a whole PPO iteration before anything has been learned, at temperature .7, policy = reference.
+"""Identities of a PPO iteration before any learning, at temperature .7, policy = reference.
 
-Exact where one program with one shape reads the same text twice; elsewhere (sampler against scorer, scorer against
-update) within a tolerance that belongs to the dtype.
+Exact where the same program reads the same text twice; elsewhere (sampler against scorer, scorer against update) within
+a tolerance of the dtype.
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ TEMPERATURE = 0.7
 SAMPLING = rollout.SamplingConfig(temperature=TEMPERATURE, max_new_tokens=6)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.08}
 """Largest |difference of a token's log-probability| between two programs, in nats. bfloat16 logits of this model (spread
-3) are known to .02 each."""
+3) have an error of .02 each."""
 
 
 CONFIG = PPOConfig(epochs=2, minibatches=2, missing_eos_penalty=None)
 
 
 def build(shared: bool, dtype: str):
-    """(models, parameters, policy function of the loss)."""
+    """Return (models, parameters, policy function of the loss)."""
     policy = Model(tiny_config(head="lm+scalar" if shared else "lm", compute_dtype=dtype))
     reference, value = policy.with_head("lm"), None if shared else policy.with_head("scalar")
     params = {"policy": random_params(policy, 0)} | ({} if value is None else {"value": random_params(value, 5)})
     models = {"policy": policy, "reference": reference} | ({} if value is None else {"value": value})
 
-    def policy_fn(params, done):
-        return policy_and_values(models, params, done, temperature=TEMPERATURE)
+    def policy_fn(params, completions):
+        return policy_and_values(models, params, completions, temperature=TEMPERATURE)
 
     return models, params, policy_fn
 
 
 @functools.cache
 def collected(shared: bool, dtype: str):
-    """(completions, rollout, prepared batch, metrics) with the policy as its own reference."""
+    """Return (completions, rollout, prepared batch, metrics) with the policy as its own reference."""
     models, params, _ = build(shared, dtype)
 
     @jax.jit
     def collect(params):
-        done = rollout.generate(
+        completions = rollout.generate(
             models["policy"], params["policy"], random_prompts(0, ROWS, 4, 64), jax.random.key(0), sampling=SAMPLING,
             eos_ids=tuple(range(2, 10)), pad_id=0,
         )  # fmt: skip
         trunk = {name: tree for name, tree in params["policy"].items() if name != "scalar_head"}
-        scored = score(models, {**params, "reference": trunk}, done, temperature=TEMPERATURE)
-        scored = Rollout.of(scored, {"count": count_reward(done, 19)})
-        return done, scored, *learn.prepare(scored, CONFIG, jnp.asarray(0.05))
+        scored = score(models, {**params, "reference": trunk}, completions, temperature=TEMPERATURE)
+        scored = Rollout.of(scored, {"count": count_reward(completions, 19)})
+        return completions, scored, *learn.prepare(scored, CONFIG, jnp.asarray(0.05))
 
     return collect(params)
 
 
 @functools.cache
 def updater(shared: bool, dtype: str):
-    """The state before, and the compiled update with the learning rate as an argument."""
+    """Return the initial state and the compiled update with the learning rate as an argument."""
     _, params, policy_fn = build(shared, dtype)
 
     def optimizer(learning_rate):
@@ -86,22 +86,22 @@ CASES = ((False, "float32"), (True, "float32"), (False, "bfloat16"))
 
 @pytest.mark.parametrize(("shared", "dtype"), CASES)
 def test_divergence_from_itself_is_exactly_zero(shared, dtype):
-    done, scored, _, metrics = collected(shared, dtype)
-    assert 0 < done.ended.sum() < ROWS
+    completions, scored, _, metrics = collected(shared, dtype)
+    assert 0 < completions.ended.sum() < ROWS
     np.testing.assert_array_equal(scored.logprobs, scored.ref_logprobs)
     assert float(metrics["kl"].value()) == float(metrics["kl_per_token"].value()) == 0.0
 
 
 @pytest.mark.parametrize(("shared", "dtype"), CASES)
 def test_sampler_and_scorer_agree(shared, dtype):
-    done, scored, _, metrics = collected(shared, dtype)
-    np.testing.assert_allclose(scored.logprobs, done.logprobs, atol=TOLERANCE[dtype])
+    completions, scored, _, metrics = collected(shared, dtype)
+    np.testing.assert_allclose(scored.logprobs, completions.logprobs, atol=TOLERANCE[dtype])
     assert float(metrics["sampler_gap_max"].value()) <= TOLERANCE[dtype]
     assert float(metrics["sampler_gap"].value()) <= TOLERANCE[dtype] / 3
 
 
 @pytest.mark.parametrize(("shared", "dtype"), [*CASES[:2], pytest.param(*CASES[2], marks=pytest.mark.slow)])
-def test_with_learning_rate_zero_nothing_moves(shared, dtype):
+def test_learning_rate_zero_changes_nothing(shared, dtype):
     """Through both epochs, minibatches and microbatches the ratio stays 1 (trlx issues 107 and 508)."""
     state, update = updater(shared, dtype)
     after, updated = update(state, collected(shared, dtype)[2], 0.0)
@@ -117,8 +117,8 @@ def test_with_learning_rate_zero_nothing_moves(shared, dtype):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_with_a_learning_rate_everything_moves(shared):
-    """The same identities in the first minibatch, and no longer over the whole update; trunk and head both learn."""
+def test_a_learning_rate_changes_trunk_and_head(shared):
+    """The identities hold in the first minibatch, but not over the whole update; trunk and head are both trained."""
     state, update = updater(shared, "float32")
     after, updated = update(state, collected(shared, "float32")[2], 1e-3)
     assert float(updated["identity/identity_gap"].value()) <= 2 * TOLERANCE["float32"]

@@ -1,4 +1,4 @@
-"""Scoring in slices: the numbers and gradients of the direct computation, without its [B, S, V] logits."""
+"""Scoring in chunks: the numbers and gradients of the direct computation, without its [B, S, V] logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch_of(rows: int, length: int, vocabulary: int) -> TokenBatch:
 
 
 def direct(model, params, batch):
-    """(logprobs, entropy) from whole logits by jax.nn.log_softmax."""
+    """Return (logprobs, entropy) from whole logits by jax.nn.log_softmax."""
     logprobs = jax.nn.log_softmax(model.apply(params, batch.tokens)[:, :-1])
     chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
     entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
@@ -49,11 +49,13 @@ def test_scores_and_gradients_equal_the_direct_ones(columns):
 
     (_, values), grads = total(sequence_logprobs, sliced)
     (_, expected), expected_grads = total(direct, MODEL)
-    for ours, other in zip(jax.tree.leaves((values, grads)), jax.tree.leaves((expected, expected_grads)), strict=True):
-        np.testing.assert_allclose(ours, other, atol=1e-5, rtol=1e-5)
+    for actual, reference in zip(
+        jax.tree.leaves((values, grads)), jax.tree.leaves((expected, expected_grads)), strict=True
+    ):
+        np.testing.assert_allclose(actual, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_an_sft_step_on_a_large_vocabulary_needs_less_memory_than_its_logits():
+def test_an_sft_step_needs_less_memory_than_its_logits():
     config = ModelConfig(131072, 32, 1, 2, 2, 16, 64)
     rows, length = 2, 512
     logits = rows * length * config.vocab_size * 4  # bytes of float32 [B, S, V]: 537 MB
@@ -67,5 +69,5 @@ def test_an_sft_step_on_a_large_vocabulary_needs_less_memory_than_its_logits():
         compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batch_of(rows, length, 64)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary(length) > 2 * logits  # the measure sees them when they are there
+    assert temporary(length) > 2 * logits  # the measure includes the logits when they exist
     assert temporary(32) < 0.6 * logits
