@@ -1,5 +1,4 @@
-"""Causal attention with grouped queries, sliding windows and soft-capped scores: `self_attention` and its
-implementations.
+"""Causal attention with grouped queries, sliding windows and soft-capped scores: `self_attention` and its implementations.
 
 | implementation | platforms | compute_dtype | packed segments | sliding window | soft-cap |
 |---|---|---|---|---|---|
@@ -150,9 +149,7 @@ def check_length(columns: int, parts: int) -> None:
 
 
 def _missing_support(ability: Ability, config: ModelConfig, platform: str, split: bool) -> str:
-    """Return what the configuration or the platform needs and the implementation does not support, '' when nothing is
-    missing.
-    """
+    """Return what the configuration or the platform needs and the implementation does not support, '' when nothing is missing."""
     if ability.platforms is not None and platform not in ability.platforms:
         return f"platform {platform!r} (only {', '.join(ability.platforms)})"
     if ability.dtypes is not None and config.compute_dtype not in ability.dtypes:
@@ -202,8 +199,7 @@ def causal_attention(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B S G R K"]:
-    """Compute `attend` under `segment_mask`, a block of queries at a time and only with the keys that the block may
-    attend to.
+    """Compute `attend` under `segment_mask`, a block of queries at a time and only with the keys that the block may attend to.
 
     Eight blocks compute 9/16 of the scores. A row of padding gets another mean of values than from `attend`.
     """
@@ -255,10 +251,10 @@ def fused_attention(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B S G R K"]:
-    """Compute causal attention inside segments by `jax.nn.dot_product_attention`: cuDNN's fused kernel, or JAX's own
-    implementation.
+    """Compute causal attention inside segments by `jax.nn.dot_product_attention`.
 
-    The results of padding columns may differ from `attend`: padding attends to padding.
+    implementation: "cudnn" is cuDNN's fused kernel, "xla" JAX's own. The results of padding columns may differ from
+    `attend`: padding attends to padding.
     """
     batch, length, groups, per_group, size = query.shape
     mixed = jax.nn.dot_product_attention(

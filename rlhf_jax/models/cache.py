@@ -80,8 +80,9 @@ class KVCache:
         return self.positions >= 0
 
     def take(self, rows: Int32[Array, "N"], capacity: int | None = None) -> KVCache:  # noqa: F821
-        """Return the cache of these rows (a row may occur several times), padded with empty columns to ``capacity``
-        (None: no padding).
+        """Return the cache of these rows; a row may occur several times.
+
+        capacity: pad with empty columns to so many, None: no padding.
         """
         chosen = jax.tree.map(lambda stack: jnp.take(stack, rows, axis=stack.ndim - 4), (self.keys, self.values))
         positions = jnp.take(self.positions, rows, axis=0)
@@ -181,8 +182,7 @@ class KVCache:
 
 
 def ring_of(keys: Any, values: Any, positions: Int32[Array, "B C"], window: int, storage: Storage) -> KVCache:
-    """Return a ring of ``window`` columns that holds the last ``window`` columns; new columns are written around the
-    ring.
+    """Return a ring of ``window`` columns that holds the last ``window`` columns; new columns are written around the ring.
 
     keys, values: may have fewer columns than ``positions``: the last ones.
     """

@@ -56,8 +56,9 @@ _LAYERS = ("full", "sliding", "full_nope", "sliding_nope")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a decoder transformer. The defaults are the Llama layout: RMSNorm before each part, rotary
-    positions, SwiGLU.
+    """The architecture of a decoder transformer.
+
+    The defaults are the Llama layout: RMSNorm before each part, rotary positions, SwiGLU.
 
     Sizes: vocab_size, hidden_size, num_layers, num_heads (a multiple of num_kv_heads), num_kv_heads, head_dim,
     ffn_size; max_length: longest sequence in tokens.

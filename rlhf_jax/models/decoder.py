@@ -78,9 +78,7 @@ class Decoder(nnx.Module):
         self._config, self._columns_apart = config, False
 
     def keep_columns(self) -> None:
-        """Multiply [B, S, ...] without merging rows and columns, for a mesh that splits columns: in every matrix and in
-        the logits.
-        """
+        """Keep rows and columns of [B, S, ...] separate in every matrix and in the logits, for a mesh that splits columns."""
         self._columns_apart = True
         for _, part in nnx.iter_modules(self):
             if isinstance(part, Kernel):
@@ -228,8 +226,9 @@ class Decoder(nnx.Module):
     def _over_cache(
         self, cached_positions: Int32[Array, "B C"], positions: Int32[Array, "B S"], window: int | None
     ) -> Attend:
-        """Return attention of the tokens at ``positions`` to the tokens at ``cached_positions`` (-1: empty) that do not
-        come after them.
+        """Return attention of the tokens at ``positions`` to the cached tokens that do not come after them.
+
+        cached_positions: -1 for an empty column.
         """
         config = self._config
         cached, own = cached_positions[:, None, :], positions[:, :, None]
@@ -374,9 +373,7 @@ def _quantize(config: ModelConfig, stacks: Iterable[Block]) -> None:
 
 
 def _interleaved(places: list[Any]) -> Any:
-    """Return the arrays [repeats, ...] of each place of a block as one tree [repeats * places, ...] in the order of the
-    layers.
-    """
+    """Return the arrays [repeats, ...] of each place of a block as one tree [repeats * places, ...] in the order of the layers."""
     if len(places) == 1:
         return places[0]
     return jax.tree.map(lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), *places)

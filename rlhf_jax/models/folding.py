@@ -68,8 +68,7 @@ def fold(
     width: int,
     parts: int,
 ) -> tuple[tuple[Array, Array, Array], Int32[Array, "B S"], Bool[Array, " B"]]:
-    """Return ((tokens, positions, segment ids) [B / 2, width], the place of each column in its part, whether each row
-    fits).
+    """Return ((tokens, positions, segment ids) [B / 2, width], the place of each column in its part, whether each row fits).
 
     parts: each block of B / parts rows is folded separately, as required by devices that share the rows. Padding is
     dropped.

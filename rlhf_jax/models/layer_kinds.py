@@ -40,8 +40,7 @@ class LayerGroup:
 
 
 def group_layers(layers: Sequence[LayerKind]) -> tuple[LayerGroup, ...]:
-    """Return the layers as a repeating block plus remainder when a block repeats at least twice, else as runs of equal
-    layers.
+    """Return the layers as a repeating block plus remainder when a block repeats at least twice, else as runs of equal layers.
 
     s s f s s f s -> (s s f) x 2, (s) x 1; f f f s s -> (f) x 3, (s) x 2.
     """

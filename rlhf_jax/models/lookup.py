@@ -21,9 +21,7 @@ from rlhf_jax.models.layout import Constrain, axis_names, own_part, scattered_su
 def look_up(
     table: Float[Array, "V D"], tokens: Int32[Array, "B S"], dtype: Any, constrain: Constrain
 ) -> Float[Array, "B S D"]:
-    """Return ``jnp.take(table, tokens, axis=0)`` in ``dtype``; NaN for ids outside the table. The gradient is summed in
-    float32.
-    """
+    """Return ``jnp.take(table, tokens, axis=0)`` in ``dtype``; NaN for ids outside the table. The gradient is summed in float32."""
     mesh = constrain.mesh
     words = constrain.spec(("vocab", "embed_table"), table.shape)[0] if mesh is not None else None
     holders = axis_names(words)

@@ -77,8 +77,7 @@ class LoraConfig:
 
 
 def add_adapters(layers: nnx.Module, config: ModelConfig, lora: LoraConfig, rngs: nnx.Rngs, dropout: bool) -> list[str]:
-    """Add A and B to every matrix of a stack of layers that ``lora.targets`` matches; return the names of all its
-    matrices.
+    """Add A and B to every matrix of a stack of layers that ``lora.targets`` matches; return the names of all its matrices.
 
     A is uniform within 1 / sqrt(inputs), as in PEFT, B is 0: the first output equals the base's. dropout: add
     parameters for the keys that `with_dropout` sets.
@@ -136,9 +135,7 @@ def adapted_kernels(params: Params, path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def with_dropout(params: Params, rng: Rng) -> Params:
-    """Return the tree with a dropout key for each adapted matrix of each layer; a key depends on (rng, path, layer)
-    only.
-    """
+    """Return the tree with a dropout key for each adapted matrix of each layer; a key depends on (rng, path, layer) only."""
     out: Params = {name: dict(below) if isinstance(below, dict) else below for name, below in params.items()}
     for path, kernel in list(adapted_kernels(params)):
         keys = jax.random.split(jax.random.fold_in(rng, zlib.crc32(path.encode())), kernel["lora_a"].shape[0])
@@ -153,8 +150,7 @@ def _nested(path: str, leaf: Params) -> Params:
 
 
 def whole(trained: Params, frozen: Params | None) -> Params:
-    """Return the tree of ``trained`` combined with ``frozen["base"]``; ``trained`` itself when there is no base (full
-    fine-tuning).
+    """Return the tree of ``trained`` combined with ``frozen["base"]``; ``trained`` itself when there is no base (full fine-tuning).
 
     Trees of several models ({"policy": ..., "value": ...} on both sides) work the same.
     """
@@ -162,9 +158,7 @@ def whole(trained: Params, frozen: Params | None) -> Params:
 
 
 def on_adapters(loss: LossFn, lora: LoraConfig | None) -> LossFn:
-    """Return a loss of whole parameter trees as a loss of (trained, frozen), see `whole`. lora: None = full
-    fine-tuning.
-    """
+    """Return a loss of whole parameter trees as a loss of (trained, frozen), see `whole`. lora: None = full fine-tuning."""
 
     def adapted(trained: Params, frozen: Params, batch: Any, rng: Rng) -> Any:
         params = whole(trained, frozen)
@@ -177,8 +171,9 @@ def on_adapters(loss: LossFn, lora: LoraConfig | None) -> LossFn:
 
 
 def merge(params: Params, lora: LoraConfig) -> Params:
-    """Return the parameters of the equivalent model without adapters: W + scaling A B, summed in float32 and rounded to
-    W's dtype.
+    """Return the parameters of the equivalent model without adapters: W + scaling A B.
+
+    Summed in float32 and rounded to W's dtype.
     """
     merged: Params = {}
     for name, below in params.items():

@@ -42,8 +42,7 @@ def _abstract(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static
-    argument.
+    """A decoder transformer. Hashable and without arrays: pass it to jitted functions by closure or as a static argument.
 
     config: the architecture. constrain: the sharding of activations over a mesh (`parallel.ActivationConstraint`).
     lora: adapters beside the matrices (`models.lora`). int8: the matrices of the layers are int8 (`models.int8`).
@@ -75,9 +74,7 @@ class Model:
         return axes
 
     def matrices(self) -> Params:
-        """Return which parameters are matrices (`models.weights.Matrix`): a tree like the parameters with a bool per
-        leaf.
-        """
+        """Return which parameters are matrices (`models.weights.Matrix`): a tree like the parameters with a bool per leaf."""
         state = _abstract(self.config, self.lora, int8=self.int8)[1]
         flags = {path: isinstance(leaf, Matrix) for path, leaf in nnx.to_flat_state(state)}
         return dict(nnx.traversals.unflatten_mapping(flags))
@@ -112,9 +109,7 @@ class Model:
     def _read(
         self, params: Params, tokens: Array, positions: Array, segment_ids: Array
     ) -> tuple[Array, Routing | None, Array]:
-        """Return (final hidden states [B, S, D], routing, mask of the columns with a token in the rows that the network
-        read).
-        """
+        """Return (final hidden states [B, S, D], routing, mask of the columns with a token in the rows that the network read)."""
         module = self._module(params)
         if self.fold is None or self.fold.columns is None:
             hidden, _, routing = module.hidden(tokens, positions, segment_ids, self.constrain)
@@ -143,9 +138,7 @@ class Model:
         return hidden, self.config.router_coefficient * load_balancing_loss(routing, token_mask)
 
     def logits(self, params: Params, hidden: Float[Array, "B S D"], *, few_rows: bool = False) -> Float[Array, "B S V"]:
-        """Return float32 logits of hidden states. few_rows: use the product that is fastest on a CPU when B * S is
-        small.
-        """
+        """Return float32 logits of hidden states. few_rows: use the product that is fastest on a CPU when B * S is small."""
         if not self.config.has_lm:
             raise InputError(f"a model with head {self.config.head!r} has no logits: load it with head='lm'")
         return self._module(params).logits(hidden, self.constrain, few_rows=few_rows)
@@ -164,9 +157,7 @@ class Model:
         positions: Int32[Array, "B S"] | None = None,
         segment_ids: Int32[Array, "B S"] | None = None,
     ) -> Float[Array, "B S V"]:
-        """Return logits of whole sequences. For training use `hidden` with `ops.hidden_logprobs`: [B, S, V] float32 is
-        large.
-        """
+        """Return logits of whole sequences. For training use `hidden` with `ops.hidden_logprobs`: [B, S, V] float32 is large."""
         return self.logits(params, self.hidden(params, tokens, positions=positions, segment_ids=segment_ids))
 
     def prefill(
@@ -209,8 +200,7 @@ class Model:
         cache: KVCache,
         chunk: int,
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-        """Read left-padded prompts after the tokens in ``cache``; return the last column's hidden state and the cache,
-        as `prefill`.
+        """Read left-padded prompts after the tokens in ``cache``; return the same as `prefill`.
 
         chunk: columns that are read at a time (0: all at once): attention then needs scores of chunk x columns of the
         cache, not of P x P. Only the first chunk may be shorter.

@@ -104,8 +104,7 @@ def _over_mesh(
     constrain: Constrain,
     mesh: Mesh,
 ) -> Array:
-    """Run `apply_experts` as a shard_map island: each device has all columns of its own experts and every token that
-    may need them.
+    """Run `apply_experts` as a shard_map island: each device has all columns of its own experts and every token that may need them.
 
     The tokens of the devices along the expert axis are gathered, each device adds the outputs of its experts, and the
     sums are scattered back: there is no capacity, whatever the routers select. Kernels that fsdp splits are gathered

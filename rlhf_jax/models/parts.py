@@ -26,11 +26,10 @@ _ACTIVATIONS = {
 
 
 class Norm(nnx.Module):
-    """RMSNorm: x / rms(x) * scale (Zhang and Sennrich 2019, eq. 4), or layer norm: (x - mean) / std * scale + bias (Ba
-    et al. 2016).
+    """RMSNorm (Zhang and Sennrich 2019, eq. 4) or layer norm (Ba et al. 2016).
 
-    Computed in float32 over the last axes of ``x`` that ``shape`` names. ``norm_offset`` is added to the scale, which
-    is initialized such that the factor is 1.
+    x / rms(x) * scale, or (x - mean) / std * scale + bias, in float32 over the last axes of ``x`` that ``shape`` names.
+    ``norm_offset`` is added to the scale, which is initialized such that the factor is 1.
     """
 
     def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...], *, kind: str | None = None):
@@ -79,9 +78,7 @@ class Attention(nnx.Module):
         self._config, self._rope = config, kind.rope
 
     def project(self, x: Float[Array, "B S D"], positions: Int32[Array, "B S"]) -> tuple[Array, Array, Array]:
-        """Return queries [B, S, G, R, K], keys and values [B, G, S, K]; queries and keys are normed and rotated as the
-        layer requires.
-        """
+        """Return queries [B, S, G, R, K], keys and values [B, G, S, K]; queries and keys are normed and rotated."""
         config = self._config
         query, key = self.query("nd,dhk->nhk", x), self.key("nd,dgk->ngk", x)
         if config.qk_norm != "none":
@@ -157,9 +154,7 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """An embedding table. Its width has its own logical axis: the FSDP axis of weights would make XLA replicate
-    activations.
-    """
+    """An embedding table. Its width has its own logical axis: the FSDP axis of weights would make XLA replicate activations."""
 
     def __init__(self, config: ModelConfig, rows: int, axis: str, *, rngs: nnx.Rngs):
         draw = 0.02 * jax.random.normal(rngs.params(), (rows, config.hidden_size), jnp.float32)
@@ -167,9 +162,7 @@ class Embedding(nnx.Module):
 
 
 class ScalarHead(nnx.Module):
-    """A scalar per token: Linear(D, 1) with N(0, 1/sqrt(D + 1)) weights and zero bias (Ziegler et al. 2019, their
-    code).
-    """
+    """A scalar per token: Linear(D, 1) with N(0, 1/sqrt(D + 1)) weights and zero bias (Ziegler et al. 2019, their code)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         std = (config.hidden_size + 1) ** -0.5

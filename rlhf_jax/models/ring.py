@@ -77,9 +77,7 @@ def _on_one_device(
     cap: float | None,
     precision: jax.lax.Precision | None,
 ) -> Array:
-    """Return attention of the device's own columns: to its own block of keys first, then to those of the devices before
-    it.
-    """
+    """Return attention of the device's own columns: to its own block of keys first, then to those of the devices before it."""
     own_index, length = jax.lax.axis_index(axis), query.shape[1]
     turn = [(device, (device + 1) % parts) for device in range(parts)]
     rows = query.transpose(0, 2, 3, 1, 4)  # [B, G, R, S, K]

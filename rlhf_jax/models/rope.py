@@ -80,11 +80,10 @@ class Rope:
 
 
 def rotary(x: Float[Array, "B S H K"], positions: Int32[Array, "B S"], rope: Rope) -> Float[Array, "B S H K"]:
-    """Rotate the first ``rope.size`` dimensions of ``x`` by its positions (RoFormer, eq. 34; first half paired with second
-    half as in Llama).
+    """Rotate the first ``rope.size`` dimensions of ``x`` by its positions (RoFormer, eq. 34).
 
-    Angles, sines and the rotation are float32 whatever the dtype of ``x``: bfloat16 cannot tell position 257 from 256.
-    Returns the dtype of ``x``.
+    The first half is paired with the second half as in Llama. Angles, sines and the rotation are float32 whatever the
+    dtype of ``x``: bfloat16 cannot distinguish positions 257 and 256. Returns the dtype of ``x``.
     """
     rotated, unrotated = x[..., : rope.size], x[..., rope.size :]
     angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies(rope)  # [B, S, 1, size/2]

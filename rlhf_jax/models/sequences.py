@@ -76,9 +76,7 @@ def _predicted(
 
 
 def response_hidden(model: Model, params: Params, completions: Completions) -> Array:
-    """Return the hidden states [B, T, D] from which response token t is predicted: sequence columns P - 1 ... P + T -
-    2.
-    """
+    """Return the hidden states [B, T, D] from which response token t is predicted: sequence columns P - 1 ... P + T - 2."""
     width = completions.prompts.tokens.shape[1]
     return batch_hidden(model, params, as_token_batch(completions))[:, width - 1 : -1]
 

@@ -72,9 +72,7 @@ def _on_one_device(
     cap: float | None,
     interpret: bool,
 ) -> Array:
-    """Run the kernel on one device. query: [B, G, R, S, K]; the kernel expects the query heads of a key head to be
-    adjacent.
-    """
+    """Run the kernel on one device. query: [B, G, R, S, K]; the kernel expects the query heads of a key head to be adjacent."""
     _, groups, per_group, length, _ = query.shape
     shape = (length, length)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)

@@ -52,8 +52,10 @@ def weights_first(
 
 
 class Matrix(nnx.Param[Any]):
-    """A parameter that multiplies or is looked up, one per layer or per expert: weight decay applies to it, but not to
-    biases and scales of norms. `Model.matrices` identifies them by this type.
+    """A parameter that multiplies or is looked up, one per layer or per expert.
+
+    Weight decay applies to it, but not to biases and scales of norms. `Model.matrices` identifies these parameters by
+    this type.
     """
 
 
@@ -85,9 +87,7 @@ class Kernel(nnx.Module):
         self._columns_apart = False
 
     def quantize(self) -> None:
-        """Replace a stack of matrices [L, ...] by int8 with a scale per output (`models.int8`); the values are set
-        later.
-        """
+        """Replace a stack of matrices [L, ...] by int8 with a scale per output (`models.int8`); the values are set later."""
         outs = self.kernel.shape[1 + self._inputs :]
         self.kernel_scale = nnx.Param(
             jnp.ones((self.kernel.shape[0], *outs), jnp.float32), sharding_names=("layers", *self._axes[self._inputs :])
@@ -96,9 +96,7 @@ class Kernel(nnx.Module):
         self._int8 = True
 
     def adapt(self, config: ModelConfig, rank: int, scaling: float, dropout: float, rngs: nnx.Rngs) -> None:
-        """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also a parameter for a key per
-        layer.
-        """
+        """Add A and B of `models.lora` to a stack of matrices [L, ...]; with dropout also a parameter for a key per layer."""
         shape, at = self.kernel.shape, 1 + self._inputs
         bound = math.prod(shape[1:at]) ** -0.5
         draw = jax.random.uniform(rngs.params(), (*shape[:at], rank), jnp.float32, -bound, bound)

@@ -52,9 +52,7 @@ class MeshConfig:
 
 
 def remake_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
-    """Return a mesh of the devices of ``mesh`` in the same order with another shape: arrays move between both on the
-    devices.
-    """
+    """Return a mesh of the devices of ``mesh`` in the same order with another shape: arrays move between both on the devices."""
     sizes = _sizes(config, mesh.size)
     reshaped = Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     connect_devices(reshaped)
@@ -62,8 +60,7 @@ def remake_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
 
 
 def mesh_between(source: Mesh, target: Mesh) -> Mesh | None:
-    """Return an intermediate mesh between two shapes of the same devices that splits tensor more; None when there is
-    none.
+    """Return an intermediate mesh between two shapes of the same devices that splits tensor more; None when there is none.
 
     fsdp 8 to data 4, tensor 2: at fsdp 4, tensor 2 two neighbours have exchanged rows of their blocks for columns, and
     the four blocks of rows are then gathered. In a single step GSPMD does not find this way and holds the whole array.

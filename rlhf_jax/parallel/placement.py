@@ -39,9 +39,7 @@ def state_shardings(abstract_state: Any, param_shardings: Params, mesh: Mesh) ->
 
 
 def init_sharded(make: Callable[..., _T], param_shardings: Params, mesh: Mesh, *arguments: Any) -> _T:
-    """Return ``make(*arguments)``, run under jit with every output created on its shards: no device ever holds the
-    whole.
-    """
+    """Return ``make(*arguments)``, run under jit with every output created on its shards: no device ever holds the whole."""
     shardings = state_shardings(jax.eval_shape(make, *arguments), param_shardings, mesh)
     result: _T = jax.jit(make, out_shardings=shardings)(*arguments)
     return result

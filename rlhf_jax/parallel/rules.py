@@ -54,9 +54,7 @@ def partition_spec(axes: tuple[str, ...], rules: Rules = RULES) -> PartitionSpec
 
 
 def _shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
-    """Return the number of devices over which a PartitionSpec entry (None, an axis, a tuple of axes) splits a
-    dimension.
-    """
+    """Return the number of devices over which a PartitionSpec entry (None, an axis, a tuple of axes) splits a dimension."""
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[axis] for axis in axes)
 

@@ -1,6 +1,4 @@
-"""Checks for NaN and infinity: a sampler would turn NaN logits into arbitrary tokens, and scores of NaN would enter
-rewards.
-"""
+"""Checks for NaN and infinity: a sampler would turn NaN logits into arbitrary tokens, and scores of NaN would enter rewards."""
 
 from __future__ import annotations
 

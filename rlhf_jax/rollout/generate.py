@@ -39,8 +39,7 @@ def generate(
     slots: SlotConfig = ALL_AT_ONCE,
     stop_table: Array | None = None,
 ) -> Completions:
-    """Sample ``samples`` completions of every prompt (left-padded, [N, P]): tokens [N * samples,
-    sampling.max_new_tokens].
+    """Sample ``samples`` completions of every prompt (left-padded, [N, P]): tokens [N * samples, sampling.max_new_tokens].
 
     Completion r is number r % samples of prompt r // samples, which is read once for all of them; its sample_id is the
     prompt's * samples + that number.

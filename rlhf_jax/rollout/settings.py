@@ -120,8 +120,7 @@ class SlotConfig:
 
 
 def check_shared_prompts(prompts: Sequence[Sequence[int]], slots: SlotConfig) -> None:
-    """Raise InputError when two prompts differ in their first ``slots.shared_prefix`` tokens, or one has no more than
-    these.
+    """Raise InputError when two prompts differ in their first ``slots.shared_prefix`` tokens, or one has no more than these.
 
     prompts: token ids without padding.
     """

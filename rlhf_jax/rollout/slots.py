@@ -197,9 +197,7 @@ def fill_slots(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
 
 
 def admit(job: Job, state: Slots, staged: Staged, last: Array) -> Slots:
-    """Move waiting rows before ``last`` into free slots, as many as fit; completions that ended there go to the
-    results.
-    """
+    """Move waiting rows before ``last`` into free slots, as many as fit; completions that ended there go to the results."""
     state = flush(job, state)
     free = ~state.work.running
     count = jnp.minimum(free.sum(), last - state.waiting).astype(jnp.int32)

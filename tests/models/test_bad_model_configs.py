@@ -1,7 +1,5 @@
 # ruff: noqa: E501  (tables)
-"""Every field of every family's config.json with values of every kind is read or rejected in one line, and never
-crashes.
-"""
+"""Every field of every family's config.json with values of every kind is read or rejected in one line, and never crashes."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ EXTRA = ("rope_scaling", "rope_parameters", "layer_types", "sliding_window", "nu
 
 
 def valid_fields(family: str) -> dict[str, Any] | None:
-    """Return the config.json of a tiny model of that family; None for a family that a plain decoder cannot be written
-    as.
-    """
+    """Return the config.json of a tiny model of that family; None for a family that a plain decoder cannot be written as."""
     try:
         return config_to_hf(tiny_config(family=family))
     except InputError:

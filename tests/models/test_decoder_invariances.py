@@ -159,9 +159,7 @@ def test_rematerialisation_changes_neither_logits_nor_gradients(remat):
 
 
 def test_memory_of_the_backward_pass():
-    """12 layers x 8 rows x 64 columns: all activations need more than the products with weights, those more than block
-    inputs.
-    """
+    """12 layers x 8 rows x 64 columns: all activations need more than the products with weights, those more than block inputs."""
     tokens = np.ones((8, 64), np.int32)
 
     def temp_bytes(remat):

@@ -25,9 +25,7 @@ def norm(config: ModelConfig, x: np.ndarray, weights: dict, *, kind: str | None 
 
 
 def rotate(x: np.ndarray, position: int, theta: float, size: int) -> np.ndarray:
-    """Rotate pairs (i, i + size/2) of the first ``size`` numbers, as complex numbers, by position * theta^(-2 i /
-    size).
-    """
+    """Rotate pairs (i, i + size/2) of the first ``size`` numbers, as complex numbers, by position * theta^(-2 i / size)."""
     half = size // 2
     turned = (x[:half] + 1j * x[half:size]) * np.exp(1j * position * theta ** (-2 * np.arange(half) / size))
     return np.concatenate([turned.real, turned.imag, x[size:]])

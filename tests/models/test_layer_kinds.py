@@ -49,9 +49,7 @@ def test_parameters_are_stacked_like_layer_stacks():
 
 
 def test_equivalent_kinds_of_layers_give_equal_logits():
-    """The same weights in one stack, and in a block of two kinds of layers that compute the same: a window longer than
-    the rows.
-    """
+    """The same weights in one stack, and in a block of two kinds of layers that compute the same: a window longer than the rows."""
     one = Model(tiny_config(num_layers=5))
     other = Model(tiny_config(num_layers=5, layer_pattern=("full", "sliding"), sliding_window=1000))
     params = random_params(one, 0)

@@ -71,8 +71,10 @@ def apply(model: Model, params, tokens, positions):
 
 @pytest.mark.parametrize("start", [0, 8000])
 def test_bfloat16_compute_stays_within_its_bound(start):
-    """8 bits of mantissa through 2 layers with peaked attention: 2 % of the logits' spread on average, 15 % at most, and
-    no more at position 8000 than at 0 (bfloat16 rotary angles would give noise there, error 1)."""
+    """8 bits of mantissa through 2 layers: an error of 2 % of the logits' spread on average, 15 % at most.
+
+    It is not larger at position 8000 than at 0 (bfloat16 rotary angles would give noise there, error 1).
+    """
     model, params = tiny_model(max_length=8192)
     tokens = np.random.default_rng(0).integers(3, 64, (4, 16)).astype(np.int32)
     positions = np.tile(np.arange(start, start + 16, dtype=np.int32), (4, 1))

@@ -50,9 +50,7 @@ Sizes = tuple[int, ...]
 
 
 def meshes(slow_but: tuple[Sizes, ...], largest_expert: int = 8) -> list:
-    """Return every shape of eight devices with tensor <= 2 (the tiny model has two key/value heads), slow unless in
-    ``slow_but``.
-    """
+    """Return every shape of eight devices with tensor <= 2 (the model has two key/value heads), slow unless in ``slow_but``."""
     powers = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if np.prod(sizes) == 8]
     fit = [sizes for sizes in powers if sizes[2] <= 2 and sizes[4] <= largest_expert]
     assert len(fit) == (30 if largest_expert == 8 else 29) and set(slow_but) <= set(fit)
@@ -299,9 +297,7 @@ def test_the_rollout_copy_has_the_numbers_of_the_products():
 
 
 def test_the_rollout_copy_never_holds_a_whole_stack():
-    """fsdp 8 to data 4, tensor 2: no array of the program is larger than a device's part of the largest array in the
-    end.
-    """
+    """fsdp 8 to data 4, tensor 2: no array of the program is larger than a device's part of the largest array in the end."""
     mesh = mesh_of(fsdp=8)
     model = Model(tiny_config(hidden_size=64, ffn_size=256, num_layers=4), ActivationConstraint(mesh))
     params, rollout_mesh = sharded_params(model, 0, mesh), remake_mesh(MeshConfig(4, 1, 2), mesh)

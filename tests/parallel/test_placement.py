@@ -84,9 +84,7 @@ def test_the_cache_shrinks_as_predicted(name):
 
 
 def test_initial_parameters_are_the_same_on_every_mesh():
-    """Initialized on the shards with the partitionable threefry: the mesh decides on which device a number is, not its
-    value.
-    """
+    """Initialized on the shards with the partitionable threefry: the mesh decides on which device a number is, not its value."""
     model = Model(tiny_config())
     mesh = mesh_of(2, 2, 2)
 

@@ -83,9 +83,7 @@ SLOW_CASES = [
 
 @pytest.fixture(scope="module")
 def windowed():
-    """A function of a name in `LAYERS`: a model with sliding-window layers, and its samples with a cache of all
-    columns.
-    """
+    """A function of a name in `LAYERS`: a model with sliding-window layers, and its samples with a cache of all columns."""
 
     @functools.cache
     def build(name):

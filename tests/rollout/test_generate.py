@@ -96,8 +96,7 @@ def test_end_tokens_do_not_change_earlier_tokens(sampled):
 
 
 def test_min_new_tokens_counts_tokens_before_the_end():
-    """Like transformers' MinNewTokensLengthLogitsProcessor, which bars ends while there are fewer than min_new_tokens
-    tokens.
+    """Like transformers' MinNewTokensLengthLogitsProcessor, which bars ends while there are fewer than min_new_tokens tokens.
 
     With all tokens but four ending a response, 3 of those four come first, then an end as the fourth token.
     """

@@ -219,9 +219,7 @@ def numpy_log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_adjusted_logits_follow_a_loop_over_positions():
-    """Recompute in numpy, token by token from full forwards: repetition penalty, barred stop tokens, temperature,
-    min_p.
-    """
+    """Recompute in numpy, token by token from full forwards: repetition penalty, barred stop tokens, temperature, min_p."""
     settings = SamplingConfig(temperature=0.8, min_p=0.2, repetition_penalty=1.7, min_new_tokens=4, max_new_tokens=9)
     samples = sample(PROMPTS, SlotConfig(slots=3, smallest=1), sampling=settings)
     logits, mask, tokens = full_logits(samples), np.asarray(samples.mask), np.asarray(samples.tokens)

@@ -135,9 +135,7 @@ def _architecture(fields: Fields, where: str) -> str:
 
 
 def _check_supported(fields: Fields, family: Family, where: str) -> None:
-    """Raise InputError naming each field that changes, or may change, the computation in a way that the decoder does
-    not support.
-    """
+    """Raise InputError naming each field that changes, or may change, the computation in an unsupported way."""
     if fields.get("auto_map") is not None and "auto_map" not in family.ignored:
         raise InputError(f"{where}: auto_map: the checkpoint brings its own code, which is never run")
     if fields.get("model_type") not in (None, family.model_type):

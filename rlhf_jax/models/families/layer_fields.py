@@ -49,9 +49,7 @@ def _switch(fields: Fields, name: str, where: str) -> bool:
 
 
 def _typed_layers(fields: Fields, count: int, assumed: Callable[[int], bool], where: str) -> list[str]:
-    """Return the kind of each layer from layer_types; when it is absent, from ``assumed`` (layer -> whether it has a
-    window).
-    """
+    """Return the kind of each layer from layer_types; when it is absent, from ``assumed`` (layer -> whether it has a window)."""
     layer_types = fields.get("layer_types")
     if layer_types is None:
         return ["sliding" if assumed(layer) else "full" for layer in range(count)]
@@ -73,8 +71,7 @@ def _layer_settings(kinds: list[str], window: int | None, where: str) -> dict[st
 
 
 def one_window(default: int | None, switch: str | None = None) -> Rule:
-    """Return the rule of families where all layers have a sliding window if sliding_window is set (Mistral, Phi-3,
-    Mixtral).
+    """Return the rule of families where all layers have a sliding window if sliding_window is set (Mistral, Phi-3, Mixtral).
 
     switch: a field that must also be true (Qwen 3 MoE).
     """
@@ -117,8 +114,7 @@ QWEN_LAYERS = Rule(
 
 
 def alternating(period: int, name: str | None = None) -> Rule:
-    """Return the rule of families where every ``period``-th layer is full and the others have a window (Gemma 2: 2,
-    Gemma 3: 6).
+    """Return the rule of families where every ``period``-th layer is full and the others have a window (Gemma 2: 2, Gemma 3: 6).
 
     name: the field that may change the period.
     """

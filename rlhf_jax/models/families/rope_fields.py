@@ -112,9 +112,7 @@ def rope_rule(
 
 
 def _rope_objects(fields: Fields, where: str, nested: bool) -> tuple[list[dict[str, Any]], Any]:
-    """Return the rope_scaling and rope_parameters objects without entries that mean "not scaled", and the base of
-    sliding layers.
-    """
+    """Return (rope_scaling and rope_parameters, without entries that mean "not scaled"; the base of sliding layers)."""
     objects, local = [], None
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.get(name)
@@ -139,9 +137,7 @@ def _rope_objects(fields: Fields, where: str, nested: bool) -> tuple[list[dict[s
 
 
 def _normalized(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the object without the kind when that is "default". "type" is the old name of "rope_type", and "su" of
-    "longrope".
-    """
+    """Return the object without the kind when that is "default". "type" is the old name of "rope_type", and "su" of "longrope"."""
     kind = settings.pop("type", None)
     newer = settings.get("rope_type", kind)
     if kind is not None and newer != kind and (kind, newer) != ("su", "longrope"):

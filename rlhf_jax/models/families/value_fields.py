@@ -48,8 +48,9 @@ def _query_scalar(config: ModelConfig) -> dict[str, Any]:
 
 
 def second_activation(name: str) -> Rule:
-    """Return the rule of another field for the activation, which must mean the same ("gelu" is also its approximation).
-    Never written.
+    """Return the rule of another field for the activation, which must mean the same. The field is never written.
+
+    "gelu" may also mean its tanh approximation.
     """
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
@@ -65,8 +66,9 @@ def second_activation(name: str) -> Rule:
 
 
 def second_number(name: str, first: str, default: int, unless: str | None = None) -> Rule:
-    """Return the rule of another field for the number of ``first``, which must be equal unless ``unless`` is set. Never
-    written.
+    """Return the rule of another field for the number of ``first``, which must be equal unless ``unless`` is set.
+
+    The field is never written.
     """
 
     def read(fields: Fields, values: Fields, where: str) -> dict[str, Any]:
