@@ -55,7 +55,7 @@ class KVCache:
     """Keys and values of the tokens read so far.
 
     keys, values: compute_dtype [L, B, G, C, K]: per row and head a contiguous [C, K] matrix, which is what the decode
-    matmul reads; in the format of ``storage`` (`Quantised` has two such arrays); or, after `separated`, a tuple of L
+    matmul reads; in the format of ``storage`` (`Quantised` has two such arrays); or, after `separate_layers`, a tuple of L
     arrays [B, G, C, K].
     positions: int32 [B, C], the position of the token in a column, -1 for an empty column. Keys are already rotated, so
     columns may hold tokens in any order.
@@ -88,9 +88,9 @@ class KVCache:
         positions = jnp.take(self.positions, rows, axis=0)
         recent = None if self.recent is None else self.recent.take(rows)
         cache = dataclasses.replace(self, keys=chosen[0], values=chosen[1], positions=positions, recent=recent)
-        return cache if capacity is None else cache.widened(capacity)
+        return cache if capacity is None else cache.pad_columns(capacity)
 
-    def widened(self, capacity: int) -> KVCache:
+    def pad_columns(self, capacity: int) -> KVCache:
         """Return the cache with empty columns appended, ``capacity`` in all; ``recent`` keeps its own capacity."""
         more = capacity - self.positions.shape[1]
 
@@ -101,7 +101,7 @@ class KVCache:
         positions = jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1)
         return dataclasses.replace(self, keys=keys, values=values, positions=positions)
 
-    def separated(self) -> KVCache:
+    def separate_layers(self) -> KVCache:
         """Return the cache with one array per layer instead of stacks."""
 
         def layer(stack: Any, index: int) -> Any:
@@ -110,7 +110,7 @@ class KVCache:
         def apart(stack: Any) -> tuple[Any, ...]:
             return tuple(layer(stack, index) for index in range(jax.tree.leaves(stack)[0].shape[0]))
 
-        recent = None if self.recent is None else self.recent.separated()
+        recent = None if self.recent is None else self.recent.separate_layers()
         return dataclasses.replace(self, keys=apart(self.keys), values=apart(self.values), recent=recent)
 
     def put(
@@ -137,7 +137,7 @@ class KVCache:
             recent = recent.put(row, other.recent, other_row, recent.index - other.recent.index)
         return dataclasses.replace(self, keys=keys, values=values, positions=positions, recent=recent)
 
-    def parted(self, slides: Sequence[bool], window: int) -> KVCache:
+    def split_sliding(self, slides: Sequence[bool], window: int) -> KVCache:
         """Return the cache with the sliding-window layers in a ring of ``window`` columns (`recent`).
 
         The ring holds the last tokens by position, because the columns of a shared prefix come first. slides: for every
@@ -161,7 +161,7 @@ class KVCache:
         """Itself, and ``recent`` when there is one."""
         return (self,) if self.recent is None else (self, self.recent)
 
-    def after(self, columns: int, parts: Sequence[tuple[Any, Any, Array]]) -> KVCache:
+    def advance(self, columns: int, parts: Sequence[tuple[Any, Any, Array]]) -> KVCache:
         """Return the cache after reading ``columns`` more columns.
 
         parts: for each of `parts` its new keys, values and positions.
@@ -170,7 +170,7 @@ class KVCache:
         recent = self.recent
         if recent is not None:
             recent = dataclasses.replace(
-                recent.after(columns, recent_parts), index=(recent.index + columns) % recent.capacity
+                recent.advance(columns, recent_parts), index=(recent.index + columns) % recent.capacity
             )
         index = self.index + columns
         return dataclasses.replace(self, keys=keys, values=values, positions=positions, index=index, recent=recent)
@@ -189,7 +189,7 @@ def ring_of(keys: Any, values: Any, positions: Int32[Array, "B C"], window: int,
     columns = min(window, positions.shape[1])
     keys, values = jax.tree.map(lambda stack: stack[..., stack.shape[-2] - columns :, :], (keys, values))
     index = jnp.asarray(columns % window, jnp.int32)
-    return KVCache(keys, values, positions[:, -columns:], index, storage=storage).widened(window)
+    return KVCache(keys, values, positions[:, -columns:], index, storage=storage).pad_columns(window)
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, storage: Storage = "compute") -> KVCache:

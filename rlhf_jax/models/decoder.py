@@ -60,7 +60,8 @@ class Decoder(nnx.Module):
         if config.positions == "learned":
             self.position_embed = Embedding(config, config.max_length, "positions", rngs=rngs)
         stacks = {
-            path: _stacked(config, config.layer(layers[0]), len(layers), rngs) for path, layers in config.layer_stacks()
+            path: _stack_blocks(config, config.layer(layers[0]), len(layers), rngs)
+            for path, layers in config.layer_stacks()
         }
         if lora is not None:
             names = {name for stack in stacks.values() for name in add_adapters(stack, config, lora, rngs, dropout)}
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
                 x, routing = layer(x, query, key, value, attends[kind.window], constrain)
                 return constrain(x, _RESIDUAL), (last(key, value, kind) if keep else None, routing)
 
-            return _checkpointed(block, self._config)
+            return _checkpoint(block, self._config)
 
         for kinds, definitions, weights, _ in self._groups():
             runs = [run(definition, kind) for definition, kind in zip(definitions, kinds, strict=True)]
@@ -159,12 +160,12 @@ class Decoder(nnx.Module):
             x, results = jax.lax.scan(body, x, weights)
             for number in range(len(keep)):
                 places = [result for (result, _), kind in zip(results, kinds, strict=True) if part(kind) == number]
-                kv_groups[number] += [_interleaved(places)] if places else []
+                kv_groups[number] += [_interleave(places)] if places else []
             routings += [routing for _, routing in results if routing is not None]
         routed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
         return (
             self.final_norm(x),
-            [_concatenated(groups) if groups else _empty_keys_values(self._config, x) for groups in kv_groups],
+            [_concatenate(groups) if groups else _empty_keys_values(self._config, x) for groups in kv_groups],
             routed,
         )
 
@@ -208,7 +209,7 @@ class Decoder(nnx.Module):
 
                     keys = jax.tree.map(write_column, keys, to_storage(key, cache.storage))
                     values = jax.tree.map(write_column, values, to_storage(value, cache.storage))
-                    over_cache = self._over_cache(cached_positions[part], positions, kind.window)
+                    over_cache = self._cache_attention(cached_positions[part], positions, kind.window)
                     x, _ = block(x, query, read_layer(keys), read_layer(values), over_cache, constrain)
                     stacks[part] = (keys, values)
                 return (x, stacks), None
@@ -216,14 +217,14 @@ class Decoder(nnx.Module):
             carry, _ = jax.lax.scan(body, carry, (numbers, weights))
         x, stacks = carry
         parts = [(*stack, positions) for stack, positions in zip(stacks, cached_positions, strict=True)]
-        return self.final_norm(x), cache.after(tokens.shape[1], parts)
+        return self.final_norm(x), cache.advance(tokens.shape[1], parts)
 
     def _places(self, cache: KVCache) -> list[int]:
         """Return the index of each layer in the stack of its part of the cache."""
         parts = [_part_of(cache, self._config.layer(index)) for index in range(self._config.num_layers)]
         return [parts[:index].count(part) for index, part in enumerate(parts)]
 
-    def _over_cache(
+    def _cache_attention(
         self, cached_positions: Int32[Array, "B C"], positions: Int32[Array, "B S"], window: int | None
     ) -> Attend:
         """Return attention of the tokens at ``positions`` to the cached tokens that do not come after them.
@@ -268,7 +269,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """Read one more token of every row like `decode`, but layer after layer without a scan.
 
-        No slices of a stack are made, and each layer updates a cache array of its own (`KVCache.separated`).
+        No slices of a stack are made, and each layer updates a cache array of its own (`KVCache.separate_layers`).
         """
         cached_positions, x = _positions_with(cache, positions, None), self._embed(tokens, positions, constrain)
         stacks = [(list(part.keys), list(part.values)) for part in cache.parts]
@@ -285,13 +286,13 @@ class Decoder(nnx.Module):
             layer_keys, layer_values = (
                 from_storage(stack, self._config.dtype) for stack in (keys[index], values[index])
             )
-            over_cache = self._over_cache(cached_positions[part], positions, layer.kind.window)
+            over_cache = self._cache_attention(cached_positions[part], positions, layer.kind.window)
             x, _ = block(x, query, layer_keys, layer_values, over_cache, constrain)
         parts = [
             (tuple(keys), tuple(values), part_positions)
             for (keys, values), part_positions in zip(stacks, cached_positions, strict=True)
         ]
-        return self.final_norm(x), cache.after(1, parts)
+        return self.final_norm(x), cache.advance(1, parts)
 
     def logits(
         self, hidden: Float[Array, "B S D"], constrain: Constrain, *, few_rows: bool = False
@@ -336,7 +337,7 @@ def _layer_at(stack: Array, index: Array) -> Array:
     return layer
 
 
-def _checkpointed(block: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+def _checkpoint(block: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
     """Return ``block`` with the rematerialization of `ModelConfig.remat`."""
     if not config.remat:
         return block
@@ -348,7 +349,7 @@ def _checkpointed(block: Callable[..., Any], config: ModelConfig) -> Callable[..
     return jax.checkpoint(block, prevent_cse=False, policy=products if config.remat == "cheap" else None)
 
 
-def _stacked(config: ModelConfig, kind: LayerKind, count: int, rngs: nnx.Rngs) -> Block:
+def _stack_blocks(config: ModelConfig, kind: LayerKind, count: int, rngs: nnx.Rngs) -> Block:
     """Return ``count`` blocks of one kind, every parameter with a leading axis for them."""
 
     @nnx.split_rngs(splits=count)
@@ -372,7 +373,7 @@ def _quantize(config: ModelConfig, stacks: Iterable[Block]) -> None:
                 part.quantize()
 
 
-def _interleaved(places: list[Any]) -> Any:
+def _interleave(places: list[Any]) -> Any:
     """Return the arrays [repeats, ...] of each place of a block as one tree [repeats * places, ...] in the order of the layers."""
     if len(places) == 1:
         return places[0]
@@ -385,5 +386,5 @@ def _empty_keys_values(config: ModelConfig, x: Float[Array, "B S D"]) -> tuple[A
     return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
 
-def _concatenated(groups: list[Any]) -> Any:
+def _concatenate(groups: list[Any]) -> Any:
     return groups[0] if len(groups) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)

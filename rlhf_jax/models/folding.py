@@ -45,17 +45,17 @@ def fold_of(
     columns_needed = targets_needed = None
     if rows % 2 == 0:
         top = np.sort(np.asarray(lengths))[::-1][:rows]
-        width = _up(int((top + top[::-1]).max()), 2 * columns, 2 * WIDTHS)
+        width = _round_up(int((top + top[::-1]).max()), 2 * columns, 2 * WIDTHS)
         columns_needed = width if width < 2 * columns else None
     if targets is not None:
         most = int(np.sort(np.asarray(targets))[::-1][:rows].sum())
-        spread = _up(-(-most // rows), target_columns, COUNTS)
+        spread = _round_up(-(-most // rows), target_columns, COUNTS)
         targets_needed = spread if spread < target_columns else None
     result = Fold(columns_needed, targets_needed)
     return None if result == Fold() else result
 
 
-def _up(needed: int, most: int, steps: int) -> int:
+def _round_up(needed: int, most: int, steps: int) -> int:
     """Return ``needed`` rounded up to a multiple of the ``steps``-th part of ``most``."""
     step = max(1, most // steps)
     return max(1, -(-needed // step)) * step

@@ -42,7 +42,7 @@ def dequantize(quantized: Int8[Array, "..."], scale: Float[Array, "..."], dtype:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _rounded(kernel: Array, inputs: int) -> Array:
+def _round_kernel(kernel: Array, inputs: int) -> Array:
     return dequantize(*quantize(kernel, inputs), kernel.dtype)
 
 
@@ -62,15 +62,15 @@ def quantized_tree(params: Params, like: Params, shardings: Params | None = None
             )
         )
 
-    return _on_matrices(params, like, replace, shardings)
+    return _map_matrices(params, like, replace, shardings)
 
 
 def rounded_tree(params: Params, like: Params) -> Params:
     """Return ``params`` with those matrices quantised and dequantised again, in their own dtype."""
-    return _on_matrices(params, like, lambda leaf, inputs, _: {"kernel": _rounded(leaf, inputs)})
+    return _map_matrices(params, like, lambda leaf, inputs, _: {"kernel": _round_kernel(leaf, inputs)})
 
 
-def _on_matrices(
+def _map_matrices(
     params: Params,
     like: Params,
     replace: Callable[[Array, int, Params | None], Params],
@@ -85,5 +85,5 @@ def _on_matrices(
             inputs = like[name]["kernel"].ndim - like[name][SCALE].ndim
             replaced[name] = below | replace(below["kernel"], inputs, at)
         else:
-            replaced[name] = _on_matrices(below, like[name], replace, at)
+            replaced[name] = _map_matrices(below, like[name], replace, at)
     return replaced

@@ -51,16 +51,16 @@ def axis_names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def scattered_sum(x: Array, axis: str, mesh: Mesh) -> Array:
+def reduce_scatter(x: Array, axis: str, mesh: Mesh) -> Array:
     """Sum over the devices along ``axis`` inside a shard_map; each device keeps its part of the first dimension."""
     if mesh.devices.flat[0].platform == "cpu":
         # Between processes Gloo's reduce-scatter times out after 30 s, and the limit cannot be changed.
-        return own_part(jax.lax.psum(x, axis), axis, mesh)
+        return local_part(jax.lax.psum(x, axis), axis, mesh)
     scattered: Array = jax.lax.psum_scatter(x, axis, tiled=True)
     return scattered
 
 
-def own_part(whole: Array, axis: str, mesh: Mesh) -> Array:
+def local_part(whole: Array, axis: str, mesh: Mesh) -> Array:
     """Return, inside a shard_map, a device's part of the first dimension along ``axis``."""
     size = whole.shape[0] // mesh.shape[axis]
     own: Array = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * size, size)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from rlhf_jax.models.layout import Constrain, axis_names, own_part, scattered_sum
+from rlhf_jax.models.layout import Constrain, axis_names, local_part, reduce_scatter
 
 
 def look_up(
@@ -40,15 +40,15 @@ def look_up(
     )
 
     @jax.custom_vjp
-    def looked_up(table: Array, tokens: Array) -> Array:
+    def lookup(table: Array, tokens: Array) -> Array:
         out: Array = forward(table, tokens)
         return out
 
-    looked_up.defvjp(
+    lookup.defvjp(
         lambda table, tokens: (forward(table, tokens), tokens),
         lambda tokens, rows: (backward(tokens, rows), None),
     )
-    out: Array = looked_up(table, tokens)
+    out: Array = lookup(table, tokens)
     return out
 
 
@@ -88,7 +88,7 @@ class Island:
         if sums := tuple(axis for axis in self.holders if axis not in self.shared):
             out = jax.lax.psum(out, sums)
         for axis in self.shared:
-            out = scattered_sum(out, axis, self.mesh)
+            out = reduce_scatter(out, axis, self.mesh)
         valid = (tokens >= -self.words) & (tokens < self.words)
         return jnp.where(valid[..., None], out, jnp.nan)
 
@@ -99,7 +99,7 @@ class Island:
             size, parts = size // self.parts(self.holders), self.parts(self.shared)
             local_tokens, is_local = self._local_places(tokens, size)
             tokens = jnp.where(is_local, local_tokens, size)  # ids of other devices: past the last row, dropped
-            rows = self._gathered(rows)
+            rows = self._gather(rows)
 
         def added(whole: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
             places, rows = part
@@ -111,7 +111,9 @@ class Island:
         if size == self.words:
             for axis in self.holders:
                 whole = (
-                    scattered_sum(whole, axis, self.mesh) if axis in self.shared else own_part(whole, axis, self.mesh)
+                    reduce_scatter(whole, axis, self.mesh)
+                    if axis in self.shared
+                    else local_part(whole, axis, self.mesh)
                 )
         if sums := tuple(axis for axis in (*self.batch, *self.columns) if axis not in self.shared):
             whole = jax.lax.psum(whole, sums)
@@ -125,7 +127,7 @@ class Island:
         """Return the number of devices that these axes split over."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def _gathered(self, x: Array) -> Array:
+    def _gather(self, x: Array) -> Array:
         for axis in reversed(self.shared):
             x = jax.lax.all_gather(x, axis, tiled=True)
         return x
@@ -136,7 +138,7 @@ class Island:
         places: index among the ``size`` rows of the table that this device holds; is_local: whether the token is among
         them.
         """
-        tokens = self._gathered(tokens)
+        tokens = self._gather(tokens)
         tokens = jnp.where(tokens < 0, tokens + self.words, tokens)  # counted from the end
         places = tokens - jax.lax.axis_index(self.holders) * size
         return places, (places >= 0) & (places < size)

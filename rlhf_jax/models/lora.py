@@ -139,11 +139,11 @@ def with_dropout(params: Params, rng: Rng) -> Params:
     out: Params = {name: dict(below) if isinstance(below, dict) else below for name, below in params.items()}
     for path, kernel in list(adapted_kernels(params)):
         keys = jax.random.split(jax.random.fold_in(rng, zlib.crc32(path.encode())), kernel["lora_a"].shape[0])
-        out = combine(out, _nested(path, {DROPOUT_KEY: jax.random.key_data(keys)}))
+        out = combine(out, _nest(path, {DROPOUT_KEY: jax.random.key_data(keys)}))
     return out
 
 
-def _nested(path: str, leaf: Params) -> Params:
+def _nest(path: str, leaf: Params) -> Params:
     for name in reversed(path.split("/")):
         leaf = {name: leaf}
     return leaf
@@ -181,13 +181,13 @@ def merge(params: Params, lora: LoraConfig) -> Params:
             merged[name] = below
         elif "lora_a" in below:
             merged[name] = {key: leaf for key, leaf in below.items() if key not in TRAINED}
-            merged[name]["kernel"] = _merged(below["kernel"], below["lora_a"], below["lora_b"], lora.scaling)
+            merged[name]["kernel"] = _merge_kernel(below["kernel"], below["lora_a"], below["lora_b"], lora.scaling)
         else:
             merged[name] = merge(below, lora)
     return merged
 
 
-def _merged(kernel: Array, a: Array, b: Array, scaling: float) -> Array:
+def _merge_kernel(kernel: Array, a: Array, b: Array, scaling: float) -> Array:
     """Return one merged stack of kernels.
 
     kernel: [L, inputs, outputs], a: [L, inputs, r], b: [L, r, outputs], where inputs and outputs are some axes each.

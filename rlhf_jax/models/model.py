@@ -180,7 +180,9 @@ class Model:
         hidden, read, _ = self._module(params).hidden(tokens, positions, segment_ids, self.constrain, keep)
         (keys, values), *sliding = [(to_storage(keys, storage), to_storage(values, storage)) for keys, values in read]
         token_positions = jnp.where(mask, positions, -1)
-        cache = KVCache(keys, values, token_positions, jnp.asarray(width, jnp.int32), storage=storage).widened(capacity)
+        cache = KVCache(keys, values, token_positions, jnp.asarray(width, jnp.int32), storage=storage).pad_columns(
+            capacity
+        )
         recent = None if window is None else self._shard_cache(ring_of(*sliding[0], token_positions, window, storage))
         return hidden[:, -1:], dataclasses.replace(self._shard_cache(cache), recent=recent)
 
@@ -234,7 +236,7 @@ class Model:
     ) -> tuple[Float[Array, "B 1 D"], KVCache]:
         """Read one more token of every row; return its hidden state and the cache.
 
-        layers: `separate_layers` of params; the cache must then be `separated`.
+        layers: `separate_layers` of params; the cache must then be `separate_layers`.
         """
         module = self._module(params)
         if layers is None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.layout import Constrain, axis_names, scattered_sum
+from rlhf_jax.models.layout import Constrain, axis_names, reduce_scatter
 from rlhf_jax.models.weights import Matrix, precision_of, random_matrix
 
 
@@ -56,7 +56,7 @@ class Experts(nnx.Module):
         if constrain.mesh is None or constrain.mesh.size == 1:
             out = mixture(x, picked, weights, *kernels)
         else:
-            out = _over_mesh(mixture, x, picked, weights, *kernels, constrain=constrain, mesh=constrain.mesh)
+            out = _apply_over_mesh(mixture, x, picked, weights, *kernels, constrain=constrain, mesh=constrain.mesh)
         return out.astype(x.dtype), Routing(picked, probabilities)
 
 
@@ -95,7 +95,7 @@ def apply_experts(
     return summed.reshape(x.shape)
 
 
-def _over_mesh(
+def _apply_over_mesh(
     mixture: Callable[..., Array],
     x: Array,
     picked: Array,
@@ -124,7 +124,7 @@ def _over_mesh(
         if sums := tuple(axis for axis in (*holders, *splits) if axis not in shared):
             out = jax.lax.psum(out, sums)
         for axis in reversed(shared):
-            out = scattered_sum(out, axis, mesh)
+            out = reduce_scatter(out, axis, mesh)
         return out
 
     island = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, inner, inner, outer), out_specs=rows)

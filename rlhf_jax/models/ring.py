@@ -50,7 +50,7 @@ def ring_attention(
     length = query.shape[1] // parts
     reach = parts if window is None else min(parts, 1 + -(-(window - 1) // length))
     local = functools.partial(
-        _on_one_device, axis=axis, parts=parts, hops=reach, window=window, scale=scale, cap=cap, precision=precision
+        _attend_locally, axis=axis, parts=parts, hops=reach, window=window, scale=scale, cap=cap, precision=precision
     )
     query_spec = PartitionSpec(batch, columns, heads, None, size)
     island = jax.shard_map(
@@ -63,7 +63,7 @@ def ring_attention(
     return mixed
 
 
-def _on_one_device(
+def _attend_locally(
     query: Array,
     key: Array,
     value: Array,

@@ -50,10 +50,10 @@ class RopeScaling:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and gin give lists
         numbers = ["factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"]
         for name in [*numbers, "attention_factor"]:
-            _positive(f"RopeScaling.{name}", getattr(self, name))
+            _check_positive(f"RopeScaling.{name}", getattr(self, name))
         for name in ("short_factors", "long_factors"):
             for value in getattr(self, name):
-                _positive(f"RopeScaling.{name}", value)
+                _check_positive(f"RopeScaling.{name}", value)
         if not isinstance(self.truncate, bool):
             raise InputError(f"RopeScaling.truncate = {self.truncate!r}: give True or False")
         length = self.original_max_length
@@ -107,10 +107,10 @@ def inverse_frequencies(rope: Rope) -> Array:
     plain = np.float32(1) / powers
     if rope.scaling is None:
         return jnp.asarray(plain)
-    return jnp.asarray(_scaled(plain.astype(np.float64), rope, rope.scaling), jnp.float32)
+    return jnp.asarray(_scale_frequencies(plain.astype(np.float64), rope, rope.scaling), jnp.float32)
 
 
-def _scaled(plain: np.ndarray, rope: Rope, scaling: RopeScaling) -> Any:
+def _scale_frequencies(plain: np.ndarray, rope: Rope, scaling: RopeScaling) -> Any:
     """Return the frequencies ``plain`` changed by ``scaling``, in float64."""
     if scaling.kind == "linear":
         return plain / scaling.factor
@@ -138,6 +138,6 @@ def _yarn_dimension(rope: Rope, scaling: RopeScaling, turns: float) -> float:
     return pairs
 
 
-def _positive(name: str, value: object) -> None:
+def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{name} = {value!r}: give a positive number")

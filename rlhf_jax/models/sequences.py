@@ -46,11 +46,11 @@ def sequence_logprobs_and_router_loss(model: Model, params: Params, batch: Token
 
 
 def _logprobs_of(model: Model, params: Params, hidden: Array, batch: TokenBatch) -> tuple[Array, Array]:
-    logprobs, entropy = _predicted(model, params, hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:])
+    logprobs, entropy = _predict_logprobs(model, params, hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:])
     return jnp.pad(logprobs, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
 
 
-def _predicted(
+def _predict_logprobs(
     model: Model, params: Params, hidden: Array, targets: Array, mask: Array, temperature: float = 1.0
 ) -> tuple[Array, Array]:
     """Return `ops.hidden_logprobs` of the model, 0 where the mask is False.
@@ -90,7 +90,7 @@ def response_logprobs(
     temperature: float,
 ) -> tuple[Array, Array]:
     """Return (log-probabilities of the response tokens, entropies), float32 [B, T], 0 outside the response."""
-    return _predicted(model, params, hidden, completions.tokens, completions.mask, temperature)
+    return _predict_logprobs(model, params, hidden, completions.tokens, completions.mask, temperature)
 
 
 def sequence_scores(model: Model, params: Params, batch: TokenBatch) -> Array:

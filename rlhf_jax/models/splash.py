@@ -47,7 +47,7 @@ def splash_attention(
     rows = query.transpose(0, 2, 3, 1, 4) * scale  # [B, G, R, S, K]
     rows, key, value = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, fill), (0, 0)]) for x in (rows, key, value))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, fill)))
-    local = functools.partial(_on_one_device, window=window, cap=cap, interpret=interpret)
+    local = functools.partial(_attend_locally, window=window, cap=cap, interpret=interpret)
     if mesh is not None and key_spec is not None:
         batch, heads, columns, size = key_spec
         rows_spec = PartitionSpec(batch, heads, None, columns, size)
@@ -62,7 +62,7 @@ def splash_attention(
     return mixed[:, :, :, :length].transpose(0, 3, 1, 2, 4)
 
 
-def _on_one_device(
+def _attend_locally(
     query: Array,
     key: Array,
     value: Array,

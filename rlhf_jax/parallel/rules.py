@@ -59,7 +59,9 @@ def _shards(mesh: Mesh | AbstractMesh, entry: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _checked(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...], name: str) -> PartitionSpec:
+def _check_divisible(
+    mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...], name: str
+) -> PartitionSpec:
     """Return ``spec``. Raises InputError when it does not divide ``shape``."""
     for size, entry in zip(shape, spec, strict=False):
         shards = _shards(mesh, entry)
@@ -80,7 +82,9 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh | AbstractMesh, 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     axes = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     shardings = [
-        NamedSharding(mesh, _checked(mesh, partition_spec(names, rules), leaf.shape, jax.tree_util.keystr(path)))
+        NamedSharding(
+            mesh, _check_divisible(mesh, partition_spec(names, rules), leaf.shape, jax.tree_util.keystr(path))
+        )
         for (path, leaf), names in zip(leaves, axes, strict=True)
     ]
     return jax.tree.unflatten(treedef, shardings)

@@ -119,7 +119,7 @@ def _grow(job: Job, state: Slots, running: int) -> Slots:
     columns, step = job.width + job.sampling.max_new_tokens, state.cache.positions.shape[1] - job.width
     while (capacity := state.cache.positions.shape[1]) < columns:
         state = decode_until(job, state, running)
-        state = dataclasses.replace(state, cache=state.cache.widened(min(capacity + step, columns)))
+        state = dataclasses.replace(state, cache=state.cache.pad_columns(min(capacity + step, columns)))
     return state
 
 

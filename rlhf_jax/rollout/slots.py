@@ -158,8 +158,8 @@ def read_prompts(job: Job, first: int | Array, count: int) -> Staged:
         hidden, cache = job.model.prefill_after(
             job.params, tokens[:, prefix_length:], mask, positions[:, prefix_length:], cache, job.slots.prefill_chunk
         )
-        cache = cache if job.window is None else cache.parted(job.model.config.slides, job.window)
-    return Staged(first, prompts, hidden, cache if job.layers is None else cache.separated())
+        cache = cache if job.window is None else cache.split_sliding(job.model.config.slides, job.window)
+    return Staged(first, prompts, hidden, cache if job.layers is None else cache.separate_layers())
 
 
 def read_prefix(job: Job) -> KVCache:
@@ -179,7 +179,7 @@ def fill_slots(job: Job, staged: Staged, slots: int, columns: int) -> Slots:
     """
     rows = jnp.arange(slots, dtype=jnp.int32)
     if job.samples == 1:  # every row has its prompt already; on a mesh a gather would send the cache to all devices
-        cache = staged.cache.widened(job.width + columns)
+        cache = staged.cache.pad_columns(job.width + columns)
     else:
         cache = staged.cache.take(rows // job.samples, job.width + columns)
     return Slots(

@@ -295,7 +295,7 @@ def test_separate_layers_have_the_order_of_stacked_ones(changes):
         positions = ops.positions_from_mask(prompts.mask)
         _, cache = model.prefill(params, prompts.tokens, jnp.asarray(prompts.mask), positions, 7)
         layers = model.separate_layers(params) if separate else None
-        cache = cache.separated() if separate else cache
+        cache = cache.separate_layers() if separate else cache
         hidden, _ = model.decode(params, tokens, positions[:, -1:] + 1, cache, layers)
         return model.logits(params, hidden, few_rows=separate)
 

@@ -124,7 +124,7 @@ def _rope_objects(fields: Fields, where: str, nested: bool) -> tuple[list[dict[s
             for kind, entry in value.items():
                 if not isinstance(entry, Mapping):
                     raise InputError(f"{where}: {name}.{kind} = {entry!r}: must be an object")
-            sliding = _normalized(dict(value.get("sliding_attention", {})), f"{where}: {name}")
+            sliding = _normalize(dict(value.get("sliding_attention", {})), f"{where}: {name}")
             base = sliding.pop("rope_theta", None)
             if None not in (base, local) and base != local:
                 raise InputError(f"{where}: rope_scaling and rope_parameters disagree; keep one")
@@ -132,11 +132,11 @@ def _rope_objects(fields: Fields, where: str, nested: bool) -> tuple[list[dict[s
             if sliding or value.keys() - {"full_attention", "sliding_attention"}:
                 raise InputError(f"{where}: {name} = {dict(value)}: this is not implemented")
             value = value.get("full_attention", {})
-        objects.append(_normalized(dict(value), f"{where}: {name}"))
+        objects.append(_normalize(dict(value), f"{where}: {name}"))
     return objects, local
 
 
-def _normalized(settings: dict[str, Any], where: str) -> dict[str, Any]:
+def _normalize(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the object without the kind when that is "default". "type" is the old name of "rope_type", and "su" of "longrope"."""
     kind = settings.pop("type", None)
     newer = settings.get("rope_type", kind)
