@@ -130,7 +130,7 @@ def choose_implementation(config: ModelConfig, constrain: Constrain) -> str:
     if config.attention != "auto":
         if missing := _missing_support(ABILITIES[config.attention], config, platform, split):
             raise InputError(
-                f"ModelConfig.attention = {config.attention!r} cannot do {missing}; use 'auto' or 'xla' "
+                f"ModelConfig.attention = {config.attention!r} does not support {missing}; use 'auto' or 'xla' "
                 "(rlhf_jax/models/attention.py has the table)"
             )
         return config.attention

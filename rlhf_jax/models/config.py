@@ -181,7 +181,7 @@ class ModelConfig:
             )
         if self.positions == "learned":
             if self.rope_scaling is not None or self.rope_theta_sliding is not None:
-                raise InputError("ModelConfig.positions = 'learned': goes without rope_scaling and rope_theta_sliding")
+                raise InputError("ModelConfig.positions = 'learned': remove rope_scaling and rope_theta_sliding")
             return
         if self.head_dim % 2:
             raise InputError(f"ModelConfig.head_dim = {self.head_dim}: rotary positions need an even head_dim")
@@ -226,7 +226,7 @@ class ModelConfig:
         if not self.num_experts:
             if self.experts_per_token or self.expert_ffn_size or self.dense_layers or self.router_coefficient:
                 raise InputError(
-                    "ModelConfig.num_experts = 0: goes without experts_per_token, expert_ffn_size, dense_layers and "
+                    "ModelConfig.num_experts = 0: remove experts_per_token, expert_ffn_size, dense_layers and "
                     "router_coefficient"
                 )
             return
@@ -309,7 +309,7 @@ class ModelConfig:
         fields = parse_object(text, where)
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - names):
-            raise InputError(f"{where}: unknown fields {', '.join(unknown)}: written by another version?")
+            raise InputError(f"{where}: unknown fields {', '.join(unknown)}: was it written by another version?")
         try:
             if isinstance(fields.get("rope_scaling"), dict):
                 fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])

@@ -56,5 +56,7 @@ def _connect_devices(mesh: Mesh) -> None:
     try:
         global_state.client.wait_at_barrier(f"meeting {next(_barrier_numbers)}", BARRIER_MINUTES * 60_000)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"--distributed: the other processes did not come: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"--distributed: the other processes did not connect in time: {str(error).splitlines()[0]}"
+        ) from error
     jax.block_until_ready(compiled(numbers))

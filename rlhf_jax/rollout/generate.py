@@ -58,7 +58,7 @@ def generate(
         )
     if slots.shared_prefix >= width:
         raise InputError(
-            f"generate: SlotConfig.shared_prefix = {slots.shared_prefix} leaves nothing of prompts of {width} columns"
+            f"generate: SlotConfig.shared_prefix = {slots.shared_prefix} must be below the prompt width of {width} columns"
         )
     if samples < 1:
         raise InputError(f"generate: samples = {samples}: must be at least 1")

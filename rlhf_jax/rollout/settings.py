@@ -127,7 +127,7 @@ def check_shared_prompts(prompts: Sequence[Sequence[int]], slots: SlotConfig) ->
     length = slots.shared_prefix
     for number, prompt in enumerate(prompts if length else ()):
         if len(prompt) <= length or list(prompt[:length]) != list(prompts[0][:length]):
-            why = f"has {len(prompt)} tokens" if len(prompt) <= length else "begins otherwise than prompt 0"
+            why = f"has {len(prompt)} tokens" if len(prompt) <= length else "begins with other tokens than prompt 0"
             raise InputError(
                 f"SlotConfig.shared_prefix = {length}: prompt {number} {why}; set it to what all share, or 0"
             )

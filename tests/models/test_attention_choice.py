@@ -130,5 +130,5 @@ def test_the_platform_is_that_of_the_mesh():
     model, params = tiny_model(attention="splash", compute_dtype="bfloat16")
     tokens = np.ones((2, 4), np.int32)
     for constrained in (model, Model(model.config, ActivationConstraint(make_mesh(MeshConfig(), jax.devices()[:1])))):
-        with pytest.raises(InputError, match="ModelConfig.attention = 'splash' cannot do platform 'cpu'"):
+        with pytest.raises(InputError, match="ModelConfig.attention = 'splash' does not support platform 'cpu'"):
             jax.eval_shape(constrained.apply, params, tokens)

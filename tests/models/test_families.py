@@ -347,7 +347,7 @@ def test_configurations_that_no_checkpoint_can_express() -> None:
         config_to_hf(EXPECTED.replace(head="lm+scalar"))
     with pytest.raises(InputError, match="hidden_size = 32 is not a multiple of num_heads = 5"):
         config_to_hf(EXPECTED.replace(num_heads=5, num_kv_heads=1))
-    with pytest.raises(InputError, match="logit_soft_cap = 3.0: a checkpoint of family 'llama' cannot say this"):
+    with pytest.raises(InputError, match="logit_soft_cap = 3.0: a checkpoint of family 'llama' cannot express this"):
         config_to_hf(EXPECTED.replace(logit_soft_cap=3.0))
     with pytest.raises(InputError, match="family = 'gpt5': one of llama, mistral"):
         config_to_hf(EXPECTED.replace(family="gpt5"))

@@ -180,11 +180,11 @@ def test_bytes_of_a_cache():
 def test_prompts_that_do_not_share_the_prefix_are_named():
     check_shared_prompts(LISTS, SlotConfig(shared_prefix=3))
     check_shared_prompts([[1], [2]], SlotConfig())
-    with pytest.raises(InputError, match="shared_prefix = 3: prompt 1 begins otherwise"):
+    with pytest.raises(InputError, match="shared_prefix = 3: prompt 1 begins with other tokens"):
         check_shared_prompts([[1, 2, 3, 4], [1, 2, 4, 4]], SlotConfig(shared_prefix=3))
     with pytest.raises(InputError, match="shared_prefix = 4: prompt 0 has 4 tokens"):
         check_shared_prompts([[1, 2, 3, 4]], SlotConfig(shared_prefix=4))
-    with pytest.raises(InputError, match="leaves nothing of prompts of 12 columns"):
+    with pytest.raises(InputError, match="must be below the prompt width of 12 columns"):
         run(MODEL, PARAMS, SlotConfig(shared_prefix=12))
 
 

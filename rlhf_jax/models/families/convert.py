@@ -95,7 +95,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if family.even_heads and config.hidden_size % config.num_heads:
         raise InputError(
             f"ModelConfig.hidden_size = {config.hidden_size} is not a multiple of num_heads = {config.num_heads}: "
-            f"transformers cannot say this {family.model_type} model"
+            f"transformers cannot express this {family.model_type} model"
         )
     hf_fields: dict[str, Any] = {
         name: getattr(config, targets if isinstance(targets, str) else targets[0])
@@ -117,7 +117,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         value = getattr(config, field.name)
         if value != getattr(parsed, field.name):
             raise InputError(
-                f"ModelConfig.{field.name} = {value!r}: a checkpoint of family {config.family!r} cannot say this; choose "
+                f"ModelConfig.{field.name} = {value!r}: a checkpoint of family {config.family!r} cannot express this; choose "
                 "another ModelConfig.family"
             )
     weights_of(config)
