@@ -39,7 +39,7 @@ def connect(how: str) -> None:
 def agreed(step: int) -> int:
     """Return the first process's number on every process.
 
-    Only the first process names checkpoints and sets damaged ones aside, so only it knows which there are.
+    Only the first process names checkpoints and sets damaged ones aside, so its number is the valid one.
     """
     return step if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(step))
 

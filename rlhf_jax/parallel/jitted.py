@@ -28,7 +28,7 @@ def jitted(
 ) -> Jitted[_P, _R]:
     """Return ``function`` under `jax.jit`.
 
-    out: the sharding of every output. Left to the compiler, a state could come back laid out otherwise: nothing would be donated,
+    out: the sharding of every output. Left to the compiler, a state could come back with other shardings: nothing would be donated,
     and the second step would compile again. donate: places of arguments whose buffers the outputs take over. static: names of
     arguments that the program depends on.
     """

@@ -115,7 +115,7 @@ class SlotConfig:
             raise InputError(f"SlotConfig.separate_layers = {self.separate_layers!r}: give True or False")
         if self.slots and self.refill_at > self.slots:
             raise InputError(
-                f"SlotConfig.refill_at = {self.refill_at}: more than SlotConfig.slots = {self.slots} never fall free"
+                f"SlotConfig.refill_at = {self.refill_at}: more than SlotConfig.slots = {self.slots} are never free"
             )
 
 

@@ -8,7 +8,7 @@ from rlhf_jax.models.families.value_fields import GPT2_SCALE, activation
 
 _GPT2 = "transformer.h.{layer}."
 
-GPT2_WEIGHTS = (  # matrices lie transposed (Conv1D)
+GPT2_WEIGHTS = (  # matrices are transposed (Conv1D)
     Weight("transformer.wte.weight", "embed/embedding", "v d -> v d"),
     Weight("transformer.wpe.weight", "position_embed/embedding", "p d -> p d"),
     *with_bias(_GPT2 + "ln_1", "layers/attention_norm"),

@@ -15,7 +15,7 @@ MISTRAL = Family(
     fields=SIZES,
     defaults=defaults(4096 * 32, 8),
     rules=(activation("hidden_act", "silu"), one_window(4096), rope_rule()),
-    # transformers' MistralConfig knows none of these; checkpoints that have them mean Llama's
+    # transformers' MistralConfig has none of these fields; in checkpoints that have them they mean the same as for Llama
     fixed=NO_DROPOUT | {"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": (1, None)},
     weights=LLAMA_WEIGHTS,
 )
