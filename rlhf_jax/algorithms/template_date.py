@@ -14,7 +14,7 @@ from rlhf_jax.algorithms.models import Loaded
 from rlhf_jax.data import Template, writes_date
 from rlhf_jax.data.record_sets import Records
 from rlhf_jax.io import locate, read_template, template_from
-from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.parallel.distributed import broadcast_from_first
 from rlhf_jax.storage.files import write_atomically
 from rlhf_jax.storage.names import CARD, TEMPLATE
 from rlhf_jax.storage.remote import is_remote, one_line, open_store, sync_url
@@ -54,4 +54,4 @@ def _run_template(run_dir: Path) -> Template | None:
 
 def _today() -> str:
     """Return the date on the clock of the first process."""
-    return datetime.date.fromordinal(agreed(datetime.date.today().toordinal())).isoformat()
+    return datetime.date.fromordinal(broadcast_from_first(datetime.date.today().toordinal())).isoformat()

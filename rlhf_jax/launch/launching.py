@@ -26,7 +26,7 @@ from rlhf_jax.launch.command import asks_for_help, exit_code_for, explain_os_err
 from rlhf_jax.launch.modes import MODE_FLAGS
 from rlhf_jax.loop.cold_start import watch
 from rlhf_jax.messages import steady_output
-from rlhf_jax.parallel.distributed import agreed, connect
+from rlhf_jax.parallel.distributed import broadcast_from_first, connect
 from rlhf_jax.processes import watch_parent
 
 flags.DEFINE_multi_string("gin_file", [], "A gin file; give the flag again to add files, later ones win.")
@@ -113,7 +113,7 @@ def _launch(run_fn: Callable[[], object], argv: Sequence[str]) -> int:
         from rlhf_jax.config import surface  # noqa: F401  registers what a gin file may name; it imports nearly everything
 
         scanned = parse(flags.FLAGS.gin_file, flags.FLAGS.gin_bindings)
-        with one_choice(agreed):
+        with one_choice(broadcast_from_first):
             run_fn()
     except KeyboardInterrupt:
         return 130

@@ -30,7 +30,7 @@ from rlhf_jax.loop.run import Run
 from rlhf_jax.loop.signals import Signals
 from rlhf_jax.loop.status import Status
 from rlhf_jax.loop.watchdog import Watchdog
-from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.parallel.distributed import broadcast_from_first
 from rlhf_jax.rundir.checkpoints import Checkpoints, Retention, newest_verified
 from rlhf_jax.rundir.mirror import Mirror, open_mirror
 from rlhf_jax.rundir.outputs import record_outputs
@@ -119,7 +119,7 @@ def open_run(
         finish = stack.enter_context(_record_outputs_at_end(directory))
         signals = stack.enter_context(Signals())
         _check_same_run(directory, identity, bound, output)
-        resumed = agreed(newest_verified(directory) if first else 0)
+        resumed = broadcast_from_first(newest_verified(directory) if first else 0)
         if first and mirror is not None:
             mirror.claim(stage, seed, bound.operative)
         if first:
@@ -141,7 +141,7 @@ def _check_same_run(directory: Path, identity: Mapping[str, Any], bound: BoundCo
     if step or (output is not None and (directory / output).is_file()):
         content = f"is at step {step}" if step else f"holds {output}"
         check_changes(directory, identity, bound.operative, content)
-    check_shared_directory(directory, agreed(os.getpid()))
+    check_shared_directory(directory, broadcast_from_first(os.getpid()))
 
 
 def _assemble_run(
@@ -209,12 +209,12 @@ def _hold_lock(directory: Path) -> Iterator[None]:
     After an InputError, a directory that this call made is removed if it is unused, while the lock is held.
     """
     if jax.process_index() != 0:
-        agreed(0)  # the first process makes it
+        broadcast_from_first(0)  # the first process makes it
         make_directory(directory)
         yield
         return
     fresh = make_directory(directory)
-    agreed(0)
+    broadcast_from_first(0)
     with lock(directory):
         remove_temporary(directory)
         try:

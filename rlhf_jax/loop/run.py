@@ -40,7 +40,7 @@ from rlhf_jax.loop.signals import Signals
 from rlhf_jax.loop.status import Status
 from rlhf_jax.loop.unchecked import Unchecked
 from rlhf_jax.loop.watchdog import Watchdog
-from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.parallel.distributed import broadcast_from_first
 from rlhf_jax.rundir.checkpoints import Checkpoints
 from rlhf_jax.rundir.tracking import Metrics, Tracker, fetch
 from rlhf_jax.storage.files import write_atomically
@@ -232,7 +232,7 @@ class Run:
         if len(self.bad) > self.loop.bad_steps:
             raise RunStopped(f"step {step}: {problem}; {len(self.bad)} bad steps, LoopConfig.bad_steps allows fewer")
         self.checkpoints.drain()  # a save in progress is the one to roll back to
-        restored_step = agreed(latest_step(self.directory) or 0) if policy == "rollback" else 0
+        restored_step = broadcast_from_first(latest_step(self.directory) or 0) if policy == "rollback" else 0
         if policy == "rollback" and not restored_step:
             raise RunStopped(f"step {step}: {problem}; no checkpoint yet to roll back to (LoopConfig.save_every)")
         consequence = (
@@ -247,7 +247,7 @@ class Run:
         Host values such as the position in the data are not restored, so the batches since the checkpoint are skipped.
         """
         self.checkpoints.drain()
-        step = agreed(latest_step(self.directory) or 0)
+        step = broadcast_from_first(latest_step(self.directory) or 0)
         state, _ = self.checkpoints.restore(state, step, donate=True)
         self.tracker.rewind(step)
         self._step, self._saved, self._going_back = step, step, False

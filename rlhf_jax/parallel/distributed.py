@@ -36,7 +36,7 @@ def connect(how: str) -> None:
     _initialize(coordinator_address=parts[0], num_processes=count, process_id=index)
 
 
-def agreed(step: int) -> int:
+def broadcast_from_first(step: int) -> int:
     """Return the first process's number on every process.
 
     Only the first process names checkpoints and sets damaged ones aside, so its number is the valid one.

@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel.meeting import connect_devices
+from rlhf_jax.parallel.connections import connect_devices
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """Axes in the order of communication between their devices, least first: neighbours are along the last axis."""

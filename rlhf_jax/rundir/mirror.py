@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, latest_step, saved_steps, steps_among
 from rlhf_jax.config.parsing import changes
 from rlhf_jax.errors import InputError, RunStopped
-from rlhf_jax.parallel.distributed import agreed
+from rlhf_jax.parallel.distributed import broadcast_from_first
 from rlhf_jax.rundir.checkpoints import SAVING
 from rlhf_jax.rundir.provenance import read_provenance
 from rlhf_jax.rundir.resume import check_stage, lock, make_directory
@@ -68,7 +68,7 @@ def open_mirror(directory: Path, stage: str, output: str | None = None) -> Mirro
     if jax.process_index() == 0:
         check_stage(directory, stage)
         mirror.fetch(stage, output)
-    agreed(0)  # the other processes read the directory next
+    broadcast_from_first(0)  # the other processes read the directory next
     return mirror
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.parallel import MeshConfig, make_mesh, replicated, to_global
-from rlhf_jax.parallel.distributed import agreed, connect
+from rlhf_jax.parallel.distributed import broadcast_from_first, connect
 
 SECONDS = 34.0
 """More than the 30 s that Gloo waits for the first collective of a set of devices."""
@@ -27,4 +27,4 @@ if __name__ == "__main__":
     if sys.argv[2] == "behind":
         time.sleep(late)  # compiling
     add = jax.jit(lambda x: x.sum(0), out_shardings=replicated(mesh))
-    print(np.asarray(add(to_global(np.arange(8).reshape(4, 2), mesh))), agreed(7), flush=True)
+    print(np.asarray(add(to_global(np.arange(8).reshape(4, 2), mesh))), broadcast_from_first(7), flush=True)

@@ -54,7 +54,7 @@ def _connect_devices(mesh: Mesh) -> None:
     compiled = jax.jit(sum_over_sets).lower(numbers).compile()
     assert global_state.client is not None  # there are several processes
     try:
-        global_state.client.wait_at_barrier(f"meeting {next(_barrier_numbers)}", BARRIER_MINUTES * 60_000)
+        global_state.client.wait_at_barrier(f"connect {next(_barrier_numbers)}", BARRIER_MINUTES * 60_000)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
             f"--distributed: the other processes did not connect in time: {str(error).splitlines()[0]}"
