@@ -1,4 +1,4 @@
-"""What is wrong with a training configuration, before it costs days. Nothing is trained, nothing is written to its run_dir.
+"""Checks of a training configuration before a long run. Nothing is trained, nothing is written to its run_dir.
 
     python experiments/doctor.py --experiment=train_ppo --gin_file=configs/support_desk/ppo.gin
 

@@ -61,8 +61,11 @@ def run(
     samples_shown: int = 8,
     other_template: Sequence[str] = (),
 ) -> None:
-    """policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy).
-    other_template: names of policies that are taken though they learned from conversations written otherwise than prompts."""
+    """Compare policies on the same prompts.
+
+    policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy).
+    other_template: names of policies that are taken though they learned from conversations written otherwise than prompts.
+    """
     bound = bound_config()
     prompts = open_records(prompts)
     check_unused(batch, "packed", "folded", "microbatches")
@@ -128,7 +131,7 @@ def _sample(
     rng: Rng,
     directory: Path,
 ) -> Evaluated:
-    """Of one policy."""
+    """Sample and score the responses of one policy."""
     assert source.path is not None
     loaded = load_model(source, "lm", devices, rng)
     tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
@@ -192,7 +195,7 @@ def _scores(
 
 
 def _print(evaluation: dict[str, Any]) -> None:
-    """Scores of every policy, the paired differences of all scores, and a sentence for each pair of policies."""
+    """Print the scores of every policy, the paired differences of all scores, and a sentence for each pair of policies."""
     policies, differences = evaluation["policies"], evaluation["differences"]
     scored = [(policy["name"], policy["scores"]) for policy in policies]
     paired = [(f"{pair['from']} to {pair['to']}", pair["paired"]) for pair in differences]

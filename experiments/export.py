@@ -45,7 +45,7 @@ from rlhf_jax.storage.names import PROVENANCE
 
 
 def export() -> int:
-    """Raises InputError for what cannot be read or written."""
+    """Export the run of the flags. Raises InputError for files that cannot be read or written."""
     given = flags.FLAGS
     out = Path(given.out)
     if out.exists():
@@ -77,7 +77,7 @@ def export() -> int:
 
 
 def adapter(out: Path) -> int:
-    """Only the adapters. Raises InputError when the base is nothing that ``peft`` could load."""
+    """Export only the adapters. Raises InputError when ``peft`` cannot load the base."""
     given = flags.FLAGS
     for name in ("head", "dtype", "pad_token"):
         if getattr(given, name) is not None:
@@ -93,7 +93,7 @@ def adapter(out: Path) -> int:
 
 
 def what_goes_along() -> dict[str, Any]:
-    """What the run says beside its weights: generation config, template of its conversations, provenance."""
+    """Return the files of the run beside its weights: generation config, template of its conversations, provenance."""
     source = locate(flags.FLAGS.run_dir)
     template, provenance = read_template(source.path), source.path / PROVENANCE
     lineage = provenance.read_bytes() if provenance.is_file() else None

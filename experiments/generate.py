@@ -54,9 +54,12 @@ def run(
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
 ) -> None:
-    """samples: completions per prompt, batch_size prompts at a time. seeds: column of the prompts (one of ``Fields.extra``)
+    """Sample completions, score them and compare them.
+
+    samples: completions per prompt, batch_size prompts at a time. seeds: column of the prompts (one of ``Fields.extra``)
     with a number for each, which its random bits then depend on instead of its place in the file. score_texts: scores
-    written with each completion (the annotator needs "gold")."""
+    written with each completion (the annotator needs "gold").
+    """
     bound = bound_config()
     prompts = open_records(prompts)
     check_unused(batch, "packed", "folded", "microbatches")
@@ -115,7 +118,7 @@ def _sample(
     devices: Mesh,
     rng: Rng,
 ) -> tuple[list[dict[str, Any]], list[Response], float]:
-    """A row and a `Response` per completion (every prompt once, then again for the next sample), and the use of slots."""
+    """Return a row and a `Response` per completion (every prompt once, then again for the next sample), and the use of slots."""
     tokenizer, pad = loaded.tokenizer, data.padding_id(loaded.tokenizer)
     prompts = with_date(prompts, loaded, directory)
     keep_date(directory, prompts.template)
@@ -149,13 +152,13 @@ def _sample(
 
 
 def _row(sample: int, response: Response) -> dict[str, Any]:
-    """Of completions.jsonl."""
+    """Return a row of completions.jsonl."""
     asked = {"id": response.id, "prompt": data.prompt_column(response.prompt)}
     return asked | {"sample": sample, "response": response.text, "ended": response.ended}
 
 
 def _seed(record: data.Prompt, column: str) -> int:
-    """Raises InputError for a prompt that has none."""
+    """Return the seed of a prompt. Raises InputError for a prompt that has none."""
     seed = record.extra.get(column)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < PromptBatch.SEEDS:
         has = "has no such column (Fields.extra names those that are read)" if seed is None else f"has {seed!r} there"
@@ -164,7 +167,7 @@ def _seed(record: data.Prompt, column: str) -> int:
 
 
 def _annotate(directory: Path, rows: list[dict[str, Any]], annotator: AnnotatorConfig) -> None:
-    """comparisons.jsonl of the first two replies of each prompt, and annotation.json about them."""
+    """Write comparisons.jsonl of the first two responses of each prompt, and annotation.json about them."""
     by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
     said = [pair for pair in zip(*by_sample, strict=True) if all(row["response"].strip() for row in pair)]
     scored = [pair for pair in said if all(row["scores"]["gold"] is not None for row in pair)]

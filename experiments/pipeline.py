@@ -67,7 +67,10 @@ class Stage:
 
 @gin.configurable
 def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
-    """stages: in order; the first that fails ends the pipeline with its exit code. seed: of every stage."""
+    """Run the stages.
+
+    stages: in order; the first that fails ends the pipeline with its exit code. seed: of every stage.
+    """
     bound = bound_config()
     directory = Path(run_dir).expanduser().absolute()
     check(stages, seed)
@@ -99,7 +102,7 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
 
 
 def bindings(stage: Stage, directory: Path, seed: int) -> list[str]:
-    """The gin bindings of a stage whose pipeline lives in ``directory``."""
+    """Return the gin bindings of a stage whose pipeline lives in ``directory``."""
     scanned = scan([stage.gin_file], [])
     values = {
         key_to_bind(scanned, "run.run_dir"): str(directory / stage.name),
@@ -110,7 +113,7 @@ def bindings(stage: Stage, directory: Path, seed: int) -> list[str]:
 
 
 def command(stage: Stage, directory: Path, seed: int) -> list[str]:
-    """What runs a stage."""
+    """Return the command line of a stage."""
     flags = [f"--gin_file={stage.gin_file}", *(f"--gin_bindings={text}" for text in bindings(stage, directory, seed))]
     if (url := sync_url()) is not None:
         flags.append(f"--sync={url.rstrip('/')}/{stage.name}")
@@ -118,8 +121,10 @@ def command(stage: Stage, directory: Path, seed: int) -> list[str]:
 
 
 def check(stages: Sequence[Stage], seed: int) -> None:
-    """Raises InputError for what can be seen before the first stage starts: files, macros, order, and of every
-    stage the names and types of what it binds."""
+    """Check the stages before the first one starts: files, macros, order, and the names and types of all bindings.
+
+    Raises InputError for the first problem.
+    """
     before: list[str] = []
     for stage in stages:
         if stage.name in before:
@@ -166,8 +171,10 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:
-    """Whether a stage ended well with this configuration, and everything it read is still what it read then. Raises InputError
-    when what it wrote is not."""
+    """Return whether a stage finished with this configuration and its inputs have not changed.
+
+    Raises InputError when its outputs have changed.
+    """
     if entry is None or entry["asked"] != asked or not (run_dir / PROVENANCE).is_file():
         return False
     if changed := changed_outputs(run_dir):
@@ -179,7 +186,7 @@ def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> boo
 
 
 def _fail(stage: Stage, code: int) -> None:
-    """Leaves with the exit code of the stage."""
+    """Exit with the exit code of the stage."""
     if code in STOPPED:
         print(f"stopped in stage {stage.name}; the same command goes on from here", file=sys.stderr)
         raise SystemExit(code)

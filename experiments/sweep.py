@@ -73,7 +73,7 @@ Record = dict[str, Any]
 
 
 def bindings_of(run: PlannedRun, run_dir: Path | None) -> list[str]:
-    """Everything bound on the command line of a run; run_dir: None leaves it out."""
+    """Return the bindings on the command line of a run; run_dir: None leaves it out."""
     bound = [*FLAGS.gin_bindings, *(f"{key} = {value}" for key, value in run.values.items())]
     scanned = scan(FLAGS.gin_file, bound)
     if run.seed is not None:
@@ -84,14 +84,14 @@ def bindings_of(run: PlannedRun, run_dir: Path | None) -> list[str]:
 
 
 def command_of(run: PlannedRun, out: Path) -> list[str]:
-    """What a run is started with."""
+    """Return the command line of a run."""
     given = [f"--gin_file={file}" for file in FLAGS.gin_file]
     given += [f"--gin_bindings={text}" for text in bindings_of(run, out / run.name)]
     return [sys.executable, str(ROOT / "experiments" / f"{FLAGS.experiment}.py"), *given]
 
 
 def state_of(run: PlannedRun, out: Path, record: Record) -> str:
-    """'done', 'failed', 'half done' or 'to do', for what is asked for now."""
+    """Return 'done', 'failed', 'half done' or 'to do', for the present configuration."""
     entry = record["runs"].get(run.name)
     if not (out / run.name).is_dir():
         return "failed" if entry and entry["state"] == "failed" else "to do"
@@ -123,7 +123,7 @@ def execute(run: PlannedRun, out: Path) -> Record:
 
 
 def last_lines(log: Path) -> list[str]:
-    """The lines with something on them in the last 64 KiB of a log: it may be larger than memory."""
+    """Return the non-empty lines in the last 64 KiB of a log: it may be larger than memory."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
         text = file.read().decode(errors="replace")
@@ -134,7 +134,7 @@ def last_lines(log: Path) -> list[str]:
 
 
 def planned() -> list[PlannedRun]:
-    """The runs that the flags ask for. Raises InputError for whatever is wrong with them."""
+    """Return the runs that the flags describe. Raises InputError for flags that are wrong."""
     for name in ("experiment", "out"):
         if not getattr(FLAGS, name):
             raise InputError(f"--{name}: give it (--help explains)")
@@ -152,7 +152,7 @@ def planned() -> list[PlannedRun]:
 
 
 def read_record(out: Path) -> Record:
-    """sweep.json. Raises InputError when OUT belongs to something else."""
+    """Read sweep.json. Raises InputError when OUT belongs to something else."""
     check_run_place(out)
     file, found = out / RECORD, names_in(out) - {".lock", f"{RECORD}.tmp"}
     if RECORD not in found:
@@ -264,7 +264,7 @@ def _as_json(found: Interval) -> dict[str, Any]:
 
 
 def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
-    """Settings down, metrics across: mean [95 % interval over seeds]."""
+    """Print settings down, metrics across: mean [95 % interval over seeds]."""
     table = Table(title=f"{FLAGS.experiment}: mean [95 % interval over seeds]")
     for column in ("setting", "runs", *metrics):
         table.add_column(printable(column))
@@ -284,13 +284,13 @@ def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> N
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code; see the top of this file."""
+    """Return the exit code; see the top of this file."""
     names = ("experiment", "gin_file", "gin_bindings", "grid", "point", "seeds", "out", "metrics", "average", "dry_run")
     return run_command(command, argv, __doc__ or "", names)
 
 
 def command() -> int:
-    """What the flags ask for. Raises InputError."""
+    """Run the sweep of the flags. Raises InputError."""
     runs, out = planned(), Path(FLAGS.out).expanduser().absolute()
     record = read_record(out)
     given = tuple(FLAGS.gin_file)

@@ -38,9 +38,12 @@ def run(
     dpo: learn.DPOConfig = learn.DPOConfig(),
     lora: LoraConfig | None = None,
 ) -> None:
-    """steps: optimizer steps. model: the policy to begin with, and its own frozen reference. lora: train adapters; the
+    """Train a policy from comparisons.
+
+    steps: optimizer steps. model: the policy to begin with, and its own frozen reference. lora: train adapters; the
     reference is their base, without a copy. Everything else is described at its dataclass. A plan
-    (--plan) needs no run_dir, steps, seed, records and loop."""
+    (--plan) needs no run_dir, steps, seed, records and loop.
+    """
     bound = bound_config()
     algorithm = DPO(model=model, records=records, batch=batch, optimizer=optimizer, dpo=dpo, lora=lora)
     settings = run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop)

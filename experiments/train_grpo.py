@@ -53,8 +53,11 @@ def run(
     offload_optimizer: bool = False,
     one_step_off: bool = False,
 ) -> None:
-    """steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
-    model) and reward_texts (its ``reward_key`` is the score). The rest as in train_ppo."""
+    """Train a policy with GRPO.
+
+    steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
+    model) and reward_texts (its ``reward_key`` is the score). The other parameters are those of train_ppo.
+    """
     bound = bound_config()
     algorithm = GRPO(
         policy=policy, reward=reward, lora=lora, batch=batch, samples=samples, prompts=prompts, grpo=grpo,

@@ -54,12 +54,15 @@ def run(
     offload_optimizer: bool = False,
     one_step_off: bool = False,
 ) -> None:
-    """steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
+    """Train a policy with PPO.
+
+    steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
     ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
-    share_trunk: the value head stands on the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
-    lora: train adapters on policy and value model. offload_optimizer: its state lies with the hosts but for updates.
+    share_trunk: the value head uses the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
+    lora: train adapters on policy and value model. offload_optimizer: keep its state in host memory between updates.
     one_step_off: sample the next rollout while texts are judged, by the policy before the update (docs/performance.md).
-    A plan (--plan) needs no run_dir, steps, seed, prompts and loop."""
+    A plan (--plan) needs no run_dir, steps, seed, prompts and loop.
+    """
     bound = bound_config()
     algorithm = PPO(
         policy=policy, reward=reward, share_trunk=share_trunk, lora=lora, batch=batch, prompts=prompts, ppo=ppo,

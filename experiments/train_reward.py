@@ -41,7 +41,9 @@ def run(
     centring: float = 0.0,
     lora: LoraConfig | None = None,
 ) -> None:
-    """steps: optimizer steps. centring: weight of (chosen + rejected)^2. lora: train adapters and the scalar head, the rest
+    """Train a reward model from comparisons.
+
+    steps: optimizer steps. centring: weight of (chosen + rejected)^2. lora: train adapters and the scalar head, the rest
     frozen. Everything else is described at its dataclass. A plan (--plan) needs no run_dir, steps, seed, records and loop.
 
     At the end reward_normalisation.json holds the gain and bias that give held-out rewards (the training pairs' where nothing

@@ -37,8 +37,11 @@ def run(
     mesh: MeshConfig = MeshConfig(),
     lora: LoraConfig | None = None,
 ) -> None:
-    """steps: optimizer steps. lora: train adapters, the model frozen. Everything else is described at its dataclass. A plan
-    (--plan) needs no run_dir, steps, seed, records and loop."""
+    """Train a model on demonstrations.
+
+    steps: optimizer steps. lora: train adapters, the model frozen. Everything else is described at its dataclass. A plan
+    (--plan) needs no run_dir, steps, seed, records and loop.
+    """
     bound = bound_config()
     algorithm = SFT(model=model, records=records, batch=batch, optimizer=optimizer, lora=lora)
     settings = run_mode(algorithm, mesh=mesh, steps=steps, seed=seed, run_dir=run_dir, loop=loop)
