@@ -19,7 +19,7 @@ STAGES = ("base", "sft", "completions", "reward", "ppo", "evaluation")
 
 
 def environment(*, seconds_a_step: float = 0.0) -> dict[str, str]:
-    """seconds_a_step: > 0 gives a test time to stop the run between two steps."""
+    """Return the environment of an experiment. seconds_a_step: > 0 gives a test time to stop the run between two steps."""
     slow = {"PYTHONPATH": f"{Path(__file__).parent / 'slow'}:{ROOT}", "SECONDS_A_STEP": str(seconds_a_step)}
     return {**os.environ, "XLA_FLAGS": COMPILER, **(slow if seconds_a_step else {})}
 
@@ -36,7 +36,7 @@ def start(arguments: list[str], *, seconds_a_step: float = 0.0) -> subprocess.Po
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    """(stdout, stderr) of a process that must end with ``code``. The limit is for a hanging one: machines differ."""
+    """Return (stdout, stderr) of a process that must end with ``code``. The limit is for a hanging one: machines differ."""
     try:
         out, err = process.communicate(timeout=1200)
     except subprocess.TimeoutExpired:
@@ -51,7 +51,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until metrics.jsonl holds ``step``."""
+    """Wait until metrics.jsonl holds ``step``."""
     deadline = time.monotonic() + 1200
     file = run_dir / "metrics.jsonl"
     while not file.is_file() or not any(f'"step": {step},' in line for line in file.read_text().splitlines()):

@@ -17,7 +17,7 @@ from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, saved_steps
 
 
 def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint by its path: parameters, optimiser, keys, counters, controller."""
+    """Return every array of the newest checkpoint by its path: parameters, optimiser, keys, counters, controller."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore(checkpoint_dir(run_dir) / str(saved_steps(run_dir)[-1]) / "state")
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -29,7 +29,7 @@ def saved_state(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 def same_as(unbroken: Path, broken: Path, *parts: str) -> None:
-    """parts: words that some path of the state must hold, so that what was compared is what was meant."""
+    """Assert that two runs ended alike. parts: texts that some path of the state must contain."""
     assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
     assert saved_steps(broken)[-1] == saved_steps(unbroken)[-1]
     ours, theirs = saved_state(broken), saved_state(unbroken)
@@ -49,7 +49,7 @@ def resumed_steps(run_dir: Path) -> list[int]:
 
 
 def terminate(begin: Callable[..., Any], run_dir: Path, at: int, *arguments: str, **macros: Any) -> int:
-    """SIGTERM once step ``at`` is logged; returns the step that was saved."""
+    """Send SIGTERM once step ``at`` is logged; return the step that was saved."""
     process = begin(*arguments, run_dir.name, seconds_a_step=0.4, **macros)
     wait_for_step(run_dir, at, process)
     process.send_signal(signal.SIGTERM)

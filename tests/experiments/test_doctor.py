@@ -46,7 +46,7 @@ def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: s
 
 
 def wrong(done: Done) -> dict[str, str]:
-    """{check: words} of the WRONG lines; the last line on stderr counts them."""
+    """Return {check: message} of the WRONG lines; the last line on stderr counts them."""
     lines = [line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith("WRONG")]
     found = {check.removeprefix("WRONG").strip(): words for check, words in lines}
     if found:

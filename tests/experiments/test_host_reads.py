@@ -1,4 +1,4 @@
-"""What a PPO iteration reads from the devices: each read waits for them, so there are few, and all of them say so."""
+"""Device-to-host reads of a PPO iteration: each read waits for them, so there are few, and all of them say so."""
 
 from __future__ import annotations
 

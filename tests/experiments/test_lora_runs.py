@@ -17,7 +17,7 @@ from rlhf_jax.models import LoraConfig, Model, int8, lora
 
 
 def adapters_of(run_dir: Path, model: Model) -> dict:
-    """The trained part of the newest checkpoint as a tree."""
+    """Return the trained part of the newest checkpoint as a tree."""
     state, tree = saved_state(run_dir), lora.split(Model(model.config, lora=LoraConfig(rank=8)).abstract())[1]
     return jax.tree_util.tree_map_with_path(lambda at, _: state["['params']" + jax.tree_util.keystr(at)], tree)
 

@@ -23,7 +23,7 @@ ADAPTERS += ["rollout/MeshConfig.data = 8"]
 
 
 def lowered(arguments: list[str], dump: Path) -> dict[str, str]:
-    """{program: sha256 of what was lowered under that name first}, on eight pretended devices."""
+    """Return {program: sha256 of what was lowered under that name first}, on eight pretended devices."""
     settings = environment()
     settings["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     settings |= {"JAX_DUMP_IR_TO": str(dump), "JAX_DUMP_IR_MODES": "stablehlo"}
@@ -37,7 +37,7 @@ def lowered(arguments: list[str], dump: Path) -> dict[str, str]:
 
 
 def without_places(text: str) -> str:
-    """Without the lines of source code that called: the planner is another program."""
+    """Strip the source locations: the planner is another program."""
     kept = "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
     return re.sub(r" ?loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", kept)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def begin(run_dir: Path, machine: Path, steps: int, chain: str, *flags: str) -> subprocess.Popen[str]:
-    """machine: where this one keeps what it fetches."""
+    """Start a DPO run. machine: the directory of its downloads."""
     macros = {"POLICY": f"{chain}/sft", "COMPARISONS": f"{chain}/completions/comparisons.jsonl"}
     arguments = command("train_dpo", "configs/smoke/dpo.gin", RUN_DIR=run_dir, **macros)
     every = [

@@ -33,7 +33,7 @@ def tell(kind):
 
 
 def counted(kind, read):
-    """``read``, telling that it was called; what it calls in turn is part of the same read."""
+    """Return ``read`` with a record of every call; the calls that it makes are part of the same read."""
 
     @functools.wraps(read)
     def reading(x, *arguments, **named):
