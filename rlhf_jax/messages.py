@@ -1,7 +1,8 @@
-"""What may stand in a message: no control characters, no passwords; and streams for messages that never end a program.
+"""Cleaning of messages (control characters, passwords), and output streams whose failure does not end a program.
 
-Texts of files, configurations and models reach messages. A terminal would obey the control characters in them: ESC and C1
-sequences recolour it, rename it or fill its clipboard, CR overwrites a line, bidi overrides reorder what is read.
+Texts of files, configurations and models appear in messages. A terminal interprets control characters in them: ESC and C1
+sequences change its colours, title or clipboard, CR overwrites a line, bidirectional overrides reorder the text.
+
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ HIDDEN = "***"
 
 
 def printable(text: str) -> str:
-    """Escapes what a terminal would obey: ESC becomes \\x1b. Line ends and tabs stay; so does every letter."""
+    """Escape control characters: ESC becomes \\x1b. Line ends, tabs and all letters stay."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def without_secrets(text: str) -> str:
-    """Replaces passwords and tokens in URLs by ***: https://user:word@host, https://host/file?token=word."""
+    """Replace passwords and tokens in URLs by ***: https://user:word@host, https://host/file?token=word."""
     if "://" not in text:
         return text
     text = _PASSWORD.sub(lambda match: f"{match['scheme']}{HIDDEN}@", text)
@@ -41,26 +42,26 @@ def without_secrets(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns the text with white space, line ends included, as single spaces."""
+    """Replace all white space, line ends included, by single spaces."""
     return " ".join(text.split())
 
 
 def message(text: str) -> str:
-    """Returns a text as it may stand in a message: printable, without secrets."""
+    """Clean a text for a message: escape control characters and hide secrets."""
     return printable(without_secrets(text))
 
 
 def say_at_once(text: str) -> None:
-    """Writes a line to stderr past every buffer: for signal handlers and other threads. Never raises OSError."""
+    """Write a line to stderr without buffers: for signal handlers and other threads. Never raises OSError."""
     with contextlib.suppress(OSError):
         os.write(2, f"{message(text)}\n".encode())
 
 
 class Steady:
-    """A text stream in front of another. A reader that is gone, a terminal that was closed or a full disk loses what follows and
-    does not end the program.
+    """A text stream that ignores errors of the stream behind it: a closed pipe or terminal, a full disk.
 
-    lost: why something was lost, None when nothing was.
+    lost: the first error, after which output is lost; None when there was none.
+
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -88,7 +89,7 @@ class Steady:
         return getattr(self.stream, name)
 
     def _lose(self, error: OSError) -> None:
-        """What is in buffers, and what libraries write, goes nowhere from now on."""
+        """Record the error and redirect the descriptor to /dev/null, for buffers and for output of libraries."""
         self.lost = self.lost or error
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
@@ -96,23 +97,24 @@ class Steady:
 
 
 class Messages(Steady):
-    """A steady stream whose texts are made fit for a message first (`message`)."""
+    """A steady stream that cleans its texts (`message`)."""
 
     def write(self, text: str) -> int:
-        bar = text.startswith("\r")  # as progress bars of libraries begin; a message of ours never does
+        bar = text.startswith("\r")  # progress bars of libraries begin so; messages of this package never do
         return super().write("\r" * bar + message(text[bar:]))
 
 
 def behind(stream: TextIO) -> TextIO:
-    """Returns a steady stream that takes control characters, for what draws with them (rich) texts that are printable."""
+    """Return a steady stream that passes control characters, for libraries that draw with them (rich)."""
     return cast(TextIO, Steady(stream.stream) if isinstance(stream, Messages) else stream)
 
 
 def steady_output() -> None:
-    """Puts `Messages` in front of stdout and stderr. A program calls it first; a second call changes nothing.
+    """Replace stdout and stderr by `Messages`. A program calls it first; a second call changes nothing.
 
-    A descriptor that the program was started without is opened on nothing: the next file opened would get its number, and
-    whatever writes to "stderr" would write into that file.
+    A descriptor that was closed when the program started is opened on /dev/null: otherwise the next file would get its number,
+    and output to "stderr" would go into that file.
+
     """
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -126,7 +128,7 @@ def steady_output() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Returns why a part of stdout was lost; None when nothing was, or nobody wanted to read it (a closed pipe)."""
+    """Return the error that lost a part of stdout; None when there was none, or the reader closed the pipe."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     lost = getattr(sys.stdout, "lost", None)
@@ -136,7 +138,7 @@ def lost_output() -> OSError | None:
 def _nowhere(descriptor: int) -> TextIO:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.fstat(descriptor)  # somebody has the number by now
+        os.fstat(descriptor)  # the number is in use by now
     except OSError:
         os.dup2(nowhere, descriptor)
     return os.fdopen(nowhere, "w")

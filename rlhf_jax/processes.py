@@ -1,8 +1,9 @@
-"""Child processes that end with their parent, however the parent ends: an exit, a crash, a deadline or ``kill -9``.
+"""Child processes that end with their parent, also after a crash, a deadline or ``kill -9``.
 
-The one mechanism for reward workers (`end_with_parent`) and for programs that other programs start (`tied_to_parent`). Linux
-sends the signal itself (prctl(2), PR_SET_PDEATHSIG), also to a process that holds Python's lock in one long call. Elsewhere
-a thread of the child looks every `LOOK_EVERY` seconds whether its parent is still the same.
+Used by reward workers (`end_with_parent`) and for programs that other programs start (`tied_to_parent`). Linux
+sends the signal itself (prctl(2), PR_SET_PDEATHSIG), also to a process that holds Python's lock in one long call. On other
+systems a thread of the child checks every `LOOK_EVERY` seconds whether its parent has changed.
+
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ PR_SET_PDEATHSIG = 1
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that ask a program to save and leave."""
 STOPPED = tuple(128 + number for number in STOPPING)
-"""Exit codes of a program that saved and left because it was told to."""
+"""Exit codes of a program that saved and left after one of these signals."""
 LOOK_EVERY = 0.5
 VARIABLE = "RLHF_JAX_PARENT"
-"""Environment variable with the parent's process id, for a program that has to watch by itself."""
+"""Environment variable with the parent's process id, for a program that watches its parent itself."""
 
 _TIED = f"""
 import ctypes, os, sys
@@ -32,15 +33,16 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit({128 + signal.SIGTERM})
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""Becomes the program in its arguments; the setting outlives exec. A parent that died before it was made is seen too."""
+"""Runs the program in its arguments; the setting survives exec. A parent that died before prctl is detected too."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """Names a process that starts others; goes with them (it can be pickled).
+    """The identity of a process that starts others (it can be pickled).
 
     pid: its process id.
     lasting: whether the thread that starts them lives as long as the process; Linux signals the end of that *thread*.
+
     """
 
     pid: int
@@ -48,14 +50,15 @@ class Parent:
 
 
 def this_process() -> Parent:
-    """Returns what a child needs to know of the calling process. Call it in the thread that starts the child."""
+    """Return the identity of the calling process, for its children. Call it in the thread that starts the child."""
     return Parent(os.getpid(), threading.current_thread() is threading.main_thread())
 
 
 def end_with_parent(parent: Parent) -> None:
-    """Makes the calling process end at once, by SIGKILL, when ``parent`` ends. The first call of a worker.
+    """Make the calling process end by SIGKILL as soon as ``parent`` ends. The first call of a worker.
 
-    Nothing is cleaned up: a worker keeps no state that has to be saved.
+    Nothing is cleaned up: a worker has no state to save.
+
     """
     if sys.platform == "linux" and parent.lasting:
         _set_death_signal(signal.SIGKILL)
@@ -66,10 +69,11 @@ def end_with_parent(parent: Parent) -> None:
 
 
 def tied_to_parent(command: Sequence[str]) -> list[str]:
-    """Returns a command that runs ``command`` and sends it SIGTERM when the calling process ends.
+    """Return a command that runs ``command`` and sends it SIGTERM when the calling process ends.
 
-    The process id stays that of the program. Elsewhere than on Linux the program watches by itself: it is started with
+    The process id stays that of the program. On other systems than Linux the program watches its parent itself: it is started with
     `parent_variable` and calls `watch_parent`.
+
     """
     if sys.platform != "linux":
         return list(command)
@@ -77,14 +81,15 @@ def tied_to_parent(command: Sequence[str]) -> list[str]:
 
 
 def parent_variable() -> dict[str, str]:
-    """Returns the environment of a program that `watch_parent` is to watch over; empty on Linux, where the kernel does."""
+    """Return the environment of a program that calls `watch_parent`; empty on Linux, where the kernel sends the signal."""
     return {} if sys.platform == "linux" else {VARIABLE: str(os.getpid())}
 
 
 def watch_parent() -> None:
-    """Sends the calling process SIGTERM when the parent named in its environment ends; does nothing without one.
+    """Send the calling process SIGTERM when the parent named in its environment ends; do nothing without one.
 
-    The variable is removed: children of this process have another parent.
+    The variable is removed, since children of this process have another parent.
+
     """
     pid = os.environ.pop(VARIABLE, "")
     if pid.isdecimal():

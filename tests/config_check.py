@@ -1,10 +1,10 @@
-"""Builds what a config describes and stops before anything is computed. A program, not a test: tests/test_configs.py runs it.
+"""Build the objects that a config describes and stop before anything is computed. A program that tests/test_configs.py runs.
 
-Each line of stdin is a command line of an experiment; each line of stdout its verdict, {"message": "" or what a user would
-see, "stages": the command lines of a pipeline's stages}. gin keeps its state for the whole process, so every command gets
-a fork of its own.
+Each line of stdin is a command line of an experiment; each line of stdout its result, {"message": "" or the error for the
+user, "stages": the command lines of a pipeline's stages}. gin has global state, so every command runs in its own fork.
 
-Builders of records and rewards read nothing before a run is assembled: the files are wherever the macros will say.
+Builders of records and rewards read no files before a run is assembled, so the paths in the macros need not exist.
+
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ sys.path.insert(0, str(ROOT))
 
 
 class Built(BaseException):
-    """Raised in the place of run's body: everything is built. Not an Exception, so that nobody takes it for an error."""
+    """Raised instead of running an experiment's body: everything is built. Not an Exception, so that no handler catches it."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
 
 
 NEEDED = ("run_dir", "steps", "seed", "loop", "records", "prompts")
-"""What a plan may lack and a run may not."""
+"""Parameters that a run needs and a plan does not."""
 
 
-def refuse_missing(arguments: dict[str, Any]) -> None:
+def check_missing(arguments: dict[str, Any]) -> None:
     missing = [name for name in NEEDED if name in arguments and arguments[name] is None]
     if missing and flags.FLAGS.plan is None:
         raise InputError(f"run.{missing[0]}: has no value")
 
 
-def in_place_of(run: Callable[..., None]) -> Callable[..., None]:
-    """A function that gin calls as it would call ``run``. It checks the bindings, as run's first line does, and stops."""
+def make_stand_in(run: Callable[..., None]) -> Callable[..., None]:
+    """Return a function with the signature of ``run`` that checks the bindings, as run's first line does, and stops."""
     signature = inspect.signature(run)
 
     def build(*arguments: Any, **keywords: Any) -> None:
         bound = signature.bind(*arguments, **keywords)
         bound.apply_defaults()
         parsing.bound_config()
-        refuse_missing(bound.arguments)
+        check_missing(bound.arguments)
         raise Built(bound.arguments)
 
     functools.update_wrapper(build, run)
@@ -65,12 +65,12 @@ def in_place_of(run: Callable[..., None]) -> Callable[..., None]:
     return build
 
 
-def without_run(configurable: Callable[..., Any]) -> Callable[..., Any]:
-    """gin.configurable that registers a stand-in for an experiment's ``run``."""
-    return lambda made: configurable(in_place_of(made) if made.__name__ == "run" else made)
+def replace_run(configurable: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap gin.configurable to register a stand-in for an experiment's ``run``."""
+    return lambda function: configurable(make_stand_in(function) if function.__name__ == "run" else function)
 
 
-gin.configurable = without_run(gin.configurable)
+gin.configurable = replace_run(gin.configurable)
 
 import jax  # noqa: E402
 
@@ -83,12 +83,12 @@ from rlhf_jax.io.source import ModelSource  # noqa: E402
 from rlhf_jax.launch import launching  # noqa: E402
 
 
-def few(desk: Any, split: str, start: int, count: int) -> Any:
-    """A few documents, for tokenizers that are trained while a config is built."""
+def short_corpus(desk: Any, split: str, start: int, count: int) -> Any:
+    """Return a few documents, for tokenizers that are trained while a config is built."""
     return support_desk_replies.corpus_text(desk, split, start, min(count, FEW))
 
 
-tokenizer_builders.corpus_text = few
+tokenizer_builders.corpus_text = short_corpus
 
 
 def load(script: Path) -> Any:
@@ -100,8 +100,8 @@ def load(script: Path) -> Any:
     return module
 
 
-def look_into(arguments: dict[str, Any]) -> None:
-    """Models and optimisers as shapes. Raises where they do not fit together."""
+def check_shapes(arguments: dict[str, Any]) -> None:
+    """Build models and optimizers as shapes. Raises when they do not fit together."""
     steps, batch, ppo = arguments.get("steps") or 1, arguments.get("batch"), arguments.get("ppo")
     params: Any = {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}
     matrices: Any = {"kernel": True}
@@ -119,17 +119,17 @@ def look_into(arguments: dict[str, Any]) -> None:
 def check(argv: list[str]) -> dict[str, Any]:
     module = load(Path(argv[0]))
     sys.modules["__main__"] = module  # what --help would show, and where a toy finds itself
-    told = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(stderr):
             code = launching._launch(module.run, argv)
-        return {"message": told.getvalue() or f"ended with exit code {code}", "stages": []}
+        return {"message": stderr.getvalue() or f"ended with exit code {code}", "stages": []}
     except Built as built:
         arguments = built.arguments
     except Exception as error:
         return {"message": f"{type(error).__name__}: {error}", "stages": []}
     try:
-        look_into(arguments)
+        check_shapes(arguments)
         if "stages" not in arguments:
             return {"message": "", "stages": []}
         stages, seed = arguments["stages"], arguments["seed"]

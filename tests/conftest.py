@@ -1,6 +1,7 @@
-"""The environment of every test, set before anything imports jax: CPU with eight pretended devices, no network.
+"""The environment of every test, set before jax is imported: CPU with eight virtual devices, no network.
 
-Subprocesses started by tests inherit it.
+Subprocesses of tests inherit it.
+
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ if "jax" in sys.modules:
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = EIGHT_DEVICES
-# Threads of XLA's pool: a collective holds one until every device has come, and a program may have several under way at once;
-# with a pool of two (the cores of a laptop) eight devices wait for each other for ever.
+# Threads of XLA's pool: a collective occupies one per device until all devices have arrived, and a program may have several
+# at once; with a pool of two (the cores of a laptop) eight devices would deadlock.
 os.environ["NPROC"] = "32"
 # Compiled programs outlive the process: what one worker or program compiled, the others read, however small it is.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
@@ -40,7 +41,7 @@ LONGEST = (
     "experiments/test_one_step_off.py",
     "experiments/test_plan_is_the_run.py",
 )
-"""Files that take a minute or more: begun last, one of them would run alone at the end of the suite."""
+"""Files that take a minute or more, run first: started last, one of them would run alone at the end of the suite."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

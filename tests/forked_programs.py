@@ -1,5 +1,7 @@
-"""Runs a program many times without paying for its imports each time: one process imports, then forks itself for every
-command. Nothing else differs from starting the program anew: a process of its own, real argv, stdout, stderr, exit code.
+"""Runs of a program that share its imports: one process imports and is forked for every command.
+
+Each run is otherwise like a new start of the program: its own process, argv, stdout, stderr and exit code.
+
 """
 
 from __future__ import annotations
@@ -42,27 +44,31 @@ for line in sys.stdin:
 
 
 @dataclass
-class Done:
+class Result:
     returncode: int
     stdout: str
     stderr: str
 
 
-Call = Callable[[Path, Sequence[str]], Done]
-"""(working directory, argv) -> how it ended; leaves the files stdout and stderr in the working directory."""
+Call = Callable[[Path, Sequence[str]], Result]
+"""(working directory, argv) -> the result; leaves the files stdout and stderr in the working directory."""
 
 
 @contextlib.contextmanager
 def forked_programs(imports: str, environment: Mapping[str, str], root: Path = ROOT) -> Iterator[Call]:
-    """imports: the modules that every command would import, 'a.b, c'. root: the tree that has them."""
+    """Start the importing process and yield a function that runs a command.
+
+    imports: the modules that every command imports, 'a.b, c'. root: the source tree that has them.
+
+    """
     command = [sys.executable, "-c", f"import {imports}\n{FORKING}"]
     settings = {**environment, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, cwd=root, env=settings, stdin=PIPE, stdout=PIPE, text=True) as process:
 
-        def call(cwd: Path, argv: Sequence[str]) -> Done:
+        def call(cwd: Path, argv: Sequence[str]) -> Result:
             print(json.dumps([str(cwd), list(argv)]), file=process.stdin, flush=True)
             assert process.stdout is not None
             code = int(process.stdout.readline())
-            return Done(code, (cwd / "stdout").read_text(), (cwd / "stderr").read_text())
+            return Result(code, (cwd / "stdout").read_text(), (cwd / "stderr").read_text())
 
         yield call

@@ -1,4 +1,4 @@
-"""Every gin file below configs/ says how it is run, and that command builds: no unknown, dead or mistyped binding."""
+"""Every gin file below configs/ names its command, and that command builds: no unknown, unused or mistyped binding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Check = Callable[[list[str]], dict]
 
 
 def header(text: str) -> list[str]:
-    """The comment lines at the top, without their #."""
+    """Return the comment lines at the top, without their #."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -30,14 +30,14 @@ def header(text: str) -> list[str]:
 
 
 def command_of(text: str) -> list[str] | None:
-    """The words of the first command in the header, continued lines joined; None when there is none."""
+    """Return the words of the first command in the header, continued lines joined; None when there is none."""
     joined = re.sub(r"\\\n", " ", "\n".join(header(text)))
-    found = re.search(r"^python (.*)$", joined, re.MULTILINE)
-    return shlex.split(found[1]) if found else None
+    match = re.search(r"^python (.*)$", joined, re.MULTILINE)
+    return shlex.split(match[1]) if match else None
 
 
 def problem(file: Path, check: Check) -> str:
-    """What is wrong with a config that is run by itself; '' when nothing is."""
+    """Describe the problem of a config that has its own command; '' when there is none."""
     command = command_of(file.read_text())
     if command is None:
         return "the comment at its top names no command, 'python experiments/X.py --gin_file=...'"
@@ -49,9 +49,9 @@ def problem(file: Path, check: Check) -> str:
         return f"its command does not say --gin_file={name}"
     verdict = check([str(script), *command[1:]])
     for stage in verdict["stages"]:
-        found = command_of((ROOT / stage[1].removeprefix("--gin_file=")).read_text())
-        if found is None or ROOT / found[0] != Path(stage[0]):
-            return f"a stage runs {stage[1]} with {Path(stage[0]).name}, but its own command is {found}"
+        stage_command = command_of((ROOT / stage[1].removeprefix("--gin_file=")).read_text())
+        if stage_command is None or ROOT / stage_command[0] != Path(stage[0]):
+            return f"a stage runs {stage[1]} with {Path(stage[0]).name}, but its own command is {stage_command}"
         if message := check(stage)["message"]:
             return f"a stage, {shlex.join(stage)}: {message}"
     return verdict["message"]
@@ -71,7 +71,7 @@ def check() -> Iterator[Check]:
 
 
 def is_fragment(file: Path) -> bool:
-    """Not run by itself: another config includes it."""
+    """Return whether another config includes this file, which then has no command of its own."""
     name = file.relative_to(ROOT).as_posix()
     return any(f"include '{name}'" in other.read_text() for other in CONFIGS)
 
@@ -186,8 +186,8 @@ def test_the_check_can_fail(top: str | None, more: str, message: str, tmp_path: 
 def test_the_check_looks_at_new_models(more: str, message: str, tmp_path: Path, check: Check) -> None:
     file = tmp_path / "x.gin"
     base = (ROOT / "configs" / "smoke" / "base.gin").read_text().splitlines(keepends=True)
-    kept = [line for line in base if not line.startswith("#") and "documents" not in line]
-    file.write_text(f"# python experiments/train_sft.py --gin_file={file}\n" + "".join(kept) + more)
+    lines = [line for line in base if not line.startswith("#") and "documents" not in line]
+    file.write_text(f"# python experiments/train_sft.py --gin_file={file}\n" + "".join(lines) + more)
     assert message in problem(file, check)
 
 

@@ -1,4 +1,4 @@
-"""Which package may import which: the table of docs/design.md, enforced on the source without importing it."""
+"""Allowed imports between packages: the table of docs/design.md, enforced on the source without importing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
 BASE = {"records", "batches", "errors", "messages", "processes"}
-"""What every package may import; these import no jax."""
+"""Modules that every package may import; they import no jax."""
 ENGINE = {
     "models",
     "parallel",
@@ -83,9 +83,10 @@ GIN = "config"
 
 
 def imports(text: str, package: str) -> Iterator[tuple[str, bool]]:
-    """(dotted name, whether at the top of the module) of everything a module imports. package: the one it lies in.
+    """Yield (dotted name, whether at the top of the module) of every import of a module. package: its package.
 
-    ``from a.b import c`` gives 'a.b.c': c may be a module.
+    ``from a.b import c`` gives 'a.b.c', since c may be a module.
+
     """
     tree = ast.parse(text)
     top = {id(node) for statement in tree.body for node in _outside_functions(statement)}
@@ -111,27 +112,27 @@ def package_of(path: Path) -> str:
 
 
 def dotted(path: Path) -> str:
-    """'ops.kl' for rlhf_jax/ops/kl.py, 'ops' for rlhf_jax/ops/__init__.py."""
+    """Return 'ops.kl' for rlhf_jax/ops/kl.py, 'ops' for rlhf_jax/ops/__init__.py."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
 def owner(name: str) -> str:
-    """The longest prefix of ``name``, a dotted name below rlhf_jax, that the table has; '' for none."""
+    """Return the longest prefix of ``name``, a dotted name below rlhf_jax, that the table has; '' for none."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in MAY), "")
 
 
 def violations(path: Path, text: str) -> list[str]:
-    """What a source file imports against the table."""
+    """List the imports of a source file that the table does not allow."""
     package, place = owner(dotted(path)), path.relative_to(ROOT).as_posix()
     if not package:
         return []
     problems = []
     for name, at_top in imports(text, package_of(path)):
-        top, *rest = name.split(".")
+        top, *parts = name.split(".")
         allowed = MAY[package] | {package} | (set() if at_top else INSIDE_FUNCTIONS.get(package, set()))
-        if top == "rlhf_jax" and rest and owner(".".join(rest)) not in allowed:
+        if top == "rlhf_jax" and parts and owner(".".join(parts)) not in allowed:
             problems.append(f"{place}: {package} may not import {name}")
         if top in MUST_NOT.get(package, set()) and not name.startswith("flax.struct"):
             problems.append(f"{place}: {package} must do without {top}")
@@ -177,8 +178,8 @@ def _cycle(graph: Mapping[str, set[str]]) -> list[str] | None:
 def test_workers_start_without_jax(package: str) -> None:
     """Worker processes import these packages, and start in a fraction of the time and memory without jax."""
     code = f"import sys, rlhf_jax.{package}; print(*(name for name in ('jax', 'flax', 'optax') if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == ""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == ""
 
 
 def test_experiments_are_not_imported() -> None:

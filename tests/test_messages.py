@@ -1,4 +1,4 @@
-"""Messages obey nobody: control characters are escaped, passwords hidden, and a stream that cannot be written ends nothing."""
+"""Messages: control characters are escaped, passwords hidden, and a failing stream ends no program."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def prints(**streams: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_streams_that_fail_do_not_end_a_program() -> None:
-    """A closed pipe is nobody's loss. On a full disk a part of stdout is lost: the program ends, and says so."""
+    """A closed pipe is no error. On a full disk a part of stdout is lost: the program ends with an error."""
     read, write = os.pipe()
     os.close(read)
     closed = prints(stdout=write, stderr=write)
@@ -115,14 +115,14 @@ def test_a_program_without_stderr_writes_into_no_file(tmp_path: Path) -> None:
     )
     command = f'exec "{sys.executable}" -c "$0" 2>&-'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    result = subprocess.run(
         ["sh", "-c", command, text], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=60
     )
-    assert (done.returncode, done.stdout) == (0, b"")
+    assert (result.returncode, result.stdout) == (0, b"")
     assert (tmp_path / "out").read_text() == "data"
 
 
-def raised(action: object) -> Exception:
+def catch(action: object) -> Exception:
     try:
         action()  # type: ignore[operator]
     except Exception as error:
@@ -159,5 +159,5 @@ def test_gin_wraps_an_error_and_its_path_stays(tmp_path: Path) -> None:
     from gin.utils import augment_exception_message_and_reraise as wrap
 
     path = tmp_path / "absent"
-    error = raised(lambda: wrap(raised(path.read_text), "\n  In call to configurable 'x' (<function>)"))
+    error = catch(lambda: wrap(catch(path.read_text), "\n  In call to configurable 'x' (<function>)"))
     assert isinstance(error, OSError) and explain_os_error(error) == f"{path}: No such file or directory"

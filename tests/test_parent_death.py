@@ -1,4 +1,4 @@
-"""Children end with a parent that is killed outright, also while they hold Python's lock or are told by a thread."""
+"""Children end with a parent that is killed, also while they hold Python's lock or when a thread watches the parent."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ time.sleep(60)
 SLEEPER = "import os, sys, time; sys.stdout.write(str(os.getpid()) + '\\n'); sys.stdout.flush(); time.sleep(60)"
 
 
-def holding_the_lock(parent: processes.Parent) -> None:
-    """A verifier in one call of C code that never lets another thread run: a regular expression that backtracks."""
+def hold_the_lock(parent: processes.Parent) -> None:
+    """Run one call of C code that never lets another thread run: a regular expression that backtracks."""
     import re
 
     processes.end_with_parent(parent)
@@ -41,18 +41,18 @@ def holding_the_lock(parent: processes.Parent) -> None:
     re.match("(a*)*b", "a" * 60)
 
 
-def watched_by_a_thread(parent: processes.Parent) -> None:
-    """A worker that was started from a thread, whose end is not the end of the process."""
+def watch_with_a_thread(parent: processes.Parent) -> None:
+    """Run a worker that was started from a thread, whose end is not the end of the process."""
     processes.end_with_parent(processes.Parent(parent.pid, lasting=False))
     print(os.getpid(), flush=True)
     time.sleep(60)
 
 
-WORKERS = {"lock": holding_the_lock, "thread": watched_by_a_thread}
+WORKERS = {"lock": hold_the_lock, "thread": watch_with_a_thread}
 
 
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended and waits to be collected does not."""
+def is_alive(pid: int) -> bool:
+    """Return whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -60,17 +60,17 @@ def alive(pid: int) -> bool:
 
 
 def child_outlives_kill(command: list[str]) -> bool:
-    """Whether the process whose id ``command`` prints still runs five seconds after ``command`` was killed."""
+    """Return whether the process whose id ``command`` prints still runs five seconds after ``command`` was killed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert alive(pid)
+        assert is_alive(pid)
         parent.kill()
         deadline = time.monotonic() + 5
-        while alive(pid) and time.monotonic() < deadline:
+        while is_alive(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
-    survived = alive(pid)
+    survived = is_alive(pid)
     if survived:
         os.kill(pid, signal.SIGKILL)
     return survived

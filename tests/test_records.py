@@ -1,4 +1,4 @@
-"""What a reward sees of a response."""
+"""The response that a reward scores."""
 
 from __future__ import annotations
 

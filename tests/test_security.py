@@ -1,4 +1,4 @@
-"""What SECURITY.md says of the source, looked up in the source."""
+"""The promises of SECURITY.md, checked on the source."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ KEYWORDS = {"allow_pickle": True, "trust_remote_code": True, "shell": True}
 
 
 def dotted(node: ast.expr) -> str:
-    """'a.b.c' of a name or attribute, '' of anything else."""
+    """Return 'a.b.c' for a name or attribute, '' for any other expression."""
     if isinstance(node, ast.Name):
         return node.id
     return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
 
 
 def offences(text: str) -> Iterator[str]:
-    """What is not allowed in a source, as 'line: what'."""
+    """Yield the forbidden imports and calls of a source, as 'line: text'."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -45,5 +45,5 @@ def test_the_search_finds_what_it_should() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_that_runs_what_it_reads(path: Path) -> None:
+def test_no_source_runs_data_as_code(path: Path) -> None:
     assert not list(offences(path.read_text()))

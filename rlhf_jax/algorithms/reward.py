@@ -31,7 +31,7 @@ from rlhf_jax.batches import RankedBatch
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.errors import InputError, RunStopped, check_unused
-from rlhf_jax.io import wrong_normalisation
+from rlhf_jax.io import normalisation_problem
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.models import Fold, LoraConfig, lora, sequence_scores
 from rlhf_jax.parallel import jitted, replicated
@@ -145,7 +145,7 @@ def normalisation(job: SupervisedJob, rewards: np.ndarray) -> str:
     pair with its score to check a loaded model by. Raises RunStopped when the rewards tell no responses apart."""
     pairs = _scaling_pairs(job)
     gain, bias = ops.normalising_gain_bias(float(rewards.mean()), float(rewards.std()))
-    if wrong := wrong_normalisation(float(gain), float(bias)):
+    if wrong := normalisation_problem(float(gain), float(bias)):
         raise RunStopped(
             f"{NORMALISATION}: {wrong}: held-out rewards have mean {rewards.mean():.3g}, deviation {rewards.std():.3g}: "
             "the model tells no responses apart; train longer, or hold out other comparisons"

@@ -13,11 +13,11 @@ from pathlib import Path
 from rlhf_jax.algorithms.models import Loaded
 from rlhf_jax.data import Template, writes_date
 from rlhf_jax.data.record_sets import Records
-from rlhf_jax.io import locate, read_template, template_from
+from rlhf_jax.io import locate, parse_template, read_template
 from rlhf_jax.parallel.distributed import broadcast_from_first
 from rlhf_jax.storage.files import write_atomically
 from rlhf_jax.storage.names import CARD, TEMPLATE
-from rlhf_jax.storage.remote import is_remote, one_line, open_store, sync_url
+from rlhf_jax.storage.remote import is_remote, open_store, sync_url, wrap_errors
 
 
 def with_date(records: Records, loaded: Loaded, run_dir: str | Path) -> Records:
@@ -46,10 +46,10 @@ def _run_template(run_dir: Path) -> Template | None:
     template, url = read_template(run_dir), sync_url()
     if template is not None or url is None or not is_remote(url):
         return template
-    with one_line(url, "read the run's template"):
+    with wrap_errors(url, "read the run's template"):
         store, root = open_store(url)
         place = f"{root}/{CARD}"
-        return template_from(store.cat_file(place).decode(), f"{url}/{CARD}") if store.isfile(place) else None
+        return parse_template(store.cat_file(place).decode(), f"{url}/{CARD}") if store.isfile(place) else None
 
 
 def _today() -> str:

@@ -1,1 +1,1 @@
-"""What a checkpoint is on disk: its manifest and layout, how it is verified and read. `rundir` writes them."""
+"""The format of checkpoints on disk: manifest, layout, verification and reading. `rundir` writes them."""

@@ -1,8 +1,10 @@
-"""The step of a run that is read: chosen once for all readers of a program, and not removed while it is read.
+"""Selection of the step to read: the same for all readers of a program, and not removed while it is read.
 
-A run may go on training while another program reads it. What that program loads, scores and records must then be one step,
-and the run's retention must leave that step alone: a reader holds a shared lock on its manifest, and who removes steps takes
-that lock first (`unread`). On a file system without locks a step may vanish while it is read; that is an error, not damage.
+A run may continue to train while another program reads it. All that this program loads, scores and records must come from one
+step, and the run's retention must not remove that step. A reader therefore holds a shared lock on its manifest, and a
+program that removes steps takes that lock first (`unread`). On a file system without locks a step may vanish while it is
+read; that is an error, not damage.
+
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from rlhf_jax.storage.names import MANIFEST
 
 @dataclass
 class _Scope:
-    """An open `one_choice`. steps: the directory of the step of each run, by the run's real path. held: their locks."""
+    """An open `one_choice`.
+
+    steps: the directory of the step of each run, by the run's real path. locks: on their manifests.
+
+    """
 
     agree: Callable[[int], int]
     steps: dict[str, Path] = field(default_factory=dict)
-    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    locks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 _scopes: list[_Scope] = []
@@ -33,14 +39,15 @@ _scopes: list[_Scope] = []
 
 @contextlib.contextmanager
 def one_choice(agree: Callable[[int], int] = lambda step: step) -> Iterator[None]:
-    """Inside, every reader of a run gets the step that was its newest for the first of them.
+    """Give every reader of a run, inside this context, the step that was the newest for the first reader.
 
-    agree: gives every process of the program the first process's number.
+    agree: returns the first process's step on every process of the program.
+
     """
     scope = _Scope(agree)
     _scopes.append(scope)
     try:
-        with scope.held:
+        with scope.locks:
             yield
     finally:
         _scopes.remove(scope)
@@ -48,28 +55,31 @@ def one_choice(agree: Callable[[int], int] = lambda step: step) -> Iterator[None
 
 @contextlib.contextmanager
 def reading_step(run_dir: str | Path, step: int | None = None) -> Iterator[Path]:
-    """Give the directory of a step to read, the newest when None (inside `one_choice` the one chosen there). No retention of
-    this machine removes it meanwhile. Raises InputError when there is no such step."""
+    """Yield the directory of a step to read, the newest when None (inside `one_choice` the step chosen there).
+
+    Retention on this machine does not remove it meanwhile. Raises InputError when there is no such step.
+
+    """
     if step is not None or not _scopes:
-        with contextlib.ExitStack() as held:
-            yield _chosen(run_dir, step, held)
+        with contextlib.ExitStack() as locks:
+            yield _lock_step(run_dir, step, locks)
         return
     scope, run = _scopes[-1], os.path.realpath(run_dir)
     if run not in scope.steps:
-        with contextlib.ExitStack() as held:
-            place = _chosen(run_dir, None, held)
+        with contextlib.ExitStack() as locks:
+            place = _lock_step(run_dir, None, locks)
             agreed_step = scope.agree(int(place.name))
-            scope.steps[run] = place if place.name == str(agreed_step) else _chosen(run_dir, agreed_step, held)
-            scope.held.push(held.pop_all())
+            scope.steps[run] = place if place.name == str(agreed_step) else _lock_step(run_dir, agreed_step, locks)
+            scope.locks.push(locks.pop_all())
     yield scope.steps[run]
 
 
-def _chosen(run_dir: str | Path, step: int | None, held: contextlib.ExitStack) -> Path:
-    """The directory of a step, locked for reading; when retention was faster, that of the newest step there is now."""
+def _lock_step(run_dir: str | Path, step: int | None, locks: contextlib.ExitStack) -> Path:
+    """Lock the directory of a step for reading and return it; if retention has just removed it, the newest step."""
     while True:
         place = find_step(run_dir, step)
         try:
-            manifest = held.enter_context((place / MANIFEST).open("rb"))
+            manifest = locks.enter_context((place / MANIFEST).open("rb"))
         except OSError:
             if os.path.lexists(place):
                 return place  # it has no manifest that can be opened: its reader says what is wrong
@@ -81,7 +91,7 @@ def _chosen(run_dir: str | Path, step: int | None, held: contextlib.ExitStack) -
 
 @contextlib.contextmanager
 def unread(place: Path) -> Iterator[bool]:
-    """Say whether no reader holds a step; while this lasts no other begins to read it."""
+    """Yield whether no reader has locked a step; inside this context no other reader can lock it."""
     with contextlib.ExitStack() as stack:
         try:
             manifest = stack.enter_context((place / MANIFEST).open("rb"))
@@ -92,7 +102,7 @@ def unread(place: Path) -> Iterator[bool]:
 
 
 def _lock(file: IO[bytes], how: int) -> bool:
-    """Lock a file without waiting; return whether nobody else's lock is in the way. Where files cannot be locked nobody's is."""
+    """Lock a file without waiting and return False when another process has it locked. Without file locks, return True."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -103,17 +113,17 @@ def _lock(file: IO[bytes], how: int) -> bool:
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Return whether an open file is the one that bears the name ``path`` now."""
+    """Return whether ``path`` is still the name of an open file."""
     try:
-        there = path.stat()
+        path_status = path.stat()
     except OSError:
         return False
-    here = os.fstat(file.fileno())
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+    file_status = os.fstat(file.fileno())
+    return (path_status.st_dev, path_status.st_ino) == (file_status.st_dev, file_status.st_ino)
 
 
 def newest_to_read(run_dir: str | Path) -> int | None:
-    """Return the step that a reader without a wish of its own gets, None for a run that has saved none."""
+    """Return the step that readers get by default, None for a run that has saved none."""
     if latest_step(run_dir) is None:
         return None
     with reading_step(run_dir) as place:

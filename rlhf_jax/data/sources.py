@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_jax.data.row_problems import FaultyObject, parse_json
 from rlhf_jax.errors import InputError
-from rlhf_jax.storage.remote import fetched, is_remote
+from rlhf_jax.storage.remote import fetch_url, is_remote
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt")
 _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
@@ -79,7 +79,7 @@ def read_rows(
     Raises InputError with file and line: missing file, truncated gzip, bad JSON, wrong encoding, row unlike the header.
     """
     settings = TextFormat(format, encoding, delimiter, quotes)
-    path = fetched(str(location)) if is_remote(location) else Path(location).expanduser()
+    path = fetch_url(str(location)) if is_remote(location) else Path(location).expanduser()
     if path.is_file():
         if split is not None:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The generation config of a model, wherever it lies: how its source wants to be sampled, and which ids end a response."""
+"""The generation config of a model in any supported format: the source's sampling defaults and the ids that end a response."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _GGUF_ENDS = ("eos", "eot", "eom")
 
 
 def read_generation(location: Location) -> dict[str, Any]:
-    """Read the generation config of a model: generation_config.json, what a run keeps of its base's, or what a .gguf file says.
+    """Read the generation config of a model.
 
-    Without the file, the end ids of config.json count, as in transformers; an adapter in PEFT's format has its base's
-    unless it holds one. Empty when nothing is said. Raises InputError for a damaged file.
+    Its source is generation_config.json, the base's settings in model.json of a run directory, or the metadata of a .gguf file.
+    Without generation_config.json the end ids of config.json are used, as in transformers; an adapter in PEFT's format has the
+    settings of its base unless it has its own file. Empty when no settings are stored. Raises InputError for a damaged file.
+
     """
     path = location.path
     if location.kind == "run":
-        return _checked(_object(read_json(path / CARD).get("generation") or {}, path / CARD), path / CARD)
+        return _check_fields(_check_object(read_json(path / CARD).get("generation") or {}, path / CARD), path / CARD)
     if location.kind == "gguf":
         fields = open_gguf(path)[2]
         ids = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in _GGUF_ENDS]
@@ -34,20 +36,20 @@ def read_generation(location: Location) -> dict[str, Any]:
             continue
         fields = read_json(file)
         if file.name == FILE:
-            return _checked(fields, file)
+            return _check_fields(fields, file)
         if file.name == "config.json":
             ends = fields.get("eos_token_id")
-            return {} if ends is None else _checked({"eos_token_id": ends}, file)
+            return {} if ends is None else _check_fields({"eos_token_id": ends}, file)
         return read_generation(locate(adapter_base(fields, file)))
     return {}
 
 
-def _object(value: Any, file: Path) -> dict[str, Any]:
+def _check_object(value: Any, file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: generation = {value!r}: must be an object; restore the file")
     return value
 
 
-def _checked(fields: dict[str, Any], file: Path) -> dict[str, Any]:
+def _check_fields(fields: dict[str, Any], file: Path) -> dict[str, Any]:
     end_ids(fields, str(file))
     return {name: value for name, value in fields.items() if name != "transformers_version"}

@@ -1,8 +1,9 @@
 """GGUF files (llama.cpp): configuration, tensors and tokenizer under Hugging Face's names.
 
-Quantised tensors are de-quantised a window of rows at a time with the ``gguf`` package. Source of keys and names:
-ggml/docs/gguf.md; of the row order of query and key, and of norms: llama.cpp, convert_hf_to_gguf.py
-(LlamaModel.permute, GemmaModel.modify_tensors); of the scale of queries: src/llama-model.cpp (gemma2, gemma3).
+Quantised tensors are de-quantised a window of rows at a time with the ``gguf`` package. Sources: ggml/docs/gguf.md for keys
+and names; llama.cpp, convert_hf_to_gguf.py (LlamaModel.permute, GemmaModel.modify_tensors) for norms and the row order of
+query and key; src/llama-model.cpp (gemma2, gemma3) for the scale of queries.
+
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.io.layout import Window
-from rlhf_jax.io.tensors import Stored, Tensors, listed
+from rlhf_jax.io.tensors import Stored, Tensors, join_names
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -67,12 +68,16 @@ _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softca
 
 @dataclasses.dataclass(frozen=True)
 class _Architecture:
-    """What general.architecture stands for.
+    """A model architecture of GGUF (general.architecture).
 
-    language_model, model_type: of config.json. layers: names of a block's tensors, without ".weight" and ".bias". fields: keys
-    that only this architecture has. interleaved: rows of query and key lie in the order of ggml's rotation.
-    norms_plus_one: norm scales are stored as they are multiplied, Hugging Face's lack 1. layers_of_27b: the model with so
-    many layers scales its queries by hidden_size / heads, the others by head_dim (llama.cpp keeps no key for it).
+    language_model, model_type: of config.json.
+    layers: names of a block's tensors, without ".weight" and ".bias".
+    fields: keys that only this architecture has.
+    interleaved: rows of query and key are in the order of ggml's rotation.
+    norms_plus_one: norm scales are stored as multiplied; Hugging Face stores scale - 1.
+    layers_of_27b: number of layers of the model that scales its queries by hidden_size / heads; the others scale by head_dim
+    (llama.cpp has no key for it).
+
     """
 
     language_model: str
@@ -102,17 +107,18 @@ _ARCHITECTURES = {
     ),
     "phi3": _Architecture("Phi3ForCausalLM", "phi3", _PRE_NORMS | _FUSED, _WINDOW),
 }
-"""general.architecture -> what it is. Mistral's files say "llama"."""
+"""Architectures by general.architecture. Files of Mistral models say "llama"."""
 _READABLE = frozenset(
     {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
-    """(config.json fields, tensors, all metadata) of a GGUF file of one of `_ARCHITECTURES`.
+    """Open a GGUF file of one of `_ARCHITECTURES` and return (config.json fields, tensors, all metadata).
 
-    The file is mapped, not read. Raises InputError: not a whole GGUF file, another architecture, a key that changes the
-    computation and is not understood.
+    The file is memory-mapped. Raises InputError for an incomplete GGUF file, another architecture, and a key that changes the
+    computation and is not supported.
+
     """
     try:
         reader = gguf.GGUFReader(path)
@@ -137,21 +143,21 @@ def _architecture(metadata: Mapping[str, Any], where: str) -> _Architecture:
 
 
 def _config_fields(metadata: Mapping[str, Any], kind: _Architecture, tied: bool, where: str) -> dict[str, Any]:
-    """What config.json would say. Numbers stored as float32 get their shortest decimal form (1e-5, not 9.9999997e-06)."""
+    """Return the fields of config.json. Numbers stored as float32 get their shortest decimal form (1e-5, not 9.9999997e-06)."""
     prefix = f"{metadata['general.architecture']}."
     keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if missing := [prefix + name for name in _REQUIRED if name not in keys]:
-        raise InputError(f"{where}: {listed(missing)} is missing; download the file again")
+        raise InputError(f"{where}: {join_names(missing)} is missing; download the file again")
     for name in _SIZES & keys.keys():
         if isinstance(keys[name], bool) or not isinstance(keys[name], int) or keys[name] < 1:
             raise InputError(
                 f"{where}: {prefix}{name} = {keys[name]!r}: must be one positive whole number for all layers"
             )
-    known = {**_FIELDS, **kind.fields}
-    fields: dict[str, Any] = {theirs: _number(keys[key]) for key, theirs in known.items() if key in keys}
+    names = {**_FIELDS, **kind.fields}
+    fields: dict[str, Any] = {hf_name: _number(keys[key]) for key, hf_name in names.items() if key in keys}
     fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", [])))
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-    understood = {
+    supported = {
         "rope.dimension_count": fields["head_dim"],
         "attention.value_length": fields["head_dim"],
         "expert_count": 0,
@@ -162,17 +168,15 @@ def _config_fields(metadata: Mapping[str, Any], kind: _Architecture, tied: bool,
         fields["partial_rotary_factor"] = rotated / fields["head_dim"]
         fields["sliding_window"] = fields.get("sliding_window") or None  # 0: none
     if kind.layers_of_27b is not None:
-        whole = fields["num_hidden_layers"] == kind.layers_of_27b
+        is_27b = fields["num_hidden_layers"] == kind.layers_of_27b
         fields["query_pre_attn_scalar"] = (
-            fields["hidden_size"] // fields["num_attention_heads"] if whole else fields["head_dim"]
+            fields["hidden_size"] // fields["num_attention_heads"] if is_27b else fields["head_dim"]
         )
     fields |= _rope_scaling(keys)
-    wrong = [f"{prefix}{key} = {keys[key]!r}" for key, value in understood.items() if keys.get(key, value) != value]
-    wrong += [
-        f"{prefix}{key} = {value!r}" for key, value in keys.items() if key not in known.keys() | understood.keys()
-    ]
+    wrong = [f"{prefix}{key} = {keys[key]!r}" for key, value in supported.items() if keys.get(key, value) != value]
+    wrong += [f"{prefix}{key} = {value!r}" for key, value in keys.items() if key not in names.keys() | supported.keys()]
     if wrong:
-        raise InputError(f"{where}: {listed(wrong)}: this computation is not implemented")
+        raise InputError(f"{where}: {join_names(wrong)}: this computation is not implemented")
     return fields | {"architectures": [kind.language_model], "model_type": kind.model_type, "tie_word_embeddings": tied}
 
 
@@ -181,7 +185,7 @@ def _number(value: Any) -> Any:
 
 
 def _rope_scaling(keys: dict[str, Any]) -> dict[str, Any]:
-    """rope_scaling of "linear" and "yarn", its keys taken out of ``keys``; other keys stay there (and are refused)."""
+    """Take the keys of "linear" and "yarn" out of ``keys`` and return them as rope_scaling; other keys stay and are refused."""
     kind = keys.get("rope.scaling.type", "none")
     if kind == "none":
         keys.pop("rope.scaling.type", None)
@@ -190,13 +194,13 @@ def _rope_scaling(keys: dict[str, Any]) -> dict[str, Any]:
     if not names or any(f"rope.scaling.{name}" not in keys for name in names):
         return {}
     factor, *original = (_number(keys.pop(f"rope.scaling.{name}")) for name in names)
-    told = {"rope_type": keys.pop("rope.scaling.type"), "factor": factor}
-    return {"rope_scaling": told | ({"original_max_position_embeddings": original[0]} if original else {})}
+    settings = {"rope_type": keys.pop("rope.scaling.type"), "factor": factor}
+    return {"rope_scaling": settings | ({"original_max_position_embeddings": original[0]} if original else {})}
 
 
 def _tensors(path: Path, raw: Mapping[str, Any], fields: Mapping[str, Any], kind: _Architecture) -> Tensors:
-    """Tensors under Hugging Face's names; names that are not known stay as they are (and are refused later)."""
-    by_name = {_their_name(name, kind): tensor for name, tensor in raw.items()}
+    """Return the tensors under Hugging Face's names; unknown names stay and are refused later."""
+    by_name = {_hf_name(name, kind): tensor for name, tensor in raw.items()}
     stored = {
         name: Stored(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, path.name)
         for name, tensor in by_name.items()
@@ -207,29 +211,30 @@ def _tensors(path: Path, raw: Mapping[str, Any], fields: Mapping[str, Any], kind
     }
 
     def read(name: str, window: Window) -> np.ndarray:
-        tensor, (first, *rest) = by_name[name], window
+        tensor, (first, *columns) = by_name[name], window
         rows: Any = first
         for part, count in heads.items():
             if kind.interleaved and f".{part}." in name:
                 rows = _interleaved_rows(stored[name].shape[0], count)[first]
-        read: np.ndarray = gguf.dequantize(tensor.data[rows], tensor.tensor_type)[(slice(None), *rest)]
+        read: np.ndarray = gguf.dequantize(tensor.data[rows], tensor.tensor_type)[(slice(None), *columns)]
         return read - np.float32(1) if kind.norms_plus_one and name.endswith("norm.weight") else read
 
     return Tensors(str(path), stored, read, _READABLE)
 
 
-def _their_name(name: str, kind: _Architecture) -> str:
-    block, _, rest = name.removeprefix("blk.").partition(".")
-    part, _, leaf = rest.rpartition(".")
+def _hf_name(name: str, kind: _Architecture) -> str:
+    block, _, suffix = name.removeprefix("blk.").partition(".")
+    part, _, leaf = suffix.rpartition(".")
     if name.startswith("blk.") and block.isdigit() and part in kind.layers and leaf in ("weight", "bias"):
         return f"model.layers.{int(block)}.{kind.layers[part]}.{leaf}"
     return _TENSORS.get(name, name)
 
 
 def _interleaved_rows(rows: int, heads: int) -> np.ndarray:
-    """For each row of Hugging Face's query or key matrix the row of GGUF's that holds it.
+    """Return, for each row of Hugging Face's query or key matrix, the index of its row in GGUF's.
 
     GGUF pairs rotary rows as (0, 1), (2, 3), ...; Hugging Face pairs row i of a head with row i + head_dim / 2.
     Head of four: [0, 2, 1, 3].
+
     """
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)

@@ -1,5 +1,4 @@
-"""What a path given by a user is: a run directory, a Hugging Face directory, a GGUF file, one of these behind a URL, or a model on
-the hub."""
+"""Kinds of model paths: run directory, Hugging Face directory, GGUF file, the URL of one of these, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -23,46 +22,53 @@ from huggingface_hub.errors import (
 from rlhf_jax.checkpoint_files.manifest import steps_among
 from rlhf_jax.errors import InputError
 from rlhf_jax.storage.names import CARD
-from rlhf_jax.storage.remote import fetched, is_remote
+from rlhf_jax.storage.remote import fetch_url, is_remote
 
 Kind = Literal["run", "huggingface", "gguf"]
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
-_WANTED = ["*.json", "*.safetensors", "*.jinja"]
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """path: where the files lie on this machine. revision: the commit of a model from the hub, None for local paths."""
+    """The kind of a model and its path.
+
+    path: of the files on this machine. revision: the commit of a model from the hub, None for local paths.
+
+    """
 
     kind: Kind
     path: Path
     revision: str | None = None
 
 
-def locate(given: str | Path) -> Location:
-    """Find out what ``given`` is; a hub id (``name/model`` or ``name/model@revision``) is downloaded or taken from the cache,
-    what is behind a URL too: of a run its newest whole checkpoint, of a file it alone.
+def locate(source: str | Path) -> Location:
+    """Find the kind of the model at ``source`` and its path on this machine.
 
-    What exists locally is local. Raises InputError when there is no such thing anywhere.
+    A local path takes precedence. A hub id (``name/model`` or ``name/model@revision``) is downloaded or taken from the cache.
+    So is a URL: of a run only its newest complete checkpoint, of a file only the file.
+    Raises InputError when no such model exists.
+
     """
-    path = fetched(str(given), _of_a_model) if is_remote(given) else Path(given).expanduser()
+    path = fetch_url(str(source), _select_model_files) if is_remote(source) else Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(f"{given}: a single file must be a .gguf; give the directory that holds the checkpoint")
+            raise InputError(f"{source}: a single file must be a .gguf; give the directory that holds the checkpoint")
         return Location("gguf", path)
     if path.is_dir():
-        return Location(_kind_of_directory(path, str(given)), path)
-    match = _HUB_ID.fullmatch(str(given))
+        return Location(_directory_kind(path, str(source)), path)
+    match = _HUB_ID.fullmatch(str(source))
     if match is None:
-        raise InputError(f"{given}: no such file or directory (and no hub id, which looks like name/model)")
+        raise InputError(f"{source}: no such file or directory (and no hub id, which looks like name/model)")
     snapshot = _download(match["repo"], match["revision"])
     return Location("huggingface", snapshot, snapshot.name)
 
 
 def adapter_base(fields: Mapping[str, Any], where: Path) -> str:
-    """What `locate` finds the base of an adapter_config.json by: a path, or the hub id with the revision that is named.
+    """Return the path or hub id (with the revision, when one is named) of the base model of an adapter_config.json.
 
     Raises InputError.
+
     """
     name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
     if not isinstance(name, str):
@@ -73,33 +79,43 @@ def adapter_base(fields: Mapping[str, Any], where: Path) -> str:
     return f"{name}@{revision}" if revision and at_hub else name
 
 
-def _of_a_model(names: Collection[str]) -> set[str]:
-    """Of the files of a directory those that are read."""
+def _select_model_files(names: Collection[str]) -> set[str]:
+    """Select the files of a model from the names in its directory."""
     if CARD not in names:
-        return {name for name in names if any(fnmatch.fnmatch(name, wanted) for wanted in _WANTED) and "/" not in name}
+        return {
+            name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _PATTERNS) and "/" not in name
+        }
     newest = max(steps_among(names), default=None)
     parts = ("tokenizer/", f"checkpoints/{newest}/")
     return {n for n in names if n.startswith(parts) or ("/" not in n and n.endswith((".json", ".gin")))}
 
 
-def _kind_of_directory(path: Path, given: str) -> Kind:
-    """given: what the user calls it, in messages: a URL, not where its copy lies."""
+def _directory_kind(path: Path, label: str) -> Kind:
+    """Return the kind of a model's directory. Raises InputError when it is none.
+
+    label: the user's name for the directory, in messages: a URL, not the path of its copy.
+
+    """
     if (path / CARD).is_file():
         return "run"
     if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return "huggingface"
-    if found := sorted(file.name for file in path.glob("*.gguf")):
-        raise InputError(f"{given}: give the file itself, for instance {given.rstrip('/')}/{found[0]}")
+    if gguf_files := sorted(file.name for file in path.glob("*.gguf")):
+        raise InputError(f"{label}: give the file itself, for instance {label.rstrip('/')}/{gguf_files[0]}")
     raise InputError(
-        f"{given}: neither a run directory ({CARD}) nor a checkpoint directory (config.json); is the path complete?"
+        f"{label}: neither a run directory ({CARD}) nor a checkpoint directory (config.json); is the path complete?"
     )
 
 
 @functools.cache
 def _download(repo: str, revision: str | None) -> Path:
-    """The snapshot directory of a hub model, named after its commit. Once per process: all its readers see one commit."""
+    """Return the snapshot directory of a hub model, named after its commit.
+
+    The result is cached, so that all readers of a process see the same commit.
+
+    """
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS))
     except GatedRepoError as error:
         raise InputError(
             f"{repo}: access to this model must be asked for on its hub page; then run `hf auth login`"

@@ -1,4 +1,4 @@
-"""`new_directory`: a directory that is complete or absent, whatever ends the program meanwhile."""
+"""Atomic creation of a directory: `new_directory` leaves it complete or absent, even when the program is killed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from rlhf_jax.errors import InputError
 
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """Make a directory to write to that becomes ``path`` when everything went well, and goes away otherwise.
+    """Yield a temporary directory that is renamed to ``path`` on success and removed on failure.
 
-    What a killed program left behind is removed first: the directory has one name, and the program that writes it holds a
-    lock on it. Modes of files and directories follow the umask, and everything is on the disk before it is renamed.
+    Files that a killed program left are removed first: the temporary directory has a fixed name and is locked by the program
+    that writes it. Modes of files and directories follow the umask, and all data is flushed to disk before the rename.
     Raises InputError when ``path`` exists or another program is writing it.
+
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise InputError(f"{path}: already exists; give another directory or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.partial"
-    lock = _locked(temporary, path)
+    lock = _lock_directory(temporary, path)
     try:
         yield temporary
         _settle(temporary)
@@ -38,8 +39,8 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _locked(temporary: Path, path: Path) -> int:
-    """An open, locked, empty directory; the kernel gives the lock back when its holder ends, however it ends."""
+def _lock_directory(temporary: Path, path: Path) -> int:
+    """Open, lock and empty the temporary directory and return its descriptor. The lock ends with the process."""
     while True:
         with contextlib.suppress(FileExistsError):
             temporary.mkdir()
@@ -54,13 +55,13 @@ def _locked(temporary: Path, path: Path) -> int:
         if not os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
             os.close(descriptor)  # its holder finished between the two calls
             continue
-        for left in temporary.iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        for entry in temporary.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         return descriptor
 
 
 def _settle(directory: Path) -> None:
-    """Give everything the permissions that open() and mkdir() give (safetensors makes its files private), and flush it."""
+    """Set the permissions that open() and mkdir() give (safetensors makes its files private), and flush everything to disk."""
     umask = os.umask(0)
     os.umask(umask)
     for parent, _, names in os.walk(directory, topdown=False):

@@ -1,4 +1,4 @@
-"""Adapters as the PEFT library keeps them: adapter_config.json and adapter_model.safetensors."""
+"""Adapters in the format of the PEFT library: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import Template
 from rlhf_jax.errors import InputError
-from rlhf_jax.io.export import write_text_side
+from rlhf_jax.io.export import write_tokenizer_files
 from rlhf_jax.io.generation import FILE as GENERATION
 from rlhf_jax.io.json_files import read_json, write_json
-from rlhf_jax.io.layout import Layout, parse, whole
+from rlhf_jax.io.layout import Layout, full_window, parse
 from rlhf_jax.io.new_directory import new_directory
-from rlhf_jax.io.tensors import Tensors, listed, open_file, wrong_kinds
+from rlhf_jax.io.tensors import Tensors, describe_mismatches, join_names, open_file
 from rlhf_jax.models import LoraConfig, Model, ModelConfig, lora
 from rlhf_jax.models.families import dimensions, weights_of
 from rlhf_jax.types import Params
@@ -38,47 +38,55 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "use_rslora": (None, False, True),
     "bias": ("none",),
     "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
-    # pissa, olora, corda, loftq and lora_ga change the base as well, and a name that is not known may do so
+    # pissa, olora, corda, loftq and lora_ga change the base as well, and an unknown name may do so
     "init_lora_weights": (True, None, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-"""Fields that change the computation -> the values that are computed, the first one when absent."""
+"""Fields that change the computation -> their supported values, the first one when absent."""
 _NO_EFFECT = {
     "base_model_name_or_path",  # `load_pretrained` reads both
     "revision",
-    "target_modules",  # the tensors say it
+    "target_modules",  # follows from the tensors
     "inference_mode",
     "auto_mapping",
     "peft_version",
-    "fan_in_fan_out",  # how the base keeps its matrix; A and B lie the same either way
+    "fan_in_fan_out",  # layout of the base matrix; A and B do not depend on it
     "megatron_core",
     "ensure_weight_tying",  # of embeddings and saved modules, which are refused
     "runtime_config",
-    "loftq_config",  # settings of initialisations: init_lora_weights says which one was used
+    "loftq_config",  # settings of initialisations: init_lora_weights names the one used
     "eva_config",
     "corda_config",
     "lora_ga_config",
     "exclude_modules",
     "layers_pattern",
-    "qalora_group_size",  # use_qalora says whether
+    "qalora_group_size",  # has an effect only with use_qalora
 }
 _OFF: tuple[Any, ...] = (None, False, [], {})
-"""Values by which PEFT says that what a field stands for is not used."""
+"""Values of a PEFT field whose feature is switched off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """name: PEFT's. ours: path of the parameter. layer: its place in the stack, None when it is not stacked."""
+    """A tensor of an adapter file.
+
+    name: PEFT's. parameter: path of the parameter. layer: its index in the stack, None when it is not stacked.
+
+    """
 
     name: str
-    ours: str
+    parameter: str
     layer: int | None
     layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """A matrix that can be adapted. inside: its name inside a layer, as `LoraConfig.targets` sees it. stack: its parameter's
-    path without ``/kernel``. module: its name in the checkpoint, ``{layer}`` for the number. a, b: layouts."""
+    """A matrix that can have an adapter.
+
+    inside: its name inside a layer, as in `LoraConfig.targets`. stack: path of its parameter without ``/kernel``.
+    module: its name in the checkpoint, with ``{layer}`` for the number. a, b: layouts.
+
+    """
 
     inside: str
     stack: str
@@ -88,17 +96,20 @@ class _Matrix:
     b: str
 
     def tensors(self) -> Iterator[_Tensor]:
-        """Of all its layers."""
+        """Yield the tensors of all its layers."""
         for side, layout in (("lora_a", self.a), ("lora_b", self.b)):
-            for place, layer in enumerate(self.layers):
+            for index, layer in enumerate(self.layers):
                 name = f"{_PREFIX}{self.module.format(layer=layer)}.{_SIDES[side]}.weight"
-                yield _Tensor(name, f"{self.stack}/{side}", place, parse(layout))
+                yield _Tensor(name, f"{self.stack}/{side}", index, parse(layout))
 
 
 def _matrices(config: ModelConfig) -> list[_Matrix]:
-    """The matrices of the layers that are a checkpoint's own tensor. What is stored joined with others (GPT-2's c_attn,
-    Phi-3's qkv_proj) has no A and B of its own there, and is left out."""
-    found = []
+    """Return the matrices of the layers that are tensors of their own in a checkpoint.
+
+    Matrices that are stored fused with others (GPT-2's c_attn, Phi-3's qkv_proj) have no A and B of their own and are left out.
+
+    """
+    matrices = []
     for weight in weights_of(config):
         if weight.layers is None or not weight.parameter.endswith("/kernel") or "{expert}" in weight.tensor:
             continue
@@ -106,19 +117,19 @@ def _matrices(config: ModelConfig) -> list[_Matrix]:
         inside = re.sub(r"^layers/(\d+/)?", "", stack)
         layout = parse(weight.layout, weight.part)
         inputs = 2 if inside == "attention/output" else 1
-        ins, outs = layout.ours[:inputs], layout.ours[inputs:]
-        if sorted(layout.theirs) != sorted(((ins,), (outs,))):
+        ins, outs = layout.parameter[:inputs], layout.parameter[inputs:]
+        if sorted(layout.stored) != sorted(((ins,), (outs,))):
             continue
         a = f"r ({' '.join(ins)}) -> {' '.join(ins)} r"
         b = f"({' '.join(outs)}) r -> r {' '.join(outs)}"
-        found.append(_Matrix(inside, stack, weight.layers, weight.tensor.removesuffix(".weight"), a, b))
-    return found
+        matrices.append(_Matrix(inside, stack, weight.layers, weight.tensor.removesuffix(".weight"), a, b))
+    return matrices
 
 
 def _head_tensors(config: ModelConfig) -> list[_Tensor]:
     if not config.has_scalar:
         return []
-    return [_Tensor(_PREFIX + name, ours, None, parse(layout)) for ours, (name, layout) in _HEAD.items()]
+    return [_Tensor(_PREFIX + name, path, None, parse(layout)) for path, (name, layout) in _HEAD.items()]
 
 
 def export_adapter(
@@ -132,30 +143,33 @@ def export_adapter(
     template: Template | None = None,
     provenance: bytes | None = None,
 ) -> None:
-    """Write what a run of adapters trained as a directory that ``peft`` loads onto ``base``: adapter_config.json,
-    adapter_model.safetensors and the tokenizer. generation, template, provenance: as in `export_pretrained`.
+    """Write the adapters of a run as a directory that ``peft`` loads onto ``base``: adapter_config.json, adapter_model.safetensors
+    and the tokenizer.
 
-    model: with its ``lora``. trained: adapters, and the scalar head of a reward or value model, which becomes PEFT's saved
-    module ``score`` (its bias as the tensor ``score.bias`` when it is not zero; PEFT knows none). Numbers are kept bit for
-    bit. Raises InputError: ``path`` exists, or a matrix that checkpoints of the family keep joined with others.
+    model: with its ``lora``.
+    trained: adapters, and the scalar head of a reward or value model, which becomes PEFT's saved module ``score`` (its bias, which
+    PEFT does not have, as the tensor ``score.bias`` when it is not zero). Numbers are written bit for bit.
+    generation, template, provenance: as in `export_pretrained`.
+    Raises InputError when ``path`` exists, and for a matrix that checkpoints of the family store fused with others.
+
     """
     if model.lora is None:
         raise InputError(f"{path}: the model has no adapters; export it whole")
     settings, config = model.lora, model.config
-    known = {matrix.stack: matrix for matrix in _matrices(config)}
+    matrices = {matrix.stack: matrix for matrix in _matrices(config)}
     adapted = [at for at, _ in lora.adapted_kernels(trained)]
-    if joined := sorted(set(adapted) - known.keys()):
+    if joined := sorted(set(adapted) - matrices.keys()):
         raise InputError(
-            f"LoraConfig.targets: {listed(joined)}: stored joined with others in checkpoints of family {config.family!r}, "
+            f"LoraConfig.targets: {join_names(joined)}: stored joined with others in checkpoints of family {config.family!r}, "
             "where PEFT has one adapter for all of them; export the merged model"
         )
     sizes = dimensions(config) | {"r": settings.rank}
     tensors = {}
-    for tensor in [t for at in adapted for t in known[at].tensors()] + _head_tensors(config):
-        parameter = np.asarray(_leaf(trained, tensor.ours))
-        if tensor.ours == "scalar_head/bias" and not parameter.any():
+    for tensor in [t for at in adapted for t in matrices[at].tensors()] + _head_tensors(config):
+        parameter = np.asarray(_leaf(trained, tensor.parameter))
+        if tensor.parameter == "scalar_head/bias" and not parameter.any():
             continue
-        stored = np.empty(tensor.layout.their_shape(sizes), parameter.dtype)
+        stored = np.empty(tensor.layout.stored_shape(sizes), parameter.dtype)
         tensor.layout.write(sizes, stored, parameter if tensor.layer is None else parameter[tensor.layer])
         tensors[tensor.name] = stored
     fields = {
@@ -166,7 +180,7 @@ def export_adapter(
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": sorted({known[at].module.split("{layer}.")[1] for at in adapted}),
+        "target_modules": sorted({matrices[at].module.split("{layer}.")[1] for at in adapted}),
         "modules_to_save": ["score"] if config.has_scalar else None,
         "bias": "none",
         "inference_mode": True,
@@ -176,37 +190,42 @@ def export_adapter(
         write_json(directory / CONFIG, fields)
         if generation:
             write_json(directory / GENERATION, generation)
-        write_text_side(directory, tokenizer, template, provenance)
+        write_tokenizer_files(directory, tokenizer, template, provenance)
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether the directory holds an adapter in PEFT's format."""
+    """Return whether the directory holds an adapter in PEFT's format."""
     return (path / CONFIG).is_file()
 
 
 def read_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Params, bool]:
-    """(settings, what was trained as float32 numpy arrays, whether a scalar head is among it) of an adapter directory.
+    """Read an adapter directory: (settings, trained parameters as float32 arrays, whether they include a scalar head).
 
-    config: of the base. Raises InputError: damaged files; a setting that changes the computation and is not understood, by
-    name; tensors that are missing, not of this model, reshaped or of a dtype that is not read, listed.
+    config: of the base. Raises InputError for damaged files, for unsupported settings that change the computation, and for
+    tensors that are missing, of another model, of another shape or of an unsupported dtype.
+
     """
     path = Path(path)
     fields = read_json(path / CONFIG)
-    _refuse_foreign(fields, path / CONFIG)
+    _check_fields(fields, path / CONFIG)
     with_head = any(name == f"{_PREFIX}score.weight" for name in open_file(path / WEIGHTS).stored)
     if "score" in (fields.get("modules_to_save") or []) and not with_head:
         raise InputError(
             f"{path / CONFIG}: modules_to_save names 'score', but {WEIGHTS} has no {_PREFIX}score.weight; save the adapter again"
         )
     tensors = open_file(path / WEIGHTS)
-    known = config.replace(head="scalar") if with_head else config
-    wanted, targets = [], []
+    adapted_config = config.replace(head="scalar") if with_head else config
+    expected, targets = [], []
     for matrix in _matrices(config):
         parts = list(matrix.tensors())
         if any(part.name in tensors.stored for part in parts):
-            wanted += parts
+            expected += parts
             targets.append(matrix.inside)
-    wanted += [part for part in _head_tensors(known) if part.ours != "scalar_head/bias" or part.name in tensors.stored]
+    expected += [
+        part
+        for part in _head_tensors(adapted_config)
+        if part.parameter != "scalar_head/bias" or part.name in tensors.stored
+    ]
     try:
         settings = LoraConfig(
             rank=fields["r"],
@@ -218,12 +237,12 @@ def read_adapter(path: str | Path, config: ModelConfig) -> tuple[LoraConfig, Par
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{path / CONFIG}: {error}") from error
     sizes = dimensions(config) | {"r": settings.rank}
-    _check(tensors, wanted, sizes)
-    return settings, _assembled(tensors, wanted, sizes, known), with_head
+    _check_tensors(tensors, expected, sizes)
+    return settings, _assemble(tensors, expected, sizes, adapted_config), with_head
 
 
-def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
-    """Raises InputError naming each field that changes the computation, or may do so, in a way that is not computed."""
+def _check_fields(fields: Mapping[str, Any], where: Path) -> None:
+    """Check adapter_config.json. Raises InputError naming each field that may change the computation in an unsupported way."""
     if fields.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type = {fields.get('peft_type')!r}: only LORA adapters are read")
     if missing := sorted(name for name in ("r", "lora_alpha") if fields.get(name) is None):
@@ -231,11 +250,11 @@ def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
     dropout = fields.get("lora_dropout")
     if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, int | float)):
         raise InputError(f"{where}: lora_dropout = {dropout!r}: must be a number")
-    understood = _READ | _NO_EFFECT
+    supported = _READ | _NO_EFFECT
     wrong = [
         f"{name} = {value!r}"
         for name, value in fields.items()
-        if name not in understood and not _is_among(value, _ALLOWED.get(name, _OFF))
+        if name not in supported and not _is_among(value, _ALLOWED.get(name, _OFF))
     ]
     if wrong:
         raise InputError(
@@ -245,44 +264,44 @@ def _refuse_foreign(fields: Mapping[str, Any], where: Path) -> None:
 
 
 def _is_among(value: Any, choices: tuple[Any, ...]) -> bool:
-    """Whether the value is one of the choices; 0 is not False."""
+    """Return whether the value is one of the choices; 0 is not False."""
     return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
-def _check(tensors: Tensors, wanted: list[_Tensor], sizes: Mapping[str, int]) -> None:
-    """Raises InputError listing what is missing, extra, of another shape or of a dtype that is not read."""
-    shapes = {tensor.name: tensor.layout.their_shape(sizes) for tensor in wanted}
+def _check_tensors(tensors: Tensors, expected: list[_Tensor], sizes: Mapping[str, int]) -> None:
+    """Check names, shapes and dtypes of the tensors. Raises InputError that lists what is missing, extra or different."""
+    shapes = {tensor.name: tensor.layout.stored_shape(sizes) for tensor in expected}
     stored, wrong = tensors.stored, []
     if missing := sorted(shapes.keys() - stored.keys()):
-        wrong.append(f"missing: {listed(missing)}")
+        wrong.append(f"missing: {join_names(missing)}")
     if extra := sorted(stored.keys() - shapes.keys()):
-        wrong.append(f"not of this model: {listed(extra)}")
-    wrong += wrong_kinds(tensors, shapes)
+        wrong.append(f"not of this model: {join_names(extra)}")
+    wrong += describe_mismatches(tensors, shapes)
     if not shapes:
         wrong.append("none of this model")
     if wrong:
         raise InputError(f"{tensors.where}: adapter tensors {'; '.join(wrong)}")
 
 
-def _assembled(tensors: Tensors, wanted: list[_Tensor], sizes: Mapping[str, int], config: ModelConfig) -> Params:
-    """The tree of the wanted tensors, layers stacked. An adapter is small: every process reads the whole of it."""
+def _assemble(tensors: Tensors, expected: list[_Tensor], sizes: Mapping[str, int], config: ModelConfig) -> Params:
+    """Build the parameter tree of the tensors, with stacked layers. An adapter is small, so every process reads all of it."""
     stacks: dict[str, list[np.ndarray]] = {}
-    for tensor in wanted:
-        window = whole(tensor.layout.our_shape(sizes))
+    for tensor in expected:
+        window = full_window(tensor.layout.parameter_shape(sizes))
 
         def read(part: tuple[slice, ...], name: str = tensor.name) -> np.ndarray:
             return np.asarray(tensors.read(name, part), np.float32)
 
-        stacks.setdefault(tensor.ours, []).append(tensor.layout.to_ours(sizes, window, read))
+        stacks.setdefault(tensor.parameter, []).append(tensor.layout.read_parameter(sizes, window, read))
     params: Params = {}
     if config.has_scalar and "scalar_head/bias" not in stacks:
         stacks["scalar_head/bias"] = [np.zeros(1, np.float32)]
-    for ours, parts in stacks.items():
-        *parents, leaf = ours.split("/")
+    for path, parts in stacks.items():
+        *parents, leaf = path.split("/")
         node = params
         for key in parents:
             node = node.setdefault(key, {})
-        node[leaf] = jnp.asarray(parts[0] if ours.startswith(lora.HEAD) else np.stack(parts))
+        node[leaf] = jnp.asarray(parts[0] if path.startswith(lora.HEAD) else np.stack(parts))
     return params
 
 

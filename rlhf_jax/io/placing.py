@@ -1,6 +1,7 @@
-"""From named tensors to parameters on their shards, tensor by tensor.
+"""Reading of named tensors into sharded parameters, tensor by tensor.
 
-Host memory above the model: one shard of one stacked parameter, and READ_NUMBERS numbers of one tensor.
+Host memory beyond the model: one shard of one stacked parameter, and READ_NUMBERS numbers of one tensor.
+
 """
 
 from __future__ import annotations
@@ -16,90 +17,96 @@ import numpy as np
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.io.layout import Layout, Window, parse
-from rlhf_jax.io.tensors import Tensors, listed, wrong_kinds
+from rlhf_jax.io.tensors import Tensors, describe_mismatches, join_names
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.families import DERIVED_TENSORS, FAMILIES, Weight, dimensions, weights_of
 from rlhf_jax.types import Params
 
 READ_NUMBERS = 2**23
-"""Most numbers of a tensor that one read takes (32 MiB of float32); a row is read whole, however long."""
+"""Maximum of numbers in one read of a tensor (32 MiB of float32); a row is never divided."""
 
 
 def check_tensors(tensors: Tensors, config: ModelConfig) -> None:
-    """Raises InputError listing every tensor that is missing, extra, of another shape, or of a dtype that is not read.
+    """Check names, shapes and dtypes of a checkpoint's tensors. Raises InputError that lists all problems.
 
-    config: of the checkpoint. Two kinds of extra tensors are let through: buffers of old transformers, and a copy of tied
+    config: of the checkpoint. Two kinds of extra tensors are allowed: buffers of old transformers, and a copy of tied
     embeddings as output head, which has to equal them.
+
     """
     sizes = dimensions(config)
     expected: dict[str, tuple[int, ...]] = {}
     wrong = []
     for weight in weights_of(config):
-        for name in names_of(weight, config):
+        for name in tensor_names(weight, config):
             if name in tensors.stored or not weight.zero_when_absent:
-                expected[name] = parse(weight.layout, weight.part).their_shape(sizes)
+                expected[name] = parse(weight.layout, weight.part).stored_shape(sizes)
     stored = tensors.stored
     if missing := sorted(expected.keys() - stored.keys()):
-        wrong.append(f"missing: {listed(missing)}")
+        wrong.append(f"missing: {join_names(missing)}")
     extra = sorted(name for name in stored.keys() - expected.keys() if not re.fullmatch(DERIVED_TENSORS, name))
-    head = _their_name(FAMILIES[config.family].weights, "lm_head/kernel")
-    if head in extra and config.has_lm and _equals_the_embeddings(tensors, config, head):
+    head = _tensor_name(FAMILIES[config.family].weights, "lm_head/kernel")
+    if head in extra and config.has_lm and _equals_embeddings(tensors, config, head):
         extra.remove(head)
     if extra:
-        wrong.append(f"not of this architecture: {listed(extra)}")
-    wrong += wrong_kinds(tensors, expected)
+        wrong.append(f"not of this architecture: {join_names(extra)}")
+    wrong += describe_mismatches(tensors, expected)
     if wrong:
         raise InputError(f"{tensors.where}: tensors {'; '.join(wrong)}")
 
 
-def with_base_names(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """Tensors of a bare trunk (GPT-2's own files: ``h.0.ln_1.weight``) under the names that they have in a model."""
+def add_name_prefix(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Return the tensors of a bare trunk (GPT-2's own files: ``h.0.ln_1.weight``) under their names in a language model."""
     prefix = FAMILIES[config.family].prefix
     if any(name.startswith(prefix) for name in tensors.stored):
         return tensors
-    ours = {prefix + name for name in tensors.stored} & {n for w in weights_of(config) for n in names_of(w, config)}
-    ours |= {prefix + name for name in tensors.stored if re.fullmatch(DERIVED_TENSORS, prefix + name)}
-    stored = {prefix + n if prefix + n in ours else n: where for n, where in tensors.stored.items()}
+    prefixed = {prefix + name for name in tensors.stored} & {
+        n for w in weights_of(config) for n in tensor_names(w, config)
+    }
+    prefixed |= {prefix + name for name in tensors.stored if re.fullmatch(DERIVED_TENSORS, prefix + name)}
+    stored = {prefix + n if prefix + n in prefixed else n: where for n, where in tensors.stored.items()}
 
     def read(name: str, window: Window) -> np.ndarray:
-        return tensors.read(name.removeprefix(prefix) if name in ours else name, window)
+        return tensors.read(name.removeprefix(prefix) if name in prefixed else name, window)
 
     return dataclasses.replace(tensors, stored=stored, read=read)
 
 
-def names_of(weight: Weight, config: ModelConfig) -> list[str]:
-    """The tensor names of a row in the order of the parameter's leading axes: of layers, then of experts."""
+def tensor_names(weight: Weight, config: ModelConfig) -> list[str]:
+    """Return the tensor names of a row in the order of the parameter's leading axes: layers, then experts."""
     experts = config.num_experts if "{expert}" in weight.tensor else 1
     layers = (0,) if weight.layers is None else weight.layers
     return [weight.tensor.format(layer=layer, expert=expert) for layer in layers for expert in range(experts)]
 
 
-def stacked(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
-    """The lengths of those leading axes."""
+def leading_shape(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
+    """Return the lengths of those leading axes."""
     layers = () if weight.layers is None else (len(weight.layers),)
     return (*layers, config.num_experts) if "{expert}" in weight.tensor else layers
 
 
-def place(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardings: Params) -> Params:
-    """The parameters of ``table``'s rows, in config.param_dtype, on their shards.
+def load_weights(tensors: Tensors, table: Iterable[Weight], config: ModelConfig, shardings: Params) -> Params:
+    """Read the parameters of ``table``'s rows onto their shards, in config.param_dtype.
 
-    shardings: one per parameter (others are ignored). Every process reads only what its own devices hold. Call
-    `check_tensors` first.
+    shardings: of every parameter of the table (others are ignored). Every process reads only the shards of its own devices.
+    Call `check_tensors` first.
+
     """
     params: Params = {}
     for weight in table:
         *parents, leaf = weight.parameter.split("/")
-        node, at = params, shardings
+        node, sharding_node = params, shardings
         for key in parents:
-            node, at = node.setdefault(key, {}), at[key]
-        node[leaf] = _parameter(tensors, weight, config, at[leaf])
+            node, sharding_node = node.setdefault(key, {}), sharding_node[key]
+        node[leaf] = _read_parameter(tensors, weight, config, sharding_node[leaf])
     return params
 
 
-def _parameter(tensors: Tensors, weight: Weight, config: ModelConfig, sharding: jax.sharding.Sharding) -> jax.Array:
-    """One parameter. Shards that several devices hold are read once."""
+def _read_parameter(
+    tensors: Tensors, weight: Weight, config: ModelConfig, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    """Read one parameter. Shards that several devices hold are read once."""
     layout, sizes, dtype = parse(weight.layout, weight.part), dimensions(config), jnp.dtype(config.param_dtype)
-    shape = stacked(weight, config) + layout.our_shape(sizes)
+    shape = leading_shape(weight, config) + layout.parameter_shape(sizes)
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = (part.indices(size) for part, size in zip(index or (), shape, strict=True))
@@ -117,28 +124,28 @@ def _parameter(tensors: Tensors, weight: Weight, config: ModelConfig, sharding: 
 def _fill(
     shard: np.ndarray,
     tensors: Tensors,
-    which: tuple[Weight, ModelConfig],
-    how: tuple[Layout, Mapping[str, int]],
+    row: tuple[Weight, ModelConfig],
+    conversion: tuple[Layout, Mapping[str, int]],
     window: Window,
 ) -> None:
     """Write the part ``window`` of a parameter into ``shard`` (zeros until then), tensor by tensor."""
-    weight, config = which
-    layout, sizes = how
-    axes = stacked(weight, config)
-    names = np.array(names_of(weight, config), object).reshape(axes)[window[: len(axes)]]
-    for place, name in np.ndenumerate(names):
+    weight, config = row
+    layout, sizes = conversion
+    axes = leading_shape(weight, config)
+    names = np.array(tensor_names(weight, config), object).reshape(axes)[window[: len(axes)]]
+    for index, name in np.ndenumerate(names):
         if name in tensors.stored or not weight.zero_when_absent:
             for target, source in layout.blocks(window[len(axes) :], READ_NUMBERS):
-                shard[place][target] = layout.to_ours(sizes, source, functools.partial(tensors.read, name))
+                shard[index][target] = layout.read_parameter(sizes, source, functools.partial(tensors.read, name))
 
 
-def _their_name(table: Iterable[Weight], ours: str) -> str:
-    return next(weight.tensor for weight in table if weight.parameter == ours)
+def _tensor_name(table: Iterable[Weight], path: str) -> str:
+    return next(weight.tensor for weight in table if weight.parameter == path)
 
 
-def _equals_the_embeddings(tensors: Tensors, config: ModelConfig, head: str) -> bool:
-    """Whether the checkpoint's output head is a copy of its embeddings, looked at a thousand rows at a time."""
-    name = _their_name(weights_of(config), "embed/embedding")
+def _equals_embeddings(tensors: Tensors, config: ModelConfig, head: str) -> bool:
+    """Return whether the checkpoint's output head is a copy of its embeddings, comparing 1024 rows at a time."""
+    name = _tensor_name(weights_of(config), "embed/embedding")
     if name not in tensors.stored or tensors.stored[name].shape != tensors.stored[head].shape:
         return False
     rows, width = tensors.stored[name].shape

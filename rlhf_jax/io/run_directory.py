@@ -1,6 +1,7 @@
-"""Run directories of this package as models: model.json, tokenizer/, the newest complete checkpoint.
+"""Run directories of this package as models: model.json, tokenizer/ and the newest complete checkpoint.
 
-Written by `run` (which this room does not import).
+They are written by `rundir`, which this package does not import.
+
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rlhf_jax.types import Params
 
 
 def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
-    """(configuration, path of the parameters in the saved state) of a run directory. Raises InputError when it is none."""
+    """Read (configuration, path of the parameters in the saved state) of a run directory. Raises InputError when it is none."""
     card = Path(path) / CARD
     if not card.is_file():
         raise InputError(f"{card}: no such file; give a run directory of a training program")
@@ -33,23 +34,23 @@ def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
 
 
 def read_template(path: str | Path) -> Template | None:
-    """Read the template that a model was trained with, from its run directory or its export; None when ``path`` is neither,
-    or of a version that kept none.
+    """Read the template that a model was trained with, from its run directory or its export; None when none is stored.
 
-    Raises InputError for fields that are no template's.
+    Raises InputError for invalid fields.
+
     """
     card, export = Path(path) / CARD, Path(path) / TEMPLATE
     if card.is_file():
-        return _template(read_json(card).get("template"), str(card))
-    return _template(read_json(export), str(export)) if export.is_file() else None
+        return _build_template(read_json(card).get("template"), str(card))
+    return _build_template(read_json(export), str(export)) if export.is_file() else None
 
 
-def template_from(text: str, where: str) -> Template | None:
-    """`read_template` of the text of a model.json. Raises InputError."""
-    return _template(parse_object(text, where).get("template"), where)
+def parse_template(text: str, where: str) -> Template | None:
+    """Parse the template in the text of a model.json; None when it has none. Raises InputError."""
+    return _build_template(parse_object(text, where).get("template"), where)
 
 
-def _template(fields: Any, where: str) -> Template | None:
+def _build_template(fields: Any, where: str) -> Template | None:
     if fields is None:
         return None
     try:
@@ -61,34 +62,34 @@ def _template(fields: Any, where: str) -> Template | None:
 def read_parameters(
     path: str | Path, subtree: str, saved_as: Params, like: Params, *, step: int | None = None
 ) -> Params:
-    """Parameters of the newest checkpoint, or that of ``step``, every file of which is hashed first: those of ``like``,
-    onto its shardings.
+    """Read the parameters in ``like`` from the newest checkpoint, or that of ``step``, after hashing all its files.
 
-    saved_as: all that the model card promises, like: the part to read; trees of ShapeDtypeStructs. Optimizer state is
-    not read. Raises DamagedCheckpoint (an older step is not what was asked for, so none is taken in its place), InputError
-    for no checkpoint, or leaves that are missing, extra, reshaped or re-typed (Orbax would cast silently).
+    saved_as: all parameters of the model card. like: the part to read, with shardings. Both are trees of ShapeDtypeStructs.
+    Optimizer state is not read. Raises DamagedCheckpoint (no older step is used in its place), and InputError for no checkpoint, or
+    for parameters that are missing, extra, or of another shape or dtype (Orbax would cast silently).
+
     """
-    with reading_step(path, step) as place:
-        return _read_parameters(place, subtree, saved_as, like)
+    with reading_step(path, step) as step_dir:
+        return _read_parameters(step_dir, subtree, saved_as, like)
 
 
-def _read_parameters(place: Path, subtree: str, saved_as: Params, like: Params) -> Params:
-    whole = verify(place)["layout"]
-    saved = {name[len(subtree) + 1 :]: entry for name, entry in whole.items() if name.startswith(subtree + "/")}
+def _read_parameters(step_dir: Path, subtree: str, saved_as: Params, like: Params) -> Params:
+    saved_layout = verify(step_dir)["layout"]
+    saved = {name[len(subtree) + 1 :]: entry for name, entry in saved_layout.items() if name.startswith(subtree + "/")}
     if not saved:
-        raise InputError(f"{place}: the saved state has no {subtree!r}, which {CARD} names; restore {CARD}")
-    check_layout(place, saved, layout(saved_as), f"{CARD} and checkpoint are not of one run")
+        raise InputError(f"{step_dir}: the saved state has no {subtree!r}, which {CARD} names; restore {CARD}")
+    check_layout(step_dir, saved, layout(saved_as), f"{CARD} and checkpoint are not of one run")
     target: Any = like
     for key in reversed(subtree.split("/")):
         target = {key: target}
-    params: Params = read_state(place, target)
+    params: Params = read_state(step_dir, target)
     for key in subtree.split("/"):
         params = params[key]
     return params
 
 
-def wrong_normalisation(gain: float, bias: float) -> str:
-    """'gain = 0.0: ...' of numbers that would make every reward the same, turn their order round or make them no numbers; ''."""
+def normalisation_problem(gain: float, bias: float) -> str:
+    """Return 'gain = 0.0: ...' for numbers that would equate, reverse or overflow the rewards; '' for valid numbers."""
     if not (math.isfinite(gain) and gain > 0 and fits_float32(gain)):
         return f"gain = {gain!r}: must be a finite number above 0, in float32 too"
     if not (math.isfinite(bias) and fits_float32(bias)):
@@ -96,10 +97,11 @@ def wrong_normalisation(gain: float, bias: float) -> str:
     return ""
 
 
-def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
-    """A reward model's head with gain and bias of reward_normalisation.json folded in: gain * (w h + b) + bias.
+def normalise_scalar_head(run_dir: Path, params: Params) -> Params:
+    """Return ``params`` with the reward model's head times gain plus bias of reward_normalisation.json: gain * (w h + b) + bias.
 
-    Raises InputError for a reward run that has not written them yet: its rewards have another scale than it will have.
+    Raises InputError for a reward run that has not written the file yet, since its rewards would have another scale.
+
     """
     file, provenance = run_dir / NORMALISATION, run_dir / PROVENANCE
     if not file.is_file():
@@ -110,7 +112,7 @@ def normalised_scalar_head(run_dir: Path, params: Params) -> Params:
     for name in ("gain", "bias"):
         if isinstance(numbers.get(name), bool) or not isinstance(numbers.get(name), int | float):
             raise InputError(f"{file}: {name} = {numbers.get(name)!r}: must be a number; restore the file")
-    if wrong := wrong_normalisation(numbers["gain"], numbers["bias"]):
+    if wrong := normalisation_problem(numbers["gain"], numbers["bias"]):
         raise InputError(f"{file}: {wrong}; restore the file")
     head = params["scalar_head"]
     scaled = {"kernel": head["kernel"] * numbers["gain"], "bias": head["bias"] * numbers["gain"] + numbers["bias"]}

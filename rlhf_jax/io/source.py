@@ -1,4 +1,4 @@
-"""Where a model comes from."""
+"""The configuration of a model to train from: `ModelSource`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from rlhf_jax.models import DTYPES, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: ``path``, or ``config`` with ``tokenizer`` (a new one, drawn from the seed).
+    """The source of a model: ``path``, or ``config`` with ``tokenizer`` (a new model, initialized from the seed).
 
-    path: a run directory of ours, a Hugging Face directory, a .gguf file, the URL of one (gs://...), or a hub id (name/model,
+    path: a run directory, a Hugging Face directory, a .gguf file, the URL of one (gs://...), or a hub id (name/model,
     name/model@revision).
-    The rest goes with path; None = as saved (param_dtype of foreign checkpoints: float32). param_dtype, compute_dtype,
-    remat, logits_chunk, attention: as in ModelConfig. max_length: shorter than the checkpoint's. pad_token: a token
-    of the vocabulary to pad with, kept with the tokenizer; training and sampling need none, exports of reward models do.
-    other_template: take a model though it learned from conversations that are written otherwise than the data's.
+    The other fields need path; None = as saved (param_dtype of Hugging Face and GGUF checkpoints: float32).
+    param_dtype, compute_dtype, remat, logits_chunk, attention: as in ModelConfig.
+    max_length: at most the checkpoint's.
+    pad_token: a token of the vocabulary to pad with, saved with the tokenizer; needed only for exports of reward models.
+    other_template: use a model that was trained with another conversation template than the data's.
+
     """
 
     path: str | None = None

@@ -1,8 +1,9 @@
-"""Settings of tokenizer files that change the tokens of a text: read with the pipeline, without effect here, or refused by name.
+"""Settings in tokenizer files that change the tokens of a text: checked against the pipeline, ignored, or refused by name.
 
-Without effect: ``truncation`` and ``padding`` blocks, ``model_max_length`` and the sides of both (a run's own lengths
-decide), ``clean_up_tokenization_spaces`` (a response is exactly the characters of its tokens), an end-of-sequence token
-after every text and ``add_eos_token`` (the end of a response is written once, by `data.response_ends`).
+Ignored: ``truncation`` and ``padding`` blocks, ``model_max_length`` and the sides of both (the lengths are those of the run's
+configuration), ``clean_up_tokenization_spaces`` (a response has exactly the characters of its tokens), an end-of-sequence token
+after every text and ``add_eos_token`` (the end of a response is added once, by `data.response_ends`).
+
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from rlhf_jax.io.json_files import read_json
 FILE, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 _MATCHING = ("lstrip", "rstrip", "normalized", "single_word")
 _NORMALISED = {"do_lower_case": ("A", "a"), "strip_accents": ("\u00e9", "e")}
-"""Settings of some classes -> (text, what their normaliser makes of it)."""
+"""Settings of some classes -> (text, the text after normalisation)."""
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, {} when there is none. Raises InputError for a damaged one, and for code of its own."""
+    """Read tokenizer_config.json; {} when there is none. Raises InputError for a damaged file, or one that brings its own code."""
     file = directory / SETTINGS
     settings = read_json(file) if os.path.lexists(file) else {}
     if settings.get("auto_map"):
@@ -35,7 +36,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def check_loaded(directory: Path, described: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
-    """Raises InputError when transformers loaded another pipeline than tokenizer.json describes. Both: as ``to_str`` says."""
+    """Check that transformers loaded the pipeline that tokenizer.json describes. Raises InputError.
+
+    described, loaded: output of the pipelines' ``to_str``.
+
+    """
     file = directory / FILE
     for part in ("normalizer", "pre_tokenizer", "model", "decoder"):
         if loaded[part] != described[part]:
@@ -58,7 +63,7 @@ def check_loaded(directory: Path, described: Mapping[str, Any], loaded: Mapping[
 
 
 def check_settings(directory: Path, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError naming a setting that asks for other tokens than the pipeline of tokenizer.json makes."""
+    """Check that the settings agree with the pipeline of tokenizer.json. Raises InputError naming one that changes the tokens."""
     file = directory / SETTINGS
     _check_ids(directory, settings, tokenizer)
     if settings.get("split_special_tokens"):
@@ -73,33 +78,33 @@ def check_settings(directory: Path, settings: Mapping[str, Any], tokenizer: PreT
             raise InputError(
                 f"{file}: {name} = True: the normalizer of {FILE} does not do it; set it to false, or save the tokenizer again"
             )
-    prefixed, asked = has_prefix(json.loads(backend.to_str())), settings.get("add_prefix_space")
-    if isinstance(asked, bool) and asked != prefixed:
+    prefixed, setting = has_prefix(json.loads(backend.to_str())), settings.get("add_prefix_space")
+    if isinstance(setting, bool) and setting != prefixed:
         raise InputError(
-            f"{file}: add_prefix_space = {asked}: by the pipeline of {FILE} it is {prefixed}; set it to "
+            f"{file}: add_prefix_space = {setting}: by the pipeline of {FILE} it is {prefixed}; set it to "
             f"{str(prefixed).lower()}, or save the tokenizer again"
         )
     adds_bos = _adds_bos(directory, tokenizer)
-    asked = settings.get("add_bos_token")
-    if isinstance(asked, bool) and asked != adds_bos and tokenizer.bos_token_id is not None:
+    setting = settings.get("add_bos_token")
+    if isinstance(setting, bool) and setting != adds_bos and tokenizer.bos_token_id is not None:
         raise InputError(
-            f"{file}: add_bos_token = {asked}: the post_processor of {FILE} {'adds one' if adds_bos else 'adds none'}; set it to "
+            f"{file}: add_bos_token = {setting}: the post_processor of {FILE} {'adds one' if adds_bos else 'adds none'}; set it to "
             f"{str(adds_bos).lower()} and say what the model was trained with as Template.bos"
         )
 
 
 def _check_ids(directory: Path, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError for an added token that the settings give another id than it has."""
+    """Check the ids of added tokens. Raises InputError for one that the settings give another id than it has."""
     ids = tokenizer.get_vocab()
-    listed = settings.get("added_tokens_decoder")
-    named: list[tuple[str, Any, Any]] = []
-    if isinstance(listed, Mapping):
-        for index, token in listed.items():
+    decoder = settings.get("added_tokens_decoder")
+    entries: list[tuple[str, Any, Any]] = []
+    if isinstance(decoder, Mapping):
+        for index, token in decoder.items():
             content = token.get("content") if isinstance(token, Mapping) else token
-            named.append((SETTINGS, content, int(index) if str(index).isdecimal() else index))
+            entries.append((SETTINGS, content, int(index) if str(index).isdecimal() else index))
     if (directory / ADDED).is_file():
-        named += [(ADDED, content, index) for content, index in read_json(directory / ADDED).items()]
-    for name, content, index in named:
+        entries += [(ADDED, content, index) for content, index in read_json(directory / ADDED).items()]
+    for name, content, index in entries:
         if ids.get(content) != index:
             raise InputError(
                 f"{directory / name}: added token {content!r} has id {index!r}, but {FILE} leads to {ids.get(content, 'none')}; "
@@ -108,8 +113,11 @@ def _check_ids(directory: Path, settings: Mapping[str, Any], tokenizer: PreTrain
 
 
 def _adds_bos(directory: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the pipeline begins texts with the beginning-of-sequence token. Raises InputError for any other token that it
-    puts around texts."""
+    """Return whether the pipeline begins texts with the beginning-of-sequence token.
+
+    Raises InputError for any other token that it adds.
+
+    """
     backend: Any = tokenizer.backend_tokenizer
     try:
         encoding = backend.encode("a")

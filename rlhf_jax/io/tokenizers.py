@@ -1,4 +1,4 @@
-"""Tokenizers: read as the file says, written so that transformers 4 and 5 read the same, made from GGUF metadata."""
+"""Tokenizers: loading exactly as stored, saving for transformers 4 and 5 alike, and construction from GGUF metadata."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from rlhf_jax.io.tokenizer_settings import FILE, SETTINGS, check_loaded, check_s
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory, exactly as its tokenizer.json describes it.
+    """Load the tokenizer of a directory, exactly as its tokenizer.json describes it.
 
-    Not through AutoTokenizer: transformers 5 rebuilds the pipeline from the class that tokenizer_config.json names (a
-    GPT2Tokenizer loses the digit splitting of SmolLM2 that way). Blocks that cut or pad texts are switched off: lengths are
-    the run's. Raises InputError when there is no tokenizer.json, when what was loaded is not what the file says, or for a
-    setting that asks for other tokens.
+    AutoTokenizer is not used: transformers 5 rebuilds the pipeline from the class that tokenizer_config.json names (a
+    GPT2Tokenizer loses the digit splitting of SmolLM2 that way). Truncation and padding are switched off, since lengths are
+    those of the run. Raises InputError when there is no tokenizer.json, when the loaded pipeline differs from it, or for a
+    setting that would change the tokens.
+
     """
     directory = Path(directory)
     file = directory / FILE
@@ -30,7 +31,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{file}: no such file; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    read_json(file)  # a broken file is named with its line
+    read_json(file)  # for the line number of a syntax error
     settings = read_settings(directory)
     try:
         described = json.loads(Tokenizer.from_file(str(file)).to_str())
@@ -46,17 +47,22 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def largest_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
-    """(largest token id that the tokenizer can produce, added tokens included, its token). Ids may have holes: their number
-    says nothing about the largest."""
+    """Return (largest token id that the tokenizer can produce, added tokens included, its token).
+
+    Ids may have gaps, so the number of tokens does not determine the largest id.
+
+    """
     token, index = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return int(index), str(token)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str, *, every_id: bool = True) -> None:
-    """Raises InputError for a tokenizer that produces ids beyond the ``rows`` of the embedding. where: the model's path.
+    """Check that the tokenizer's ids are below ``rows``, the rows of the embedding. Raises InputError.
 
-    every_id: False warns of a tokenizer whose tokens are no more than the rows and only some ids lie beyond them: texts
+    where: the model's path.
+    every_id: False = only warn when there are enough rows for the number of tokens and some ids are larger: texts
     without those tokens can be read.
+
     """
     index, token = largest_token(tokenizer)
     if index < rows:
@@ -71,15 +77,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str, 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """tokenizer.json, tokenizer_config.json, special_tokens_map.json and, when there is one, chat_template.jinja.
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and, when there is one, chat_template.jinja.
 
-    tokenizer_config.json names PreTrainedTokenizerFast (transformers 4 does not know what transformers 5 writes there,
-    and any other class may rebuild the pipeline) and holds the chat template too, where older readers look for it.
+    tokenizer_config.json names PreTrainedTokenizerFast (transformers 4 does not know the class that transformers 5 writes,
+    and any other class may rebuild the pipeline) and contains the chat template, where older readers look for it.
+
     """
     tokenizer.save_pretrained(str(directory))
     settings = read_json(directory / SETTINGS)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("backend", "is_local", "local_files_only"):  # how it was loaded here
+    for name in ("backend", "is_local", "local_files_only"):  # of the loading process
         settings.pop(name, None)
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
@@ -103,11 +110,14 @@ _GGUF_KEYS |= {"scores", "token_type_count"}  # of other kinds of tokenizer
 _GGUF_KEYS |= {"add_eos_token"}  # the end of a response is written once
 
 
-def _refuse_unknown(fields: Mapping[str, Any], where: str) -> None:
-    """Raises InputError naming the keys that ask for something of the tokenizer that it would not do. Ids of further tokens
-    change no text."""
-    used = [key for key, value in fields.items() if value is not None and value is not False]
-    names = {key.removeprefix(_GGUF_PREFIX) for key in used if key.startswith(_GGUF_PREFIX)}
+def _check_keys(fields: Mapping[str, Any], where: str) -> None:
+    """Check the tokenizer keys of a GGUF file. Raises InputError naming keys that are not supported.
+
+    Ids of further special tokens are allowed: they change no text.
+
+    """
+    active = [key for key, value in fields.items() if value is not None and value is not False]
+    names = {key.removeprefix(_GGUF_PREFIX) for key in active if key.startswith(_GGUF_PREFIX)}
     if wrong := sorted(name for name in names - _GGUF_KEYS if not name.endswith(("_token_id", "_token_ids"))):
         raise InputError(
             f"{where}: {', '.join(_GGUF_PREFIX + name for name in wrong)}: not understood; put the checkpoint's tokenizer.json "
@@ -116,7 +126,7 @@ def _refuse_unknown(fields: Mapping[str, Any], where: str) -> None:
 
 
 def _pre_tokenizer(kind: str, where: str) -> pre_tokenizers.PreTokenizer:
-    """What ``tokenizer.ggml.pre`` stands for (llama.cpp, src/llama-vocab.cpp: llm_tokenizer_bpe)."""
+    """Return the pre-tokenizer of ``tokenizer.ggml.pre`` (llama.cpp, src/llama-vocab.cpp: llm_tokenizer_bpe). Raises InputError."""
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "gpt-2":
         return bytes_of_words
@@ -132,9 +142,10 @@ def _pre_tokenizer(kind: str, where: str) -> pre_tokenizers.PreTokenizer:
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedTokenizerBase:
-    """The byte-level BPE that the ``tokenizer.*`` metadata of a GGUF file describe. fields: key -> value.
+    """Build the byte-level BPE tokenizer of a GGUF file. fields: its metadata.
 
     Raises InputError for other kinds of tokenizer and for missing keys.
+
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -145,7 +156,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
     for key in ("tokens", "merges", "pre", "eos_token_id"):
         if f"tokenizer.ggml.{key}" not in fields:
             raise InputError(f"{where}: tokenizer.ggml.{key} is missing; use the checkpoint's Hugging Face directory")
-    _refuse_unknown(fields, where)
+    _check_keys(fields, where)
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     is_llama3 = fields["tokenizer.ggml.pre"] in _LLAMA3_NAMES  # these also take whole words first and begin with bos
     if len(set(tokens)) < len(tokens):
@@ -159,7 +170,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(fields["tokenizer.ggml.pre"], where)
     if fields["tokenizer.ggml.pre"] == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()  # Qwen2's tokenizer.json; no key says so
+        tokenizer.normalizer = normalizers.NFC()  # as in Qwen2's tokenizer.json; no GGUF key states it
     tokenizer.decoder = decoders.ByteLevel()
     kinds = fields.get("tokenizer.ggml.token_type", [])
     if kinds and len(kinds) != len(tokens):
@@ -167,8 +178,8 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
             f"{where}: tokenizer.ggml.token_type: {len(kinds)} of {len(tokens)} tokens; download the file again"
         )
     _add_special_tokens(tokenizer, tokens, kinds)
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()}
+    special_names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: fields.get(f"tokenizer.ggml.{gguf_name}_token_id") for name, gguf_name in special_names.items()}
     if outside := [name for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)]:
         raise InputError(f"{where}: the id of {', '.join(outside)} is not below the {len(tokens)} tokens")
     if fields.get("tokenizer.ggml.add_bos_token", is_llama3):
@@ -184,7 +195,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str) -> PreTrainedToke
 
 
 def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Token types of GGUF: 3 = control (special), 4 = user defined (matched before splitting, but ordinary text)."""
+    """Add tokens by their GGUF type: 3 = control (special), 4 = user defined (matched before splitting, but ordinary text)."""
     for token, kind in zip(tokens, kinds, strict=False):
         if kind == 3:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])

@@ -110,7 +110,7 @@ def newest_verified(run_dir: str | Path) -> int:
             verify(step_dir)
         except DamagedCheckpoint as error:
             renamed = _rename_damaged(step_dir)
-            print(f"warning: {step_dir}: damaged checkpoint: {error.what}; moved to {renamed.name}", file=sys.stderr)
+            print(f"warning: {step_dir}: damaged checkpoint: {error.problem}; moved to {renamed.name}", file=sys.stderr)
             continue
         if damaged_names := _damaged_names(run_dir):
             print(

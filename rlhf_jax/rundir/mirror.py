@@ -31,7 +31,7 @@ from rlhf_jax.rundir.checkpoints import SAVING
 from rlhf_jax.rundir.provenance import read_provenance
 from rlhf_jax.rundir.resume import check_stage, lock, make_directory
 from rlhf_jax.storage.names import CHECKPOINTS, MANIFEST, PROFILE, PROVENANCE
-from rlhf_jax.storage.remote import download, is_remote, listing, one_line, open_store, sync_url
+from rlhf_jax.storage.remote import download, is_remote, list_files, open_store, sync_url, wrap_errors
 
 
 def _is_same_run(mark: dict[str, Any], identity: dict[str, Any]) -> bool:
@@ -105,7 +105,7 @@ class Mirror:
         output: the file that a run without checkpoints writes; it counts as a step.
         Raises InputError when the URL holds files that are no run, a run of another stage, or another run than ``directory``.
         """
-        with one_line(self.url, "fetch the run"):
+        with wrap_errors(self.url, "fetch the run"):
             files = self._listing()
             if not files:
                 return
@@ -131,7 +131,7 @@ class Mirror:
             print(f"{self.directory}: fetched from {self.url} (steps {steps})", file=sys.stderr)
 
     def _listing(self) -> dict[str, dict[str, Any]]:
-        return {name: entry for name, entry in listing(self._fs, self._root).items() if name != OWNER}
+        return {name: entry for name, entry in list_files(self._fs, self._root).items() if name != OWNER}
 
     # ---- ownership of the URL
 
@@ -142,7 +142,7 @@ class Mirror:
         """
         location = {"host": os.uname().nodename, "directory": str(self.directory)}
         identity = {"stage": stage, "seed": seed, "operative": operative}
-        with one_line(self.url, "mark it as this run's"):
+        with wrap_errors(self.url, "mark it as this run's"):
             owner = self._owner()
             is_same_run = owner and (
                 _is_same_run(owner, identity) or all(owner.get(k) == v for k, v in location.items())
@@ -250,7 +250,7 @@ class Mirror:
         try:
             if not isinstance(value, InputError):
                 self._push()
-            with one_line(self.url, "remove the mark of this run"):
+            with wrap_errors(self.url, "remove the mark of this run"):
                 self._release()
         except LostOwnership as error:
             if value is None:
@@ -262,7 +262,7 @@ class Mirror:
             print(f"warning: {message}", file=sys.stderr)
 
     def _push(self) -> None:
-        with one_line(self.url, "copy the run there"):
+        with wrap_errors(self.url, "copy the run there"):
             self._check_owner()
             # List the steps before the logs are read: the logs then hold the metrics of these steps.
             steps = saved_steps(self.directory)

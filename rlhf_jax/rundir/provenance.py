@@ -29,7 +29,7 @@ from rlhf_jax.storage.files import field, json_text, read_object, write_atomical
 from rlhf_jax.storage.hashing import hash_file
 from rlhf_jax.storage.inputs import Input
 from rlhf_jax.storage.names import CARD, CHECKPOINTS, NORMALISATION, OPERATIVE_CONFIG, PROVENANCE, SAVED_STEP, TOKENIZER
-from rlhf_jax.storage.remote import fetched, is_remote
+from rlhf_jax.storage.remote import fetch_url, is_remote
 
 PACKAGES = (
     "rlhf_jax",
@@ -101,7 +101,7 @@ def describe(source: Input) -> dict[str, Any]:
     if source.fingerprint is not None:
         return {"name": source.name, "path": source.path, "fingerprint": source.fingerprint}
     remote = is_remote(source.path)
-    path = fetched(source.path) if remote else Path(source.path).expanduser().absolute()
+    path = fetch_url(source.path) if remote else Path(source.path).expanduser().absolute()
     entry: dict[str, Any] = {"name": source.name, "path": source.path if remote else str(path)}
     run = path if path.is_dir() else path.parent
     if (run / PROVENANCE).is_file():

@@ -1,1 +1,1 @@
-"""Files: JSON read and written in one way, URLs, hashes, file names of a run directory, metrics read back. Imports no jax."""
+"""Files: reading and writing of JSON, URLs, hashes, file names of a run directory, reading of metrics. Imports no jax."""

@@ -1,4 +1,4 @@
-"""What a run reads, as its provenance names it."""
+"""Inputs of a run, for its provenance."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Input:
-    """Something a run reads. name: its role ('reward_model'). path: file, directory or run directory.
+    """A file, directory or model that a run reads.
 
-    fingerprint: what identifies the content; None: computed from ``path``, a local one or a URL. What is neither (a hub id)
-    needs one from whoever loaded it, for instance the revision. step: of a run directory; None: the newest.
+    name: its role ('reward_model'). path: file, directory or run directory.
+    fingerprint: identifies the content; None: computed from ``path``, local or a URL. Other paths (a hub id) need one, for instance
+    the revision. step: of a run directory; None: the newest.
+
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Reading metrics.jsonl and timing.jsonl of a run: lines that are damaged, torn, doubled or missing are noticed and said.
+"""Reading of metrics.jsonl and timing.jsonl of a run, with a report of damaged, torn, duplicate and missing lines.
 
-Kills tear the last line, power cuts empty pages, hands delete and double lines. A summary of what is left looks like any
-other; therefore whoever reads these files gets the problems beside the rows.
+A killed process leaves a torn last line, a power cut empty pages, and editing deletes or duplicates lines. A summary of the
+remaining lines would not show it; therefore the readers return the problems beside the rows.
+
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from rlhf_jax.storage.names import METRICS, OPERATIVE_CONFIG, TIMING
 
 @dataclass(frozen=True)
 class MetricLines:
-    """rows: the whole lines, as objects. problems: what is wrong with the others, 'FILE:LINE: words'."""
+    """Lines of a metric file.
+
+    rows: the valid lines, as objects. problems: of the other lines, 'FILE:LINE: description'.
+
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def parse_line(text: str, place: str) -> dict[str, Any]:
-    """Returns the entry of one line: whole number ``step``, text ``stage``, numbers or null. Raises InputError."""
+    """Parse one line: whole number ``step``, text ``stage``, numbers or null. Raises InputError."""
     row = parse_object(text, place, "the line does not count")
     if type(row.get("step")) is not int or row["step"] < 0 or not isinstance(row.get("stage", ""), str):
         raise InputError(f"{place}: no line of a run (needs a step, and stage is a text); the line does not count")
@@ -38,10 +43,11 @@ def parse_line(text: str, place: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> MetricLines:
-    """Returns the lines of one file; none when there is no such file. Raises InputError when it cannot be read.
+    """Read the lines of one file; none when there is no such file. Raises InputError when it cannot be read.
 
-    Problems: a line that is none, a last line without its end, a line that says again what a line of its step said, a step
-    that comes after a later one. Of the last two the later line counts.
+    Problems: an invalid line, a last line without its end, a metric that an earlier line of the same step has, a step
+    that comes after a later one. In the last two cases the later line in the file counts.
+
     """
     if not path.exists() and not path.is_symlink():
         return MetricLines()
@@ -61,9 +67,9 @@ def read_lines(path: Path) -> MetricLines:
         if rows and row["step"] < rows[-1]["step"]:
             problems.append(f"{place}: step {row['step']} after step {rows[-1]['step']}; the later line counts")
             rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
-        elif again := _said_again(rows, row):
-            problems.append(f"{place}: step {row['step']} says {again} a second time; the later line counts")
-            rows = [earlier for earlier in rows if earlier["step"] != row["step"] or again not in earlier]
+        elif repeated := _repeated_metric(rows, row):
+            problems.append(f"{place}: step {row['step']} says {repeated} a second time; the later line counts")
+            rows = [earlier for earlier in rows if earlier["step"] != row["step"] or repeated not in earlier]
         rows.append(row)
     if not content.endswith(b"\n") and content:
         problems.append(f"{path}: the last line is torn; it does not count")
@@ -71,22 +77,22 @@ def read_lines(path: Path) -> MetricLines:
 
 
 def read_metrics(run_dir: Path, finished: int | None = None) -> tuple[MetricLines, MetricLines]:
-    """Returns (metrics, timing) of a run; the problems of both stand with the metrics.
+    """Read (metrics, timing) of a run; the problems of both are with the metrics.
 
-    Each step that is logged writes a line to both files, and the steps of one cadence lie evenly: a step that is in one
-    file only, and a hole among even steps, are lines that are missing. finished: the step that the run has saved, which the
-    files must reach.
+    Each logged step writes a line to both files, at regular intervals. A step that only one file has, and a gap between
+    regular steps, are missing lines. finished: the step that the run has saved; the files must reach it.
+
     """
     metrics, timing = read_lines(run_dir / METRICS), read_lines(run_dir / TIMING)
     problems = [*metrics.problems, *timing.problems]
     steps, timed = ([row["step"] for row in lines.rows] for lines in (metrics, timing))
     if missing := sorted(set(timed) - set(steps)):
-        problems.append(f"{run_dir / METRICS}: no line of {_steps(missing)}, which {TIMING} has")
-    untimed = sorted(_trained(metrics.rows, set(timed)) - set(timed))
+        problems.append(f"{run_dir / METRICS}: no line of {_format_steps(missing)}, which {TIMING} has")
+    untimed = sorted(_training_steps(metrics.rows, set(timed)) - set(timed))
     if timed and untimed:
-        problems.append(f"{run_dir / TIMING}: no line of {_steps(untimed)}, which {METRICS} has")
+        problems.append(f"{run_dir / TIMING}: no line of {_format_steps(untimed)}, which {METRICS} has")
     logged = sorted({*timed, *untimed})
-    problems += [f"{run_dir / METRICS}: no line between steps {low} and {high}" for low, high in _holes(logged)]
+    problems += [f"{run_dir / METRICS}: no line between steps {low} and {high}" for low, high in _gaps(logged)]
     last, every = max(steps, default=0), max(_cadence(logged), _log_every(run_dir))
     if finished and finished - last >= every:
         ends = f"ends with step {last}" if last else "has no line of a step"
@@ -94,46 +100,44 @@ def read_metrics(run_dir: Path, finished: int | None = None) -> tuple[MetricLine
     return MetricLines(metrics.rows, problems), timing
 
 
-def _trained(rows: list[dict[str, Any]], timed: set[int]) -> set[int]:
-    """The steps whose line is one of training: has the names that the first line of a timed step most often has."""
+def _training_steps(rows: list[dict[str, Any]], timed: set[int]) -> set[int]:
+    """Return the steps with a line of training: one that has the names most frequent in first lines of timed steps."""
     first = {row["step"]: frozenset(row) for row in reversed(rows)}
     usual = Counter(names for step, names in first.items() if step in timed).most_common(1)
     return {step for step, names in first.items() if step and usual and names == usual[0][0]}
 
 
 def _log_every(run_dir: Path) -> int:
-    """LoopConfig.log_every of the run's configuration; 1 when it is not to be seen there."""
+    """Return LoopConfig.log_every of the run's configuration; 1 when it does not state it."""
     file = run_dir / OPERATIVE_CONFIG
-    written = (
-        re.findall(r"^LoopConfig\.log_every = (\d{1,9})$", read_text(file), re.MULTILINE) if file.is_file() else []
-    )
-    return int(written[-1]) if written else 1
+    values = re.findall(r"^LoopConfig\.log_every = (\d{1,9})$", read_text(file), re.MULTILINE) if file.is_file() else []
+    return int(values[-1]) if values else 1
 
 
-def _said_again(rows: list[dict[str, Any]], row: dict[str, Any]) -> str | None:
+def _repeated_metric(rows: list[dict[str, Any]], row: dict[str, Any]) -> str | None:
     names = set(row) - {"step", "stage"}
     for earlier in reversed(rows):
         if earlier["step"] != row["step"]:
             return None
-        if again := sorted(names.intersection(earlier)):
-            return again[0]
+        if repeated := sorted(names.intersection(earlier)):
+            return repeated[0]
     return None
 
 
-def _holes(steps: list[int]) -> list[tuple[int, int]]:
-    """Pairs of neighbours that lie further apart than those before and those after them."""
-    gaps = [(high - low, low, high) for low, high in pairwise(steps)]
-    runs = [list(group) for _, group in groupby(gaps, key=lambda gap: gap[0])]
+def _gaps(steps: list[int]) -> list[tuple[int, int]]:
+    """Return pairs of neighbouring steps that are further apart than those before and those after them."""
+    distances = [(high - low, low, high) for low, high in pairwise(steps)]
+    runs = [list(group) for _, group in groupby(distances, key=lambda gap: gap[0])]
     inner = zip(runs, runs[1:], runs[2:], strict=False)
     return [(low, high) for a, b, c in inner if b[0][0] > max(a[0][0], c[0][0]) for _, low, high in b]
 
 
 def _cadence(steps: list[int]) -> int:
-    """The largest distance of logged steps that is no hole, 1 when there is none."""
-    holes = _holes(steps)
-    gaps = [high - low for low, high in pairwise(steps) if (low, high) not in holes]
-    return max(gaps, default=1)
+    """Return the largest distance between logged steps that is no gap, 1 when there is none."""
+    missing = _gaps(steps)
+    distances = [high - low for low, high in pairwise(steps) if (low, high) not in missing]
+    return max(distances, default=1)
 
 
-def _steps(steps: list[int]) -> str:
+def _format_steps(steps: list[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps ({steps[0]} ... {steps[-1]})"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from compiler_flags import COMPILER
-from forked_programs import Call, Done, forked_programs
+from forked_programs import Call, Result, forked_programs
 
 from rlhf_jax.testing import difference
 
@@ -53,8 +53,8 @@ def server(tree: Path) -> Iterator[Call]:
 
 
 @pytest.fixture
-def train(tree: Path, server: Call) -> Callable[..., Done]:
-    def call(*arguments: str, config: str = "run_anchored", code: int = 0) -> Done:
+def train(tree: Path, server: Call) -> Callable[..., Result]:
+    def call(*arguments: str, config: str = "run_anchored", code: int = 0) -> Result:
         completions = server(tree, ["experiments/train_anchored.py", f"--gin_file=configs/{config}.gin", *arguments])
         assert completions.returncode == code, completions.stderr
         return completions

@@ -1,4 +1,4 @@
-"""A run may be trained while it is read: what is loaded and what is recorded is one step, and retention leaves that one alone."""
+"""Reading of a run while it is trained: all readers get one step, and retention does not remove it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steps_6_and_8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def moving(steps_6_and_8: Path, tmp_path: Path) -> Path:
-    """A run at step 6; `next_step` makes it go on."""
+    """A run at step 6; `next_step` continues it."""
     shutil.copytree(steps_6_and_8, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "8").rename(tmp_path / "8")
     return tmp_path / "run"
@@ -44,7 +44,7 @@ def next_step(run_dir: Path) -> None:
 
 
 def test_a_program_reads_and_records_one_step(moving: Path) -> None:
-    """It scored step 8 and recorded step 6."""
+    """Once a program scored step 8 and recorded step 6."""
     with one_choice():
         before = describe(Input("policy", str(moving)))
         next_step(moving)
@@ -121,7 +121,7 @@ def test_a_step_on_a_disk_that_is_gone_is_not_waited_for(moving: Path) -> None:
         verify(place)
 
 
-def test_a_choice_ends_with_its_program(moving: Path) -> None:
+def test_the_selected_step_is_forgotten_at_the_end(moving: Path) -> None:
     with pytest.raises(KeyError), one_choice(), reading_step(moving):
         raise KeyError
     with unread(moving / "checkpoints" / "6") as free:

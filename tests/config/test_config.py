@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked_programs import Call, Done, forked_programs
+from forked_programs import Call, Result, forked_programs
 
 from rlhf_jax.config.gin_errors import Name
 from rlhf_jax.config.parsing import Change, changes, fingerprint_bindings, key_to_bind, scan
@@ -62,12 +62,12 @@ def server() -> Iterator[Call]:
 
 
 @pytest.fixture
-def program(tmp_path: Path, server: Call) -> Callable[..., Done]:
+def program(tmp_path: Path, server: Call) -> Callable[..., Result]:
     """Return a function that runs the toy program on the text of x.gin (which may include shared.gin)."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "shared.gin").write_text("UNUSED = 1\nSHARED = 2.0\n")
 
-    def call(text: str, *arguments: str, file: str = "x.gin") -> Done:
+    def call(text: str, *arguments: str, file: str = "x.gin") -> Result:
         (tmp_path / "x.gin").write_text(text)
         return server(tmp_path, ["program.py", f"--gin_file={file}", *arguments])
 

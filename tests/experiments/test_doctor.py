@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, Done, forked_programs
+from forked_programs import Call, Result, forked_programs
 
 from rlhf_jax.loop.faults import flip_bit
 
@@ -34,7 +34,7 @@ def slow(config: str):
     return pytest.param(config, marks=pytest.mark.slow)
 
 
-def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Done:
+def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Result:
     given = {name: chain / path for name, path in PLACES[config].items()} | places
     argv = [str(ROOT / "experiments" / f"train_{config}.py"), f"--gin_file=configs/smoke/{config}.gin", "--doctor"]
     argv += [f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items()]
@@ -45,7 +45,7 @@ def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: s
     return done
 
 
-def wrong(done: Done) -> dict[str, str]:
+def wrong(done: Result) -> dict[str, str]:
     """Return {check: message} of the WRONG lines; the last line on stderr counts them."""
     lines = [line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith("WRONG")]
     found = {check.removeprefix("WRONG").strip(): words for check, words in lines}

@@ -1,7 +1,8 @@
 """Small checkpoints of every family, each configuration with the options that its family has.
 
-golden/families.json names the tensors and shapes that transformers saves for each (`make_family_golden.py`), not our own
-name table; golden/families.npz holds what transformers computes.
+golden/families.json has the names and shapes of the tensors that transformers saves for each (`make_family_golden.py`), independent
+of this package's name table; golden/families.npz has the outputs that transformers computes.
+
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCUMENT, OTHER, FAR = 16, 9, 5000
-"""Tokens of two documents; where the first one begins once more."""
+"""Lengths of the two documents; first position of a second copy of the first document."""
 
 
 def _fields(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
-    """264 tokens, hidden 32, 3 layers, 4 heads on 2 key/value heads of 8, feed-forward 48, up to 8192 tokens."""
+    """Return a config.json: 264 tokens, hidden 32, 3 layers, 4 heads on 2 key/value heads of 8, feed-forward 48, 8192 positions."""
     fields: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -43,7 +44,7 @@ _NEOX_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")
 
 
-def _kept(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+def _select_fields(fields: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: fields[name] for name in (*names, *_TOKENS, "architectures", "model_type")}
 
 
@@ -96,11 +97,11 @@ CASES: dict[str, dict[str, Any]] = {
         rope_scaling={"type": "longrope", "short_factor": _SHORT[:2], "long_factor": _LONG[:2]},
     ),
     "olmo2": _fields("Olmo2ForCausalLM", "olmo2", attention_bias=True, rope_theta=5e5),
-    "gpt_neox": _kept(_fields("GPTNeoXForCausalLM", "gpt_neox"), *_NEOX_SIZES, "max_position_embeddings")
+    "gpt_neox": _select_fields(_fields("GPTNeoXForCausalLM", "gpt_neox"), *_NEOX_SIZES, "max_position_embeddings")
     | {"rotary_pct": 0.5, "rotary_emb_base": 2e4, "layer_norm_eps": 1e-4, "classifier_dropout": 0.1},
-    "gpt_neox_sequential": _kept(_fields("GPTNeoXForCausalLM", "gpt_neox"), *_NEOX_SIZES, "max_position_embeddings")
+    "gpt_neox_sequential": _select_fields(_fields("GPTNeoXForCausalLM", "gpt_neox"), *_NEOX_SIZES, "max_position_embeddings")
     | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
-    "gpt2": _kept(_fields("GPT2LMHeadModel", "gpt2"), "vocab_size")
+    "gpt2": _select_fields(_fields("GPT2LMHeadModel", "gpt2"), "vocab_size")
     | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 8192, "n_inner": 48, "layer_norm_epsilon": 1e-4}
     | {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "n_ctx": 8192},
     "mixtral": _fields(
@@ -113,27 +114,27 @@ CASES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 BEYOND_ORIGINAL = {"phi3_long"}
-"""Cases whose documents begin at FAR: transformers takes the long factors only when a batch reaches past the original
-context, we take them at all lengths (`RopeScaling`)."""
+"""Cases whose documents begin at FAR: transformers uses the long factors only when a batch reaches past the original
+context, this package at all lengths (`RopeScaling`)."""
 
 
 def tokens() -> np.ndarray:
-    """int64 [DOCUMENT]; the other document is the reversed beginning of it."""
+    """Return the first document, int64 [DOCUMENT]."""
     return np.random.default_rng(7).integers(3, 259, DOCUMENT)
 
 
 def other_tokens() -> np.ndarray:
-    """int64 [OTHER]."""
+    """Return the second document, the reversed beginning of the first: int64 [OTHER]."""
     return tokens()[:OTHER][::-1].copy()
 
 
 def stored_shapes(case: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of a case as transformers saves them."""
+    """Return the names and shapes of the tensors that transformers saves for a case."""
     return {name: tuple(shape) for name, shape in json.loads((GOLDEN / "families.json").read_text())[case].items()}
 
 
-def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 tensors, large enough for peaked logits; a tensor depends on (seed, name, shape) alone."""
+def draw_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw random float32 tensors, large enough for peaked logits; a tensor depends on (seed, name, shape) alone."""
     return {name: _draw(seed, name, shape) for name, shape in shapes.items()}
 
 

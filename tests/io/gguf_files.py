@@ -32,7 +32,7 @@ NAMES = {
 
 
 def write_tokenizer(writer: gguf.GGUFWriter) -> None:
-    """Bytes, three special tokens and the merge "ab", as a converter of llama.cpp writes them."""
+    """Write bytes, three special tokens and the merge "ab", as a converter of llama.cpp does."""
     vocabulary = byte_tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -47,19 +47,19 @@ def write_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 def gguf_name(name: str) -> str:
     if name.startswith("model.layers."):
-        layer, rest = name.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+        layer, suffix = name.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{NAMES[suffix.removesuffix('.weight')]}.weight"
     return NAMES[name.removesuffix(".weight")] + ".weight"
 
 
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's LlamaModel.permute: rows i and i + head_dim / 2 of a head become neighbours."""
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Permute rows i and i + head_dim / 2 of a head to be neighbours (llama.cpp's LlamaModel.permute)."""
     rows = weight.shape[0] // heads
     return weight.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path: Path, fields: dict[str, Any], *, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Write a file; returns the numbers it holds, under Hugging Face's names and in its order. keys: more metadata."""
+    """Write a file and return its tensors under Hugging Face's names and in its order. keys: more metadata."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(fields["num_hidden_layers"])
     writer.add_context_length(fields["max_position_embeddings"])
@@ -75,17 +75,17 @@ def write_gguf(path: Path, fields: dict[str, Any], *, keys: dict[str, Any] | Non
     for key, value in (keys or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)
-    held = {}
+    stored = {}
     for name, tensor in llama_tensors(fields).items():
         kind = KINDS.get(gguf_name(name).split(".")[-2], Kind.F32)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         data = gguf.quantize(tensor, kind)
-        held[name] = gguf.dequantize(data, kind)
+        stored[name] = gguf.dequantize(data, kind)
         if heads is not None:
-            data = interleaved(data, fields[heads])  # whole rows move, and a row is quantised by itself
+            data = interleave(data, fields[heads])  # whole rows move, and a row is quantised by itself
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return held
+    return stored

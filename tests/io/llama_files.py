@@ -1,7 +1,8 @@
-"""Llama checkpoints in Hugging Face's format, written without transformers and without our own name table.
+"""Llama checkpoints in Hugging Face's format, written without transformers and without this package's name table.
 
-Names and shapes are typed out here a second time on purpose: `make_llama_golden.py` shows that transformers accepts
-them (strictly), the tests that we do.
+Names and shapes are repeated here on purpose: `make_llama_golden.py` shows that transformers accepts them (strictly), the
+tests that this package does.
+
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ GOLDEN = Path(__file__).parent / "golden" / "llama.npz"
 
 
 def llama_fields(**changes: Any) -> dict[str, Any]:
-    """A config.json of 264 tokens, hidden 32, 2 layers, 4 heads on 2 key/value heads of 8, feed-forward 48."""
+    """Return a config.json of 264 tokens, hidden 32, 2 layers, 4 heads on 2 key/value heads of 8, feed-forward 48."""
     fields: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -68,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def llama_tensors(fields: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 tensors, large enough for peaked logits; a tensor depends on (seed, name, shape) alone."""
+    """Draw random float32 tensors, large enough for peaked logits; a tensor depends on (seed, name, shape) alone."""
     d, f, v = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
     queries = fields["num_attention_heads"] * fields["head_dim"]
     keys = fields["num_key_value_heads"] * fields["head_dim"]
@@ -101,7 +102,7 @@ def _draw(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def golden_tokens() -> np.ndarray:
-    """int32 [2, 20]."""
+    """Return the input tokens, int32 [2, 20]."""
     return np.random.default_rng(7).integers(3, 259, (2, 20)).astype(np.int32)
 
 
@@ -113,24 +114,25 @@ def write_checkpoint(
     dtype: str = "float32",
     files: int = 1,
 ) -> Path:
-    """config.json, tokenizer and the tensors, in one file or spread over several with an index.
+    """Write config.json, tokenizer and the tensors, in one file or in several with an index.
 
-    dtype: that of the float32 tensors; others stay as they are.
+    dtype: of the float32 tensors; the others stay unchanged.
+
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields))
     byte_tokenizer().save_pretrained(directory)
-    wanted = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    stored = {name: t.astype(wanted) if t.dtype == np.float32 else t for name, t in tensors.items()}
+    target_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    stored = {name: t.astype(target_dtype) if t.dtype == np.float32 else t for name, t in tensors.items()}
     if files == 1:
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
-    places = {}
+    file_names = {}
     for number in range(files):
         file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
         part = {name: stored[name] for name in sorted(stored)[number::files]}
         save_file(part, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in stored.values())}, "weight_map": places}
+        file_names |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in stored.values())}, "weight_map": file_names}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory

@@ -1,6 +1,7 @@
-"""What transformers computes for the checkpoints of llama_files.py: golden/llama.npz. Needs the [parity] extra.
+"""Reference outputs of transformers for the checkpoints of llama_files.py: golden/llama.npz. Needs the [parity] extra.
 
 python tests/io/make_llama_golden.py
+
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from llama_files import CASES, GOLDEN, golden_tokens, llama_tensors
 
 
 def reference_outputs(fields: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """torch, float32: logits [B, S, V] of a language model, score of every position [B, S] of a scorer."""
+    """Compute with torch in float32: logits [B, S, V] of a language model, or the score of every position [B, S] of a scorer."""
     import torch
     import transformers
 

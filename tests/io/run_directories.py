@@ -21,7 +21,7 @@ TEMPLATE = Template(style="plain", prompt_format="Q {prompt}\nA:", bos="never")
 def make_run(
     run_dir: Path, head: Head = "lm", *, subtree: str = "params", steps: tuple[int, ...] = (1,), **changes: Any
 ) -> tuple[Model, Params]:
-    """A run that saved ``steps``; the parameters of step n are those of seed n. Returns the newest."""
+    """Write a run that saved ``steps``; the parameters of step n have seed n. Returns the newest model and parameters."""
     run_dir.mkdir()
     model = Model(tiny_config(head=head, vocab_size=272, **changes))
     write_model_card(run_dir, model, byte_tokenizer(), TEMPLATE, subtree)

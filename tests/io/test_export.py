@@ -1,4 +1,4 @@
-"""What `export_pretrained` writes: bit for bit what was given, and readable by us and by transformers."""
+"""Exports of `export_pretrained`: bit-identical weights, readable by this package and by transformers."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def a_model(**changes: Any) -> tuple[Model, Params]:
 
 def assert_same(one: Params, other: Params) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert ours.dtype == theirs.dtype
-        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    for actual, expected in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert actual.dtype == expected.dtype
+        assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -51,15 +51,15 @@ def test_a_round_trip_is_exact(dtype: str, changes: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_comes_back_tensor_by_tensor(case: str, tmp_path: Path) -> None:
-    """From their files through our parameters to their files again."""
+    """Loading a Hugging Face checkpoint and exporting it gives the same tensors."""
     tensors = llama_tensors(CASES[case])
     model, params, tokenizer = load_pretrained(write_checkpoint(tmp_path / "in", CASES[case], tensors))
     export_pretrained(tmp_path / "out", model, params, tokenizer)
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert written.keys() == tensors.keys()
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        np.testing.assert_array_equal(written[name], tensor)
-        assert written[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(exported[name], tensor)
+        assert exported[name].dtype == tensor.dtype
 
 
 def test_large_weights_are_split_over_files(tmp_path: Path) -> None:
@@ -117,14 +117,14 @@ def test_adapters_and_int8_matrices_are_not_left_out_silently(changes: dict[str,
         export_pretrained(tmp_path / "out", model, random_params(model, 0), byte_tokenizer())
 
 
-def test_sampling_defaults_and_further_stop_ids_of_the_source_stay(tmp_path: Path) -> None:
+def test_sampling_defaults_and_stop_ids_of_the_source_stay(tmp_path: Path) -> None:
     model, params = a_model()
     source = {"eos_token_id": [5, 2], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "pad_token_id": 7}
     (tmp_path / "generation_config.json").write_text(json.dumps(source | {"transformers_version": "4.40.0"}))
-    given = read_generation(Location("huggingface", tmp_path))
-    export_pretrained(tmp_path / "out", model, params, byte_tokenizer(), generation=given)
-    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert written == {  # the tokenizer's own ids win
+    source_config = read_generation(Location("huggingface", tmp_path))
+    export_pretrained(tmp_path / "out", model, params, byte_tokenizer(), generation=source_config)
+    exported = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert exported == {  # the tokenizer's own ids win
         "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9, "do_sample": True,
     }  # fmt: skip
     config = GenerationConfig.from_pretrained(tmp_path / "out")
@@ -134,11 +134,11 @@ def test_sampling_defaults_and_further_stop_ids_of_the_source_stay(tmp_path: Pat
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_scorers_bias_is_kept_under_a_name_of_its_own(tmp_path: Path) -> None:
+def test_a_scorers_bias_is_exported_as_a_tensor_of_its_own(tmp_path: Path) -> None:
     model, params = a_model(head="scalar")
     export_pretrained(tmp_path / "biased", model, params, byte_tokenizer())
-    written = load_file(tmp_path / "biased" / "model.safetensors")
-    np.testing.assert_array_equal(written["score.bias"], params["scalar_head"]["bias"])
+    exported = load_file(tmp_path / "biased" / "model.safetensors")
+    np.testing.assert_array_equal(exported["score.bias"], params["scalar_head"]["bias"])
     params["scalar_head"]["bias"] = jnp.zeros((1,))
     export_pretrained(tmp_path / "plain", model, params, byte_tokenizer())
     assert "score.bias" not in load_file(tmp_path / "plain" / "model.safetensors")
@@ -146,8 +146,8 @@ def test_a_scorers_bias_is_kept_under_a_name_of_its_own(tmp_path: Path) -> None:
     assert not (tmp_path / "plain" / "generation_config.json").exists()
 
 
-def test_what_is_there_is_complete_and_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure half-way leaves nothing; a success has the permissions of any other file."""
+def test_an_export_is_complete_and_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure half-way leaves no files; the exported files have ordinary permissions."""
     model, params = a_model()
     tokenizer = byte_tokenizer()
 
@@ -166,7 +166,7 @@ def test_what_is_there_is_complete_and_readable(tmp_path: Path, monkeypatch: pyt
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
 
 
-def test_what_cannot_be_exported(tmp_path: Path) -> None:
+def test_invalid_exports_are_refused(tmp_path: Path) -> None:
     model, params = a_model()
     tokenizer = byte_tokenizer()
     (tmp_path / "there").mkdir()
@@ -177,8 +177,8 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
     refuse("already exists", model, params, tokenizer, "there")
-    both, more = a_model(head="lm+scalar")
-    refuse("head='lm' or head='scalar'", both, more, tokenizer)
+    two_heads, more = a_model(head="lm+scalar")
+    refuse("head='lm' or head='scalar'", two_heads, more, tokenizer)
     refuse("scalar_head/bias is float32.1., the model has no such parameter", model, more, tokenizer)
     refuse("final_norm/scale is missing", model, {k: v for k, v in params.items() if k != "final_norm"}, tokenizer)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
@@ -191,7 +191,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 
 
 def test_a_scorers_padding_must_not_be_its_end(tmp_path: Path) -> None:
-    """transformers scores the last token that is not padding: with pad = eos that is the one before the end."""
+    """transformers scores the last token that is not padding: with pad = eos that would be the token before the end."""
     model, params = a_model(head="scalar")
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
@@ -208,7 +208,7 @@ def test_a_scorers_padding_must_not_be_its_end(tmp_path: Path) -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "param_dtype": "bfloat16"}, {"head": "scalar"}])
 def test_transformers_computes_the_same_from_an_export(changes: dict[str, Any], tmp_path: Path) -> None:
-    """hidden_size 32 over 4 heads of 8; from the written files alone, whatever transformers reports in loading them."""
+    """The model has hidden_size 32 and 4 heads of 8; warnings of transformers in loading are ignored."""
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     import transformers
 
@@ -219,16 +219,16 @@ def test_transformers_computes_the_same_from_an_export(changes: dict[str, Any], 
     ids = torch.from_numpy(tokens.astype(np.int64))
     if model.config.has_lm:
         network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        ours, theirs = model.logits(params, hidden), network(ids).logits
+        actual, transformers_outputs = model.logits(params, hidden), network(ids).logits
     else:
         network = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        ours = model.scalars(params, hidden)[:, -1:] - params["scalar_head"]["bias"]  # which transformers leaves out
-        theirs = network(ids).logits
-    assert np.abs(np.asarray(ours) - theirs.detach().numpy()).max() < 1e-4
+        actual = model.scalars(params, hidden)[:, -1:] - params["scalar_head"]["bias"]  # which transformers leaves out
+        transformers_outputs = network(ids).logits
+    assert np.abs(np.asarray(actual) - transformers_outputs.detach().numpy()).max() < 1e-4
 
 
-def test_the_plain_format_and_the_lineage_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside the directory before it gets its name: a directory that exists is complete."""
+def test_the_plain_format_and_the_provenance_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written before the directory is renamed: an existing directory is complete."""
     model, params = a_model()
     tokenizer = byte_tokenizer(TEMPLATE)
     plain = Template(style="plain", stop_token="<|pad|>")

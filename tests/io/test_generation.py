@@ -1,4 +1,4 @@
-"""The generation config of a model goes with it: from its source into a run, from a run into its export and samplers."""
+"""The generation config of a model: read from its source, stored in a run, used by its export and samplers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rlhf_jax.testing import byte_tokenizer, tiny_config, tiny_model
 
 
 def write(directory: Path, **files: Any) -> Location:
-    """A Hugging Face directory with these JSON files."""
+    """Write a Hugging Face directory with these JSON files."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
     return Location("huggingface", directory)
 
 
-def test_where_a_checkpoint_says_how_it_wants_to_be_sampled(tmp_path: Path) -> None:
+def test_sources_of_the_generation_config(tmp_path: Path) -> None:
     config = {"eos_token_id": [2, 5], "model_type": "llama"}
     assert read_generation(write(tmp_path / "config", config=config)) == {
         "eos_token_id": [2, 5]
@@ -47,7 +47,7 @@ def test_damaged_ends_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_bases_generation_config_and_all_ends(tmp_path: Path) -> None:
-    """The chat template's end (0, <|pad|> here) and EOS (2) beside the base's own ids."""
+    """The end ids are those of the chat template (0, <|pad|> here), EOS (2) and the base's own."""
     model, _ = tiny_model(vocab_size=272)
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}")
     base = {"eos_token_id": [5, 2], "temperature": 0.6}

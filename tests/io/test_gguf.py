@@ -26,8 +26,8 @@ from rlhf_jax.testing import train_bpe_tokenizer
 @pytest.mark.parametrize("fsdp", [None, 4])
 def test_a_gguf_file_is_the_checkpoint_it_was_made_from(tied: bool, fsdp: int | None, tmp_path: Path) -> None:
     fields = FIELDS | {"tie_word_embeddings": tied}
-    held = write_gguf(tmp_path / "model.gguf", fields)
-    write_checkpoint(tmp_path / "hf", fields, held)
+    stored_tensors = write_gguf(tmp_path / "model.gguf", fields)
+    write_checkpoint(tmp_path / "hf", fields, stored_tensors)
     mesh = None if fsdp is None else make_mesh(MeshConfig(fsdp=fsdp, tensor=2))
     model, params, tokenizer = load_pretrained(tmp_path / "model.gguf", mesh=mesh)
     other, same, _ = load_pretrained(tmp_path / "hf")
@@ -39,10 +39,12 @@ def test_a_gguf_file_is_the_checkpoint_it_was_made_from(tied: bool, fsdp: int | 
 
 def test_absent_keys_follow_from_others(tmp_path: Path) -> None:
     """Sizes of the vocabulary and of a head are often left out."""
-    held = write_gguf(tmp_path / "model.gguf", FIELDS)
+    stored_tensors = write_gguf(tmp_path / "model.gguf", FIELDS)
     fields, tensors, metadata = open_gguf(tmp_path / "model.gguf")
     assert fields["head_dim"] == 8 and "head_dim" not in metadata
-    assert {name: stored.shape for name, stored in tensors.stored.items()} == {n: t.shape for n, t in held.items()}
+    assert {name: stored.shape for name, stored in tensors.stored.items()} == {
+        n: t.shape for n, t in stored_tensors.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -78,8 +80,10 @@ def test_keys_that_change_the_computation_are_refused(keys: dict[str, Any], word
         ("llama.rope.scaling.type", ["linear"], "llama.rope.scaling.type"),
     ],
 )
-def test_sizes_that_are_none(key: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files whose layers differ in size hold a list, which is refused by name and not divided by."""
+def test_invalid_sizes_are_refused(
+    key: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Files whose layers differ in size have a list as the value, which is refused by name."""
     write_gguf(tmp_path / "model.gguf", FIELDS)
     whole = gguf.GGUFReader
 
@@ -94,7 +98,7 @@ def test_sizes_that_are_none(key: str, value: Any, words: str, monkeypatch: pyte
         open_gguf(tmp_path / "model.gguf")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_invalid_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, FIELDS)
     content = path.read_bytes()
@@ -112,8 +116,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "other.gguf")
 
 
-def test_a_tensor_that_is_not_known_is_named(tmp_path: Path) -> None:
-    """Llama 3.1 files say their rotary scaling with such a tensor and in no key."""
+def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
+    """Llama 3.1 files store their rotary scaling in such a tensor and in no key."""
     fields = llama_fields(intermediate_size=64)
     original = NAMES | {}
     NAMES["model.norm"] = "rope_freqs"
@@ -129,7 +133,7 @@ def test_a_tensor_that_is_not_known_is_named(tmp_path: Path) -> None:
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
-    """What a converter writes of a byte-pair encoding trained on the spot."""
+    """Return the metadata that a converter writes for a byte-pair encoding trained here."""
     trained = train_bpe_tokenizer(["costs 2026 dollars, not 1999"] * 9, 300)
     vocabulary = trained.get_vocab()
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
@@ -149,17 +153,17 @@ def metadata(**changes: Any) -> dict[str, Any]:
 
 def test_the_tokenizer_of_the_metadata_is_the_original() -> None:
     trained = train_bpe_tokenizer(["costs 2026 dollars, not 1999"] * 9, 300)
-    made = tokenizer_from_gguf(metadata(), "x.gguf")
+    tokenizer = tokenizer_from_gguf(metadata(), "x.gguf")
     for text in ["", "costs  1999", "not<|eos|> 20 26\n\n dollars", "Grüße 🙂"]:
-        assert made.encode(text) == trained.encode(text)
-        assert made.decode(made.encode(text)) == text
-    assert made.decode(made.encode("not<|eos|>"), skip_special_tokens=True) == "not"
+        assert tokenizer.encode(text) == trained.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode("not<|eos|>"), skip_special_tokens=True) == "not"
 
 
 def test_pre_tokenizers_differ_where_they_should() -> None:
     def pieces(kind: str, text: str) -> list[str]:
-        made = tokenizer_from_gguf(metadata(pre=kind), "x.gguf")
-        return [piece for piece, _ in made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        tokenizer = tokenizer_from_gguf(metadata(pre=kind), "x.gguf")
+        return [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
     assert pieces("smollm", "x  5 1234") == ["x", "ĠĠ", "5", "Ġ", "1", "2", "3", "4"]
     assert pieces("gpt-2", "x  5 1234") == ["x", "Ġ", "Ġ5", "Ġ1234"]
@@ -172,7 +176,7 @@ def test_pre_tokenizers_differ_where_they_should() -> None:
 
 
 def test_a_tokenizer_beside_the_file_is_taken(tmp_path: Path) -> None:
-    """For kinds that the metadata do not make a tokenizer of."""
+    """Some kinds of tokenizer cannot be built from the metadata."""
     write_gguf(tmp_path / "model.gguf", FIELDS)
     trained = train_bpe_tokenizer(["costs 2026 dollars, not 1999"] * 9, 260)
     trained.save_pretrained(tmp_path)
@@ -182,24 +186,24 @@ def test_a_tokenizer_beside_the_file_is_taken(tmp_path: Path) -> None:
 
 def test_a_file_may_ask_for_a_first_token() -> None:
     plain = tokenizer_from_gguf(metadata(), "x.gguf")
-    made = tokenizer_from_gguf(metadata(add_bos_token=True), "x.gguf")
-    assert made.encode("not") == [1, *plain.encode("not")]
-    assert made.encode("not", add_special_tokens=False) == plain.encode("not")
+    tokenizer = tokenizer_from_gguf(metadata(add_bos_token=True), "x.gguf")
+    assert tokenizer.encode("not") == [1, *plain.encode("not")]
+    assert tokenizer.encode("not", add_special_tokens=False) == plain.encode("not")
 
 
 def test_metadata_without_effect_on_the_tokens() -> None:
     plain = tokenizer_from_gguf(metadata(), "x.gguf")
     changes = {"scores": [0.0], "add_eos_token": True, "add_space_prefix": False, "eot_token_id": 2, "mask_token_id": 2}
-    made = tokenizer_from_gguf(metadata(**changes), "x.gguf")
-    assert made.encode(" not 2026") == plain.encode(" not 2026")
+    tokenizer = tokenizer_from_gguf(metadata(**changes), "x.gguf")
+    assert tokenizer.encode(" not 2026") == plain.encode(" not 2026")
 
 
 def test_llama_3_begins_with_bos_and_takes_whole_words_first() -> None:
     """llama.cpp: ignore_merges and add_bos of its llama-bpe. 'sd' is a token that no merge makes."""
     tokens = [*metadata()["tokenizer.ggml.tokens"], "sd"]
     kinds = [3] * 3 + [1] * (len(tokens) - 3)
-    made = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens, token_type=kinds), "x.gguf")
-    assert made.encode("sd") == [1, len(tokens) - 1]
+    tokenizer = tokenizer_from_gguf(metadata(pre="llama-bpe", tokens=tokens, token_type=kinds), "x.gguf")
+    assert tokenizer.encode("sd") == [1, len(tokens) - 1]
     assert len(tokenizer_from_gguf(metadata(tokens=tokens, token_type=kinds), "x.gguf").encode("sd")) == 2
     without = tokenizer_from_gguf(
         metadata(pre="llama-bpe", tokens=tokens, token_type=kinds, add_bos_token=False), "x.gguf"
@@ -227,7 +231,7 @@ def test_llama_3_begins_with_bos_and_takes_whole_words_first() -> None:
         ({"token_type": [3, 3, 3]}, "tokenizer.ggml.token_type: 3 of 273 tokens; download the file again"),
     ],
 )
-def test_metadata_that_make_no_tokenizer(changes: dict[str, Any], words: str) -> None:
+def test_invalid_tokenizer_metadata_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=f"^x.gguf: .*{words}"):
         tokenizer_from_gguf(metadata(**changes), "x.gguf")
 

@@ -1,5 +1,8 @@
-"""GGUF files of every architecture that is read, written with the gguf package: its own table names the tensors, its writer
-the keys. `pytest -m parity` lets transformers read the same files."""
+"""GGUF files of every supported architecture, written with the gguf package's own tensor names and keys.
+
+`pytest -m parity` compares with transformers' reading of the same files.
+
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from family_files import _fields, drawn, tokens
+from family_files import _fields, draw_tensors, tokens
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_tokenizer
 from llama_files import write_checkpoint
@@ -19,7 +22,7 @@ from llama_files import write_checkpoint
 from rlhf_jax.errors import InputError
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.io.layout import parse
-from rlhf_jax.io.placing import names_of
+from rlhf_jax.io.placing import tensor_names
 from rlhf_jax.models.families import config_from_hf, dimensions, weights_of
 
 SIZES = {"intermediate_size": 64, "rms_norm_eps": 1e-5}
@@ -46,16 +49,16 @@ def shapes_of(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     config = config_from_hf(fields, "config.json")
     sizes = dimensions(config)
     return {
-        name: parse(weight.layout, weight.part).their_shape(sizes)
+        name: parse(weight.layout, weight.part).stored_shape(sizes)
         for weight in weights_of(config)
-        for name in names_of(weight, config)
+        for name in tensor_names(weight, config)
     }
 
 
 def write(
     path: Path, architecture: str, fields: dict[str, Any], kinds: list[Kind], more: dict[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
-    """Write a file, the n-th matrix as the n-th of ``kinds``; the numbers it holds under Hugging Face's names."""
+    """Write a file with the n-th matrix as the n-th of ``kinds``; return its tensors under Hugging Face's names."""
     writer = gguf.GGUFWriter(path, architecture)
     write_tokenizer(writer)
     writer.add_block_count(fields["num_hidden_layers"])
@@ -87,50 +90,50 @@ def write(
         {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
     number = {name: value for value, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, fields["num_hidden_layers"])
-    held, count = {}, 0
-    for name, tensor in drawn(shapes_of(fields)).items():
+    stored_tensors, count = {}, 0
+    for name, tensor in draw_tensors(shapes_of(fields)).items():
         kind, plus_one = Kind.F32, architecture.startswith("gemma") and name.endswith("norm.weight")
         if tensor.ndim == 2:
             kind, count = kinds[count % len(kinds)], count + 1
         data = gguf.quantize(tensor + np.float32(1) if plus_one else tensor, kind)
-        held[name] = gguf.dequantize(data, kind) - np.float32(plus_one)
+        stored_tensors[name] = gguf.dequantize(data, kind) - np.float32(plus_one)
         if architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
             heads = fields["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             data = data.reshape(heads, 2, data.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
-        writer.add_tensor(theirs, data, raw_dtype=kind)
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        writer.add_tensor(gguf_name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return held
+    return stored_tensors
 
 
 @pytest.mark.parametrize("architecture", FIELDS)
 def test_a_file_is_the_checkpoint_it_was_made_from(architecture: str, tmp_path: Path) -> None:
-    """Every dtype that the package writes, one matrix after the other."""
+    """The matrices cover every dtype that the package writes."""
     fields = FIELDS[architecture]
-    held = write(tmp_path / "model.gguf", architecture, fields, STORED)
+    stored_tensors = write(tmp_path / "model.gguf", architecture, fields, STORED)
     model, params, _ = load_pretrained(tmp_path / "model.gguf")
-    other, same, _ = load_pretrained(write_checkpoint(tmp_path / "hf", fields, held))
+    other, same, _ = load_pretrained(write_checkpoint(tmp_path / "hf", fields, stored_tensors))
     assert model.config == other.config
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
-def test_mistrals_files_say_llama(tmp_path: Path) -> None:
-    """And leave out its window, as llama.cpp does: what is loaded attends to everything."""
+def test_mistral_files_have_the_architecture_llama(tmp_path: Path) -> None:
+    """Like llama.cpp, these files omit the attention window, so the loaded model has none."""
     fields = FIELDS["llama"]
-    held = write(tmp_path / "model.gguf", "llama", fields, STORED)
+    stored_tensors = write(tmp_path / "model.gguf", "llama", fields, STORED)
     mistral = fields | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
     model, params, _ = load_pretrained(tmp_path / "model.gguf")
-    other, same, _ = load_pretrained(write_checkpoint(tmp_path / "hf", mistral, held))
+    other, same, _ = load_pretrained(write_checkpoint(tmp_path / "hf", mistral, stored_tensors))
     assert model.config == other.config.replace(family="llama")
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
 def test_a_window_of_zero_and_no_experts_are_nothing(tmp_path: Path) -> None:
-    """How llama.cpp's converter says that there are none."""
+    """llama.cpp's converter writes 0 for a model without window or experts."""
     fields = {name: value for name, value in FIELDS["phi3"].items() if name != "sliding_window"}
     more = {"phi3.attention.sliding_window": 0, "phi3.expert_count": 0, "phi3.expert_used_count": 0}
     write(tmp_path / "model.gguf", "phi3", fields, [Kind.F32], more)
@@ -139,10 +142,8 @@ def test_a_window_of_zero_and_no_experts_are_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("gemma2", 46), ("gemma3", 62)])
-def test_the_largest_gemmas_scale_queries_by_their_share_of_the_width(
-    architecture: str, layers: int, tmp_path: Path
-) -> None:
-    """llama.cpp tells them by their number of layers: 32 / 4 heads = 8, not head_dim = 16."""
+def test_the_largest_gemmas_scale_queries_by_width_per_head(architecture: str, layers: int, tmp_path: Path) -> None:
+    """llama.cpp recognizes them by their number of layers: 32 / 4 heads = 8, not head_dim = 16."""
     from rlhf_jax.io.gguf_file import open_gguf
 
     write(tmp_path / "model.gguf", architecture, FIELDS[architecture] | {"num_hidden_layers": layers}, [Kind.F32])
@@ -159,7 +160,7 @@ def test_the_largest_gemmas_scale_queries_by_their_share_of_the_width(
         ("phi3", {"phi3.rope.scaling.type": "longrope"}, "phi3.rope.scaling.type = 'longrope'"),
     ],
 )
-def test_keys_that_are_not_understood(architecture: str, more: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_unsupported_keys_are_refused(architecture: str, more: dict[str, Any], words: str, tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", architecture, FIELDS[architecture], [Kind.F32], more)
     with pytest.raises(InputError, match=f"{words}.*this computation is not implemented"):
         load_pretrained(tmp_path / "model.gguf")
@@ -168,8 +169,12 @@ def test_keys_that_are_not_understood(architecture: str, more: dict[str, Any], w
 @pytest.mark.parity
 @pytest.mark.parametrize("architecture", [name for name in FIELDS if name != "gemma"])  # transformers does not read it
 def test_live_transformers_reads_the_same(architecture: str, tmp_path: Path) -> None:
-    """Their reading of the tensors; the configuration is handed to it, since of the keys it ignores those of rope scaling, soft
-    caps, partial rotation and Qwen 3's head_dim."""
+    """The tensors equal those that transformers reads.
+
+    It gets the configuration from the test, since it ignores the keys of rope scaling, soft caps, partial rotation and
+    Qwen 3's head_dim.
+
+    """
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     import transformers
 
@@ -179,9 +184,9 @@ def test_live_transformers_reads_the_same(architecture: str, tmp_path: Path) -> 
         tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
-        theirs = network(torch.from_numpy(tokens())[None], use_cache=False).logits[0].numpy()
+        expected = network(torch.from_numpy(tokens())[None], use_cache=False).logits[0].numpy()
     model, params, _ = load_pretrained(tmp_path / "model.gguf")
-    ours = np.asarray(jax.jit(model.apply)(params, tokens()[None].astype(np.int32)))[0]
-    difference = np.abs(ours - theirs).max()
+    actual = np.asarray(jax.jit(model.apply)(params, tokens()[None].astype(np.int32)))[0]
+    difference = np.abs(actual - expected).max()
     print(f"\nGGUF {architecture}: {difference:.1e}")
-    assert theirs.std() > 1 and difference <= 1e-4
+    assert expected.std() > 1 and difference <= 1e-4

@@ -5,45 +5,45 @@ import itertools
 import numpy as np
 import pytest
 
-from rlhf_jax.io.layout import Window, parse, whole
+from rlhf_jax.io.layout import Window, full_window, parse
 
 SIZES = {"h": 3, "k": 2, "d": 4}
 
 
-def reader(stored: np.ndarray, asked: list[Window]):
+def reader(stored: np.ndarray, windows: list[Window]):
     def read(window: Window) -> np.ndarray:
-        asked.append(window)
+        windows.append(window)
         return stored[window]
 
     return read
 
 
 def test_a_layout_by_hand() -> None:
-    """Rows are 3 heads of 2; the number in row 2 h + k, column d goes to [d, h, k]."""
+    """The rows are 3 heads of 2; the number in row 2 h + k, column d moves to [d, h, k]."""
     layout = parse("(h k) d -> d h k")
-    assert layout.their_shape(SIZES) == (6, 4) and layout.our_shape(SIZES) == (4, 3, 2)
+    assert layout.stored_shape(SIZES) == (6, 4) and layout.parameter_shape(SIZES) == (4, 3, 2)
     stored = np.arange(24).reshape(6, 4)
-    ours = layout.to_ours(SIZES, whole((4, 3, 2)), lambda window: stored[window])
-    assert ours[1, 2, 0] == stored[4, 1] == 17
-    assert all(ours[d, h, k] == stored[2 * h + k, d] for d, h, k in np.ndindex(4, 3, 2))
+    parameter = layout.read_parameter(SIZES, full_window((4, 3, 2)), lambda window: stored[window])
+    assert parameter[1, 2, 0] == stored[4, 1] == 17
+    assert all(parameter[d, h, k] == stored[2 * h + k, d] for d, h, k in np.ndindex(4, 3, 2))
 
 
 @pytest.mark.parametrize("text", ["(h k) d -> d h k", "d (h k) -> h k d", "h d -> d h", "h k -> h k", "d -> d"])
-def test_a_window_is_the_same_part_of_the_whole_and_reads_no_more(text: str) -> None:
+def test_a_window_equals_that_part_of_the_full_array(text: str) -> None:
     layout = parse(text)
-    stored = np.random.default_rng(0).standard_normal(layout.their_shape(SIZES))
-    complete = layout.to_ours(SIZES, whole(layout.our_shape(SIZES)), lambda window: stored[window])
-    written = np.full_like(stored, np.nan)
-    layout.write(SIZES, written, complete)
-    np.testing.assert_array_equal(written, stored)
-    bounds = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in layout.our_shape(SIZES)]
+    stored = np.random.default_rng(0).standard_normal(layout.stored_shape(SIZES))
+    complete = layout.read_parameter(SIZES, full_window(layout.parameter_shape(SIZES)), lambda window: stored[window])
+    rewritten = np.full_like(stored, np.nan)
+    layout.write(SIZES, rewritten, complete)
+    np.testing.assert_array_equal(rewritten, stored)
+    bounds = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in layout.parameter_shape(SIZES)]
     for window in itertools.product(*bounds):
-        asked: list[Window] = []
-        part = layout.to_ours(SIZES, window, reader(stored, asked))
+        windows: list[Window] = []
+        part = layout.read_parameter(SIZES, window, reader(stored, windows))
         np.testing.assert_array_equal(part, complete[window])
         # of an axis (h k) whole blocks of k are read, whatever part of a block is wanted
-        cut = "(h k)" in text and part.shape[layout.ours.index("k")] < SIZES["k"]
-        assert sum(stored[one].size for one in asked) == part.size * (SIZES["k"] if cut else 1)
+        cut = "(h k)" in text and part.shape[layout.parameter.index("k")] < SIZES["k"]
+        assert sum(stored[one].size for one in windows) == part.size * (SIZES["k"] if cut else 1)
 
 
 JOINED = {  # (text of each part), numpy's way to the part
@@ -64,7 +64,7 @@ JOINED = {  # (text of each part), numpy's way to the part
 }
 
 
-def test_blocks_are_rows_of_the_stored_tensor_and_make_up_the_window() -> None:
+def test_blocks_are_stored_rows_that_cover_the_window() -> None:
     """``(h k) d -> d h k``: the stored rows are h first. A window of 2 x 3 heads x 4 in reads of at most 16 numbers: two
     heads (16), then one (8); a row longer than the limit is read by itself."""
     layout, window = parse("(h k) d -> d h k"), (slice(1, 3), slice(2, 5), slice(0, 4))
@@ -79,23 +79,25 @@ def test_blocks_are_rows_of_the_stored_tensor_and_make_up_the_window() -> None:
 
 @pytest.mark.parametrize("name", JOINED)
 def test_parameters_that_share_a_tensor(name: str) -> None:
-    """Each is read from its place, any window of it like the same part of the whole, and all together write the tensor."""
-    texts, taken = JOINED[name]
+    """Any window of each parameter equals that part of the full array, and together they rewrite the tensor."""
+    texts, select = JOINED[name]
     sizes = SIZES | {"g": 1}
     layouts = [parse(text, part) for part, text in enumerate(texts)]
-    stored = np.random.default_rng(0).standard_normal(layouts[0].their_shape(sizes))
-    written = np.full_like(stored, np.nan)
+    stored = np.random.default_rng(0).standard_normal(layouts[0].stored_shape(sizes))
+    rewritten = np.full_like(stored, np.nan)
     for part, layout in enumerate(layouts):
-        complete = layout.to_ours(sizes, whole(layout.our_shape(sizes)), lambda window: stored[window])
-        np.testing.assert_array_equal(complete, taken(stored, part))
+        complete = layout.read_parameter(
+            sizes, full_window(layout.parameter_shape(sizes)), lambda window: stored[window]
+        )
+        np.testing.assert_array_equal(complete, select(stored, part))
         window = tuple(slice(size - 1, size) for size in complete.shape)
-        one = layout.to_ours(sizes, window, lambda window: stored[window])
+        one = layout.read_parameter(sizes, window, lambda window: stored[window])
         np.testing.assert_array_equal(one, complete[window])
-        layout.write(sizes, written, complete)
-    np.testing.assert_array_equal(written, stored)
+        layout.write(sizes, rewritten, complete)
+    np.testing.assert_array_equal(rewritten, stored)
 
 
 @pytest.mark.parametrize("text", ["(h k) d -> d h", "h d -> d h k", "h h -> h", "h d"])
-def test_a_table_row_that_is_none(text: str) -> None:
+def test_an_invalid_layout_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="same letters"):
         parse(text)

@@ -1,4 +1,4 @@
-"""Hugging Face directories: numbers, shards, and every way in which a checkpoint can be wrong."""
+"""Loading of Hugging Face directories: weights, sharding, and errors for invalid checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def outputs(path: Path, **how: Any) -> np.ndarray:
-    """Logits [B, S, V], or scalars [B, S] when there is no language-model head."""
+    """Compute logits [B, S, V], or scalars [B, S] when there is no language-model head."""
     model, params, _ = load_pretrained(path, **how)
     tokens = jnp.asarray(golden_tokens())
     hidden = jax.jit(model.hidden)(params, tokens)
@@ -64,7 +64,7 @@ def test_golden_outputs_are_what_transformers_computes_now(case: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("files", [1, 3])
 def test_every_number_arrives_unchanged(dtype: str, files: int, write: Write) -> None:
-    """A file's numbers widened to float32, one by one: both transposed and joined axes are spelled out here."""
+    """Every number equals that of the file in float32, at its transposed or flattened position."""
     fields = CASES["untied"]
     stored = {name: t.astype(getattr(ml_dtypes, dtype, dtype)) for name, t in llama_tensors(fields).items()}
     model, params, _ = load_pretrained(write(fields, dtype=dtype, files=files))
@@ -104,15 +104,15 @@ def test_float16_does_not_overflow_silently(write: Write) -> None:
         load_pretrained(path, param_dtype="float16")
 
 
-def test_the_tokenizer_comes_along_and_has_to_fit(write: Write) -> None:
+def test_the_tokenizer_must_fit_the_vocabulary(write: Write) -> None:
     assert load_pretrained(write(llama_fields())).tokenizer.encode("A") == [3 + 65]
     small = llama_fields(vocab_size=256)
     with pytest.raises(InputError, match="tokenizer has 259 tokens.*vocab_size = 256"):
         load_pretrained(write(small))
 
 
-def test_what_old_checkpoints_also_hold(write: Write) -> None:
-    """Rotary frequencies, and a copy of tied embeddings as output head: ignored, but the copy has to be one."""
+def test_extra_tensors_of_old_checkpoints_are_ignored(write: Write) -> None:
+    """Rotary frequencies, and an output head that equals the tied embeddings, are ignored."""
     fields = llama_fields()
     tensors = llama_tensors(fields)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
@@ -137,13 +137,13 @@ def test_a_scalar_head_on_a_language_model_is_drawn_from_the_key(write: Write) -
     np.testing.assert_array_equal(same["scalar_head"]["kernel"], params["scalar_head"]["kernel"])
     assert (np.asarray(other["scalar_head"]["kernel"]) != params["scalar_head"]["kernel"]).any()
     np.testing.assert_array_equal(other["embed"]["embedding"], params["embed"]["embedding"])
-    both = load_pretrained(path, head="lm+scalar", rng=jax.random.key(1)).params
-    assert {"lm_head", "scalar_head"} <= both.keys()
+    two_heads = load_pretrained(path, head="lm+scalar", rng=jax.random.key(1)).params
+    assert {"lm_head", "scalar_head"} <= two_heads.keys()
 
 
 @pytest.mark.parametrize("head", ["lm", "lm+scalar"])
 def test_a_scorer_is_no_language_model(head: Any, write: Write) -> None:
-    """Even with tied embeddings, where all its weights are there: the trunk was trained for something else."""
+    """This holds even with tied embeddings, which have all weights of a language model: the trunk was trained for scores."""
     with pytest.raises(InputError, match="reward or value model.*cannot be loaded from it"):
         load_pretrained(write(CASES["scorer"]), head=head, rng=jax.random.key(0))
 
@@ -160,7 +160,7 @@ def test_a_scorers_bias_is_read_and_zero_when_absent(write: Write) -> None:
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}, {"fsdp": 1, "data": 8}])
-def test_weights_land_sharded_as_the_rules_say(shape: dict[str, int], write: Write) -> None:
+def test_weights_are_sharded_by_the_rules(shape: dict[str, int], write: Write) -> None:
     path = write(CASES["tied"])
     mesh = make_mesh(MeshConfig(**shape))
     model, params, _ = load_pretrained(path, mesh=mesh)
@@ -177,7 +177,7 @@ def test_weights_land_sharded_as_the_rules_say(shape: dict[str, int], write: Wri
     np.testing.assert_allclose(outputs(path, mesh=mesh), outputs(path), atol=5e-5)
 
 
-def test_other_rules_are_obeyed(write: Write) -> None:
+def test_other_sharding_rules_are_used(write: Write) -> None:
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     from rlhf_jax.parallel import RULES
 
@@ -187,7 +187,7 @@ def test_other_rules_are_obeyed(write: Write) -> None:
 
 
 def test_host_memory_never_holds_the_model_twice(write: Write) -> None:
-    """25 MB of weights over eight devices. On a CPU the shards themselves may be the arrays that numpy made."""
+    """The model has 25 MB of weights on eight devices. On a CPU the shards may share memory with the numpy arrays."""
     fields = llama_fields(
         hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64, num_key_value_heads=4
     )

@@ -1,4 +1,4 @@
-"""What a path is; the hub is replaced by a function, except for one test of being offline."""
+"""Kinds of model paths; the hub is replaced by a function, except in one offline test."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
-    """A hub that has one small model, as a snapshot named after its commit; returns the list of what was asked for."""
+    """A hub that has one small model, as a snapshot named after its commit; yields the list of requests."""
     snapshot = write_checkpoint(tmp_path / "snapshots" / COMMIT, llama_fields(), llama_tensors(llama_fields()))
-    asked = []
+    requests = []
 
     def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in allow_patterns)
-        asked.append((repo, revision))
+        requests.append((repo, revision))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     _download.cache_clear()
-    yield asked
+    yield requests
     _download.cache_clear()
 
 
@@ -49,7 +49,7 @@ def test_a_hub_id_is_downloaded_once_and_known_by_its_commit(hub: list[tuple[str
     assert hub == [("name/model", None), ("name.x/model-1.5", "refs/pr/1")]
 
 
-def test_what_is_here_is_local(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_path_takes_precedence(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "name" / "model").mkdir(parents=True)
     (tmp_path / "name" / "model" / "config.json").write_text("{}")
@@ -61,7 +61,7 @@ def test_what_is_here_is_local(hub: list[Any], tmp_path: Path, monkeypatch: pyte
     assert hub == []
 
 
-def test_paths_that_lead_nowhere(hub: list[Any], tmp_path: Path) -> None:
+def test_missing_paths_are_refused(hub: list[Any], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "quantised").mkdir()
     (tmp_path / "quantised" / "a.gguf").write_bytes(b"")
@@ -108,7 +108,7 @@ def test_each_failure_of_the_hub_is_one_line(
 
 
 def test_offline_is_one_clear_line() -> None:
-    """The tests run with HF_HUB_OFFLINE=1: the real library, no network."""
+    """The tests run with HF_HUB_OFFLINE=1, so this uses the real library without network."""
     _download.cache_clear()
     with pytest.raises(InputError, match="^runs/absent: no such directory here, and the hub cannot be reached"):
         load_pretrained("runs/absent")

@@ -1,4 +1,4 @@
-"""`ModelSource` and `load_model`: what a gin file says of a model, and what provenance records of it."""
+"""`ModelSource` and `load_model`: the model section of a gin file, and its record in provenance."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def plan(path: Path) -> Loaded:
 
 
 def recorded(loaded: Loaded) -> str:
-    (given,) = loaded.as_inputs("model")
-    return str(describe(given)["fingerprint"])
+    (model_input,) = loaded.as_inputs("model")
+    return str(describe(model_input)["fingerprint"])
 
 
 def test_each_kind_of_path_loads_and_is_fingerprinted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_dtypes_and_remat_go_with_the_path(tmp_path: Path) -> None:
 
 
 def test_a_run_started_from_a_checkpoint_is_loaded_as_a_run(tmp_path: Path) -> None:
-    """The fresh scalar head depends on the key alone, whatever the weights come from."""
+    """A new scalar head depends only on the key, not on the source of the weights."""
     make_run(tmp_path / "run")
     one, two = load(tmp_path / "run", "scalar"), load(tmp_path / "run", "scalar")
     np.testing.assert_array_equal(one.params["scalar_head"]["kernel"], two.params["scalar_head"]["kernel"])
@@ -90,13 +90,16 @@ def test_a_tokenizer_needs_no_padding_token(tmp_path: Path) -> None:
     plan = functools.partial(plan_model, head="lm", mesh=make_mesh(MeshConfig(), jax.devices()[:1]), rng=None)
     assert load(hf, pad_token="<|bos|>").tokenizer.pad_token_id == 1
     assert plan(ModelSource(path=str(hf), pad_token="<|bos|>")).tokenizer.pad_token_id == 1
-    for made in (lambda: load(hf, pad_token="<pad>"), lambda: plan(ModelSource(path=str(hf), pad_token="<pad>"))):
+    for load_with_pad in (
+        lambda: load(hf, pad_token="<pad>"),
+        lambda: plan(ModelSource(path=str(hf), pad_token="<pad>")),
+    ):
         with pytest.raises(InputError, match="ModelSource.pad_token = '<pad>': not in the vocabulary"):
-            made()
+            load_with_pad()
 
 
-def with_hole(tokenizer: Any, directory: Path, index: int) -> None:
-    """Saves the tokenizer with its token "z" far behind the others: 259 tokens, the largest id is ``index``."""
+def save_with_gap(tokenizer: Any, directory: Path, index: int) -> None:
+    """Save the tokenizer with the id ``index`` for its token "z": 259 tokens with a gap between the ids."""
     tokenizer.save_pretrained(directory)
     file = directory / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -109,7 +112,7 @@ def test_a_token_id_beyond_the_embedding_is_refused(index: int, tmp_path: Path) 
     """The number of tokens, 259, is below the 272 rows; an index beyond them would be NaN or another token's row."""
     fields = llama_fields(vocab_size=272)
     hf = write_checkpoint(tmp_path / "hf", fields, llama_tensors(fields))
-    with_hole(byte_tokenizer(), hf, index)
+    save_with_gap(byte_tokenizer(), hf, index)
     message = rf"259 tokens with ids up to {index} \('z'\), .*vocab_size = 272; use the"
     for read in (load_pretrained, describe_pretrained):
         with pytest.warns(UserWarning, match=message):
@@ -117,7 +120,7 @@ def test_a_token_id_beyond_the_embedding_is_refused(index: int, tmp_path: Path) 
     for refuse in (load, plan):
         with pytest.warns(UserWarning, match=message), pytest.raises(InputError, match=message):
             refuse(hf)
-    with_hole(byte_tokenizer(), hf, 271)
+    save_with_gap(byte_tokenizer(), hf, 271)
     assert load(hf).tokenizer("z")["input_ids"] == [271]
 
 
@@ -131,7 +134,7 @@ def test_added_tokens_count_among_the_ids_of_a_new_model() -> None:
     check_tokenizer(tiny_config(vocab_size=260), tokenizer)
 
 
-def test_a_source_says_one_thing() -> None:
+def test_contradictory_sources_are_refused() -> None:
     config = tiny_config(vocab_size=272)
     with pytest.raises(InputError, match="either path .* or config"):
         ModelSource()

@@ -1,4 +1,4 @@
-"""A directory that is complete or absent, whatever ends its writer, and that everybody may read."""
+"""A new directory is complete or absent, even when its writer is killed, and has ordinary permissions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _die(out: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_what_a_killed_writer_left_neither_blocks_nor_stays(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
     for _ in range(2):
         child = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path / "out",))
         child.start()
@@ -69,8 +69,8 @@ def test_two_writers_at_once_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another program is writing it"), new_directory(tmp_path / "out"):
             pass
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["first"]
-    for there in ("out", "dangling"):
-        if there == "dangling":
-            (tmp_path / there).symlink_to(tmp_path / "nothing")
-        with pytest.raises(InputError, match="already exists"), new_directory(tmp_path / there):
+    for name in ("out", "dangling"):
+        if name == "dangling":
+            (tmp_path / name).symlink_to(tmp_path / "nothing")
+        with pytest.raises(InputError, match="already exists"), new_directory(tmp_path / name):
             pass

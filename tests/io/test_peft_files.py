@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: names and shapes by hand, the round trip bit by bit, and what is refused."""
+"""Adapters in PEFT's format: names and shapes by hand, an exact round trip, and refused files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from family_files import CASES, drawn, stored_shapes
+from family_files import CASES, draw_tensors, stored_shapes
 from llama_files import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +22,7 @@ SETTINGS = LoraConfig(rank=3, alpha=5.0, rslora=True)
 
 
 def base(case: str, directory: Path) -> Path:
-    return write_checkpoint(directory / case, CASES[case], drawn(stored_shapes(case)))
+    return write_checkpoint(directory / case, CASES[case], draw_tensors(stored_shapes(case)))
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_round_trip_is_bit_exact(exported) -> None:
     settings, again, with_head = read_adapter(adapter, model.config)
     assert not with_head and (settings.rank, settings.alpha, settings.rslora) == (3, 5.0, True)
     assert jax.tree.structure(again) == jax.tree.structure(trained)
-    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(trained), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, original in zip(jax.tree.leaves(again), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(actual, original)
     assert jax.tree.structure(lora.split(Model(model.config, lora=settings).abstract())[1]) == jax.tree.structure(
         trained
     )
@@ -79,18 +79,18 @@ def test_an_adapter_loads_merged_into_the_base_it_names(exported) -> None:
     loaded, merged, _ = load_pretrained(adapter)
     assert loaded.config == model.config
     expected = lora.merge(lora.combine(params, trained), SETTINGS)
-    for ours, theirs in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for actual, reference in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, reference, atol=1e-6)
 
 
 def test_an_adapter_brings_its_own_tokenizer(exported) -> None:
-    """Also when only tokenizer.json says which."""
+    """It needs only tokenizer.json."""
     adapter, _, _, _ = exported
     (adapter / "tokenizer_config.json").unlink()
     assert load_pretrained(adapter).tokenizer.name_or_path == str(adapter)
 
 
-def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
+def test_a_reward_models_head_is_exported(tmp_path: Path) -> None:
     directory = base("mistral", tmp_path)
     model = load_pretrained(directory).model.with_head("scalar")
     adapted = Model(model.config, lora=LoraConfig(rank=2, targets="attention/value"))
@@ -171,7 +171,7 @@ def test_wrong_tensors_are_listed(exported, change, message) -> None:
         ("megatron_config", {"tensor_parallel": 2}),
     ],
 )
-def test_settings_that_are_not_understood_are_refused_by_name(exported, field, value) -> None:
+def test_unsupported_settings_are_refused_by_name(exported, field, value) -> None:
     file = exported[0] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(InputError, match=f"{field} = "):
@@ -179,7 +179,7 @@ def test_settings_that_are_not_understood_are_refused_by_name(exported, field, v
 
 
 def test_settings_without_effect_are_read(exported) -> None:
-    """What PEFT 0.21 writes beside the defaults, and initialisations that leave the base alone."""
+    """PEFT 0.21 writes these fields beside the defaults; initialisations that do not change the base are accepted."""
     adapter, model, _, _ = exported
     file = adapter / "adapter_config.json"
     fields = json.loads(file.read_text())
@@ -199,7 +199,7 @@ def test_settings_without_effect_are_read(exported) -> None:
         assert read_adapter(adapter, model.config)[0].rank == 3
 
 
-def test_what_an_adapter_leaves_out_is_named(exported) -> None:
+def test_missing_parts_of_an_adapter_are_named(exported) -> None:
     adapter, model, _, _ = exported
     file = adapter / "adapter_config.json"
     fields = json.loads(file.read_text())
@@ -223,7 +223,7 @@ def test_the_revision_of_the_base_is_followed(tmp_path: Path) -> None:
         adapter_base(hub | {"revision": 3}, where)
 
 
-def test_matrices_that_a_checkpoint_joins_are_refused(tmp_path: Path) -> None:
+def test_adapters_of_fused_matrices_are_refused(tmp_path: Path) -> None:
     adapted = Model(load_pretrained(base("gpt2", tmp_path)).model.config, lora=SETTINGS)
     _, trained = lora.split(random_params(adapted, 0))
     with pytest.raises(InputError, match="layers/attention/key.*stored joined.*export the merged model"):

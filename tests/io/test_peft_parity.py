@@ -1,4 +1,4 @@
-"""Adapters against the PEFT library: what we export it computes, what it saves we compute."""
+"""Adapters against the PEFT library: both compute the same from exported and from saved adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from family_files import CASES, drawn, stored_shapes
+from family_files import CASES, draw_tensors, stored_shapes
 from llama_files import write_checkpoint
 
 from rlhf_jax.io import export_adapter, load_pretrained
@@ -20,10 +20,10 @@ TARGETS = {"llama": "attention/.*|mlp/.*", "gemma2": "attention/(query|value)|ml
 
 
 def base(case: str, directory: Path) -> Path:
-    return write_checkpoint(directory / case, CASES[case], drawn(stored_shapes(case)))
+    return write_checkpoint(directory / case, CASES[case], draw_tensors(stored_shapes(case)))
 
 
-def theirs(model):
+def load_transformers(model):
     import torch
 
     with torch.no_grad():
@@ -42,13 +42,13 @@ def test_peft_computes_what_we_export(case: str, rslora: bool, tmp_path: Path, r
     adapted = Model(model.config, lora=settings)
     _, trained = lora.split(random_params(adapted, 5))
     export_adapter(tmp_path / "adapter", adapted, trained, byte_tokenizer(), str(directory))
-    ours = jax.jit(adapted.apply)(lora.combine(params, trained), TOKENS)
+    actual = jax.jit(adapted.apply)(lora.combine(params, trained), TOKENS)
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    alone = theirs(plain).logits.numpy()
-    logits = theirs(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")).logits.numpy()
+    alone = load_transformers(plain).logits.numpy()
+    logits = load_transformers(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")).logits.numpy()
     assert np.abs(logits - alone).max() > 0.1  # the adapter is there
-    difference = np.abs(np.asarray(ours) - logits).max()
+    difference = np.abs(np.asarray(actual) - logits).max()
     print(f"{case} rslora={rslora}: largest logit difference {difference:.1e}")
     assert difference < 1e-4
 
@@ -71,7 +71,7 @@ def test_we_compute_what_peft_saves(case: str, tmp_path: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     tuned = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(directory), config)
-    logits = theirs(tuned).logits.numpy()
+    logits = load_transformers(tuned).logits.numpy()
     tuned.save_pretrained(tmp_path / "adapter")
     model, params, _ = load_pretrained(tmp_path / "adapter")
     difference = np.abs(np.asarray(jax.jit(model.apply)(params, TOKENS)) - logits).max()
@@ -91,7 +91,7 @@ def test_a_reward_adapter_both_ways(tmp_path: Path) -> None:
     frozen = lora.split(params)[0]
     export_adapter(tmp_path / "adapter", adapted, trained, byte_tokenizer(), str(directory))
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1)
-    scored = theirs(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")).logits.numpy()[:, 0]
+    scored = load_transformers(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")).logits.numpy()[:, 0]
     whole = lora.combine(frozen, trained)
-    ours = jax.jit(lambda p: adapted.scalars(p, adapted.hidden(p, TOKENS)))(whole)[:, -1]
-    np.testing.assert_allclose(ours, scored, atol=1e-4)
+    actual = jax.jit(lambda p: adapted.scalars(p, adapted.hidden(p, TOKENS)))(whole)[:, -1]
+    np.testing.assert_allclose(actual, scored, atol=1e-4)

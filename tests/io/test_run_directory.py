@@ -1,4 +1,4 @@
-"""Run directories as models."""
+"""Loading of run directories as models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_template_is_kept_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_dtype_is_the_runs_own_unless_told_otherwise(dtype: str, tmp_path: Path) -> None:
+def test_the_dtype_is_the_runs_own_by_default(dtype: str, tmp_path: Path) -> None:
     _, params = make_run(tmp_path / "run", param_dtype=dtype)
     assert load_pretrained(tmp_path / "run").model.config.param_dtype == dtype
     model, other, _ = load_pretrained(tmp_path / "run", param_dtype="bfloat16")
@@ -56,7 +56,7 @@ def test_the_dtype_is_the_runs_own_unless_told_otherwise(dtype: str, tmp_path: P
     assert_equal(other, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
 
 
-def test_parameters_land_on_their_shards(tmp_path: Path) -> None:
+def test_parameters_are_sharded(tmp_path: Path) -> None:
     model, params = make_run(tmp_path / "run", tie_embeddings=False)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     read = load_pretrained(tmp_path / "run", mesh=mesh).params
@@ -69,7 +69,7 @@ def test_parameters_land_on_their_shards(tmp_path: Path) -> None:
 
 
 def test_heads(tmp_path: Path) -> None:
-    """A fresh scalar head on a language model; parts left out; no language model out of a scorer, tied or not."""
+    """A language model can get a new scalar head, a head can be omitted, and a scorer is never a language model."""
     _, params = make_run(tmp_path / "lm")
     scorer = load_pretrained(tmp_path / "lm", head="scalar", rng=jax.random.key(0)).params
     assert set(scorer) == {"embed", "layers", "final_norm", "scalar_head"}
@@ -81,9 +81,9 @@ def test_heads(tmp_path: Path) -> None:
         assert_equal(loaded.params, {name: params[name] for name in loaded.params})
     for tied in (True, False):
         make_run(tmp_path / f"scorer {tied}", "scalar", tie_embeddings=tied)
-        for wanted in ("lm", "lm+scalar"):
+        for head in ("lm", "lm+scalar"):
             with pytest.raises(InputError, match="has no language-model head"):
-                load_pretrained(tmp_path / f"scorer {tied}", head=wanted, rng=jax.random.key(0))
+                load_pretrained(tmp_path / f"scorer {tied}", head=head, rng=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_a_reward_runs_normalisation_is_folded_into_its_head(tmp_path: Path) -> 
     np.testing.assert_allclose(model.scalars(read, model.hidden(read, tokens)), 2 * raw - 3, rtol=1e-5)
     file.write_text(json.dumps({"gain": "2", "bias": -3.0}))
     (tmp_path / "run" / "provenance.json").write_text('{"stage": "reward"}')
-    kept = file.read_text()
+    original_text = file.read_text()
     file.unlink()
     with pytest.raises(InputError, match=r"reward_normalisation.json: no such file; the reward model is unfinished"):
         load_pretrained(tmp_path / "run", head="scalar")
-    file.write_text(kept)
+    file.write_text(original_text)
     with pytest.raises(InputError, match="reward_normalisation.json: gain = '2'"):
         load_pretrained(tmp_path / "run")
 
 
-def test_what_is_no_run_or_a_damaged_one(tmp_path: Path) -> None:
+def test_missing_or_damaged_runs_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     make_run(run)
     card = json.loads((run / "model.json").read_text())

@@ -39,12 +39,12 @@ def directory(variable: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours() -> Pretrained:
+def loaded_model() -> Pretrained:
     return load_pretrained(directory("SMOLLM2_DIR"))
 
 
 def greedy(loaded: Pretrained, prompt: list[int], length: int = 32) -> list[int]:
-    """The continuation that the rollout samples at temperature 0, with its key/value cache."""
+    """Generate the continuation of the rollout at temperature 0, with its key/value cache."""
     model, params, tokenizer = loaded
     prompts = PromptBatch(
         tokens=jnp.asarray([[tokenizer.pad_token_id] * 3 + prompt], jnp.int32),  # left padding changes nothing
@@ -59,8 +59,8 @@ def greedy(loaded: Pretrained, prompt: list[int], length: int = 32) -> list[int]
     def generate(params: Any, prompts: PromptBatch) -> Any:
         return rollout.generate(model, params, prompts, jax.random.key(0), sampling=sampling, eos_ids=stop, pad_id=pad)
 
-    done = jax.device_get(generate(params, prompts))
-    return [int(token) for token in done.tokens[0][done.mask[0]]]
+    samples = jax.device_get(generate(params, prompts))
+    return [int(token) for token in samples.tokens[0][samples.mask[0]]]
 
 
 def chat(loaded: Pretrained, question: list[dict[str, str]] = QUESTION) -> list[int]:
@@ -69,34 +69,34 @@ def chat(loaded: Pretrained, question: list[dict[str, str]] = QUESTION) -> list[
     return ids
 
 
-def test_logits_and_greedy_text_equal_those_of_torch(ours: Pretrained, tmp_path: Path) -> None:
-    """The directory, and what we export from it, as transformers reads them."""
+def test_logits_and_greedy_text_equal_those_of_torch(loaded_model: Pretrained, tmp_path: Path) -> None:
+    """Both the original directory and our export of it are compared."""
     torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     import transformers
 
-    model, params, tokenizer = ours
+    model, params, tokenizer = loaded_model
     ids = tokenizer.encode(TEXT)
     logits = np.asarray(jax.jit(model.apply)(params, jnp.asarray([ids])))
     export_pretrained(tmp_path / "export", model, params, tokenizer)
     for path in (directory("SMOLLM2_DIR"), tmp_path / "export"):
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        transformers_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         their_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         assert their_tokenizer.encode(TEXT) == ids
         with torch.no_grad():
-            difference = np.abs(logits - theirs(torch.tensor([ids])).logits.numpy()).max()
+            difference = np.abs(logits - transformers_model(torch.tensor([ids])).logits.numpy()).max()
         print(f"{path}: max |logit difference| {difference:.2e} over {logits.shape}")
         assert difference <= 1e-4
         for question, least in ((QUESTION, 5), (POEM, 32)):
-            prompt = chat(ours, question)
-            answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0][
+            prompt = chat(loaded_model, question)
+            answer = transformers_model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0][
                 len(prompt) :
             ].tolist()
-            assert answer == greedy(ours, prompt) and len(answer) >= least
+            assert answer == greedy(loaded_model, prompt) and len(answer) >= least
             print(f"{path}: {their_tokenizer.decode(answer)!r}")
 
 
-def test_the_stored_reference(ours: Pretrained) -> None:
-    """It was computed over weights rounded to float16, so ours are rounded first and computed with in float32."""
+def test_the_stored_reference(loaded_model: Pretrained) -> None:
+    """The reference used weights rounded to float16, so the weights are rounded first and computed with in float32."""
     reference = np.load(directory("SMOLLM2_REFERENCE"))
     model, params, tokenizer = load_pretrained(directory("SMOLLM2_DIR"), param_dtype="float16")
     logits = np.asarray(jax.jit(model.apply)(params, jnp.asarray(reference["input_ids"])[None]))[0]
@@ -106,18 +106,18 @@ def test_the_stored_reference(ours: Pretrained) -> None:
     assert differences <= 1e-4 and normalisers <= 1e-4
     np.testing.assert_array_equal(logits.argmax(-1), reference["argmax"])
     prompt = reference["chat_prompt_ids"].tolist()
-    assert chat(ours) == prompt
+    assert chat(loaded_model) == prompt
     continuation = greedy(Pretrained(model, params, tokenizer), prompt)
     assert prompt + continuation == reference["greedy_ids"].tolist()
     print(repr(tokenizer.decode(continuation)))
 
 
-def test_what_int8_costs(ours: Pretrained) -> None:
+def test_int8_changes_log_probabilities_little(loaded_model: Pretrained) -> None:
     """Log-probabilities of the Apache licence and of a design document: matrices in int8 and in bfloat16 against float32."""
-    model, params, tokenizer = ours
+    model, params, tokenizer = loaded_model
     quantized = dataclasses.replace(model, int8=True)
     halved = dataclasses.replace(model, config=model.config.replace(compute_dtype="bfloat16"))
-    others = {
+    variants = {
         "int8": (quantized, int8.quantized_tree(params, quantized.abstract())),
         "bfloat16 activations": (halved, params),
     }
@@ -129,11 +129,11 @@ def test_what_int8_costs(ours: Pretrained) -> None:
 
         exact = logprobs(model, params)
         of_tokens = exact[jnp.arange(len(exact)), ids[0, 1:]]
-        for other, given in others.items():
-            found = logprobs(*given)
-            error = np.abs(found[jnp.arange(len(exact)), ids[0, 1:]] - of_tokens)
-            kl = float((jnp.exp(exact) * (exact - found)).sum(axis=-1).mean())
-            change = float(of_tokens.mean() - found[jnp.arange(len(exact)), ids[0, 1:]].mean())
+        for other, arguments in variants.items():
+            approximate = logprobs(*arguments)
+            error = np.abs(approximate[jnp.arange(len(exact)), ids[0, 1:]] - of_tokens)
+            kl = float((jnp.exp(exact) * (exact - approximate)).sum(axis=-1).mean())
+            change = float(of_tokens.mean() - approximate[jnp.arange(len(exact)), ids[0, 1:]].mean())
             print(
                 f"\nINT8 {name}, {len(exact)} tokens, nll {-float(of_tokens.mean()):.3f}, {other}: |difference| mean "
                 f"{error.mean():.4f} max {error.max():.3f}, nll {change:+.4f}, KL {kl:.5f}"

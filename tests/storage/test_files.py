@@ -1,4 +1,4 @@
-"""The one reader of files: whatever is wrong is an InputError with the place, and nothing is waited for."""
+"""Reading of files: every problem is an InputError with the place, and a pipe is not waited for."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_bad_content_names_file_and_remedy(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
-    """A pipe that nobody writes to would block for ever; a directory, a loop of links and a path below a file raise."""
+def test_other_kinds_of_files_are_refused_without_waiting(tmp_path: Path) -> None:
+    """A pipe without writer would block for ever; a directory, a loop of links and a path below a file are errors."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

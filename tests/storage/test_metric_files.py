@@ -1,4 +1,4 @@
-"""Metric files whose lines are damaged, torn, doubled or missing: noticed and said, and no number of theirs is used."""
+"""Metric files with damaged, torn, duplicate or missing lines: each is reported, and its numbers are not used."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_damaged_lines_are_named_and_do_not_count(bad: str, words: str, tmp_path
     assert len(lines.problems) == 1 and f"{METRICS}:2: " in lines.problems[0] and words in lines.problems[0]
 
 
-def test_a_torn_end_is_said(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_reported(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text(line(1, loss=1.0) + line(2, loss=2.0)[:-1])
     lines = read_lines(tmp_path / METRICS)
     assert [row["step"] for row in lines.rows] == [1] and "the last line is torn" in lines.problems[0]
 
 
 def test_doubled_lines_and_steps_that_go_back(tmp_path: Path) -> None:
-    """Two lines of a step are fine when they name different metrics. Of two that name the same the later one counts."""
+    """Two lines of a step are fine when they name different metrics. When both have the same metric, the later line counts."""
     file = tmp_path / METRICS
     file.write_text(line(1, loss=1.0) + line(1, **{"heldout/loss": 2.0}) + line(2, loss=2.0))
     assert read_lines(file).problems == [] and len(read_lines(file).rows) == 3
@@ -100,7 +100,7 @@ def test_the_end_against_the_saved_step(tmp_path: Path) -> None:
         [],
     ],
 )
-def test_uneven_steps_of_a_whole_run_are_no_holes(steps: list[int], tmp_path: Path) -> None:
+def test_uneven_steps_of_a_complete_run_are_no_gaps(steps: list[int], tmp_path: Path) -> None:
     write(tmp_path, steps)
     assert problems(tmp_path, steps[-1] if steps else None) == []
 

@@ -1,4 +1,4 @@
-"""Files behind URLs: fetched once, checked, one version a process; models and data from them; what cannot be had is one line."""
+"""Files behind URLs: downloaded once, verified, one version per process; models and data from URLs; errors in one line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlhf_jax.models import Model
 from rlhf_jax.rundir.provenance import describe
 from rlhf_jax.storage import remote
 from rlhf_jax.storage.inputs import Input
-from rlhf_jax.storage.remote import CONTENT, cache_directory, fetched
+from rlhf_jax.storage.remote import CONTENT, cache_directory, fetch_url
 from rlhf_jax.testing import byte_tokenizer, random_params, tiny_config
 
 
 @pytest.fixture(autouse=True)
 def a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With an empty cache, and a process that has fetched nothing yet."""
+    """Provide an empty cache, and a process that has fetched nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "_copies", {})
     yield
@@ -46,40 +46,40 @@ def copies() -> list[Path]:
 
 def test_a_file_keeps_its_name_and_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     put({"data/a.jsonl": b'{"x": 1}\n'})
-    first = fetched("memory://bucket/data/a.jsonl")
+    first = fetch_url("memory://bucket/data/a.jsonl")
     assert first.name == "a.jsonl" and first.read_bytes() == b'{"x": 1}\n'
     monkeypatch.setattr(remote, "download", None)  # nothing is copied any more
     another_process()
-    assert fetched("memory://bucket/data/a.jsonl") == first
+    assert fetch_url("memory://bucket/data/a.jsonl") == first
 
 
 def test_another_version_is_another_copy_and_a_process_sees_one() -> None:
     put({"a.txt": b"old"})
-    old = fetched("memory://bucket/a.txt")
+    old = fetch_url("memory://bucket/a.txt")
     put({"a.txt": b"new"})
-    assert fetched("memory://bucket/a.txt") == old and old.read_text() == "old"
+    assert fetch_url("memory://bucket/a.txt") == old and old.read_text() == "old"
     another_process()
-    assert fetched("memory://bucket/a.txt").read_text() == "new" and old.read_text() == "old"
+    assert fetch_url("memory://bucket/a.txt").read_text() == "new" and old.read_text() == "old"
 
 
 def test_a_copy_that_was_changed_is_fetched_again() -> None:
     put({"d/a.txt": b"right", "d/b.txt": b"too"})
-    place = fetched("memory://bucket/d")
+    place = fetch_url("memory://bucket/d")
     (place / "a.txt").write_text("wrong")
     another_process()
-    assert (fetched("memory://bucket/d") / "a.txt").read_text() == "right" and copies() == [place]
+    assert (fetch_url("memory://bucket/d") / "a.txt").read_text() == "right" and copies() == [place]
 
 
-def test_a_copy_that_is_cut_or_has_another_md5_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_or_different_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     put({"a.txt": b"whole"})
     store = fsspec.filesystem("memory")
     monkeypatch.setattr(type(store), "get_file", lambda self, path, to: Path(to).write_bytes(b"who"))
     with pytest.raises(InputError, match="3 of 5 bytes came"):
-        fetched("memory://bucket/a.txt")
+        fetch_url("memory://bucket/a.txt")
     monkeypatch.setattr(type(store), "get_file", lambda self, path, to: Path(to).write_bytes(b"whole"))
     monkeypatch.setattr(type(store), "info", lambda self, path: {"size": 5, "md5Hash": "AAAA", "type": "file"})
     with pytest.raises(InputError, match="another md5"):
-        fetched("memory://bucket/a.txt")
+        fetch_url("memory://bucket/a.txt")
     assert copies() == []
 
 
@@ -94,17 +94,17 @@ def test_a_copy_that_is_cut_or_has_another_md5_is_none(monkeypatch: pytest.Monke
         ("reference://x", r"cannot open it \(TypeError: "),
     ],
 )
-def test_what_cannot_be_had_is_one_line(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_urls_are_one_line_errors(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("gcsfs", "s3fs"):  # also where they are installed
         monkeypatch.setitem(sys.modules, package, None)
-    for use in (fetched, locate, lambda url: list(read_rows(f"{url}/a.jsonl"))):
+    for use in (fetch_url, locate, lambda url: list(read_rows(f"{url}/a.jsonl"))):
         with pytest.raises(InputError, match=message) as caught:
             use(url)
         assert "\n" not in str(caught.value) and url in str(caught.value)
 
 
-def test_a_model_that_is_none_is_named_by_its_url() -> None:
-    """Not by where its copy lies."""
+def test_an_invalid_model_is_named_by_its_url() -> None:
+    """The error does not name the path of the copy."""
     put({"d/notes.json": b"{}", "a.txt": b"x"})
     with pytest.raises(InputError, match="^memory://bucket/d: neither a run directory"):
         locate("memory://bucket/d")
@@ -117,7 +117,7 @@ def test_a_name_that_leaves_the_directory_is_refused(monkeypatch: pytest.MonkeyP
     store = fsspec.filesystem("memory")
     monkeypatch.setattr(type(store), "find", lambda self, root, detail: {f"{root}/../a.txt": {"size": 1}})
     with pytest.raises(InputError, match="'../a.txt' lies elsewhere"):
-        fetched("memory://bucket/d")
+        fetch_url("memory://bucket/d")
     assert copies() == []
 
 
@@ -125,10 +125,13 @@ def test_rows_are_read_from_a_url(tmp_path: Path) -> None:
     put({"rows.jsonl": b'{"x": 1}\n\n{"x": 2}\n'})
     assert list(read_rows("memory://bucket/rows.jsonl")) == [(1, {"x": 1}), (3, {"x": 2})]
     (tmp_path / "rows.jsonl").write_bytes(b'{"x": 1}\n\n{"x": 2}\n')
-    there, here = (
+    remote_input, local_input = (
         describe(Input("data", str(path))) for path in ("memory://bucket/rows.jsonl", tmp_path / "rows.jsonl")
     )
-    assert there["path"] == "memory://bucket/rows.jsonl" and there["fingerprint"] == here["fingerprint"]
+    assert (
+        remote_input["path"] == "memory://bucket/rows.jsonl"
+        and remote_input["fingerprint"] == local_input["fingerprint"]
+    )
 
 
 def test_a_model_is_read_from_a_url(tmp_path: Path) -> None:
@@ -137,14 +140,14 @@ def test_a_model_is_read_from_a_url(tmp_path: Path) -> None:
     export_pretrained(tmp_path / "exported", model, params, byte_tokenizer())
     (tmp_path / "exported" / "training_args.bin").write_bytes(b"not read")
     url = f"file://{tmp_path}/exported"
-    got = load_pretrained(url)
-    jax.tree.map(np.testing.assert_array_equal, got.params, load_pretrained(tmp_path / "exported").params)
+    loaded = load_pretrained(url)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, load_pretrained(tmp_path / "exported").params)
     place = locate(url).path
     assert not (place / "training_args.bin").exists() and (place / "config.json").exists()
     assert place.is_relative_to(cache_directory())
 
 
-def test_of_a_run_the_newest_whole_step_is_fetched() -> None:
+def test_only_the_newest_complete_step_of_a_run_is_fetched() -> None:
     steps = {f"checkpoints/{step}/state/x": b"x" for step in (1, 2, 3)}
     whole = {f"checkpoints/{step}/manifest.json": b"{}" for step in (1, 2)}  # 3 was being copied
     put(
@@ -154,7 +157,7 @@ def test_of_a_run_the_newest_whole_step_is_fetched() -> None:
         }
     )
     location = locate("memory://bucket/run")
-    found = {path.relative_to(location.path).as_posix() for path in location.path.rglob("*") if path.is_file()}
+    names = {path.relative_to(location.path).as_posix() for path in location.path.rglob("*") if path.is_file()}
     assert location.kind == "run"
-    assert found == {"model.json", "checkpoints/2/state/x", "checkpoints/2/manifest.json", CONTENT}
-    assert json.loads((location.path / CONTENT).read_text()).keys() == found - {CONTENT}
+    assert names == {"model.json", "checkpoints/2/state/x", "checkpoints/2/manifest.json", CONTENT}
+    assert json.loads((location.path / CONTENT).read_text()).keys() == names - {CONTENT}
