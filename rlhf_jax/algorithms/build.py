@@ -40,6 +40,8 @@ class Build:
 
 ARRAYS = Build(load_model, load_reward, init_sharded, True)
 SHAPES = Build(plan_model, plan_reward, init_abstract, False)
+PREVIEW = Build(plan_model, plan_reward, init_abstract, True)
+"""Shapes with the data of a run, to look at the data without reading weights."""
 
 
 @dataclasses.dataclass(frozen=True)

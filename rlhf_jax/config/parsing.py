@@ -28,8 +28,8 @@ from rlhf_jax.config.gin_types import effective_bindings, wrong_type
 from rlhf_jax.errors import InputError
 from rlhf_jax.messages import without_secrets
 from rlhf_jax.storage.files import read_text
+from rlhf_jax.storage.shipped import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MAY_CHANGE = (
     "run.run_dir",
     "run.steps",
@@ -83,7 +83,7 @@ class _ReadOnly:
 
 def _find(file: str) -> Path | None:
     """Return the path of a gin file, relative to the working directory or else to the repository; None when missing."""
-    return next((path for path in (Path(file), REPOSITORY / file) if path.is_file()), None)
+    return next((path for path in (Path(file), ROOT / file) if path.is_file()), None)
 
 
 def _statements(text: str, place: Callable[[int, str], str]) -> Iterator[tuple[Any, str]]:
@@ -209,7 +209,7 @@ def parse(files: Sequence[str], bindings: Sequence[str]) -> list[Binding]:
     Raises InputError (one line) for unknown names and for values of another type than the parameter's annotation.
     """
     scanned = scan(files, bindings)
-    gin.add_config_file_search_path(str(REPOSITORY))
+    gin.add_config_file_search_path(str(ROOT))
     # Files only: gin also takes 'configs/x.gin' for a resource of a Python package "configs", and fails on our folder.
     gin.config._FILE_READERS = [(open, os.path.isfile)]
     try:

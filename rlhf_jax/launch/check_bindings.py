@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config.gin_errors import Binding
-from rlhf_jax.config.parsing import REPOSITORY, clear_bindings, parse, unused_bindings
+from rlhf_jax.config.parsing import clear_bindings, parse, unused_bindings
 from rlhf_jax.errors import InputError
+from rlhf_jax.storage.shipped import PACKAGE, script_path
 
 
 class Command(NamedTuple):
@@ -41,7 +42,7 @@ def check(commands: Sequence[Command]) -> None:
         capture_output=True,
         check=False,
         text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])},
     )
     if result.returncode == 2:
         raise InputError(result.stdout.strip())
@@ -51,8 +52,7 @@ def check(commands: Sequence[Command]) -> None:
 
 def _find_problem(experiment: str, commands: Sequence[Command]) -> str:
     """Return the first error in the commands of one experiment, '' for none."""
-    script = REPOSITORY / "experiments" / f"{experiment}.py"
-    spec = importlib.util.spec_from_file_location("__experiment__", script)
+    spec = importlib.util.spec_from_file_location("__experiment__", script_path(experiment))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -97,6 +97,6 @@ def _check_all(commands: Sequence[Command]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(REPOSITORY)))
+    sys.path.insert(0, str(PACKAGE.parent))
     requested = [Command(e, tuple(f), tuple(b), name) for e, f, b, name in json.load(sys.stdin)]
     sys.exit(_check_all(requested))

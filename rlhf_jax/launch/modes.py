@@ -40,7 +40,10 @@ PLAN_FLAGS = (
     "plan_keep",
     "show_sharding",
 )
-MODE_FLAGS = ("plan", *PLAN_FLAGS, "doctor")
+flags.DEFINE_integer(
+    "preview", 0, "Show that many examples as the model sees them, targets in colour; train nothing.", lower_bound=0
+)
+MODE_FLAGS = ("plan", *PLAN_FLAGS, "doctor", "preview")
 
 
 class Described(Protocol):
@@ -79,13 +82,13 @@ def run_mode(
     run_dir: str | None,
     loop: LoopConfig | None,
 ) -> RunSettings | None:
-    """Run --plan or --doctor and return None; without them, return the settings of a run, all of which have a value.
+    """Run --plan, --doctor or --preview and return None; without them, return the settings of a run, all of which have a value.
 
-    A plan needs neither data nor run_dir, steps, seed and loop; the doctor needs the data. Raises InputError naming the first
+    A plan needs neither data nor run_dir, steps, seed and loop; doctor and preview need the data. Raises InputError naming the first
     parameter that a run needs and that has no value.
     """
-    if flags.FLAGS.plan is not None and flags.FLAGS.doctor:
-        raise InputError("--plan, --doctor: give one of them")
+    if sum((flags.FLAGS.plan is not None, flags.FLAGS.doctor, flags.FLAGS.preview > 0)) > 1:
+        raise InputError("--plan, --doctor, --preview: give one of them")
     if flags.FLAGS.plan is None and (unused_flag := _first_set_flag(PLAN_FLAGS)):
         raise InputError(
             f"--{unused_flag}: has no effect without --plan; add --plan=SLICE or --plan=local, or remove it"
@@ -97,23 +100,28 @@ def run_mode(
         return None
     data = {name: getattr(algorithm, name) for name in algorithm.run_only}
     needed = {"run_dir": run_dir, "steps": steps, "seed": seed, "loop": loop}
-    _check_bound(data if flags.FLAGS.doctor else {**needed, **data})
+    checking = flags.FLAGS.doctor or flags.FLAGS.preview > 0
+    _check_bound(data if checking else {**needed, **data})
     if loop is not None:
         loop.check_phases(algorithm.phase_names)
-    if not flags.FLAGS.doctor:
+    if not checking:
         assert run_dir is not None and steps is not None and seed is not None and loop is not None
         return RunSettings(run_dir, steps, seed, loop)
-    from rlhf_jax.doctor import examine
+    from rlhf_jax.doctor import examine, preview
 
     with tempfile.TemporaryDirectory() as scratch:
-        examine(
-            algorithm,
-            mesh=mesh,
+        settings = RunSettings(
+            run_dir=f"{scratch}/run" if run_dir is None else run_dir,
             steps=1 if steps is None else steps,
             seed=0 if seed is None else seed,
-            run_dir=f"{scratch}/run" if run_dir is None else run_dir,
             loop=LoopConfig() if loop is None else loop,
         )
+        if flags.FLAGS.doctor:
+            examine(algorithm, mesh=mesh, **vars(settings))
+        else:
+            preview(
+                algorithm, mesh=mesh, seed=settings.seed, run_dir=settings.run_dir, examples=flags.FLAGS.preview
+            )
     return None
 
 

@@ -1,0 +1,66 @@
+"""The first examples of a training configuration as the model sees them, and the number of records that were left out."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_jax.algorithms import Algorithm, assemble
+from rlhf_jax.algorithms.build import PREVIEW
+from rlhf_jax.data import Encoded, EncodedPair
+from rlhf_jax.parallel import MeshConfig, make_mesh
+
+TARGET = "bold green"
+
+
+def preview(algorithm: Algorithm, *, mesh: MeshConfig, seed: int, run_dir: str, examples: int) -> None:
+    """Print the first examples of the data. Tokens that are trained on are green, or in ⟦ ⟧ where there are no colours.
+
+    Weights are not read. Raises InputError as a run does for data that cannot be used.
+    """
+    job = assemble(algorithm, mesh=make_mesh(mesh), steps=1, seed=seed, run_dir=run_dir, build=PREVIEW)
+    encoded = job.data.train if hasattr(job.data, "train") else job.data.encoded
+    tokenizer = next(iter(job.loaded.values())).tokenizer
+    console = Console(file=sys.stdout, highlight=False)
+    for number, (item, record) in enumerate(itertools.islice(zip(encoded.items, encoded.records, strict=True), examples), 1):
+        console.rule(f"example {number}: {record.id}", align="left")
+        for title, tokens, targets in sides(item):
+            words = f"{title}{len(tokens)} tokens, {sum(targets)} trained on"
+            console.print(Text(words, style="dim"))
+            console.print(shown_text(tokenizer, tokens, targets, marks=console.color_system is None))
+    console.print(left_out(encoded, job.data.records))
+
+
+def sides(item: Any) -> Iterator[tuple[str, Sequence[int], Sequence[bool]]]:
+    """Yield (title, tokens, whether each is trained on) of a demonstration, both sides of a comparison, or a prompt."""
+    if isinstance(item, EncodedPair):
+        yield "chosen: ", item.chosen.tokens, item.chosen.loss_mask
+        yield "rejected: ", item.rejected.tokens, item.rejected.loss_mask
+    elif isinstance(item, Encoded):
+        yield "", item.tokens, item.loss_mask
+    else:
+        tokens = getattr(item, "tokens", item)
+        yield "prompt: ", tokens, [False] * len(tokens)
+
+
+def shown_text(tokenizer: Any, tokens: Sequence[int], targets: Sequence[bool], *, marks: bool) -> Text:
+    """Return the decoded tokens with the targets in colour. marks: put them in ⟦ ⟧ too."""
+    text = Text()
+    for is_target, group in itertools.groupby(zip(tokens, targets, strict=True), key=lambda pair: pair[1]):
+        words = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        text.append(f"⟦{words}⟧" if is_target and marks else words, style=TARGET if is_target else "")
+    return text
+
+
+def left_out(encoded: Any, records: Any) -> str:
+    """Return a line that says how many records are used, and how many were left out for which reason."""
+    reasons = Counter(encoded.dropped) + Counter(records.unusable)
+    total = len(encoded.items) + sum(reasons.values())
+    words = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    return f"{len(encoded.items)} of {total} records are used" + (f"; left out: {words}" if words else "")
