@@ -9,7 +9,9 @@ from rlhf_jax.storage.shipped import config_path, configs, experiments, script_p
 
 def experiment_rows() -> list[tuple[str, str]]:
     """List (name, first line of the docstring) of every experiment."""
-    return [(name, _first_line(ast.get_docstring(ast.parse(script_path(name).read_text())) or "")) for name in experiments()]
+    return [
+        (name, _first_line(ast.get_docstring(ast.parse(script_path(name).read_text())) or "")) for name in experiments()
+    ]
 
 
 def config_rows() -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import click
 
@@ -39,7 +38,9 @@ def script_arguments(words: list[str]) -> list[str]:
             value = next(rest, "")
         if not value:
             raise InputError(f"{flag}: give it a value")
-        arguments.append(f"--gin_file={config_path(value)}" if flag == "--config" else f"--gin_bindings={binding(value)}")
+        arguments.append(
+            f"--gin_file={config_path(value)}" if flag == "--config" else f"--gin_bindings={binding(value)}"
+        )
     return arguments
 
 
@@ -105,7 +106,7 @@ def _plan_arguments(words: list[str]) -> list[str]:
 
 
 _mode("doctor", "--doctor", "Check the configuration, the data and one step of a training experiment; train nothing.")
-_mode("preview", "--preview", "Show the first examples as the model sees them; train nothing.")
+_mode("preview", "--preview=3", "Show the first examples as the model sees them; train nothing.")
 _mode("plan", "", "Compile a training experiment for a TPU slice (--slice=v5p:2x2x4) and say whether it fits.")
 
 

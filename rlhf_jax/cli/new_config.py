@@ -14,13 +14,18 @@ from rlhf_jax.storage.shipped import ROOT, config_path
 
 
 def write_config(name: str, source: str) -> str:
-    """Write NAME.gin and return the command that runs it. Raises InputError when it exists, or when ``source`` names no experiment."""
+    """Write NAME.gin and return the command that runs it.
+
+    Raises InputError when it exists, or when ``source`` names no experiment.
+    """
     path, base = Path(name).with_suffix(".gin"), config_path(source)
     if path.exists():
         raise InputError(f"{path}: exists already; give another name, or remove it")
     experiment = config_experiment(base.read_text())
     if experiment is None:
-        raise InputError(f"{base}: its comments name no experiment (python experiments/train_ppo.py ...); add that line")
+        raise InputError(
+            f"{base}: its comments name no experiment (python experiments/train_ppo.py ...); add that line"
+        )
     write_atomically(path, config_text(path, base, experiment))
     return f"rlhf-jax {experiment.replace('_', '-')} --config {path}"
 

@@ -3,8 +3,8 @@
 from rlhf_jax.doctor.disk import disk_checks
 from rlhf_jax.doctor.findings import Finding, judge
 from rlhf_jax.doctor.mode import examine
-from rlhf_jax.doctor.preview import preview
 from rlhf_jax.doctor.numbers import gradient_check, memory_check, probe_check, timed_steps
+from rlhf_jax.doctor.preview import preview
 from rlhf_jax.doctor.rollouts import rollout_checks
 from rlhf_jax.doctor.text import arithmetic_check, template_check, text_checks, token_checks, vocabulary_check
 

@@ -28,7 +28,9 @@ def preview(algorithm: Algorithm, *, mesh: MeshConfig, seed: int, run_dir: str, 
     encoded = job.data.train if hasattr(job.data, "train") else job.data.encoded
     tokenizer = next(iter(job.loaded.values())).tokenizer
     console = Console(file=sys.stdout, highlight=False)
-    for number, (item, record) in enumerate(itertools.islice(zip(encoded.items, encoded.records, strict=True), examples), 1):
+    for number, (item, record) in enumerate(
+        itertools.islice(zip(encoded.items, encoded.records, strict=True), examples), 1
+    ):
         console.rule(f"example {number}: {record.id}", align="left")
         for title, tokens, targets in sides(item):
             words = f"{title}{len(tokens)} tokens, {sum(targets)} trained on"

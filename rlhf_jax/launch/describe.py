@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import runpy
@@ -10,9 +11,41 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.storage.shipped import ROOT, script_path
 
 REQUIRED = "required"
+OF_EVERY_RUN = {
+    "run_dir": "the directory of the run; the same command resumes a run that is there",
+    "steps": "optimizer steps (iterations of PPO and GRPO) of the whole run",
+    "seed": "the seed of initialisation, data order and sampling",
+    "records": "the training data, such as @demonstration_file() or @comparison_file()",
+    "prompts": "the prompts, such as @prompt_file()",
+    "batch": "rows and columns of a batch",
+    "optimizer": "learning rate, schedule and moments",
+    "policy_optimizer": "learning rate, schedule and moments of the policy",
+    "value_optimizer": "learning rate, schedule and moments of the value model",
+    "loop": "logging, checkpoints, evaluation and what to do with bad steps",
+    "mesh": "how devices are arranged",
+    "model": "the model that is trained",
+    "policy": "the policy that is trained",
+    "reward": "a reward model, the run of train_reward",
+    "reward_texts": "a function that scores texts, in place of a reward model",
+    "reward_key": "the score of reward_texts that is trained on",
+    "monitor": "scores of texts that are logged and not trained on",
+    "sampling": "temperature, response length and truncation of the distribution",
+    "slots": "continuous batching and the key-value cache of the sampler",
+    "rollout_mesh": "the same devices in another shape, for sampling",
+    "lora": "train low-rank adapters; None trains every parameter",
+    "offload_optimizer": "keep the optimizer state in host memory during rollouts",
+    "one_step_off": "sample the next rollout before the update, while texts are judged",
+    "share_trunk": "put the value head on the policy's trunk",
+    "samples": "responses to each prompt",
+    "ppo": "the settings of PPO",
+    "grpo": "the settings of GRPO",
+    "dpo": "the settings of DPO",
+}
+"""Meanings of parameters that several experiments share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +73,8 @@ def experiment_keys(experiment: str) -> list[Key]:
     from rlhf_jax.config.surface import CONFIGURABLES
 
     run = run_function(experiment)
-    keys, pending, done = keys_of("run", run), list(CONFIGURABLES), {"run"}
+    keys = keys_of("run", run)
+    pending: list[Any] = list(CONFIGURABLES)
     types = " ".join(key.type for key in keys)
     while matching := [entry for entry in pending if _accepted(entry, types)]:
         pending = [entry for entry in pending if entry not in matching]
@@ -48,7 +82,6 @@ def experiment_keys(experiment: str) -> list[Key]:
             more = keys_of(entry.__name__, entry)
             keys += more
             types += " " + " ".join(key.type for key in more)
-            done.add(entry.__name__)
     return keys
 
 
@@ -56,14 +89,17 @@ def configurable_keys() -> dict[str, list[Key]]:
     """Return the keys of every configurable of config/surface.py by its name."""
     from rlhf_jax.config.surface import CONFIGURABLES
 
-    return {entry.__name__: keys_of(entry.__name__, entry) for entry in CONFIGURABLES}
+    configurables: list[Any] = list(CONFIGURABLES)
+    return {entry.__name__: keys_of(entry.__name__, entry) for entry in configurables}
 
 
+@functools.cache
 def run_function(experiment: str) -> Callable[..., Any]:
-    """Load the script of an experiment and return its run(). Raises InputError for an unknown one, ValueError without a run()."""
-    namespace = runpy.run_path(str(script_path(experiment)), run_name=f"described_{experiment}")
+    """Load the script of an experiment and return its run(). Raises InputError for an unknown one and for one without."""
+    script = script_path(experiment)
+    namespace = runpy.run_path(str(script), run_name=f"described_{script.stem}")
     if "run" not in namespace:
-        raise ValueError(f"{experiment}: has no run()")
+        raise InputError(f"{experiment}: has no keys of gin; its --help lists its flags")
     run: Callable[..., Any] = inspect.unwrap(namespace["run"])
     return run
 
@@ -81,7 +117,7 @@ def keys_of(selector: str, configurable: Any) -> list[Key]:
             parameter=parameter.name,
             type=_type_text(parameter.annotation),
             default=REQUIRED if parameter.default is inspect.Parameter.empty else _default_text(parameter.default),
-            meaning=meanings.get(parameter.name, ""),
+            meaning=meanings.get(parameter.name) or (OF_EVERY_RUN.get(parameter.name, "") if selector == "run" else ""),
             place=place,
         )
         for parameter in shown
@@ -96,7 +132,7 @@ def field_meanings(docstring: str, names: Sequence[str]) -> dict[str, str]:
     heading = re.compile(rf"(?:(?<=^)|(?<=[\s(;]))(?:{anywhere})(?:(?:, | and )(?:{anywhere}))*: ", re.MULTILINE)
     matches = list(heading.finditer(docstring))
     meanings: dict[str, str] = {}
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
+    for match, following in zip(matches, [*matches[1:], None], strict=False):
         end = len(docstring) if following is None else following.start()
         text = docstring[match.end() : end].split("\n\n")[0]
         for name in re.split(r", | and ", match[0].rstrip(": ")):
@@ -109,7 +145,9 @@ def _accepted(entry: Any, types: str) -> bool:
     if inspect.isclass(entry):
         return re.search(rf"\b{entry.__name__}\b", types) is not None
     returned = _type_text(inspect.signature(inspect.unwrap(entry)).return_annotation)
-    return any(re.search(rf"\b{re.escape(name)}\b", types) for name in re.findall(r"\w+", returned) if name[0].isupper())
+    return any(
+        re.search(rf"\b{re.escape(name)}\b", types) for name in re.findall(r"\w+", returned) if name[0].isupper()
+    )
 
 
 def _type_text(annotation: Any) -> str:
@@ -119,7 +157,7 @@ def _type_text(annotation: Any) -> str:
 
 def _default_text(value: Any) -> str:
     if dataclasses.is_dataclass(value):
-        return f"{type(value).__name__}()"
+        return f"@{type(value).__name__}()"
     return getattr(value, "__name__", None) or repr(value)
 
 

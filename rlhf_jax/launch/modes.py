@@ -84,7 +84,8 @@ def run_mode(
 ) -> RunSettings | None:
     """Run --plan, --doctor or --preview and return None; without them, return the settings of a run, all of which have a value.
 
-    A plan needs neither data nor run_dir, steps, seed and loop; doctor and preview need the data. Raises InputError naming the first
+    A plan needs neither data nor run_dir, steps, seed and loop; doctor and preview need the data. Raises InputError naming the
+    first
     parameter that a run needs and that has no value.
     """
     if sum((flags.FLAGS.plan is not None, flags.FLAGS.doctor, flags.FLAGS.preview > 0)) > 1:
@@ -119,9 +120,7 @@ def run_mode(
         if flags.FLAGS.doctor:
             examine(algorithm, mesh=mesh, **vars(settings))
         else:
-            preview(
-                algorithm, mesh=mesh, seed=settings.seed, run_dir=settings.run_dir, examples=flags.FLAGS.preview
-            )
+            preview(algorithm, mesh=mesh, seed=settings.seed, run_dir=settings.run_dir, examples=flags.FLAGS.preview)
     return None
 
 

@@ -31,7 +31,10 @@ def script_path(experiment: str) -> Path:
 
 
 def config_path(config: str) -> Path:
-    """Return the file of a configuration: a path, or the name of a shipped one ('support_desk/ppo'). Raises InputError for neither."""
+    """Return the file of a configuration: a path, or the name of a shipped one ('support_desk/ppo').
+
+    Raises InputError for neither.
+    """
     path = Path(config).expanduser()
     if path.suffix == ".gin" and path.is_file():
         return path
