@@ -58,7 +58,10 @@ MAY: dict[str, set[str]] = {
     "loop": BASE | {"types", "storage", "checkpoint_files", "rundir", "config", "parallel"},
     "launch": BASE | {"types"} | START,
     "sweep": BASE | {"launch", "rundir", "config", "storage", "statistics", "reports", "checkpoint_files"},
-    "cli": BASE | {"types", "evaluate", "feedback", "algorithms", "plan", "doctor", "reports"} | ENGINE | START,
+    "cli": BASE
+    | {"types", "evaluate", "feedback", "algorithms", "plan", "doctor", "reports", "launch"}
+    | ENGINE
+    | START,
     "__main__": BASE | {"cli"},
     "testing": BASE | {"types", "evaluate", "feedback", "algorithms", "plan", "doctor"} | ENGINE | START,
 }

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from rlhf_jax import __version__
+import rlhf_jax
 from rlhf_jax.cli.listing import config_rows, experiment_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.messages import one_line
@@ -62,7 +62,7 @@ def binding(text: str) -> str:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="rlhf-jax")
+@click.version_option(rlhf_jax.__version__, prog_name="rlhf-jax")
 def cli() -> None:
     """Fine-tune language models from human feedback in JAX.
 

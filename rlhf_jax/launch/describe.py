@@ -93,11 +93,15 @@ def configurable_keys() -> dict[str, list[Key]]:
     return {entry.__name__: keys_of(entry.__name__, entry) for entry in configurables}
 
 
-@functools.cache
 def run_function(experiment: str) -> Callable[..., Any]:
     """Load the script of an experiment and return its run(). Raises InputError for an unknown one and for one without."""
-    script = script_path(experiment)
-    namespace = runpy.run_path(str(script), run_name=f"described_{script.stem}")
+    return _load_run(script_path(experiment).stem)
+
+
+@functools.cache
+def _load_run(experiment: str) -> Callable[..., Any]:
+    """Load a run() once: gin registers it."""
+    namespace = runpy.run_path(str(script_path(experiment)), run_name=f"described_{experiment}")
     if "run" not in namespace:
         raise InputError(f"{experiment}: has no keys of gin; its --help lists its flags")
     run: Callable[..., Any] = inspect.unwrap(namespace["run"])
