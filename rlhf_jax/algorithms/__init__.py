@@ -3,7 +3,7 @@ data, from arrays (a run) or from shapes (a plan)."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from jax.sharding import Mesh
 
@@ -18,8 +18,11 @@ from rlhf_jax.algorithms.sft import SFT
 __all__ = ["ARRAYS", "DPO", "GRPO", "PPO", "SFT", "SHAPES", "Algorithm", "Phase", "RewardModel", "Work", "assemble"]
 
 
-class Algorithm(Protocol):
-    """A description of an algorithm. name: of the stage. run_only: fields that a run needs and a plan does not.
+_JobT = TypeVar("_JobT")
+
+
+class Algorithm(Protocol[_JobT]):
+    """A description of an algorithm and its kind of job. name: of the stage. run_only: fields that a run needs and a plan does not.
     phase_names: the parts of a step that a deadline or a fault may name."""
 
     @property
@@ -28,13 +31,13 @@ class Algorithm(Protocol):
     def run_only(self) -> tuple[str, ...]: ...
     @property
     def phase_names(self) -> tuple[str, ...]: ...
-    def assemble(self, setting: Setting) -> Any: ...
-    def phases(self, job: Any) -> list[Phase]: ...
+    def assemble(self, setting: Setting) -> _JobT: ...
+    def phases(self, job: _JobT) -> list[Phase]: ...
 
 
 def assemble(
-    algorithm: Algorithm, *, mesh: Mesh, steps: int, seed: int, run_dir: str | None = None, build: Build = ARRAYS
-) -> Any:
+    algorithm: Algorithm[_JobT], *, mesh: Mesh, steps: int, seed: int, run_dir: str | None = None, build: Build = ARRAYS
+) -> _JobT:
     """Return the job of an algorithm.
 
     steps: of the whole run, for schedules. run_dir: where a date that a chat template writes is kept. build: ARRAYS for a run,

@@ -88,7 +88,7 @@ class RolloutJob:
     """PPO or GRPO assembled.
 
     prepare: (scored, scores of texts, which responses have one, *view.extra(state)) -> (batch of the update, metrics). data,
-    rollouts, texts: None in a plan.
+    source, texts: None in a plan.
     """
 
     name: str
@@ -105,7 +105,7 @@ class RolloutJob:
     loss: LossFn
     rng: Rng
     data: PromptData | None = None
-    rollouts: Rollouts | None = None
+    source: Rollouts | None = None
     texts: TextRewards | None = None
     spread: learn.RewardSpread = dataclasses.field(default_factory=learn.RewardSpread)
 
@@ -134,6 +134,12 @@ class RolloutJob:
         """The inputs of the run, for its provenance."""
         return [*self.roles.inputs, *([] if self.data is None else self.data.records.as_inputs())]
 
+    @property
+    def rollouts(self) -> Rollouts:
+        """The source of the rollouts of a run."""
+        assert self.source is not None
+        return self.source
+
     def check(self, evaluate_every: int) -> None:
         """Check that the loop does not evaluate: there is no held-out objective. Raises InputError otherwise."""
         if evaluate_every:
@@ -141,7 +147,7 @@ class RolloutJob:
 
     def begin(self, directory: Path) -> None:
         """Report skipped prompts, and write the files that make the run directory a model."""
-        assert self.data is not None and self.rollouts is not None
+        assert self.data is not None
         policy, records = self.roles.policy, self.data.records
         report_skipped(records, self.data.encoded, self.data.dropped, policy.tokenizer)
         place = self.rollouts.within(self.view.subtree)
@@ -209,7 +215,6 @@ class RolloutJob:
 
         Warns of a negative KL and of rewards without spread. Raises RunStopped when they contradict each other.
         """
-        assert self.rollouts is not None
         stale = self.rollouts.stale
         learn.stop_if_sampler_differs(step, values.get("sampler_gap"), self.limits, stale=stale)
         learn.stop_if_not_identity(step, values["identity/identity_gap"], self.limits, stale=stale)
@@ -262,19 +267,17 @@ class RolloutJob:
     def restore(self, run: SavingRun) -> Any:
         """Return the state of the run's newest checkpoint, the prompts at their position and the rollout that waits; the first
         state when there is none."""
-        assert self.rollouts is not None and self.data is not None
+        assert self.data is not None
         saved, host = run.restore(self.rollouts.packed(self.state), self._host())
         self.data.batches.set_state(host["data"])
         return self.rollouts.unpacked(saved, keep=bool(run.resumed_step))
 
     def save(self, run: SavingRun, step: int, state: Any) -> None:
         """Offer the state and the position of the prompts to the run, which saves when it is due."""
-        assert self.rollouts is not None
         run.save(step, self.rollouts.packed(state), self._host())
 
     def roll_back(self, run: SavingRun, state: Any) -> Any:
         """Return the newest checkpoint's state; the prompts since then are passed over."""
-        assert self.rollouts is not None
         return self.rollouts.unpacked(run.rolled_back(self.rollouts.packed(state)), keep=False)
 
 
@@ -298,10 +301,10 @@ def make_rollout_job(
     mesh, rng = setting.mesh, setting.train_rng
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     generate = make_generate(roles, algorithm, mesh, ends)
-    rollouts = None
+    source = None
     if prompts is not None:
         params = view.train(state).params
-        rollouts = Rollouts(
+        source = Rollouts(
             generate, prompts.batches, mesh, rng, params, roles.frozen, one_step_off=algorithm.one_step_off
         )
     return RolloutJob(
@@ -319,6 +322,6 @@ def make_rollout_job(
         loss=iteration.loss,
         rng=rng,
         data=prompts,
-        rollouts=rollouts,
+        source=source,
         texts=texts,
     )

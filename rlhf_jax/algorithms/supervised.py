@@ -59,6 +59,11 @@ class SupervisedData:
     shape: Mapping[str, int]
 
 
+def no_heldout(params: Params) -> Metrics:
+    """Stand in for the metrics of held-out records. Raises NotImplementedError."""
+    raise NotImplementedError("this algorithm measures nothing on held-out records: give its job a function `heldout`")
+
+
 @dataclasses.dataclass(frozen=True)
 class Preparation:
     """A stage of the training step over its whole batch, before microbatches are cut (`learn.make_train_step`).
@@ -90,7 +95,7 @@ class SupervisedJob:
     loss: LossFn
     microbatches: int
     data: SupervisedData | None = None
-    heldout: Callable[[Params], Metrics] | None = None
+    heldout: Callable[[Params], Metrics] = no_heldout
     fold: Callable[[Any], Fold | None] = lambda batch: None
     preparation: Preparation | None = None
     """What the training step does before its loss, the same that `make_step` was given."""

@@ -24,7 +24,9 @@ from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.rewards import Scores
 
 
-def examine(algorithm: Algorithm, *, mesh: MeshConfig, steps: int, seed: int, run_dir: str, loop: LoopConfig) -> None:
+def examine(
+    algorithm: Algorithm[Any], *, mesh: MeshConfig, steps: int, seed: int, run_dir: str, loop: LoopConfig
+) -> None:
     """Print a line for each check: ok, note, or WRONG with the remedy. Raises RunStopped when something is wrong."""
     shown: list[Finding] = []
 

@@ -49,7 +49,7 @@ class ColdStart:
         if jax.process_index() == 0:
             seconds = time.monotonic() - self._began
             compiled = self.programs - self.hits
-            cached = jax.config.jax_compilation_cache_dir is not None  # type: ignore[attr-defined]
+            cached = jax.config.values["jax_compilation_cache_dir"] is not None
             counts = f"{compiled} programs compiled, {self.hits} from the cache" if cached else "no compilation cache"
             print(f"first step done {seconds:.1f} s after the start ({counts})", file=sys.stderr)
 
@@ -72,7 +72,7 @@ def watch(cache: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    elif jax.config.values["jax_compilation_cache_dir"] is None:
         _use_default()
     _counters.append(ColdStart())
 

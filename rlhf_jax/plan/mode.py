@@ -57,7 +57,7 @@ class PlanOptions:
     keys: Keys = dataclasses.field(default_factory=Keys)
 
 
-def plan_run(algorithm: Algorithm, mesh: MeshConfig, steps: int, options: PlanOptions) -> None:
+def plan_run(algorithm: Algorithm[Any], mesh: MeshConfig, steps: int, options: PlanOptions) -> None:
     """Print the plan of a run, and write it where the options say. Raises RunStopped when a phase does not fit."""
     where = None if options.slice == LOCAL else parse_slice(options.slice)
     if where is not None:
@@ -108,7 +108,7 @@ class Found:
     tried: list[Tried]
 
 
-def _build(algorithm: Algorithm, steps: int, devices: list[jax.Device]) -> Build:
+def _build(algorithm: Algorithm[Any], steps: int, devices: list[jax.Device]) -> Build:
     def build(candidate: Candidate) -> tuple[Mesh, list[PlannedPhase]]:
         grid = make_mesh(candidate.mesh, devices)
         changed = _changed(algorithm, candidate)
@@ -118,7 +118,7 @@ def _build(algorithm: Algorithm, steps: int, devices: list[jax.Device]) -> Build
     return build
 
 
-def _changed(algorithm: Algorithm, candidate: Candidate) -> Algorithm:
+def _changed(algorithm: Algorithm[Any], candidate: Candidate) -> Algorithm[Any]:
     """Return the description with what the candidate changes: rows, microbatches, slots, recomputation."""
     fields: Any = algorithm
     sizes = {"batch_size": candidate.rows, "microbatches": candidate.microbatches}
@@ -127,17 +127,17 @@ def _changed(algorithm: Algorithm, candidate: Candidate) -> Algorithm:
         changes["slots"] = dataclasses.replace(fields.slots, slots=candidate.slots)
     for name, source in _sources(algorithm).items():
         changes[name] = _with_remat(source, candidate.remat)
-    changed: Algorithm = dataclasses.replace(fields, **changes)
+    changed: Algorithm[Any] = dataclasses.replace(fields, **changes)
     return changed
 
 
-def _sources(algorithm: Algorithm) -> dict[str, ModelSource]:
+def _sources(algorithm: Algorithm[Any]) -> dict[str, ModelSource]:
     fields: Any = algorithm
     values = {field.name: getattr(algorithm, field.name) for field in dataclasses.fields(fields)}
     return {name: value for name, value in values.items() if isinstance(value, ModelSource)}
 
 
-def _remat_key(algorithm: Algorithm) -> str:
+def _remat_key(algorithm: Algorithm[Any]) -> str:
     """The config that says what is recomputed: of the first model."""
     first = next(iter(_sources(algorithm).values()))
     return "ModelConfig" if first.config is not None else "ModelSource"

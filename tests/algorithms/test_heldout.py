@@ -13,6 +13,7 @@ from rlhf_jax import data, learn
 from rlhf_jax.algorithms import DPO, SFT, RewardModel
 from rlhf_jax.algorithms.heldout import heldout_metrics, heldout_scores, heldout_terms, loss_metrics
 from rlhf_jax.algorithms.models import Loaded
+from rlhf_jax.algorithms.supervised import no_heldout
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.models import Model
 from rlhf_jax.parallel import to_global
@@ -121,3 +122,8 @@ def test_terms_by_hand():
         "heldout/loss/router": None,
     }
     assert loss_metrics({"nll": Term(0.0, 0.0)}) == {"heldout/loss": None}
+
+
+def test_a_job_without_a_heldout_function_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="give its job a function `heldout`"):
+        no_heldout({})
