@@ -1,4 +1,4 @@
-"""What is wrong with a training configuration: checks, each a `Finding` with its remedy. `examine` lists them (--doctor)."""
+"""Checks of a training configuration, each a `Finding` with its remedy. `examine` lists them (--doctor)."""
 
 from rlhf_jax.doctor.disk import disk_checks
 from rlhf_jax.doctor.findings import Finding, judge

@@ -20,7 +20,7 @@ from rlhf_jax.storage.names import CHECKPOINTS
 
 
 def disk_checks(state: Any, run_dir: Path, loop: LoopConfig) -> Iterator[Finding]:
-    """Writes one checkpoint beside the run directory, reads it again, removes it."""
+    """Write one checkpoint beside the run directory, read it again, remove it."""
     parent = next(path for path in run_dir.parents if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent) as scratch:
         began = time.monotonic()
@@ -29,8 +29,8 @@ def disk_checks(state: Any, run_dir: Path, loop: LoopConfig) -> Iterator[Finding
         seconds, place = time.monotonic() - began, Path(scratch, CHECKPOINTS, "1")
         size = sum(entry["bytes"] for entry in verify(place)["files"].values())
         stored = read_arrays(place)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.device_get(jax.tree.map(_plain, state))))
-    same = sum(array.nbytes for array in stored.values()) == held
+    expected = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.device_get(jax.tree.map(_plain, state))))
+    same = sum(array.nbytes for array in stored.values()) == expected
     yield judge(
         "checkpoint", same, f"{size / 1e6:.1f} MB written, verified and read in {seconds:.1f} s", "not what was saved"
     )

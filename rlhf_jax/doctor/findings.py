@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Results of checks."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ class Finding:
 
 
 def judge(check: str, good: bool, words: str, remedy: str = "") -> Finding:
-    """'ok', or 'WRONG' with the remedy."""
+    """Return a finding: 'ok', or 'WRONG' with the remedy."""
     return Finding("ok" if good else "WRONG", check, words if good else f"{words}: {remedy}")

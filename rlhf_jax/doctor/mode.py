@@ -1,4 +1,4 @@
-"""What is wrong with a training configuration, before it costs days. Nothing is trained; its run directory stays untouched."""
+"""Checks of a training configuration before it costs days. Nothing is trained; its run directory stays untouched."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from rlhf_jax.io import largest_token, locate
 from rlhf_jax.loop import LoopConfig
 from rlhf_jax.parallel import MeshConfig, make_mesh
 from rlhf_jax.rewards import Scores
+from rlhf_jax.rundir import fetch
 
 
 def examine(
     algorithm: Algorithm[Any], *, mesh: MeshConfig, steps: int, seed: int, run_dir: str, loop: LoopConfig
 ) -> None:
     """Print a line for each check: ok, note, or WRONG with the remedy. Raises RunStopped when something is wrong."""
-    shown: list[Finding] = []
+    findings: list[Finding] = []
 
     def show(finding: Finding) -> None:
-        shown.append(finding)
+        findings.append(finding)
         print(f"{finding.verdict:5}  {finding.check}: {finding.words}", flush=True)
 
     try:
@@ -41,10 +42,10 @@ def examine(
             show(finding)
     except InputError as error:  # the program itself would refuse; what was seen before it stays on the screen
         show(Finding("WRONG", "refused", str(error)))
-    wrong = [finding.check for finding in shown if finding.verdict == "WRONG"]
+    wrong = [finding.check for finding in findings if finding.verdict == "WRONG"]
     if wrong:
-        raise RunStopped(f"doctor: {len(wrong)} of {len(shown)} checks: {', '.join(wrong)}")
-    print(f"nothing wrong in {len(shown)} checks")
+        raise RunStopped(f"doctor: {len(wrong)} of {len(findings)} checks: {', '.join(wrong)}")
+    print(f"nothing wrong in {len(findings)} checks")
 
 
 def _show_checks(job: Any, steps: int, seed: int, show: Callable[[Finding], None]) -> Any:
@@ -62,12 +63,12 @@ def _model_checks(job: Any) -> Iterator[Finding]:
     yield vocabulary_check(largest_token(trained.tokenizer)[0] + 1, trained.model.config.vocab_size)
     if len(job.models) > 1:
         yield Finding("ok", "tokenizers", f"one vocabulary: {', '.join(job.models)}")
-    used = data.Form(job.data.records.template, trained.tokenizer)
+    form = data.Form(job.data.records.template, trained.tokenizer)
     for role, model in job.loaded.items():
         if role == "reward" and model.input is not None:
             yield probe_check(locate(model.input).path, model.model, model.params)
         if role in job.templates_compared:
-            difference = model.template_difference(used, responses=job.templates_compared[role])
+            difference = model.template_difference(form, responses=job.templates_compared[role])
             yield template_check(job.role_names.get(role, role), model.template is not None, difference)
 
 
@@ -86,7 +87,7 @@ def _number_checks(job: Any, rehearsal: Rehearsal, steps: int, seed: int) -> Ite
     yield memory_check(job.state, job.frozen)
     for name, columns in rehearsal.text_scores.items():
         failed = any(column.failed for column in columns.values())
-        words = ", ".join(_told(key, column) for key, column in sorted(columns.items()))
+        words = ", ".join(_describe_column(key, column) for key, column in sorted(columns.items()))
         yield Finding("note" if failed else "ok", name, words)
         key = rehearsal.keys.get(name)
         if key is not None:
@@ -98,12 +99,12 @@ def _number_checks(job: Any, rehearsal: Rehearsal, steps: int, seed: int) -> Ite
         loss, params, batch, frozen, microbatches = rehearsal.gradient
         yield gradient_check(loss, params, batch, microbatches, rng, frozen)
     yield timed_steps(rehearsal.step, steps)
-    values = [float(np.asarray(getattr(m, "value", lambda m=m: m)())) for m in rehearsal.step().values()]
+    values = [value for value in fetch(rehearsal.step()).values() if value is not None]
     finite = bool(np.isfinite(values).all())
     yield judge("first steps", finite, "finite numbers", "a number is not finite: lower the learning rate")
 
 
-def _told(key: str, column: Scores) -> str:
-    """'gold 0.5', and what kept responses from being scored."""
+def _describe_column(key: str, column: Scores) -> str:
+    """Describe a column of scores: 'gold 0.5', and why some responses have no score."""
     mean = "no score" if column.mean is None else f"{column.mean:.3g}"
     return f"{key} {mean}" + (f" ({column.failed} failed: {column.reason})" if column.failed else "")

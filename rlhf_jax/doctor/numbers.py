@@ -27,7 +27,7 @@ PROBE_GAP = 1e-3
 def gradient_check(
     loss: LossFn, params: Any, example: Any, microbatches: int, rng: jax.Array, frozen: Any = None
 ) -> Finding:
-    """Accumulated over microbatches the gradient must be the one of the whole batch.
+    """Check that the gradient accumulated over microbatches is that of the whole batch.
 
     The loss of routers is left out: it balances the experts' loads within every microbatch, so that it depends on the cut.
     """
@@ -61,7 +61,7 @@ def _without_routers(loss: LossFn) -> LossFn:
 
 
 def timed_steps(step: Callable[[], Any], steps: int) -> Finding:
-    """Two steps, the first of which compiles."""
+    """Time two steps, the first of which compiles."""
     seconds = []
     for _ in range(2):
         began = time.monotonic()
@@ -75,14 +75,14 @@ def timed_steps(step: Callable[[], Any], steps: int) -> Finding:
 
 
 def memory_check(state: Any, extra: Any) -> Finding:
-    """Bytes that stay on the fullest device, before any activation."""
-    held: dict[Any, int] = {}
+    """Check the bytes that stay on the fullest device, before any activation."""
+    device_bytes: dict[Any, int] = {}
     for leaf in jax.tree.leaves((state, extra)):
         for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    worst = max(held.values())
+            device_bytes[shard.device] = device_bytes.get(shard.device, 0) + shard.data.nbytes
+    worst = max(device_bytes.values())
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    words = f"{worst / 1e9:.3f} GB of parameters and optimiser on the fullest of {len(held)} devices"
+    words = f"{worst / 1e9:.3f} GB of parameters and optimiser on the fullest of {len(device_bytes)} devices"
     if limit is None:
         return Finding("ok", "memory", f"{words}; activations come on top (--plan says how much)")
     return judge(
@@ -91,7 +91,7 @@ def memory_check(state: Any, extra: Any) -> Finding:
 
 
 def probe_check(run_dir: Path, model: Model, params: Params) -> Finding:
-    """A reward model must score its stored probe as it did when it was trained."""
+    """Check that a reward model scores its stored probe as it did when it was trained."""
     file = run_dir / NORMALISATION
     numbers = read_object(file) if file.is_file() else {}
     if "probe" not in numbers:

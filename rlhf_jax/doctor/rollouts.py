@@ -12,8 +12,10 @@ from rlhf_jax.types import Mean
 def rollout_checks(
     metrics: Mapping[str, Mean], limits: PPOConfig | GRPOConfig, max_new_tokens: int
 ) -> Iterator[Finding]:
-    """metrics: those of `learn.prepare` or `learn.prepare_groups`. Sampler against scorer, policy against reference (where
-    there is one), rewards, groups, lengths."""
+    """Check sampler against scorer, policy against reference (where there is one), rewards, groups, lengths.
+
+    metrics: those of `learn.prepare` or `learn.prepare_groups`.
+    """
     if "sampler_gap" in metrics:  # else the run's own identity gap measures it
         gap = float(metrics["sampler_gap"].value())
         words = f"{gap:.1e} nats a token, limit {limits.max_sampler_gap:g}"

@@ -18,8 +18,13 @@ Tokenizer = Any
 def text_checks(
     documents: Sequence[Encoded], left_out: int, tokenizer: Tokenizer, template: Template, limit: int, pairs: bool
 ) -> Iterator[Finding]:
-    """documents: what is learned from; left_out: how many were too long. limit: columns of a row. pairs: documents are the
-    sides of comparisons."""
+    """Check the documents that a run trains on.
+
+    documents: the training documents.
+    left_out: how many were too long.
+    limit: columns of a row.
+    pairs: whether documents are the sides of comparisons.
+    """
     targets = np.array([sum(document.loss_mask) for document in documents])
     lengths = np.array([len(document.tokens) for document in documents])
     share = targets.sum() / lengths.sum()
@@ -49,10 +54,13 @@ def text_checks(
         )
 
 
-def template_check(model: str, known: bool, difference: str | None) -> Finding:
-    """Conversations must be written down as the ``model`` ("policy", "reward model") learned them. known: whether anything
-    says how; difference: what is written otherwise."""
-    if difference is None and not known:
+def template_check(model: str, has_template: bool, difference: str | None) -> Finding:
+    """Check that conversations are formatted as the ``model`` ("policy", "reward model") learned them.
+
+    has_template: whether the model's files say how.
+    difference: the part that is formatted otherwise.
+    """
+    if difference is None and not has_template:
         words = f"nothing says how the {model} learned to write conversations: see that these are written so"
         return Finding("note", f"template of the {model}", words)
     words = difference or f"conversations are written as in the training of the {model}"
@@ -61,7 +69,7 @@ def template_check(model: str, known: bool, difference: str | None) -> Finding:
 
 
 def token_checks(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Iterator[Finding]:
-    """BOS, padding, unknown tokens."""
+    """Check prompts for BOS, padding and unknown tokens."""
     bos, pad, eos = tokenizer.bos_token_id, padding_id(tokenizer), tokenizer.eos_token_id
     if bos is not None and bos != eos:
         # Twice in a row: a chat template may begin every turn with this token (SmolLM2's <|im_start|>).
@@ -83,14 +91,14 @@ def token_checks(sequences: Sequence[Sequence[int]], tokenizer: Tokenizer) -> It
 
 
 def vocabulary_check(ids: int, rows: int) -> Finding:
-    """Every id of the tokenizer, all below ``ids``, is a row of the embedding."""
+    """Check that every id of the tokenizer, all below ``ids``, is a row of the embedding."""
     return judge(
         "vocabulary", ids <= rows, f"token ids below {ids}, {rows} rows", "set ModelConfig.vocab_size to at least that"
     )
 
 
 def arithmetic_check(examples: int, batch_size: int, steps: int) -> Finding:
-    """How often the data is seen."""
+    """Report how often the data is seen."""
     epochs = steps * batch_size / examples
     words = f"{examples} examples, {batch_size} a step, {steps} steps: {epochs:.2f} epochs"
     return judge(

@@ -155,6 +155,6 @@ def _options() -> Any:
         repairs=values.plan_repairs,
         keep=values.plan_keep,
         show_sharding=values.show_sharding,
-        asked=[*(values.gin_file or ["plan"])[-1:], *(values.gin_bindings or [])],
+        inputs=[*(values.gin_file or ["plan"])[-1:], *(values.gin_bindings or [])],
         keys=Keys(**names, unbound=tuple(unbound)),
     )

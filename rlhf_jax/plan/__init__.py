@@ -8,7 +8,7 @@ from rlhf_jax.plan.hlo import parse_module
 from rlhf_jax.plan.mode import PlanOptions, plan_run
 from rlhf_jax.plan.page import as_html
 from rlhf_jax.plan.phases import PlannedPhase, planned
-from rlhf_jax.plan.report import Table, Tried, as_json, as_markdown, as_text, tables
+from rlhf_jax.plan.report import Attempt, Table, as_json, as_markdown, as_text, tables
 from rlhf_jax.plan.search import (
     Build,
     Candidate,
@@ -27,6 +27,7 @@ from rlhf_jax.plan.sharding import sharding_tables, strategies
 __all__ = [
     "CHIPS",
     "GIB",
+    "Attempt",
     "Build",
     "Candidate",
     "Chip",
@@ -40,7 +41,6 @@ __all__ = [
     "Seconds",
     "Slice",
     "Table",
-    "Tried",
     "as_html",
     "as_json",
     "as_markdown",

@@ -21,7 +21,7 @@ from rlhf_jax.types import Params
 
 
 def block_weights(config: ModelConfig) -> int:
-    """Weights of all blocks that a token is multiplied with: attention, and the feed-forward or its picked experts."""
+    """Return the weights of all blocks that a token is multiplied with: attention, and the feed-forward or its picked experts."""
     d, k = config.hidden_size, config.head_dim
     attention = 2 * d * config.num_heads * k + 2 * d * config.num_kv_heads * k
     matrices = 3 if config.gated_mlp else 2
@@ -32,18 +32,18 @@ def block_weights(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, queries: int, keys: int) -> int:
-    """Scores and their weighted sum, all layers: 4 x queries x keys x heads x head_dim."""
+    """Return the operations of scores and their weighted sum, all layers: 4 x queries x keys x heads x head_dim."""
     return 4 * config.num_layers * queries * keys * config.num_heads * config.head_dim
 
 
 def head_flops(config: ModelConfig, positions: int) -> int:
-    """Logits of ``positions`` tokens, and scalars."""
+    """Return the operations of the logits of ``positions`` tokens, and of scalar heads."""
     logits = config.vocab_size if config.has_lm else 0
     return 2 * positions * config.hidden_size * (logits + (1 if config.has_scalar else 0))
 
 
 def self_attention_flops(config: ModelConfig, length: int, implementation: str) -> int:
-    """Of one row of ``length`` tokens, all layers, as ``implementation`` (of `attention_of`) computes it."""
+    """Return the operations of one row of ``length`` tokens, all layers, as ``implementation`` (of `attention_of`) computes it."""
     if implementation == "blocks":
         windows = (config.layer(layer).window for layer in range(config.num_layers))
         pairs = sum((end - first) * (end - low) for window in windows for first, end, low in blocks(length, window))
@@ -57,21 +57,24 @@ def self_attention_flops(config: ModelConfig, length: int, implementation: str) 
 
 
 def forward_flops(config: ModelConfig, rows: int, length: int, heads_at: int, implementation: str = "xla") -> int:
-    """One pass over ``rows`` sequences; heads_at: positions a row at which a head is read."""
+    """Return the operations of one pass over ``rows`` sequences.
+
+    heads_at: positions a row at which a head is read.
+    """
     blocks = 2 * rows * length * block_weights(config)
     attention = rows * self_attention_flops(config, length, implementation)
     return blocks + attention + head_flops(config, rows * heads_at)
 
 
 def attention_of(model: Model) -> str:
-    """The implementation of `models.attention`; "blocks" where "xla" leaves pairs out."""
+    """Return the implementation of `models.attention`; "blocks" where "xla" leaves pairs out."""
     implementation = choose_implementation(model.config, model.constrain)
     whole = model.constrain.parts("act_length") > 1 or not in_blocks(model.constrain)  # a ring meets all pairs
     return implementation if implementation != "xla" or whole else "blocks"
 
 
 def model_flops(model: Model, rows: int, length: int, heads_at: int) -> int:
-    """`forward_flops` of a model on its devices, adapters included."""
+    """Return `forward_flops` of a model on its devices, adapters included."""
     whole = forward_flops(model.config, rows, length, heads_at, attention_of(model))
     return whole + 2 * rows * length * adapter_weights(model)
 
@@ -86,15 +89,15 @@ def training_flops(model: Model, rows: int, length: int, heads_at: int) -> int:
 
 
 def adapter_weights(model: Model) -> int:
-    """Weights of a model's adapters, 0 without."""
+    """Return the number of weights of a model's adapters, 0 without adapters."""
     if model.lora is None:
         return 0
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_adapters(model.abstract())))
 
 
 def _adapters(tree: Params) -> Params:
-    kept = {name: below for name, below in tree.items() if isinstance(below, dict) or name in TRAINED}
-    return {name: _adapters(below) if isinstance(below, dict) else below for name, below in kept.items()}
+    adapters = {name: below for name, below in tree.items() if isinstance(below, dict) or name in TRAINED}
+    return {name: _adapters(below) if isinstance(below, dict) else below for name, below in adapters.items()}
 
 
 def generate_flops(config: ModelConfig, rows: int, prompt: int, new: int, implementation: str = "xla") -> int:
@@ -105,17 +108,22 @@ def generate_flops(config: ModelConfig, rows: int, prompt: int, new: int, implem
 
 
 def kept_columns(config: ModelConfig, columns: int) -> int:
-    """Of a cache for ``columns`` tokens, all layers: those that slide hold no more than their window."""
+    """Return the columns of a cache for ``columns`` tokens, all layers: sliding-window layers hold no more than their window."""
     return sum(min(columns, config.layer(index).window or columns) for index in range(config.num_layers))
 
 
 def sent_bytes(model: Model, fsdp: int, data: int, heads_at: int, microbatches: int = 1) -> float:
-    """Bytes that leave a chip in one training step with recomputed blocks, of rings over ``fsdp`` chips: all of a block's
-    weights come in the dtype of products forward and again to be recomputed with and to go back through, and their gradients
-    leave in it. The table comes once, the head too when all columns are one chunk (what came forward is kept), else twice a
-    chunk; the float32 gradient of the head leaves once a chunk. Over ``data`` copies the gradients of what a chip holds are
-    summed. The float32 gradient of the table leaves once; with copies the compiler sums all of it over all chips, which is
-    twice as much. Neither rows nor columns of activations travel, so that more chips send no more each."""
+    """Return the bytes that leave a chip in one training step with recomputed blocks, by rings over ``fsdp`` chips.
+
+    Blocks: all weights arrive in the dtype of products for the forward pass and again for recomputation and the backward pass;
+    their gradients leave in the same dtype.
+    Table: it arrives once, and its float32 gradient leaves once. With copies the compiler sums all of that gradient over all
+    chips, which is twice as much.
+    Head: it arrives once when all columns are one chunk (the forward pass's copy is reused), else twice a chunk; its float32
+    gradient leaves once a chunk.
+    Copies: over ``data`` copies the gradients of a chip's shard are summed.
+    Neither rows nor columns of activations are sent, so the bytes a chip sends do not grow with the number of chips.
+    """
     config, width = model.config, model.config.dtype.itemsize
     table, in_blocks = config.vocab_size * config.hidden_size, split_weights(model)[1]
     chunks = math.ceil(heads_at / config.logits_chunk) if config.has_lm else 0
@@ -127,8 +135,8 @@ def sent_bytes(model: Model, fsdp: int, data: int, heads_at: int, microbatches: 
 
 
 def split_weights(model: Model) -> tuple[int, int]:
-    """Weights of table and head, and of all blocks, adapters apart."""
+    """Return the number of weights of table and head, and of all blocks, without adapters."""
     config = model.config
     tables = config.vocab_size * config.hidden_size * (1 + (config.has_lm and not config.tie_embeddings))
-    everything = jax.tree.leaves(dataclasses.replace(model, lora=None).abstract())
-    return tables, sum(math.prod(leaf.shape) for leaf in everything) - tables
+    leaves = jax.tree.leaves(dataclasses.replace(model, lora=None).abstract())
+    return tables, sum(math.prod(leaf.shape) for leaf in leaves) - tables

@@ -1,9 +1,9 @@
-"""What lies in HBM while a program runs, as the TPU compiler has assigned it.
+"""Memory in HBM while a program runs, as the TPU compiler has assigned it.
 
-``Compiled.memory_analysis().temp_size_in_bytes`` of a TPU program is no measure of it: libtpu 0.0.42 was seen to say 20.0 GiB
-of temporaries and 1.4 GiB of arguments of a program that it had just accepted for a chip with 15.75 GiB. What it compares
-with its limit, and names in the message when there is too little, is the total of its memory usage report, one of the files
-that it writes where ``xla_dump_to`` says.
+``Compiled.memory_analysis().temp_size_in_bytes`` of a TPU program does not measure it: libtpu 0.0.42 reported 20.0 GiB
+of temporaries and 1.4 GiB of arguments for a program that it had just accepted for a chip with 15.75 GiB. The number that
+the compiler compares with its limit, and names in the message when memory is short, is the total of its memory usage
+report, one of the files that it writes to the directory of ``xla_dump_to``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ class Assigned:
 
 
 def read_assigned(folder: Path) -> Assigned | None:
-    """From the files that the compiler left in ``folder`` for one program; None when it gave up before it assigned anything.
-    Raises InputError for a report that reads otherwise than libtpu 0.0.42's."""
+    """Read the files that the compiler wrote to ``folder`` for one program; return None when it stopped before it assigned memory.
+
+    Raises InputError for a report whose format is not that of libtpu 0.0.42.
+    """
     report, buffers = _only(folder, "memory-usage-report"), _only(folder, "buffer-assignment")
     if report is None or buffers is None:
         return None
@@ -39,15 +41,15 @@ def read_assigned(folder: Path) -> Assigned | None:
     return Assigned(int(total[1]), _largest(buffers, _only(folder, "") or ""))
 
 
-def _only(folder: Path, what: str) -> str | None:
-    """The newest such file. They are called module_0881.jit_update.cl_933746096.after_optimizations-WHAT.txt."""
-    ending = f".after_optimizations{what and '-'}{what}.txt"
-    found = sorted(file for file in folder.iterdir() if file.name.endswith(ending))
-    return found[-1].read_text() if found else None
+def _only(folder: Path, kind: str) -> str | None:
+    """Return the text of the newest file of a kind, named module_0881.jit_update.cl_933746096.after_optimizations-KIND.txt."""
+    ending = f".after_optimizations{kind and '-'}{kind}.txt"
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(ending))
+    return files[-1].read_text() if files else None
 
 
 def _largest(buffers: str, program: str) -> list[tuple[str, int]]:
-    """Of the temporaries' allocation in HBM, whose values share places one after another; the first in a place names it."""
+    """Return the largest temporaries in HBM. Values share places one after another; the first value in a place names it."""
     block = re.search(r"^allocation \d+: size \d+, preallocated-temp:\n((?: value: .*\n)*)", buffers, re.MULTILINE)
     if block is None:
         return []
@@ -55,11 +57,11 @@ def _largest(buffers: str, program: str) -> list[tuple[str, int]]:
     places: dict[tuple[int, int], tuple[str, str]] = {}
     for name, size, offset, shape in re.findall(value, block[1]):
         places.setdefault((int(size), int(offset)), (name, shape))
-    taken = sorted(places.items(), reverse=True)[:LARGEST]
-    return [(f"temporary {_operation(name, program)} {shape}", size) for (size, _), (name, shape) in taken]
+    largest = sorted(places.items(), reverse=True)[:LARGEST]
+    return [(f"temporary {_operation(name, program)} {shape}", size) for (size, _), (name, shape) in largest]
 
 
 def _operation(name: str, program: str) -> str:
-    """The end of the path that JAX gave the instruction; XLA's name for it when it has none."""
-    found = re.search(rf'^ *(?:ROOT )?%?{re.escape(name)} = .*op_name="([^"]*)"', program, re.MULTILINE)
-    return name if found is None else "/".join(found[1].split("/")[-2:])
+    """Return the end of the path that JAX gave the instruction; XLA's name for it when it has none."""
+    match = re.search(rf'^ *(?:ROOT )?%?{re.escape(name)} = .*op_name="([^"]*)"', program, re.MULTILINE)
+    return name if match is None else "/".join(match[1].split("/")[-2:])

@@ -64,8 +64,10 @@ class Slice:
         return math.prod(self.grid) * self.slices
 
     def devices(self) -> list[jax.Device]:
-        """Devices to compile for; nothing can be run on them. Raises InputError when libtpu is missing or does not know the
-        slice."""
+        """Return devices to compile for; no program can run on them.
+
+        Raises InputError when libtpu is missing or does not know the slice.
+        """
         # Without it libtpu asks a metadata server that only a TPU machine has, for minutes.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         # Nothing runs on a TPU here, so several plans may use libtpu at the same time.
@@ -85,14 +87,14 @@ class Slice:
 
 
 def parse_slice(name: str) -> Slice:
-    """'v5p:2x2x4', or 'v5p:2x2x4*2' for two slices. Raises InputError for anything else."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
-    if found is None or found[1] not in CHIPS:
+    """Parse 'v5p:2x2x4', or 'v5p:2x2x4*2' for two slices. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
+    if match is None or match[1] not in CHIPS:
         raise InputError(
             f"--plan={name}: give CHIP:AxB or CHIP:AxBxC, chip one of {', '.join(CHIPS)}, for instance v5p:2x2x4; "
             "append *2 for two slices"
         )
-    grid = tuple(int(size) for size in found[2].split("x"))
-    if 0 in grid or (found[3] is not None and int(found[3]) < 1):
+    grid = tuple(int(size) for size in match[2].split("x"))
+    if 0 in grid or (match[3] is not None and int(match[3]) < 1):
         raise InputError(f"--plan={name}: every size must be at least 1")
-    return Slice(name, CHIPS[found[1]], grid, int(found[3] or 1))
+    return Slice(name, CHIPS[match[1]], grid, int(match[3] or 1))

@@ -99,18 +99,18 @@ def compile_phase(phase: PlannedPhase, mesh: Mesh, chip: Chip | None, keep: Path
     program = compile_program(lowered, keep, where, tpu=mesh.devices.flat[0].platform == "tpu")
     sha256, seconds = digest(lowered), program.seconds
     if program.problem:
-        known = _largest(phase, program.largest)
-        return Report(phase, mesh.size, sha256, seconds, None, None, None, usable, program.problem, known)
+        largest = _largest(phase, program.largest)
+        return Report(phase, mesh.size, sha256, seconds, None, None, None, usable, program.problem, largest)
     module = parse_module(program.text)
     cost = count(module, dict(mesh.shape), phase.decoding)
     memory = _memory(phase, program, module)
     times = None if chip is None else roofline(cost, chip)
-    known = _largest(phase, program.largest or [("temporaries of the program", program.temporaries)])
-    return Report(phase, mesh.size, sha256, seconds, memory, cost, times, usable, "", known)
+    largest = _largest(phase, program.largest or [("temporaries of the program", program.temporaries)])
+    return Report(phase, mesh.size, sha256, seconds, memory, cost, times, usable, "", largest)
 
 
 def roofline(cost: Cost, chip: Chip) -> Seconds:
-    """Operations, HBM bytes and sent bytes over the chip's peak rates (all links busy)."""
+    """Return the operations, HBM bytes and sent bytes over the chip's peak rates (all links busy)."""
     return Seconds(cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, cost.moved_bytes / chip.ici_bandwidth)
 
 
@@ -119,15 +119,15 @@ def _memory(phase: PlannedPhase, program: Program, module: Module) -> Memory:
     ids = {id(leaf) for leaf in jax.tree.leaves(dict(phase.resident))}
     batch = sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(phase.arguments) if id(leaf) not in ids)
     outputs = max(0, program.outputs - program.aliased)
-    given = [one for one in module.computations[module.entry].values() if one.opcode == "parameter"]
-    tiles = max(0, program.arguments - sum(array.bytes for one in given for array in one.arrays))
+    parameters = [one for one in module.computations[module.entry].values() if one.opcode == "parameter"]
+    tiles = max(0, program.arguments - sum(array.bytes for one in parameters for array in one.arrays))
     return Memory(resident, batch, outputs, tiles, program.temporaries, program.code)
 
 
 def _largest(phase: PlannedPhase, temporaries: list[tuple[str, int]], most: int = 6) -> list[tuple[str, int]]:
-    """The largest things in HBM: temporaries and arrays that stay."""
-    found = list(temporaries)
+    """Return the largest buffers in HBM: temporaries and arrays that stay."""
+    buffers = list(temporaries)
     for kind, tree in phase.resident.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            found.append((f"{kind} {jax.tree_util.keystr(path, simple=True, separator='/')}", leaf_bytes(leaf)))
-    return sorted(found, key=lambda pair: -pair[1])[:most]
+            buffers.append((f"{kind} {jax.tree_util.keystr(path, simple=True, separator='/')}", leaf_bytes(leaf)))
+    return sorted(buffers, key=lambda pair: -pair[1])[:most]

@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip: operations, HBM traffic, collectives by kind and mesh axis.
+"""Costs of a compiled program on one chip: operations, HBM traffic, collectives by kind and mesh axis.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here every loop counts as often as it runs.
 """
@@ -26,10 +26,16 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 @dataclasses.dataclass
 class Cost:
-    """Of one chip. flops: of matrix products and kernels. hbm_bytes: read and written by instructions. moved: bytes sent
-    per (kind, mesh axes) of collective; counts: how many ran. bounded, unknown: loops counted at their upper bound, loops
-    counted once because nothing bounds them. kernels: custom kernels that ran, by name; silent: those of them that give
-    no cost."""
+    """The cost of a program on one chip.
+
+    flops: operations of matrix products and kernels.
+    hbm_bytes: bytes that instructions read and write.
+    moved: bytes sent per (kind, mesh axes) of collective.
+    counts: how many collectives ran, by the same keys.
+    bounded, unknown: loops counted at their upper bound, and loops counted once because nothing bounds them.
+    kernels: custom kernels that ran, by name.
+    silent: those of the kernels that give no cost.
+    """
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -55,7 +61,10 @@ class _Walk:
     decoding: int
 
     def computation(self, name: str, times: float, runners: tuple[str, ...] = (), fused: bool = False) -> None:
-        """runners: the computations that are under way, fusions left out; this one last."""
+        """Count one computation.
+
+        runners: the computations that are running, fusions left out; this one last.
+        """
         runners = runners if fused else (*runners, name)
         body = self.module.computations[name]
         for instruction in body.values():
@@ -66,15 +75,15 @@ class _Walk:
     ) -> None:
         inner, inside = times, fused
         if one.opcode == "while":
-            found = trips(self.module, body, one)
-            inner = times * found.count
-            if found.exact is None and not found.counted and not self.holds_another(one):
+            loop_trips = trips(self.module, body, one)
+            inner = times * loop_trips.count
+            if loop_trips.exact is None and not loop_trips.counted and not self.holds_another(one):
                 inner = times * self.decoding
                 self.cost.bounded[self.decoding] += 1
-                found = dataclasses.replace(found, exact=True)
-            if found.exact is False:
-                self.cost.bounded[found.count] += 1
-            self.cost.unknown += found.exact is None
+                loop_trips = dataclasses.replace(loop_trips, exact=True)
+            if loop_trips.exact is False:
+                self.cost.bounded[loop_trips.count] += 1
+            self.cost.unknown += loop_trips.exact is None
         elif one.opcode == "fusion":
             inside = True
         for called in one.called():
@@ -94,14 +103,14 @@ class _Walk:
             self.cost.hbm_bytes += times * hbm_bytes(self.module, body, one)
 
     def holds_another(self, loop: Instruction) -> bool:
-        """Whether a loop that nothing bounds has another of its kind in its body."""
+        """Return whether a loop that nothing bounds has another of its kind in its body."""
         for name in loop.called():
             body = self.module.computations[name]
             for one in body.values():
                 if (
                     one.opcode == "while"
-                    and (found := trips(self.module, body, one)).exact is None
-                    and not found.counted
+                    and (loop_trips := trips(self.module, body, one)).exact is None
+                    and not loop_trips.counted
                 ):
                     return True
                 if one.opcode != "fusion" and one.called() and self.holds_another(one):
@@ -109,7 +118,7 @@ class _Walk:
         return False
 
     def kernel(self, body: Computation, one: Instruction, times: float) -> None:
-        """A Pallas kernel: XLA sees a black box; `splash_cost` or the kernel itself says what it costs."""
+        """Count a Pallas kernel, which XLA cannot see into: `splash_cost` or the kernel itself gives its cost."""
         name = re.sub(r"[.\d]+$", "", one.name)
         self.cost.kernels[name] += int(times)
         operands = [array for operand in one.operands for array in body[operand].arrays]
@@ -117,19 +126,22 @@ class _Walk:
             self.cost.flops += times * splash[0]
             self.cost.hbm_bytes += times * splash[1]
             return
-        found = re.search(r'"cost_estimate":(\{[^}]*\})', one.attributes)
-        if found is None:
+        match = re.search(r'"cost_estimate":(\{[^}]*\})', one.attributes)
+        if match is None:
             self.cost.silent[name] += int(times)
             self.cost.hbm_bytes += times * sum(array.hbm for array in (*operands, *one.arrays))
             return
-        told = json.loads(found[1])
-        self.cost.flops += times * float(told.get("flops", 0))
-        self.cost.hbm_bytes += times * float(told.get("bytes_accessed", 0))
+        estimate = json.loads(match[1])
+        self.cost.flops += times * float(estimate.get("flops", 0))
+        self.cost.hbm_bytes += times * float(estimate.get("bytes_accessed", 0))
 
     def again(self, runners: tuple[str, ...], one: Instruction, kind: str) -> bool:
-        """Whether a fusion has a collective that another fusion was counted for. The TPU compiler writes an overlapped one as
-        several fusions of one computation, with a copy in each: one that starts it, those that compute meanwhile (in a loop
-        perhaps), one that ends it. The channel alone does not tell: 1 is that of everything made late."""
+        """Return whether a fusion has a collective that another fusion was counted for.
+
+        The TPU compiler writes an overlapped collective as several fusions of one computation, with a copy in each: a fusion that
+        starts it, those that compute meanwhile (perhaps in a loop), and one that ends it. The channel alone does not identify
+        the collective: all late ones have channel 1.
+        """
         channel = one.attribute("channel_id")
         if channel is None:
             return False
@@ -144,33 +156,40 @@ class _Walk:
         size = groups.size
         if size < 2:
             return
-        given = sum(array.bytes for operand in one.operands for array in body[operand].arrays)
+        operand_bytes = sum(array.bytes for operand in one.operands for array in body[operand].arrays)
         if kind == "all-reduce" and "all-reduce-scatter" in name:  # how the TPU compiler writes a reduce-scatter
             kind = "reduce-scatter"
         sent = {
-            "all-gather": given * (size - 1),
-            "all-reduce": 2 * given * (size - 1) / size,
-            "collective-permute": given,
-        }.get(kind, given * (size - 1) / size)
+            "all-gather": operand_bytes * (size - 1),
+            "all-reduce": 2 * operand_bytes * (size - 1) / size,
+            "collective-permute": operand_bytes,
+        }.get(kind, operand_bytes * (size - 1) / size)
         self.count((kind, groups.axes), sent, times)
 
     def between(self, body: Computation, one: Instruction, times: float) -> None:
-        """The TPU compiler writes a collective over several slices as transfers to the host, whose runtime carries it out."""
-        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
-        if found is None:
+        """Count a transfer between slices: the TPU compiler writes such collectives as transfers to the host."""
+        match = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+        if match is None:
             return
-        kind = found[1].lower().replace("_", "-")
+        kind = match[1].lower().replace("_", "-")
         self.count((kind, BETWEEN), body[one.operands[0]].arrays[0].bytes, times)
 
     def count(self, key: tuple[str, str], sent: float, times: float) -> None:
-        """Add a collective, by kind and mesh axes, that sends so many bytes each time."""
+        """Return the cost of a run of the program on one chip.
+
+        axes: names and sizes of the mesh it was compiled for, in order.
+        decoding: the most iterations of a loop whose end depends on computed values (until every row has ended).
+        """
         self.cost.moved[key] = self.cost.moved.get(key, 0.0) + times * sent
         self.cost.counts[key] += int(times)
 
 
 def count(module: Module, axes: dict[str, int], decoding: int = 1) -> Cost:
-    """The cost of a run of the program on one chip. axes: names and sizes of the mesh it was compiled for, in order.
-    decoding: the most that a loop runs whose end depends on what is computed (until every row has ended)."""
+    """Return the cost of a run of the program on one chip.
+
+    axes: names and sizes of the mesh it was compiled for, in order.
+    decoding: the most iterations of a loop whose end depends on computed values (until every row has ended).
+    """
     walk = _Walk(module, axes, Cost(), set(), decoding)
     walk.computation(module.entry, 1.0)
     return walk.cost
@@ -180,40 +199,40 @@ def count(module: Module, axes: dict[str, int], decoding: int = 1) -> Cost:
 
 
 def dot_flops(body: Computation, dot: Instruction) -> int:
-    """2 x elements of the result x contracted elements: [4, 8] x [8, 16] is 2 x 64 x 8 = 1024."""
-    left = body[dot.operands[0]].arrays[0]
+    """Return 2 x elements of the result x contracted elements: [4, 8] x [8, 16] is 2 x 64 x 8 = 1024."""
+    lhs = body[dot.operands[0]].arrays[0]
     contracted = [int(i) for i in re.findall(r"\d+", dot.attribute("lhs_contracting_dims") or "")]
-    return 2 * dot.arrays[0].elements * math.prod(left.dims[i] for i in contracted)
+    return 2 * dot.arrays[0].elements * math.prod(lhs.dims[i] for i in contracted)
 
 
 def convolution_flops(body: Computation, one: Instruction) -> int:
-    """2 x multiplications of real elements; a TPU writes every matrix product as a convolution.
+    """Return 2 x multiplications of real elements; a TPU writes every matrix product as a convolution.
 
     Along a spatial dimension only pairs (output, kernel position) that meet an element of the input count: a batched
     product is written with a dilated input, where most positions are holes.
     """
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", one.attribute("dim_labels") or "")
     assert labels is not None, f"convolution {one.name} without dim_labels"
-    left, right = (body[operand].arrays[0].dims for operand in one.operands[:2])
+    lhs, rhs = (body[operand].arrays[0].dims for operand in one.operands[:2])
     out = one.arrays[0].dims
     window = _window(one.attribute("window") or "", sum(label.isdigit() for label in labels[1]))
     pairs = 1
     for index, (size, stride, low, spread, kernel_spread, reverse) in enumerate(window):
         del reverse
-        length, results = left[labels[1].index(str(index))], out[labels[3].index(str(index))]
+        length, results = lhs[labels[1].index(str(index))], out[labels[3].index(str(index))]
         at = np.arange(results)[:, None] * stride + np.arange(size)[None] * kernel_spread - low
         pairs *= int(((at >= 0) & (at <= (length - 1) * spread) & (at % spread == 0)).sum())
-    features = right[labels[2].index("i")] * out[labels[3].index("f")]
+    features = rhs[labels[2].index("i")] * out[labels[3].index("f")]
     batch = out[labels[3].index("b")]
     return 2 * pairs * features * batch
 
 
 def _window(text: str, dimensions: int) -> list[tuple[int, int, int, int, int, bool]]:
-    """(size, stride, padding before, input dilation, kernel dilation, reversed) of each spatial dimension."""
+    """Return (size, stride, padding before, input dilation, kernel dilation, reversed) of each spatial dimension."""
 
     def numbers(name: str, otherwise: str) -> list[str]:
-        found = re.search(rf"{name}=([\d_x\-]+)", text)
-        return found[1].split("x") if found else [otherwise] * dimensions
+        match = re.search(rf"{name}=([\d_x\-]+)", text)
+        return match[1].split("x") if match else [otherwise] * dimensions
 
     sizes, strides, pads = numbers("size", "1"), numbers("stride", "1"), numbers("pad", "0_0")
     spread, kernel = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
@@ -225,20 +244,22 @@ def _window(text: str, dimensions: int) -> list[tuple[int, int, int, int, int, b
 
 
 def hbm_bytes(module: Module, body: Computation, one: Instruction) -> int:
-    """What an instruction reads from and writes to HBM. A slice reads what it takes, an update in place writes what it
-    changes, and so does a fusion of them."""
+    """Return the bytes that an instruction reads from and writes to HBM.
+
+    A slice reads the part that it takes, an update in place writes the part that it changes, and so does a fusion of them.
+    """
     if one.opcode in _FREE or one.opcode.endswith("-done"):
         return 0
     operands = [body[name].arrays for name in one.operands if name in body]
-    written = _hbm(one.arrays[:1] if one.opcode.endswith("-start") else one.arrays)
+    output_bytes = _hbm(one.arrays[:1] if one.opcode.endswith("-start") else one.arrays)
     if one.opcode == "dynamic-update-slice":
         return 2 * _hbm(operands[1])
     if one.opcode in _SLICES:
-        return 2 * written
+        return 2 * output_bytes
     if one.opcode == "fusion":
         inner = module.computations[one.called()[0]]
         return _fusion_reads(module, inner, operands) + _fusion_writes(inner, one)
-    return written + sum(_hbm(arrays) for arrays in operands)
+    return output_bytes + sum(_hbm(arrays) for arrays in operands)
 
 
 def _hbm(arrays: tuple[Array, ...]) -> int:
@@ -256,7 +277,7 @@ def _fusion_reads(module: Module, inner: Computation, operands: list[tuple[Array
 
 
 def _read_of(module: Module, inner: Computation, value: Instruction) -> int:
-    """How much of a value its users inside a fusion look at."""
+    """Return how many bytes of a value its users inside a fusion read."""
     total = 0
     for user in inner.values():
         if value.name not in user.operands:
@@ -270,8 +291,12 @@ def _read_of(module: Module, inner: Computation, value: Instruction) -> int:
         elif user.opcode == "fusion":
             nested = module.computations[user.called()[0]]
             position = user.operands.index(value.name)
-            inside = [each for each in nested.values() if each.opcode == "parameter" and int(each.text) == position]
-            total += sum(_read_of(module, nested, each) for each in inside)
+            inside = [
+                parameter
+                for parameter in nested.values()
+                if parameter.opcode == "parameter" and int(parameter.text) == position
+            ]
+            total += sum(_read_of(module, nested, parameter) for parameter in inside)
         else:
             return sum(array.bytes for array in value.arrays)
     return total
@@ -285,7 +310,7 @@ def _fusion_writes(inner: Computation, one: Instruction) -> int:
         while output.opcode == "bitcast" and output.operands[0] in inner:
             output = inner[output.operands[0]]
         if output.opcode == "dynamic-update-slice" and not array.near:
-            total += sum(each.bytes for each in inner[output.operands[1]].arrays)
+            total += sum(update.bytes for update in inner[output.operands[1]].arrays)
         else:
             total += array.hbm
     return total
@@ -303,32 +328,37 @@ class Group:
 
 
 def group_of(one: Instruction, axes: dict[str, int]) -> Group:
-    """Of a collective instruction on a mesh with these axes."""
+    """Return the group of a collective instruction on a mesh with these axes."""
     if pairs := one.attribute("source_target_pairs"):
-        found = np.array(re.findall(r"\{(\d+),(\d+)\}", pairs), int)
-        return Group(2 if len(found) else 1, _differing(found, axes)) if len(found) else Group(1, "")
+        ends = np.array(re.findall(r"\{(\d+),(\d+)\}", pairs), int)
+        return Group(2 if len(ends) else 1, _differing(ends, axes)) if len(ends) else Group(1, "")
     members = replica_groups(one.attributes, math.prod(axes.values()))
     return Group(members.shape[1], _differing(members, axes))
 
 
 def _differing(members: np.ndarray, axes: dict[str, int]) -> str:
-    """members: int [groups, size], places in the mesh."""
+    """Return the mesh axes along which the members differ.
+
+    members: int [groups, size], places in the mesh.
+    """
     places = np.stack(np.unravel_index(members, tuple(axes.values())))  # [axes, groups, size]
     apart = (places != places[:, :, :1]).any(axis=(1, 2))
     return "+".join(name for name, differs in zip(axes, apart, strict=True) if differs) or "none"
 
 
 def replica_groups(text: str, devices: int) -> np.ndarray:
-    """int [groups, size] of the attribute in any of XLA's three spellings: '{{0,1},{2,3}}', '[2,2]<=[2,2]T(1,0)' and
-    "mesh['a'=2,'b'=2] {'b'}" (groups along b)."""
-    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
-        return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return _permuted(found[2]).reshape(_numbers(found[1]))
-    if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        order = found[2] or f"[{math.prod(sizes.values())}]"
-        return _along(sizes, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3]), _permuted(order))
+    """Read the attribute as int [groups, size], in any of XLA's three spellings.
+
+    The spellings: '{{0,1},{2,3}}', '[2,2]<=[2,2]T(1,0)' and "mesh['a'=2,'b'=2] {'b'}" (groups along b).
+    """
+    if match := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
+        return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", match[1])])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _permuted(match[2]).reshape(_numbers(match[1]))
+    if match := re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        order = match[2] or f"[{math.prod(sizes.values())}]"
+        return _along(sizes, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[3]), _permuted(order))
     return np.arange(devices)[None]
 
 
@@ -337,28 +367,28 @@ def _numbers(text: str) -> list[int]:
 
 
 def _permuted(text: str) -> np.ndarray:
-    """'[2,4]T(1,0)': 0 ... 7 as [2, 4], transposed, flat; or a plain list '0,2,1,3'."""
-    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if found is None:
+    """Read '[2,4]T(1,0)' as 0 ... 7 in shape [2, 4], transposed, flat; or a plain list '0,2,1,3'."""
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if match is None:
         return np.array(_numbers(text))
-    grid = _numbers(found[1])
-    order = _numbers(found[2]) if found[2] else range(len(grid))
+    grid = _numbers(match[1])
+    order = _numbers(match[2]) if match[2] else range(len(grid))
     return np.arange(math.prod(grid)).reshape(grid).transpose(order).reshape(-1)
 
 
 def _along(sizes: dict[str, int], chosen: list[tuple[str, str, str]], ids: np.ndarray) -> np.ndarray:
-    """Groups along some axes of a mesh; 'a':(2)4 is the part of size 4 of axis a after a part of size 2."""
+    """Return groups along some axes of a mesh; 'a':(2)4 is the part of size 4 of axis a after a part of size 2."""
     dims: list[int] = []
-    wanted: list[int] = []
+    positions: list[int] = []
     for name, size in sizes.items():
         parts = [(int(before), int(part)) for axis, before, part in chosen if axis == name and part]
         if parts:
             before, part = parts[0]
-            wanted.append(len(dims) + 1)
+            positions.append(len(dims) + 1)
             dims += [before, part, size // (before * part)]
         else:
             if any(axis == name for axis, _, _ in chosen):
-                wanted.append(len(dims))
+                positions.append(len(dims))
             dims.append(size)
-    order = [i for i in range(len(dims)) if i not in wanted] + wanted
-    return ids.reshape(dims).transpose(order).reshape(-1, math.prod(dims[i] for i in wanted))
+    order = [i for i in range(len(dims)) if i not in positions] + positions
+    return ids.reshape(dims).transpose(order).reshape(-1, math.prod(dims[i] for i in positions))

@@ -64,18 +64,18 @@ class Instruction:
     root: bool
 
     def called(self) -> list[str]:
-        """The computations that the instruction runs (``to_apply`` of a reduction is not one of them)."""
+        """Return the computations that the instruction runs (``to_apply`` of a reduction is not one of them)."""
         names = re.findall(r"(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)", self.attributes)
         if branches := re.search(r"branch_computations=\{([^}]*)\}", self.attributes):
             names += [name.strip().lstrip("%") for name in branches[1].split(",")]
         return names
 
     def attribute(self, name: str) -> str | None:
-        """The value of ``name=value`` up to the next comma outside brackets."""
-        found = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
-        if found is None:
+        """Return the value of ``name=value`` up to the next comma outside brackets."""
+        match = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
+        if match is None:
             return None
-        return next(_split(self.attributes[found.end() :]), "")
+        return next(_split(self.attributes[match.end() :]), "")
 
 
 Computation = dict[str, Instruction]
@@ -91,16 +91,16 @@ class Module:
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:
-    """The arrays of a type: 'f32[2,3]{1,0:T(8,128)S(1)}' or a tuple of such."""
-    found = []
+    """Return the arrays of a type: 'f32[2,3]{1,0:T(8,128)S(1)}' or a tuple of such."""
+    arrays = []
     for dtype, dims, layout in _ARRAY.findall(text):
         near = re.search(r"S\((\d+)\)", layout or "")
-        found.append(Array(dtype, tuple(int(d) for d in dims.split(",") if d), near is not None and near[1] != "0"))
-    return tuple(found)
+        arrays.append(Array(dtype, tuple(int(d) for d in dims.split(",") if d), near is not None and near[1] != "0"))
+    return tuple(arrays)
 
 
 def _split(text: str) -> Iterator[str]:
-    """Parts between commas that are outside of every bracket and string."""
+    """Split at the commas that are outside of every bracket and string."""
     depth, start, quoted = 0, 0, False
     for at, char in enumerate(text):
         if char == '"' and text[at - 1] != "\\":
@@ -120,7 +120,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket at ``opening`` closes."""
+    """Find where the bracket at ``opening`` closes."""
     depth = 0
     for at in range(opening, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")
@@ -133,22 +133,22 @@ _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 
 
 def _instruction(line: str) -> Instruction | None:
-    found = _LINE.match(line)
-    if found is None:
+    match = _LINE.match(line)
+    if match is None:
         return None
-    rest = found[3]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index("(")
-    closing = _closing(rest, opening)
-    inside = rest[opening + 1 : closing]
+    source = match[3]
+    end = _closing(source, 0) + 1 if source.startswith("(") else source.index(" ")
+    kind, source = source[:end], source[end:].lstrip()
+    opening = source.index("(")
+    closing = _closing(source, opening)
+    inside = source[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    attributes = rest[closing + 1 :].lstrip(", ")
-    return Instruction(found[2], rest[:opening], arrays_of(kind), operands, attributes, inside, found[1] is not None)
+    attributes = source[closing + 1 :].lstrip(", ")
+    return Instruction(match[2], source[:opening], arrays_of(kind), operands, attributes, inside, match[1] is not None)
 
 
 def parse_module(text: str) -> Module:
-    """Raises ValueError for text that is no HLO module."""
+    """Parse the text of an HLO module. Raises ValueError for text that is no HLO module."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     partitions = re.search(r"num_partitions=(\d+)", text[:20000])
@@ -169,8 +169,11 @@ def parse_module(text: str) -> Module:
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-    """How often a loop runs. exact: False when it may stop earlier (``count`` is then the most), None when not known.
-    counted: whether a counter ends it (its limit a number of the run), and not what the body computes."""
+    """The number of times that a loop runs.
+
+    exact: False when it may stop earlier (``count`` is then the most), None when not known.
+    counted: whether a counter ends it (its limit a number of the run), and not a value that the body computes.
+    """
 
     count: int
     exact: bool | None
@@ -178,13 +181,13 @@ class Trips:
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> Trips:
-    """Of a ``while``: what XLA says it knows, else the bound in its condition, "counter < constant" with a constant start.
+    """Return the trips of a ``while``: XLA's number, else the bound in its condition "counter < constant" with a constant start.
 
     Loops of `jax.lax.scan` are exact; a condition that asks for more than the counter (have all rows ended?) gives an
-    upper bound; anything else counts once and says so.
+    upper bound; any other loop counts once and is reported as unknown.
     """
-    if known := re.search(r'known_trip_count["=:{\s]+n["\s:]+"?(\d+)', loop.attributes):
-        return Trips(int(known[1]), True)
+    if match := re.search(r'known_trip_count["=:{\s]+n["\s:]+"?(\d+)', loop.attributes):
+        return Trips(int(match[1]), True)
     condition = module.computations[_one(loop, "condition")]
     start = computation[loop.operands[0]]
     counted = False
@@ -208,14 +211,14 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> Trips:
     return Trips(1, None, counted)
 
 
-def _one(loop: Instruction, what: str) -> str:
-    found = re.search(rf"{what}=%?([\w.\-]+)", loop.attributes)
-    assert found is not None, f"a while without {what}"
-    return found[1]
+def _one(loop: Instruction, key: str) -> str:
+    match = re.search(rf"{key}=%?([\w.\-]+)", loop.attributes)
+    assert match is not None, f"a while without {key}"
+    return match[1]
 
 
 def _within(module: Module, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
-    """Every instruction of a computation and of the fusions inside it."""
+    """Yield every instruction of a computation and of the fusions inside it."""
     for instruction in computation.values():
         yield computation, instruction
         if instruction.opcode in ("fusion", "call"):
@@ -224,36 +227,36 @@ def _within(module: Module, computation: Computation) -> Iterator[tuple[Computat
 
 
 def _origin(module: Module, owner: Computation, name: str, outer: Computation) -> Instruction | None:
-    """Where a value comes from: through copies and through the parameter of a fusion of ``outer``."""
-    found = owner.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast", "convert") and found.operands:
-        found = owner.get(found.operands[0])
-    if found is not None and found.opcode == "parameter" and owner is not outer:
+    """Trace where a value comes from: through copies and through the parameter of a fusion of ``outer``."""
+    source = owner.get(name)
+    while source is not None and source.opcode in ("copy", "bitcast", "convert") and source.operands:
+        source = owner.get(source.operands[0])
+    if source is not None and source.opcode == "parameter" and owner is not outer:
         for caller in outer.values():
             if any(module.computations[called] is owner for called in caller.called()):
-                return _origin(module, outer, caller.operands[int(found.text)], outer)
-    return found
+                return _origin(module, outer, caller.operands[int(source.text)], outer)
+    return source
 
 
-def _constant(found: Instruction | None) -> int | None:
-    if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.text):
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.text):
         return None
-    return int(found.text)
+    return int(instruction.text)
 
 
 def _element(computation: Computation, start: Instruction, element: Instruction) -> Instruction | None:
-    """What the loop's tuple begins with at the index of a get-tuple-element."""
+    """Return the initial value of the loop's tuple at the index of a get-tuple-element."""
     index = int(element.attribute("index") or 0)
     if start.opcode != "tuple" or index >= len(start.operands):
         return None
-    found = computation.get(start.operands[index])
-    while found is not None and found.opcode in ("copy", "bitcast") and found.operands:
-        found = computation.get(found.operands[0])
-    return found
+    source = computation.get(start.operands[index])
+    while source is not None and source.opcode in ("copy", "bitcast") and source.operands:
+        source = computation.get(source.operands[0])
+    return source
 
 
 def _step(module: Module, body: Computation, counter: Instruction) -> int:
-    """By how much the body advances the counter; 1 when that is not plain to see (`jax.lax` loops count by one)."""
+    """Return by how much the body advances the counter; 1 when that cannot be read (`jax.lax` loops count by one)."""
     root = next(instruction for instruction in body.values() if instruction.root)
     index = int(counter.attribute("index") or 0)
     if root.opcode != "tuple" or index >= len(root.operands):

@@ -28,15 +28,17 @@ every chip."""
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int) -> int:
-    """Keys and values of every layer in the dtype of activations."""
+    """Return the bytes of keys and values of every layer in the dtype of activations."""
     entries = 2 * kept_columns(config, columns) * rows * config.num_kv_heads * config.head_dim
     return entries * config.dtype.itemsize
 
 
 def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
-    """Activations that wait for the backward pass: the input of each block and, with remat "cheap", its products with
-    weights but the last one, which is only added. None where that is the compiler's choice: without recomputation, and
-    "cheap" with experts, whose products are grouped."""
+    """Return the bytes of activations that wait for the backward pass.
+
+    They are the input of each block and, with remat "cheap", its products with weights but the last one, which is only added.
+    None where that is the compiler's choice: without recomputation, and "cheap" with experts, whose products are grouped.
+    """
     if not config.remat or (config.remat == "cheap" and config.num_experts):
         return None
     width = config.hidden_size
@@ -48,8 +50,11 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int | None:
 
 
 def block_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: bool) -> int:
-    """What one block holds for a while: the weights of two (of one that works and one on its way), when parameters are split
-    over chips, and its activations of ``rows`` sequences a chip."""
+    """Return the bytes that one block needs while it runs, with ``rows`` sequences a chip.
+
+    They are its activations and, when parameters are split over chips, the weights of two blocks (the one that runs and the
+    next, which is being gathered).
+    """
     config, width, tensor = model.config, model.config.dtype.itemsize, mesh["tensor"]
     weights = 2 * width * split_weights(model)[1] // config.num_layers // tensor
     columns = (5 if backward else 2) * config.ffn_size // tensor + (10 if backward else 4) * config.hidden_size
@@ -60,8 +65,11 @@ def block_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: b
 
 
 def head_bytes(model: Model, rows: int, heads_at: int, mesh: Axes, *, backward: bool) -> int:
-    """A chunk of logits, backward the head's whole float32 gradient (none under adapters), and the head twice, gathered and copied
-    into place; not where its rows come in whole tiles round a ring of all chips: there it is multiplied on its way."""
+    """Return the bytes of a chunk of logits, of the head's whole float32 gradient (backward, none under adapters), and of the head.
+
+    The head counts twice, gathered and copied into place, except where its rows come in whole tiles round a ring of all
+    chips: there it is multiplied while it is sent.
+    """
     config, tensor = model.config, mesh["tensor"]
     if not config.has_lm:
         return 0
@@ -72,8 +80,11 @@ def head_bytes(model: Model, rows: int, heads_at: int, mesh: Axes, *, backward: 
 
 
 def table_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: bool) -> int:
-    """Looking rows of the table up (`models.lookup`): rows of all tokens along fsdp, made and added up, or the whole table;
-    backward its float32 gradient, and the sum of all chips where the compiler does not scatter it."""
+    """Return the bytes of looking rows of the table up (`models.lookup`).
+
+    Forward: rows of all tokens along fsdp, made and added up, or the whole table. Backward: its float32 gradient, and the sum
+    of all chips where the compiler does not scatter it.
+    """
     config = model.config
     if mesh["fsdp"] * mesh["tensor"] == 1 or (backward and model.lora is not None):
         return 0
@@ -85,7 +96,10 @@ def table_bytes(model: Model, rows: int, length: int, mesh: Axes, *, backward: b
 
 
 def scoring_bytes(models: Sequence[tuple[Model, int]], rows: int, length: int, mesh: Axes) -> int:
-    """Of models one after another, each with how many columns of a row its head reads; the next one's table is on its way."""
+    """Return the bytes of scoring with models one after another.
+
+    Each model comes with the number of columns of a row that its head reads; the next model's table is being gathered.
+    """
     passing = [
         max(
             block_bytes(one, rows, length, mesh, backward=False),
@@ -99,9 +113,13 @@ def scoring_bytes(models: Sequence[tuple[Model, int]], rows: int, length: int, m
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What the temporaries of a training step hold when they are largest. gradients: float32, laid out as parameters, and with
-    several microbatches their sum; activations: that wait for the backward pass, None where that is the compiler's choice;
-    casts: split weights in the dtype of products; passing: gathered weights, one block, logits or head."""
+    """The temporaries of a training step when they are largest, in bytes.
+
+    gradients: float32, sharded as parameters, and with several microbatches their sum.
+    activations: those that wait for the backward pass, None where that is the compiler's choice.
+    casts: split weights in the dtype of products.
+    passing: gathered weights, one block, logits or head.
+    """
 
     gradients: int
     activations: int | None
@@ -116,45 +134,52 @@ class Learning:
 def learning(
     models: Sequence[Model], params: Any, mesh: Axes, microbatches: int, rows: int, length: int, heads_at: int
 ) -> Learning:
-    """Of a step on ``rows`` sequences a chip at a time. params: of all ``models``, shapes with shardings."""
+    """Return the temporaries of a step on ``rows`` sequences a chip at a time.
+
+    params: of all ``models``, shapes with shardings.
+    """
     leaves = jax.tree.leaves(params)
-    each = sum(4 * leaf_bytes(leaf) // int(leaf.dtype.itemsize) for leaf in leaves) // len(models)
+    gradient_bytes = sum(4 * leaf_bytes(leaf) // int(leaf.dtype.itemsize) for leaf in leaves) // len(models)
     width = models[0].config.dtype.itemsize
     casts = sum(width * leaf_bytes(leaf) // int(leaf.dtype.itemsize) for leaf in leaves if leaf.dtype.itemsize > width)
     saved = [saved_bytes(one.config, rows, length) for one in models]
-    kept = [size or 0 for size in saved]
-    summed = each * len(models) if microbatches > 1 else 0
+    saved_sizes = [size or 0 for size in saved]
+    summed = gradient_bytes * len(models) if microbatches > 1 else 0
     waiting, moments = 0, []
     for index, one in enumerate(models):
         block = block_bytes(one, rows, length, mesh, backward=True)
         head = head_bytes(one, rows, heads_at, mesh, backward=True)
         table = table_bytes(one, rows, length, mesh, backward=True)
         moments += [
-            (waiting + each, kept[index], block),
-            (waiting, sum(kept[index:]), head),
-            (waiting + each, 0, table),
+            (waiting + gradient_bytes, saved_sizes[index], block),
+            (waiting, sum(saved_sizes[index:]), head),
+            (waiting + gradient_bytes, 0, table),
         ]
-        waiting += 0 if summed else each
+        waiting += 0 if summed else gradient_bytes
         waiting += table // 2 if mesh["fsdp"] > SCATTERED else 0  # sums of whole tables wait for the optimiser
     gradients, activations, passing = max(moments, key=sum)
     return Learning(summed + gradients, None if None in saved else activations, casts, passing)
 
 
 def copied_bytes(tree: Any) -> int:
-    """A chip's arrays of a loop's state whose rows are shorter than a tile, as adapters of rank 64: the loop has them once more,
-    tiles filled up."""
+    """Return the bytes of a chip's arrays of a loop's state whose rows are shorter than a tile, as adapters of rank 64.
+
+    The loop has a second copy of them with tiles filled up.
+    """
     short = [leaf for leaf in jax.tree.leaves(tree) if len(leaf.shape) > 1 and leaf.shape[-1] < LANES < leaf.shape[-2]]
     return sum(leaf_bytes(leaf) // leaf.shape[-1] * LANES for leaf in short)
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes a chip of a tree of arrays or ShapeDtypeStructs with shardings (the whole of a leaf that has none). An array
-    that stands in several places counts once: under adapters the reference is the policy's base."""
+    """Return the bytes a chip of a tree of arrays or ShapeDtypeStructs with shardings (the whole of a leaf that has none).
+
+    An array that stands in several places counts once: under adapters the reference is the policy's base.
+    """
     return sum(leaf_bytes(leaf) for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
 
 
 def leaf_bytes(leaf: Any) -> int:
-    """Of one array, a chip."""
+    """Return the bytes a chip of one array."""
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     width = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else int(leaf.dtype.itemsize)  # a key is two uint32

@@ -19,7 +19,7 @@ from rlhf_jax.plan.chips import Chip, Slice, parse_slice
 from rlhf_jax.plan.compiled import Report, compile_phase
 from rlhf_jax.plan.page import as_html
 from rlhf_jax.plan.phases import PlannedPhase, planned
-from rlhf_jax.plan.report import Tried, as_json, as_markdown, as_text, tables
+from rlhf_jax.plan.report import Attempt, as_json, as_markdown, as_text, tables
 from rlhf_jax.plan.search import (
     Build,
     Candidate,
@@ -40,10 +40,17 @@ LOCAL = "local"
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """slice: CHIP:AxB or CHIP:AxBxC, *2 appended for two slices; or `LOCAL`. json, html, markdown: files to write the plan to.
-    search: how many variations to compile. repairs: how many changes to compile when a phase does not fit. keep: a directory where
-    compiled programs are kept and looked up. show_sharding: print the rules and where every parameter lies; compile nothing.
-    asked: the files and bindings, for the title. keys: what the file calls the configs that a search may change."""
+    """Options of a plan.
+
+    slice: CHIP:AxB or CHIP:AxBxC, *2 appended for two slices; or `LOCAL`.
+    json, html, markdown: files to write the plan to.
+    search: how many variations to compile.
+    repairs: how many changes to compile when a phase does not fit.
+    keep: a directory where compiled programs are stored and looked up.
+    show_sharding: print the rules and the sharding of every parameter; compile nothing.
+    inputs: the files and bindings, for the title.
+    keys: the names in the file of the configs that a search may change.
+    """
 
     slice: str
     json: str | None = None
@@ -53,7 +60,7 @@ class PlanOptions:
     repairs: int = 4
     keep: str | None = None
     show_sharding: bool = False
-    asked: Sequence[str] = ()
+    inputs: Sequence[str] = ()
     keys: Keys = dataclasses.field(default_factory=Keys)
 
 
@@ -79,10 +86,10 @@ def plan_run(algorithm: Algorithm[Any], mesh: MeshConfig, steps: int, options: P
     if options.show_sharding:
         _print_sharding(phases[-1], model.with_head("lm"), grid, getattr(fields, "rollout_mesh", None))
         return
-    found = Found(start, grid, _compile(phases, grid, chip, options.keep), [])
+    result = SearchResult(start, grid, _compile(phases, grid, chip, options.keep), [])
     minibatches = getattr(getattr(job, "limits", None), "minibatches", 1)
     if options.search and chip is not None:
-        others = variations(
+        candidates = variations(
             start,
             grid.size,
             model.config.num_kv_heads,
@@ -90,22 +97,22 @@ def plan_run(algorithm: Algorithm[Any], mesh: MeshConfig, steps: int, options: P
             remat=model.config.remat,
             sampling=slots is not None,
         )
-        found = _search(build, others, chip, found, options)
-    wrong = [report for report in found.reports if not report.fits] if chip is not None else []
+        result = _search(build, candidates, chip, result, options)
+    wrong = [report for report in result.reports if not report.fits] if chip is not None else []
     change = ""
     if wrong and chip is not None:
         change = repair(build, start, wrong, chip, model.config.remat, minibatches, options.repairs)
-    _write_plan(found, where, change, bool(wrong), options)
+    _write_plan(result, where, change, bool(wrong), options)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The candidate that is reported, on its mesh, and everything that was tried."""
+class SearchResult:
+    """The candidate that is reported, on its mesh, and every attempt."""
 
     candidate: Candidate
     grid: Mesh
     reports: list[Report]
-    tried: list[Tried]
+    attempts: list[Attempt]
 
 
 def _build(algorithm: Algorithm[Any], steps: int, devices: list[jax.Device]) -> Build:
@@ -138,7 +145,7 @@ def _sources(algorithm: Algorithm[Any]) -> dict[str, ModelSource]:
 
 
 def _remat_key(algorithm: Algorithm[Any]) -> str:
-    """The config that says what is recomputed: of the first model."""
+    """Return the name of the config that says what is recomputed: that of the first model."""
     first = next(iter(_sources(algorithm).values()))
     return "ModelConfig" if first.config is not None else "ModelSource"
 
@@ -168,33 +175,35 @@ def _compile(phases: list[PlannedPhase], grid: Mesh, chip: Chip | None, keep: st
     return reports
 
 
-def _search(build: Build, others: list[Candidate], chip: Chip, first: Found, options: PlanOptions) -> Found:
-    """Return the best that fits (the first when none does), each told on stderr."""
+def _search(
+    build: Build, candidates: list[Candidate], chip: Chip, first: SearchResult, options: PlanOptions
+) -> SearchResult:
+    """Return the best candidate that fits (the first when none does); report each on stderr."""
     start = first.candidate
-    best, tried = first, [Tried(start.bindings(start), first.reports)]
-    for candidate in promising(build, others, chip, options.search):
+    best, attempts = first, [Attempt(start.bindings(start), first.reports)]
+    for candidate in promising(build, candidates, chip, options.search):
         changed = candidate.bindings(start)
         print(f"trying {changed}", file=sys.stderr)
         grid, phases = build(candidate)
         reports = _compile(phases, grid, chip, options.keep)
-        tried.append(Tried(changed, reports))
+        attempts.append(Attempt(changed, reports))
         print(f"  {verdict(reports)}", file=sys.stderr)
         if better(reports, best.reports):
-            best = Found(candidate, grid, reports, [])
+            best = SearchResult(candidate, grid, reports, [])
     print(f"best: {best.candidate.bindings(start)}", file=sys.stderr)
-    return dataclasses.replace(best, tried=tried)
+    return dataclasses.replace(best, attempts=attempts)
 
 
-def _write_plan(found: Found, where: Slice | None, change: str, wrong: bool, options: PlanOptions) -> None:
-    shown = tables(found.reports, where, found.tried)
-    print(as_text(shown))
-    title = f"{', '.join(options.asked)} on {options.slice}"
-    words = summary(found.reports) + (f" Nearest change: {change}" if change else "")
-    settings = {name: value for name, value in dataclasses.asdict(found.candidate).items() if name != "keys"}
-    settings["mesh"] = dict(found.grid.shape)
-    _write(options.json, as_json(found.reports, where, settings, found.tried, change))
-    _write(options.html, as_html(shown, title, found.reports, where, words, not wrong))
-    _write(options.markdown, as_markdown(shown, title))
+def _write_plan(result: SearchResult, where: Slice | None, change: str, wrong: bool, options: PlanOptions) -> None:
+    sections = tables(result.reports, where, result.attempts)
+    print(as_text(sections))
+    title = f"{', '.join(options.inputs)} on {options.slice}"
+    words = summary(result.reports) + (f" Nearest change: {change}" if change else "")
+    settings = {name: value for name, value in dataclasses.asdict(result.candidate).items() if name != "keys"}
+    settings["mesh"] = dict(result.grid.shape)
+    _write(options.json, as_json(result.reports, where, settings, result.attempts, change))
+    _write(options.html, as_html(sections, title, result.reports, where, words, not wrong))
+    _write(options.markdown, as_markdown(sections, title))
     if wrong:
         raise RunStopped(f"{title}: {words}")
 

@@ -30,18 +30,23 @@ _COLOURS = ("#0969da", "#8250df", "#57606a", "#9a6700", "#bf8700", "#1a7f37", "#
 
 
 def as_html(
-    found: Iterable[Table], title: str, reports: Sequence[Report], where: Slice | None, verdict: str, fits: bool
+    sections: Iterable[Table], title: str, reports: Sequence[Report], where: Slice | None, verdict: str, fits: bool
 ) -> str:
-    """found: the tables of the plan. verdict: what came out, in a sentence or two; fits: whether all phases do."""
-    told = f'<p class="verdict {"fits" if fits else "wrong"}">{html.escape(verdict)}</p>'
-    body = [f"<h1>{html.escape(title)}</h1>", told if where is not None else "", _memory_bars(reports)]
-    body += [_time_bars(reports), *map(_table, found)]
+    """Return the plan as an HTML page.
+
+    sections: the tables of the plan.
+    verdict: the result, in a sentence or two.
+    fits: whether all phases fit.
+    """
+    banner = f'<p class="verdict {"fits" if fits else "wrong"}">{html.escape(verdict)}</p>'
+    body = [f"<h1>{html.escape(title)}</h1>", banner if where is not None else "", _memory_bars(reports)]
+    body += [_time_bars(reports), *map(_table, sections)]
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>\n{chr(10).join(filter(None, body))}\n</body></html>\n"
 
 
 def _memory_bars(reports: Sequence[Report]) -> str:
-    """Every phase's peak by kind, the scale the same for all."""
+    """Draw every phase's peak by kind, on one scale."""
     measured = [r for r in reports if r.memory is not None]
     kinds: dict[str, None] = {}
     rows = []
@@ -72,7 +77,7 @@ def _memory_bars(reports: Sequence[Report]) -> str:
 
 
 def _time_bars(reports: Sequence[Report]) -> str:
-    """The three times of every phase, the longest of all as wide as the page."""
+    """Draw the three times of every phase, the longest of all as wide as the page."""
     colours = {"compute": "#0969da", "hbm": "#9a6700", "ici": "#8250df"}
     times = [(r.phase.name, r.seconds) for r in reports if r.seconds is not None and r.seconds.bound >= 1e-6]
     if not times:
@@ -104,7 +109,7 @@ def _bars(heading: str, lines: Iterable[tuple[str, str, str]], colours: dict[str
 
 
 def _table(table: Table) -> str:
-    """Numbers to the right; what is joined by semicolons in lines of its own."""
+    """Format a table: numbers to the right, items between semicolons on separate lines."""
     numeric = [all(map(_is_number, column)) for column in zip(*table.rows, strict=True)] or [False] * len(table.header)
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -120,9 +125,9 @@ def _is_number(cell: str) -> bool:
 
 
 def _cell(tag: str, cell: str, right: bool) -> str:
-    shown = (
+    content = (
         f'<a href="{html.escape(cell)}">{html.escape(cell)}</a>' if cell.startswith("https://") else html.escape(cell)
     )
     classes = ("number",) if right else (cell,) if cell == "NO" else ()
     marked = f' class="{classes[0]}"' if classes else ""
-    return f"<{tag}{marked}>{shown.replace('; ', ';<br>')}</{tag}>"
+    return f"<{tag}{marked}>{content.replace('; ', ';<br>')}</{tag}>"

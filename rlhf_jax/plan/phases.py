@@ -1,4 +1,4 @@
-"""What the phases of a run cost: operations and bytes by analysis, from the work that each phase does."""
+"""Costs of the phases of a run: operations and bytes by analysis, from the work that each phase does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _planned(phase: Phase, models: Mapping[str, Model], mesh: Mesh) -> PlannedPh
     elif by_kind["forward"]:
         read = [(models[work.role], work.read) for work in by_kind["forward"]]
         first = by_kind["forward"][0]
-        inside[PASSING] = memory.scoring_bytes(read, _held(first, mesh), first.columns, mesh.shape)
+        inside[PASSING] = memory.scoring_bytes(read, _sequences_per_chip(first, mesh), first.columns, mesh.shape)
     for work in by_kind["decode"]:
         inside |= _decoding(phase, work, models[work.role], mesh)
     decoding = max((work.read for work in by_kind["decode"]), default=1)
@@ -65,8 +65,8 @@ def _shards(mesh: Mesh) -> int:
     return ActivationConstraint(mesh).parts("act_batch")
 
 
-def _held(work: Work, mesh: Mesh) -> int:
-    """Sequences that a chip holds at a time."""
+def _sequences_per_chip(work: Work, mesh: Mesh) -> int:
+    """Return the number of sequences that a chip holds at a time."""
     return max(1, work.rows // _shards(mesh) // work.parts)
 
 
@@ -84,7 +84,9 @@ def _training(phase: Phase, works: list[Work], models: Mapping[str, Model], mesh
     first, trained = works[0], [models[work.role] for work in works]
     params, optimizer = phase.resident["parameters"], phase.resident["optimizer"][0]
     microbatches = 2 if first.summed else 1
-    needed = memory.learning(trained, params, mesh.shape, microbatches, _held(first, mesh), first.columns, first.read)
+    needed = memory.learning(
+        trained, params, mesh.shape, microbatches, _sequences_per_chip(first, mesh), first.columns, first.read
+    )
     copied = memory.copied_bytes((params, optimizer)) if phase.looped else 0
     read = (work for work in phase.work if work.kind == "forward")
     forward = max((_forward(work, models, mesh) for work in read), default=0)
@@ -94,7 +96,9 @@ def _training(phase: Phase, works: list[Work], models: Mapping[str, Model], mesh
 
 
 def _forward(work: Work, models: Mapping[str, Model], mesh: Mesh) -> int:
-    return memory.scoring_bytes([(models[work.role], work.read)], _held(work, mesh), work.columns, mesh.shape)
+    return memory.scoring_bytes(
+        [(models[work.role], work.read)], _sequences_per_chip(work, mesh), work.columns, mesh.shape
+    )
 
 
 def _decoding(phase: Phase, work: Work, model: Model, mesh: Mesh) -> dict[str, int | None]:

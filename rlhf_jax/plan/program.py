@@ -1,4 +1,4 @@
-"""What the compiler made of a lowered program, and keeping it: a plan that is made again compiles nothing."""
+"""Results of compiling a lowered program, and their store: a plan that is made again compiles nothing."""
 
 from __future__ import annotations
 
@@ -44,14 +44,17 @@ class Program:
 
 
 def digest(lowered: Any) -> str:
-    """sha256 of a lowered program."""
+    """Return the sha256 of a lowered program."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def compile_program(lowered: Any, keep: Path | None = None, where: str = "", *, tpu: bool = False) -> Program:
-    """Of ``jit(...).lower(...)``. keep: a directory of programs that were compiled before, by what was lowered, ``where``
-    (the slice and how its devices lie in the mesh) and the versions of the compiler; a new one is added. tpu: it is for one,
-    see `plan.buffers`."""
+    """Compile ``jit(...).lower(...)``.
+
+    keep: a directory of compiled programs, looked up by the lowered program, ``where`` (the slice and how its devices are
+    arranged in the mesh) and the versions of the compiler; a new program is added.
+    tpu: whether it is compiled for a TPU, see `plan.buffers`.
+    """
     if keep is None:
         return _compile(lowered, tpu)
     versions = [str(FORMAT), jax.__version__, *(_version(name) for name in ("jaxlib", "libtpu"))]
@@ -59,16 +62,16 @@ def compile_program(lowered: Any, keep: Path | None = None, where: str = "", *, 
     file = keep / f"{key}.json.gz"
     if os.path.lexists(file):
         try:
-            return _read_kept(file)
+            return _read_stored(file)
         except InputError as error:
             print(f"warning: {error}", file=sys.stderr)
     program = _compile(lowered, tpu)
-    _write_kept(file, program)
+    _write_stored(file, program)
     return program
 
 
-def _write_kept(file: Path, program: Program) -> None:
-    """The program and the sha256 of what is said of it; whole or not at all."""
+def _write_stored(file: Path, program: Program) -> None:
+    """Write the program and the sha256 of its description; atomically."""
     text = json.dumps(dataclasses.asdict(program), sort_keys=True)
     content = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "program": text})
     unfinished = file.with_suffix(f".{os.getpid()}")
@@ -82,8 +85,8 @@ def _write_kept(file: Path, program: Program) -> None:
         raise
 
 
-def _read_kept(file: Path) -> Program:
-    """Raises InputError for a file that is not what `_write_kept` wrote: a damaged plan is not believed."""
+def _read_stored(file: Path) -> Program:
+    """Read a stored program. Raises InputError for a file that `_write_stored` did not write or that is damaged."""
     again = "the program is compiled again"
     try:
         text = gzip.decompress(read_bytes(file, again)).decode("utf-8")

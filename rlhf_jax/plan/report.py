@@ -21,7 +21,7 @@ class Table:
 
 
 def _gib(size: float | None) -> str:
-    """Small plans need the digits."""
+    """Format bytes as GiB, with the digits that small plans need."""
     return "-" if size is None else f"{size / GIB:.2f}" if size >= GIB / 100 or not size else f"{size / GIB:.1e}"
 
 
@@ -38,18 +38,18 @@ def _percent(share: float | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tried:
-    """What a search compiled: what it is, as bindings, and what came out."""
+class Attempt:
+    """A candidate that a search compiled, as bindings, and its reports."""
 
     bindings: str
     reports: Sequence[Report]
 
 
-def tables(reports: Sequence[Report], where: Slice | None, tried: Sequence[Tried] = ()) -> list[Table]:
-    """Memory, work and time of every phase, the constants that the times stand on, and what a search has tried."""
-    found = [_memory(reports), _work(reports), _time(reports)]
-    found += [_constants(where)] if where is not None else []
-    return [*found, _tried(tried)] if tried else found
+def tables(reports: Sequence[Report], where: Slice | None, attempts: Sequence[Attempt] = ()) -> list[Table]:
+    """Return tables of memory, work and time of every phase, the constants behind the times, and the attempts of a search."""
+    sections = [_memory(reports), _work(reports), _time(reports)]
+    sections += [_constants(where)] if where is not None else []
+    return [*sections, _attempts_table(attempts)] if attempts else sections
 
 
 def _memory(reports: Sequence[Report]) -> Table:
@@ -119,20 +119,20 @@ def _time(reports: Sequence[Report]) -> Table:
 
 
 def seconds_a_token(reports: Sequence[Report]) -> float:
-    """The roofline times of all phases over the tokens of the first, all chips together."""
+    """Return the roofline times of all phases over the tokens of the first, all chips together."""
     return sum(r.seconds.bound for r in reports if r.seconds) / reports[0].phase.tokens
 
 
 def rank(reports: Sequence[Report]) -> tuple[bool, float, float]:
-    """Smaller is better: what fits, then the time a token to three digits, then the largest peak."""
+    """Return a key for sorting; smaller is better: fitting plans, then the time a token to three digits, then the largest peak."""
     peaks = [float("inf") if r.memory is None else r.memory.peak for r in reports]
     return not all(r.fits for r in reports), float(f"{seconds_a_token(reports):.3g}"), max(peaks)
 
 
-def _tried(tried: Sequence[Tried]) -> Table:
-    """The best first, by `rank`."""
+def _attempts_table(attempts: Sequence[Attempt]) -> Table:
+    """Return the table of attempts, the best first, by `rank`."""
     rows = []
-    for one in sorted(tried, key=lambda one: rank(one.reports)):
+    for one in sorted(attempts, key=lambda one: rank(one.reports)):
         wrong = [r.phase.name for r in one.reports if not r.fits]
         sizes = [r.memory.peak if r.memory is not None else None for r in one.reports]
         peak = _gib(max(size for size in sizes if size is not None)) if None not in sizes else "too much to compile"
@@ -157,10 +157,10 @@ def _constants(where: Slice) -> Table:
     return Table("Constants", header, [(*size, f"{_gib(chip.hbm_usable)} GiB", *rates, chip.source)])
 
 
-def as_text(found: Iterable[Table], width: int = 34) -> str:
-    """Columns aligned; a cell longer than ``width`` ends its line."""
+def as_text(sections: Iterable[Table], width: int = 34) -> str:
+    """Return the tables as text with aligned columns; a cell longer than ``width`` ends its line."""
     parts = []
-    for table in found:
+    for table in sections:
         lines = [table.header, *table.rows]
         sizes = [max(len(line[i]) if len(line[i]) <= width else 0 for line in lines) for i in range(len(table.header))]
         parts.append(table.title)
@@ -169,10 +169,10 @@ def as_text(found: Iterable[Table], width: int = 34) -> str:
     return "\n".join(parts)
 
 
-def as_markdown(found: Iterable[Table], title: str) -> str:
-    """A page for docs."""
+def as_markdown(sections: Iterable[Table], title: str) -> str:
+    """Return the tables as a Markdown page for docs."""
     parts = [f"# {title}", ""]
-    for table in found:
+    for table in sections:
         parts += [f"{table.title}:", "", f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
         parts += [f"| {' | '.join(row)} |" for row in table.rows]
         parts.append("")
@@ -183,10 +183,14 @@ def as_json(
     reports: Sequence[Report],
     where: Slice | None,
     settings: dict[str, Any],
-    tried: Sequence[Tried] = (),
+    attempts: Sequence[Attempt] = (),
     change: str = "",
 ) -> str:
-    """Everything, in bytes, operations and seconds. settings: what was planned. change: the nearest that would fit."""
+    """Return the plan as JSON, in bytes, operations and seconds.
+
+    settings: the planned settings.
+    change: the nearest change with which the plan would fit.
+    """
 
     def one(r: Report) -> dict[str, Any]:
         row: dict[str, Any] = {"phase": r.phase.name, "fits": r.fits, "problem": r.problem, "program_sha256": r.sha256}
@@ -209,7 +213,7 @@ def as_json(
     name = None if where is None else where.name
     whole: dict[str, Any] = {"topology": name, "chip": chip, "settings": settings}
     whole["phases"] = [one(r) for r in reports]
-    if tried:
-        header, *rows = (_tried(tried).header, *_tried(tried).rows)
+    if attempts:
+        header, *rows = (_attempts_table(attempts).header, *_attempts_table(attempts).rows)
         whole["tried"] = [dict(zip(header, row, strict=True)) for row in rows]
     return json_text(whole | ({"nearest_change": change} if change else {}), indent=2)

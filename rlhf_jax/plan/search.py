@@ -1,4 +1,4 @@
-"""What else to try: the nearest change that makes a phase fit, and the best settings of many."""
+"""The search of a plan: the nearest change that makes a phase fit, and the best of many settings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ Remat = bool | Literal["cheap"]
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """What the configs are called in the file that is planned, with their scopes; remat: of the config that has it. unbound:
-    what has to be bound before a key of one of them has an effect, by its name here."""
+    """The names of the configs in the planned file, with their scopes.
+
+    remat: name of the config that has it.
+    unbound: the binding that a key needs before it has an effect, by its name here.
+    """
 
     mesh: str = "MeshConfig"
     batch: str = "BatchConfig"
@@ -36,8 +39,12 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What a search may change. rows: of a batch (PPO: prompts in flight). slots: completions that are decoded at a time,
-    0 = all. remat: as in ModelConfig, None = as configured."""
+    """The settings that a search may change.
+
+    rows: of a batch (PPO: prompts in flight).
+    slots: completions that are decoded at a time, 0 = all.
+    remat: as in ModelConfig, None = as configured.
+    """
 
     mesh: MeshConfig
     rows: int
@@ -47,7 +54,7 @@ class Candidate:
     keys: Keys = dataclasses.field(default=Keys(), compare=False, repr=False)
 
     def bindings(self, than: Candidate) -> str:
-        """What to bind to get from ``than`` to here, as gin text."""
+        """Return the bindings that lead from ``than`` to this candidate, as gin text."""
         keys, first = self.keys, dict(self.keys.unbound)
         axes = ("data", "fsdp", "tensor")
         mesh = {axis: getattr(self.mesh, axis) for axis in axes if getattr(self.mesh, axis) != getattr(than.mesh, axis)}
@@ -60,11 +67,11 @@ class Candidate:
             changes["remat"]["remat"] = self.remat
         if self.slots != than.slots:
             changes["slots"]["slots"] = self.slots
-        told = []
+        lines = []
         for of, values in changes.items():
-            told += [first[of]] if values and of in first else []
-            told += [f"{getattr(keys, of)}.{name} = {value!r}" for name, value in values.items()]
-        return ", ".join(told) or "as configured"
+            lines += [first[of]] if values and of in first else []
+            lines += [f"{getattr(keys, of)}.{name} = {value!r}" for name, value in values.items()]
+        return ", ".join(lines) or "as configured"
 
 
 REMATS: tuple[Remat, ...] = (False, "cheap", True)
@@ -78,9 +85,13 @@ Build = Callable[[Candidate], tuple[Mesh, list[PlannedPhase]]]
 def nearest(
     start: Candidate, remat: Remat, minibatches: int, sampling: bool = False, shards: int = 1
 ) -> Iterable[Candidate]:
-    """From small to large changes: recompute what is cheap, recompute blocks, more microbatches, fewer slots, fewer rows.
-    remat: what is recomputed now. minibatches: into which rows divide before microbatches. sampling: whether slots would
-    help. shards: over which the rows of a microbatch, and slots, have to divide still."""
+    """Yield changes from small to large: recompute cheap operations, recompute blocks, more microbatches, fewer slots, fewer rows.
+
+    remat: the recomputation in use.
+    minibatches: into which rows divide before microbatches.
+    sampling: whether slots would help.
+    shards: over which the rows of a microbatch, and slots, must still divide.
+    """
     for more in REMATS[REMATS.index(remat) + 1 :]:
         start = dataclasses.replace(start, remat=more)
         yield start
@@ -99,20 +110,23 @@ def nearest(
 
 
 def _fewer_slots(start: Candidate) -> list[int]:
-    """A half and a quarter of those in use."""
-    now = start.slots or start.rows
-    return [now // part for part in (2, 4) if now % part == 0]
+    """Return a half and a quarter of the slots in use."""
+    current = start.slots or start.rows
+    return [current // part for part in (2, 4) if current % part == 0]
 
 
 def variations(
     start: Candidate, chips: int, heads: int, minibatches: int, *, remat: Remat, sampling: bool = False
 ) -> list[Candidate]:
-    """Mesh shapes (tensor a power of two that divides the key/value heads, the rest fsdp) x microbatches x rows x what is
-    recomputed x slots when there is ``sampling``. remat: what is recomputed as configured. Without ``start`` itself."""
+    """Return the variations of ``start``, without itself: mesh shapes x microbatches x rows x recomputation x slots.
+
+    In mesh shapes tensor is a power of two that divides the key/value heads, and fsdp takes the remaining chips.
+    remat: the recomputation as configured. sampling: whether to vary slots.
+    """
     tensors = [2**i for i in range(6) if heads % 2**i == 0 and chips % 2**i == 0]
     splits = sorted({int(start.microbatches * 2.0**i) for i in range(-2, 4) if start.microbatches * 2.0**i >= 1})
     slots = [start.slots, *(_fewer_slots(start) if sampling else [])]
-    found = []
+    candidates = []
     remats = (start.remat, *(other for other in REMATS if other != remat))
     for tensor, microbatches, rows, deep, slot in itertools.product(
         tensors, splits, (start.rows, start.rows * 2), remats, slots
@@ -129,15 +143,15 @@ def variations(
                 "remat": deep,
                 "slots": slot,
             }
-            found.append(dataclasses.replace(start, **changed))
-    return [one for one in found if one != start]
+            candidates.append(dataclasses.replace(start, **changed))
+    return [one for one in candidates if one != start]
 
 
 def _same(mesh: MeshConfig, configured: MeshConfig, chips: int) -> bool:
-    """Whether ``configured`` is ``mesh`` with one axis left to be filled up (-1)."""
-    given = {axis: getattr(configured, axis) for axis in AXES}
-    rest = chips // math.prod(size for size in given.values() if size != -1)
-    filled = {axis: rest if size == -1 else size for axis, size in given.items()}
+    """Return whether ``configured`` is ``mesh`` with one axis to be filled up (-1)."""
+    sizes = {axis: getattr(configured, axis) for axis in AXES}
+    remaining = chips // math.prod(size for size in sizes.values() if size != -1)
+    filled = {axis: remaining if size == -1 else size for axis, size in sizes.items()}
     return all(getattr(mesh, axis) == size for axis, size in filled.items())
 
 
@@ -146,14 +160,14 @@ SLACK = 1.2
 
 
 def analytic_bytes(phases: Iterable[PlannedPhase]) -> int:
-    """What the phases need about, a chip, without compiling (docs/tpu.md says how near that is)."""
+    """Estimate the bytes that the phases need, a chip, without compiling (docs/tpu.md gives the accuracy)."""
     return max(phase.analytic for phase in phases)
 
 
 def repair(
     build: Build, start: Candidate, wrong: list[Report], chip: Chip, remat: Remat, minibatches: int, most: int
 ) -> str:
-    """The nearest change with which the phases that do not fit do, as a sentence. Compiles at most ``most`` candidates."""
+    """Describe in a sentence the nearest change that makes all phases fit. Compiles at most ``most`` candidates."""
     names = {report.phase.name for report in wrong}
     mesh, phases = build(start)
     resident = max(tree_bytes(dict(phase.resident)) for phase in phases)
@@ -162,10 +176,10 @@ def repair(
         return f"what stays in HBM alone is more than a chip has: take a slice of at least {2 ** math.ceil(math.log2(chips))} chips"
     if most < 1:
         return "not looked for (--plan_repairs)"
-    tried = 0
+    attempts = 0
     shards = ActivationConstraint(mesh).parts("act_batch")
     for candidate in nearest(start, remat, minibatches, "generate" in names, shards):
-        if tried == most:
+        if attempts == most:
             break
         try:
             mesh, phases = build(candidate)
@@ -173,18 +187,21 @@ def repair(
             continue
         if analytic_bytes(phases) > SLACK * chip.hbm_usable:
             continue
-        tried += 1
+        attempts += 1
         if all(compile_phase(phase, mesh, chip).fits for phase in phases if phase.name in names):
             return f"it fits with {candidate.bindings(start)}"
     return (
-        f"none of recomputation, microbatches and rows makes it fit ({tried} changes compiled, the others need too much by "
+        f"none of recomputation, microbatches and rows makes it fit ({attempts} changes compiled, the others need too much by "
         "the analytic sum): take a larger slice"
     )
 
 
 def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: int) -> list[Candidate]:
-    """The first ``most`` that may fit by `analytic_bytes`. Fewer microbatches a row first (weights are read less often);
-    of every kind (mesh, recomputation, slots) one before a second of any."""
+    """Select the first ``most`` candidates that may fit by `analytic_bytes`.
+
+    Fewer microbatches a row come first (weights are read less often); each kind (mesh, recomputation, slots) gets one
+    candidate before any gets a second.
+    """
     ranked = sorted(candidates, key=lambda one: (one.microbatches / one.rows, one.mesh.tensor, one.remat is True))
     turn: Counter[Any] = Counter()
     queue = []
@@ -206,12 +223,12 @@ def promising(build: Build, candidates: Iterable[Candidate], chip: Chip, most: i
 
 
 def better(reports: list[Report], than: list[Report]) -> bool:
-    """Fitting beats not fitting, then the shorter time a token, then the smaller peak."""
+    """Compare two plans: fitting comes before not fitting, then the shorter time a token, then the smaller peak."""
     return rank(reports) < rank(than)
 
 
 def verdict(reports: list[Report]) -> str:
-    """One line."""
+    """Return the result in one line."""
     wrong = [r.phase.name for r in reports if not r.fits]
     if wrong:
         return f"does not fit: {', '.join(wrong)}"
@@ -219,7 +236,7 @@ def verdict(reports: list[Report]) -> str:
 
 
 def summary(reports: list[Report]) -> str:
-    """What came out, in a sentence or two."""
+    """Return the result in a sentence or two."""
     wrong = [r for r in reports if not r.fits]
     if wrong:
         return "; ".join(map(why, wrong)) + "."
@@ -232,7 +249,7 @@ def summary(reports: list[Report]) -> str:
 
 
 def why(report: Report) -> str:
-    """Of a phase that does not fit: how much it needs, and its largest buffers."""
+    """Explain why a phase does not fit: how much it needs, and its largest buffers."""
     largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in report.largest[:4])
     needed = report.problem
     if report.memory is not None and report.usable is not None:

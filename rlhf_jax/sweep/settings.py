@@ -40,7 +40,7 @@ class PlannedRun:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """``text`` cut at the separators outside of quotes and brackets: "1,(2,3),'a,b'" -> 1 | (2,3) | 'a,b'."""
+    """Cut ``text`` at the separators outside of quotes and brackets: "1,(2,3),'a,b'" -> 1 | (2,3) | 'a,b'."""
     parts, begin, depth, quote = [], 0, 0, ""
     for index, character in enumerate(text):
         if quote:
@@ -65,18 +65,18 @@ def _assignment(text: str, flag: str) -> tuple[str, str]:
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
-    """'PPOConfig.kl_coefficient=0.02,0.05' -> (the key, its values as gin text). Raises InputError."""
+    """Parse 'PPOConfig.kl_coefficient=0.02,0.05' into (the key, its values as gin text). Raises InputError."""
     key, values = _assignment(text, "grid")
-    found = _split(values, ",")
-    if "" in found:
+    parts = _split(values, ",")
+    if "" in parts:
         raise InputError(f"--grid={text!r}: a value is empty; write KEY=VALUE,VALUE")
-    if len(set(found)) < len(found):
+    if len(set(parts)) < len(parts):
         raise InputError(f"--grid={text!r}: a value is given twice")
-    return key, found
+    return key, parts
 
 
 def parse_point(text: str) -> Setting:
-    """'A.b=1; C.d=2' -> {'A.b': '1', 'C.d': '2'}. Raises InputError."""
+    """Parse 'A.b=1; C.d=2' into {'A.b': '1', 'C.d': '2'}. Raises InputError."""
     pairs = [_assignment(part, "point") for part in _split(text, ";") if part]
     if not pairs or len(dict(pairs)) < len(pairs):
         raise InputError(f"--point={text!r}: write KEY=VALUE; KEY=VALUE with every key once")
@@ -84,8 +84,10 @@ def parse_point(text: str) -> Setting:
 
 
 def expand(axes: Sequence[str], points: Sequence[str]) -> list[Setting]:
-    """Every point (one that sets nothing, when none is given) with every combination of the axes; the last axis changes
-    fastest. Raises InputError."""
+    """Return every point with every combination of the axes; the last axis changes fastest.
+
+    Without points: one that sets nothing. Raises InputError.
+    """
     parsed = [parse_axis(text) for text in axes]
     keys = [key for key, _ in parsed]
     starts = [parse_point(text) for text in points] or [{}]
@@ -104,18 +106,19 @@ def expand(axes: Sequence[str], points: Sequence[str]) -> list[Setting]:
 
 
 def plan(settings: Sequence[Setting], seeds: Sequence[int]) -> list[PlannedRun]:
-    """One run for each setting and seed; the seeds of a setting follow each other. seeds: [] = the configuration's own.
+    """Return one run for each setting and seed; the seeds of a setting follow each other.
 
-    Names: ``kl_coefficient=0.02__seed=1``; keys are cut to what tells them apart. Raises InputError.
+    seeds: [] = the configuration's own.
+    Names: ``kl_coefficient=0.02__seed=1``; keys are cut to the components that distinguish them. Raises InputError.
     """
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds={','.join(map(str, seeds))}: a seed is given twice")
     short = _short_keys(list(dict.fromkeys(key for setting in settings for key in setting)))
     names = ["__".join(f"{short[key]}={_plain(value)}" for key, value in setting.items()) for setting in settings]
-    seen = Counter(names)
+    occurrences = Counter(names)
     runs = []
     for setting, name in zip(settings, names, strict=True):
-        if seen[name] > 1:  # values that differ only in characters a file name cannot have
+        if occurrences[name] > 1:  # values that differ only in characters a file name cannot have
             name = f"{name}-{_hash(json.dumps(setting))}"
         for seed in seeds or (None,):
             parts = [name] if name else []
@@ -125,20 +128,20 @@ def plan(settings: Sequence[Setting], seeds: Sequence[int]) -> list[PlannedRun]:
 
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """{'policy/O.b1': 'b1'}; two keys that end alike keep one component more, and so on."""
+    """Cut keys short: {'policy/O.b1': 'b1'}; two keys that end alike keep one component more, and so on."""
     parts = {key: re.split(r"[./]", key) for key in keys}
     short = {}
     for key, words in parts.items():
-        others = [other for name, other in parts.items() if name != key]
+        other_parts = [other for name, other in parts.items() if name != key]
         length = next(
-            n for n in range(1, len(words) + 1) if n == len(words) or all(o[-n:] != words[-n:] for o in others)
+            n for n in range(1, len(words) + 1) if n == len(words) or all(o[-n:] != words[-n:] for o in other_parts)
         )
         short[key] = ".".join(words[-length:])
     return short
 
 
 def _plain(value: str) -> str:
-    """A value as part of a file name."""
+    """Format a value as part of a file name."""
     text = re.sub(r"[^A-Za-z0-9.+-]+", "_", value).strip("_") or _hash(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 9]}-{_hash(value)}"
 
@@ -159,11 +162,11 @@ class Measured:
 
 
 def final_metrics(run_dir: Path, average: int = 1) -> Measured:
-    """Returns what a finished run measured.
+    """Return the measurements of a finished run.
 
     metrics.jsonl: each metric's last value, or the mean of its last ``average`` ones. evaluation.json: POLICY/SCORE, and
-    FROM->TO/SCORE for the paired difference, FROM->TO/gold_at_equal_length. What lies in sub-directories (the stages of
-    a pipeline) has their names in front: ppo/score, evaluation/sft->ppo/gold. Raises InputError for a damaged
+    FROM->TO/SCORE for the paired difference, FROM->TO/gold_at_equal_length. Metrics of sub-directories (the stages of
+    a pipeline) have their names in front: ppo/score, evaluation/sft->ppo/gold. Raises InputError for a damaged
     evaluation.json.
     """
     whole = _of_directory(run_dir, average)
@@ -200,7 +203,7 @@ def _of_evaluation(evaluation: dict[str, Any], place: str) -> dict[str, float]:
 
 
 def _named_means(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """POLICY/SCORE, FROM->TO/SCORE and FROM->TO/gold_at_equal_length of an evaluation.json."""
+    """Return POLICY/SCORE, FROM->TO/SCORE and FROM->TO/gold_at_equal_length of an evaluation.json."""
     for policy in evaluation["policies"]:
         yield from ((f"{policy['name']}/{score}", entry["mean"]) for score, entry in policy["scores"].items())
     for pair in evaluation["differences"]:

@@ -1,5 +1,6 @@
-"""What tests need, ours and those of users: tiny models, small tokenizers, hand-made batches, toy rewards, pretended devices,
-and the comparison of two runs."""
+"""Fixtures for tests of this package and of its users: tiny models, small tokenizers, batches, toy rewards, simulated devices, and
+the comparison of two runs.
+"""
 
 from __future__ import annotations
 

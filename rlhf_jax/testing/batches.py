@@ -18,7 +18,7 @@ def token_batch(
     prompt_lengths: Sequence[int] | None = None,
     pad_id: int = 0,
 ) -> TokenBatch:
-    """One document a row, right-padded to ``length`` (default: the longest). An empty row is all padding.
+    """Return one document a row, right-padded to ``length`` (default: the longest). An empty row is all padding.
 
     loss_mask is True from column ``prompt_lengths[row]`` on (default 1: everything but the first token, which nothing
     predicts). Raises InputError when a row does not fit.
@@ -45,7 +45,7 @@ def prompt_batch(
     sample_ids: Sequence[int] | None = None,
     pad_id: int = 0,
 ) -> PromptBatch:
-    """Prompts left-padded to ``width`` columns (default: the longest). prompt_ids default to 0, 1, ...; sample_ids to 0."""
+    """Return prompts left-padded to ``width`` columns (default: the longest). prompt_ids default to 0, 1, ...; sample_ids to 0."""
     columns = max(len(row) for row in rows) if width is None else width
     tokens, mask = np.full((len(rows), columns), pad_id, np.int32), np.zeros((len(rows), columns), bool)
     for index, row in enumerate(rows):
@@ -59,7 +59,7 @@ def prompt_batch(
 
 
 def random_prompts(seed: int, rows: int, width: int, vocab_size: int) -> PromptBatch:
-    """``rows`` prompts of 1 ... ``width`` tokens (the first one fills the width), ids 3 ... vocab_size - 1."""
+    """Return ``rows`` prompts of 1 ... ``width`` tokens (the first one fills the width), ids 3 ... vocab_size - 1."""
     rng = np.random.default_rng(seed)
     lengths = [width, *rng.integers(1, width + 1, rows - 1)]
     return prompt_batch([rng.integers(3, vocab_size, n).tolist() for n in lengths], width=width)
@@ -74,7 +74,7 @@ def completions(
     pad_id: int = 0,
     logprobs: np.ndarray | None = None,
 ) -> Completions:
-    """``responses`` (what was sampled, a final end-of-sequence token included where there is one) after ``prompts``.
+    """Append ``responses`` (the sampled tokens, a final end-of-sequence token included where there is one) to ``prompts``.
 
     length: columns of the response. logprobs: the sampler's, float32 [B, length], 0 when not given. ended follows from
     the last token of each response.

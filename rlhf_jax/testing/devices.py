@@ -31,7 +31,7 @@ def pretend_devices(count: int) -> None:
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, expert: int = 1) -> Mesh:
-    """A mesh over the first data * fsdp * tensor * sequence * expert devices. Raises InputError when there are fewer."""
+    """Return a mesh over the first data * fsdp * tensor * sequence * expert devices. Raises InputError when there are fewer."""
     count = data * fsdp * tensor * sequence * expert
     if count > len(jax.devices()):
         raise InputError(f"mesh_of: needs {count} devices, there are {len(jax.devices())}; see pretend_devices")
@@ -39,10 +39,10 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, ex
 
 
 def bytes_per_device(tree: Any) -> dict[int, int]:
-    """Bytes of the arrays of ``tree`` on each device, by device id. Replicated data counts on every device it lies on."""
-    held: dict[int, int] = {}
+    """Return the bytes of the arrays of ``tree`` on each device, by device id. Replicated data counts on every device."""
+    device_bytes: dict[int, int] = {}
     for leaf in jax.tree.leaves(tree):
         raw = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         for shard in raw.addressable_shards:
-            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
-    return held
+            device_bytes[shard.device.id] = device_bytes.get(shard.device.id, 0) + shard.data.nbytes
+    return device_bytes

@@ -13,7 +13,9 @@ from rlhf_jax.types import Params
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
-    """Vocabulary 64, hidden 16, 2 layers, 4 query heads on 2 key/value heads of 8, feed-forward 32; ``changes`` on top.
+    """Return a configuration of vocabulary 64, hidden 16, 2 layers, 4 query heads on 2 key/value heads of 8, feed-forward 32.
+
+    changes: other fields of the configuration.
 
     The sizes differ where mixing them up should show (heads x head_dim is not hidden) and divide over every mesh of
     eight devices with tensor <= 2.
@@ -31,7 +33,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def random_params(model: Model, seed: int) -> Params:
-    """Parameters of ``model`` (numpy leaves, its shapes and dtypes) with nothing left at a special value.
+    """Return parameters of ``model`` (numpy leaves, its shapes and dtypes) with nothing left at a special value.
 
     `Model.init` starts norm scales at 1 and biases at 0, which hides a missing scale or bias; here they are random too, and
     matrices are large enough for peaked logits. A leaf depends on (seed, path, shape) alone, so that models which share
@@ -51,11 +53,11 @@ def random_params(model: Model, seed: int) -> Params:
         scaled: np.ndarray = values.astype(leaf.dtype)
         return scaled
 
-    drawn: Params = jax.tree_util.tree_map_with_path(draw, model.abstract())
-    return drawn
+    params: Params = jax.tree_util.tree_map_with_path(draw, model.abstract())
+    return params
 
 
 def tiny_model(head: Head = "lm", *, seed: int = 0, **changes: Any) -> tuple[Model, Params]:
-    """A `tiny_config` model under ``head`` with `random_params`. changes: other fields of the configuration."""
+    """Return a `tiny_config` model under ``head`` with `random_params`. changes: other fields of the configuration."""
     model = Model(tiny_config(head=head, **changes))
     return model, random_params(model, seed)

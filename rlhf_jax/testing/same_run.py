@@ -1,4 +1,4 @@
-"""Whether two runs are the same, bit for bit: what a resumed run promises."""
+"""Comparison of two runs, bit for bit: a resumed run must equal one without a break."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rlhf_jax.storage.names import METRICS, NORMALISATION
 
 
 def difference(unbroken: Path, broken: Path) -> str:
-    """'' when two run directories hold the same, else 'different: ...', or 'lost: ...' when ``broken`` lacks a step.
+    """Return '' when two run directories hold the same, else 'different: ...', or 'lost: ...' when ``broken`` lacks a step.
 
     Compared are metrics.jsonl byte for byte, every array of the newest checkpoint, what that keeps on the host, and
     reward_normalisation.json. Raises DamagedCheckpoint for a checkpoint that is not what was saved.
     """
-    ours, theirs = ((directory / METRICS).read_bytes().splitlines() for directory in (broken, unbroken))
-    if len(ours) != len(theirs):
-        return f"lost: {len(ours)} lines of metrics, not {len(theirs)}"
-    if ours != theirs:
-        first = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+    broken_lines, unbroken_lines = ((directory / METRICS).read_bytes().splitlines() for directory in (broken, unbroken))
+    if len(broken_lines) != len(unbroken_lines):
+        return f"lost: {len(broken_lines)} lines of metrics, not {len(unbroken_lines)}"
+    if broken_lines != unbroken_lines:
+        first = next(i for i, pair in enumerate(zip(broken_lines, unbroken_lines, strict=True)) if pair[0] != pair[1])
         return f"different: line {first + 1} of metrics.jsonl"
     places = find_step(broken), find_step(unbroken)
     if places[0].name != places[1].name:
@@ -39,5 +39,5 @@ def difference(unbroken: Path, broken: Path) -> str:
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    """Bit for bit."""
+    """Compare bit for bit."""
     return one is not None and other is not None and one.dtype == other.dtype and one.tobytes() == other.tobytes()

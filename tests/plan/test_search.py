@@ -18,10 +18,10 @@ from rlhf_jax.models import Model
 from rlhf_jax.parallel import ActivationConstraint, MeshConfig, abstract_arrays, make_mesh, tree_shardings
 from rlhf_jax.plan import (
     CHIPS,
+    Attempt,
     Candidate,
     Keys,
     Seconds,
-    Tried,
     as_html,
     as_json,
     better,
@@ -108,7 +108,7 @@ def test_the_page_says_it_all(peaks: dict[str, int]) -> None:
     """Verdict, a bar a phase with the limit, and what the search tried, what fits first."""
     wrong, fitting = compiled(START, peaks["remat"]), compiled(dataclasses.replace(START, remat=True), peaks["remat"])
     slice_ = parse_slice("v5e:2x4")
-    tried = [Tried("as configured", wrong), Tried("ModelConfig.remat = True", fitting)]
+    tried = [Attempt("as configured", wrong), Attempt("ModelConfig.remat = True", fitting)]
     found = tables(fitting, slice_, tried)
     assert [row[:2] for row in found[-1].rows] == [
         ("ModelConfig.remat = True", "yes"),
