@@ -12,8 +12,8 @@ COPY rlhf_jax rlhf_jax
 COPY experiments experiments
 COPY configs configs
 RUN pip install --no-cache-dir ".[${EXTRAS}]" -c constraints.txt && rm -rf /src/*
-RUN useradd --create-home runner
-USER runner
+RUN useradd --create-home --uid 1000 runner
+USER 1000
 WORKDIR /home/runner
 ENTRYPOINT ["rlhf-jax"]
 CMD ["list"]

@@ -1,9 +1,9 @@
-"""Compare policies on the same held-out prompts: scores by component with intervals, paired and length-controlled gains.
+"""Compare policies on the same held-out prompts: scores with intervals, paired and length-controlled differences.
 
     python experiments/evaluate.py --gin_file=configs/support_desk/evaluate.gin
 
-Writes RUN_DIR/evaluation.json (with seed and commit) and every response with its scores to RUN_DIR/completions.jsonl; prints
-the scores, and the paired differences of all of them.
+Writes RUN_DIR/evaluation.json (with seed and commit), and every response with its scores to RUN_DIR/completions.jsonl; prints the
+scores and all paired differences.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def run(
 ) -> None:
     """Compare policies on the same prompts.
 
-    policies: (name, run directory), each compared with the one before it. reward: scored too, as "reward" (proxy).
-    other_template: names of policies that are taken though they learned from conversations written otherwise than prompts.
+    policies: pairs (name, run directory); each policy is compared with the one before it. reward: a reward model that scores too, as
+    "reward". score_texts: scores of the texts of responses. other_template: names of policies that may have been trained with another
+    template than the prompts have. samples_shown: prompts whose responses are printed.
     """
     bound = bound_config()
     prompts = open_records(prompts)

@@ -1,4 +1,4 @@
-"""A run directory as a Hugging Face style directory, which transformers and what reads its format load.
+"""Export a run directory as a Hugging Face directory, which transformers and other readers of that format load.
 
     python experiments/export.py --run_dir=runs/support_desk/ppo --out=exports/ppo
     python experiments/export.py --run_dir=runs/mine/sft_lora --out=exports/adapter --adapter_only

@@ -1,9 +1,9 @@
-"""Sample completions from a model into RUN_DIR/completions.jsonl, and with an annotator compare them.
+"""Sample responses from a model into RUN_DIR/completions.jsonl, and compare them with an annotator.
 
     python experiments/generate.py --gin_file=configs/support_desk/completions.gin
 
-With ``annotator`` (a simulated one) and samples >= 2 the first two replies of each prompt are compared and
-RUN_DIR/comparisons.jsonl is what train_reward.py reads.
+With ``annotator`` (a simulated one) and samples >= 2, the first two responses to each prompt are compared into
+RUN_DIR/comparisons.jsonl, which train_reward.py reads.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def run(
     mesh: MeshConfig = MeshConfig(),
     slots: rollout.SlotConfig = rollout.ALL_AT_ONCE,
 ) -> None:
-    """Sample completions, score them and compare them.
+    """Sample responses, score them and compare them.
 
-    samples: completions per prompt, batch_size prompts at a time. seeds: column of the prompts (one of ``Fields.extra``)
-    with a number for each, which its random bits then depend on instead of its place in the file. score_texts: scores
-    written with each completion (the annotator needs "gold").
+    samples: responses to each prompt, with batch_size prompts at a time. seeds: a column of the prompts (one of ``Fields.extra``)
+    with a number that the random bits of a prompt depend on, in place of its position in the file. score_texts: scores that are
+    written with each response; the annotator needs "gold". annotator: compare the first two responses to each prompt.
     """
     bound = bound_config()
     prompts = open_records(prompts)

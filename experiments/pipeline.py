@@ -1,12 +1,12 @@
-"""Run stages one after another, each a process of its own and a run directory of its own below one directory.
+"""Run stages one after another, each in a process and a run directory of its own.
 
     python experiments/pipeline.py --gin_file=configs/pipeline/quickstart.gin
 
-The same command goes on after a stop: a finished stage is skipped while its configuration and everything it read are
-what they were, and every experiment resumes its own run directory. SIGTERM and Ctrl-C are passed on to the stage under
-way, which saves first. A stage's provenance.json names the run directories, configurations and checkpoint fingerprints
-it started from; RUN_DIR/pipeline.json holds what each stage was asked for and when it finished. --sync=URL goes to every
-stage as URL/STAGE: on another machine each stage is fetched and found complete.
+The same command continues after a stop: a finished stage is skipped while its configuration and inputs are unchanged, and every
+experiment resumes its own run directory. SIGTERM and Ctrl-C are passed on to the running stage, which saves first. The
+provenance.json of a stage names the run directories, configurations and checkpoint fingerprints that it started from;
+RUN_DIR/pipeline.json holds the command of each stage and the time when it finished. --sync=URL is passed to every stage as
+URL/STAGE: on another machine each stage is fetched and found complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does a run fit a TPU slice, and what will it cost: compiles every phase ahead of time, on a machine without a TPU.
+"""Compile every phase of a training run for a TPU slice, without a TPU, and say whether it fits and what it costs.
 
     python experiments/plan.py --experiment=train_ppo --gin_file=configs/plan/llama3_8b_ppo.gin --topology=v5p:2x2x4
 

@@ -1,4 +1,4 @@
-"""One experiment under many settings and seeds, one run directory each, one after the other, and a table of the results.
+"""Run one experiment with several settings and seeds, one run directory each, and print a table of the results.
 
     python experiments/sweep.py --experiment=train_ppo --gin_file=configs/support_desk/ppo.gin \\
         --grid="PPOConfig.kl_coefficient=0.02,0.05" --seeds=0,1,2 --metrics=score,kl --out=runs/sweeps/kl

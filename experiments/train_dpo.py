@@ -1,4 +1,4 @@
-"""Direct preference optimisation (and its relatives) of a policy from comparisons, without a reward model.
+"""Direct preference optimisation (DPO) and its relatives: a policy from comparisons, without a reward model.
 
 python experiments/train_dpo.py --gin_file=configs/support_desk/dpo.gin
 """
@@ -38,11 +38,12 @@ def run(
     dpo: learn.DPOConfig = learn.DPOConfig(),
     lora: LoraConfig | None = None,
 ) -> None:
-    """Train a policy from comparisons.
+    """Train a policy on comparisons.
 
-    steps: optimizer steps. model: the policy to begin with, and its own frozen reference. lora: train adapters; the
-    reference is their base, without a copy. Everything else is described at its dataclass. A plan
-    (--plan) needs no run_dir, steps, seed, records and loop.
+    steps: optimizer steps of the whole run. model: the policy to start from; a frozen copy is the reference. lora: train low-rank
+    adapters, with their base as the reference; None trains every parameter.
+
+    Every other parameter is described where its type is defined. A plan (--plan) needs no run_dir, steps, seed, records and loop.
     """
     bound = bound_config()
     algorithm = DPO(model=model, records=records, batch=batch, optimizer=optimizer, dpo=dpo, lora=lora)

@@ -1,8 +1,8 @@
-"""GRPO and its relatives (DAPO, Dr. GRPO, GSPO, RLOO) against a reward model, or against a programmatic reward.
+"""GRPO and its relatives (DAPO, Dr. GRPO, GSPO, RLOO) against a reward model, or against a function of texts.
 
     python experiments/train_grpo.py --gin_file=configs/support_desk/grpo.gin
 
-One iteration: sample several responses of a prompt, score, compare within each prompt, update.
+One iteration: sample several responses to each prompt, score them, compare them within their prompt, update.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ def run(
 ) -> None:
     """Train a policy with GRPO.
 
-    steps: iterations. batch.batch_size: responses of an iteration, ``samples`` of each prompt. Exactly one of reward (a
-    model) and reward_texts (its ``reward_key`` is the score). The other parameters are those of train_ppo.
+    steps: iterations of the whole run. samples: responses to each prompt; ``batch.batch_size`` counts responses. reward: a reward
+    model; give it or reward_texts. reward_texts: a function that scores texts; its ``reward_key`` is the score.
+
+    The other parameters are those of train_ppo. A plan (--plan) needs no run_dir, steps, seed, prompts and loop.
     """
     bound = bound_config()
     algorithm = GRPO(

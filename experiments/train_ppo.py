@@ -1,4 +1,4 @@
-"""PPO of a policy against a reward model, or against a programmatic reward.
+"""PPO of a policy against a reward model, or against a function of texts.
 
     python experiments/train_ppo.py --gin_file=configs/support_desk/ppo.gin
 
@@ -56,12 +56,14 @@ def run(
 ) -> None:
     """Train a policy with PPO.
 
-    steps: iterations. Exactly one of reward (a model; the value model starts from it) and reward_texts (its
-    ``reward_key`` is the score). monitor: scores of the texts that are logged and not trained on.
-    share_trunk: the value head uses the policy's trunk. rollout_mesh: the same devices in another shape, to sample.
-    lora: train adapters on policy and value model. offload_optimizer: keep its state in host memory between updates.
-    one_step_off: sample the next rollout while texts are judged, by the policy before the update (docs/performance.md).
-    A plan (--plan) needs no run_dir, steps, seed, prompts and loop.
+    steps: iterations of the whole run. reward: a reward model, from which the value model starts; give it or reward_texts.
+    reward_texts: a function that scores texts; its ``reward_key`` is the score. monitor: scores of texts that are logged and not
+    trained on. share_trunk: put the value head on the policy's trunk. rollout_mesh: the same devices in another shape, for sampling.
+    lora: train low-rank adapters on policy and value model; None trains every parameter. offload_optimizer: keep the optimizer state
+    in host memory during rollouts. one_step_off: sample the next rollout with the policy before the update, while texts are judged
+    (docs/performance.md).
+
+    Every other parameter is described where its type is defined. A plan (--plan) needs no run_dir, steps, seed, prompts and loop.
     """
     bound = bound_config()
     algorithm = PPO(

@@ -41,14 +41,16 @@ def run(
     centring: float = 0.0,
     lora: LoraConfig | None = None,
 ) -> None:
-    """Train a reward model from comparisons.
+    """Train a reward model on comparisons.
 
-    steps: optimizer steps. centring: weight of (chosen + rejected)^2. lora: train adapters and the scalar head, the rest
-    frozen. Everything else is described at its dataclass. A plan (--plan) needs no run_dir, steps, seed, records and loop.
+    steps: optimizer steps of the whole run. centring: weight of (chosen + rejected)^2, which keeps rewards near 0. lora: train
+    low-rank adapters and the scalar head with the model frozen; None trains every parameter.
 
-    At the end reward_normalisation.json holds the gain and bias that give held-out rewards (the training pairs' where nothing
-    is held out) mean 0 and deviation 1; whoever loads this run as a reward model gets them, so that a KL coefficient means the
-    same for every reward model.
+    Every other parameter is described where its type is defined. A plan (--plan) needs no run_dir, steps, seed, records and loop.
+
+    At the end reward_normalisation.json holds the gain and bias that give held-out rewards (without held-out pairs, training rewards)
+    mean 0 and deviation 1. They are applied when the run is loaded as a reward model, so that a KL coefficient means the same for
+    every reward model.
     """
     bound = bound_config()
     algorithm = RewardModel(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, and pre-training a small base model: cross-entropy on demonstrations.
+"""Supervised fine-tuning: cross-entropy on demonstrations. Pre-training of a small base model works the same way.
 
 python experiments/train_sft.py --gin_file=configs/support_desk/sft.gin --gin_bindings='run.steps=20'
 """
@@ -39,8 +39,9 @@ def run(
 ) -> None:
     """Train a model on demonstrations.
 
-    steps: optimizer steps. lora: train adapters, the model frozen. Everything else is described at its dataclass. A plan
-    (--plan) needs no run_dir, steps, seed, records and loop.
+    steps: optimizer steps of the whole run. lora: train low-rank adapters with the model frozen; None trains every parameter.
+
+    Every other parameter is described where its type is defined. A plan (--plan) needs no run_dir, steps, seed, records and loop.
     """
     bound = bound_config()
     algorithm = SFT(model=model, records=records, batch=batch, optimizer=optimizer, lora=lora)

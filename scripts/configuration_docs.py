@@ -1,7 +1,7 @@
 """Write docs/configuration.md: every key that a gin file may bind, from the code.
 
-    python scripts/configuration_docs.py            # write the page
-    python scripts/configuration_docs.py --check    # exit code 1 when the page is not what the code says
+python scripts/configuration_docs.py            # write the page
+python scripts/configuration_docs.py --check    # exit code 1 when the page is not what the code says
 """
 
 from __future__ import annotations
