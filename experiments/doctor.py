@@ -1,4 +1,5 @@
-"""Check a training configuration before it costs days: configuration, data and one step. Nothing is trained or written to its run_dir.
+"""Check a training configuration before it costs days: configuration, data and one step. Nothing is trained or written to its
+run_dir.
 
     python experiments/doctor.py --experiment=train_ppo --gin_file=configs/support_desk/ppo.gin
 

@@ -63,8 +63,10 @@ def run(
 ) -> None:
     """Compare policies on the same prompts.
 
-    policies: pairs (name, run directory); each policy is compared with the one before it. reward: a reward model that scores too, as
-    "reward". score_texts: scores of the texts of responses. other_template: names of policies that may have been trained with another
+    policies: pairs (name, run directory); each policy is compared with the one before it. reward: a reward model that scores too,
+    as
+    "reward". score_texts: scores of the texts of responses. other_template: names of policies that may have been trained with
+    another
     template than the prompts have. samples_shown: prompts whose responses are printed.
     """
     bound = bound_config()

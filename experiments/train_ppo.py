@@ -58,8 +58,10 @@ def run(
 
     steps: iterations of the whole run. reward: a reward model, from which the value model starts; give it or reward_texts.
     reward_texts: a function that scores texts; its ``reward_key`` is the score. monitor: scores of texts that are logged and not
-    trained on. share_trunk: put the value head on the policy's trunk. rollout_mesh: the same devices in another shape, for sampling.
-    lora: train low-rank adapters on policy and value model; None trains every parameter. offload_optimizer: keep the optimizer state
+    trained on. share_trunk: put the value head on the policy's trunk. rollout_mesh: the same devices in another shape, for
+    sampling.
+    lora: train low-rank adapters on policy and value model; None trains every parameter. offload_optimizer: keep the optimizer
+    state
     in host memory during rollouts. one_step_off: sample the next rollout with the policy before the update, while texts are judged
     (docs/performance.md).
 

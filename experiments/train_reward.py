@@ -48,7 +48,8 @@ def run(
 
     Every other parameter is described where its type is defined. A plan (--plan) needs no run_dir, steps, seed, records and loop.
 
-    At the end reward_normalisation.json holds the gain and bias that give held-out rewards (without held-out pairs, training rewards)
+    At the end reward_normalisation.json holds the gain and bias that give held-out rewards (without held-out pairs, training
+    rewards)
     mean 0 and deviation 1. They are applied when the run is loaded as a reward model, so that a KL coefficient means the same for
     every reward model.
     """

@@ -15,7 +15,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 EXPERIMENTS = ("train_sft", "train_reward", "train_dpo", "train_ppo", "train_grpo", "generate", "evaluate", "pipeline")
 HEAD = """# Configuration keys
 
-`scripts/configuration_docs.py` writes this page from the code; `rlhf-jax describe EXPERIMENT` prints the same on the terminal. "required"
+`scripts/configuration_docs.py` writes this page from the code; `rlhf-jax describe EXPERIMENT` prints the same on the terminal.
+"required"
 is a key without a default. A default that begins with @ is a configuration with its own defaults.
 """
 
