@@ -19,7 +19,7 @@ from rlhf_jax.parallel import MeshConfig, make_mesh
 TARGET = "bold green"
 
 
-def preview(algorithm: Algorithm, *, mesh: MeshConfig, seed: int, run_dir: str, examples: int) -> None:
+def preview(algorithm: Algorithm[Any], *, mesh: MeshConfig, seed: int, run_dir: str, examples: int) -> None:
     """Print the first examples of the data. Tokens that are trained on are green, or in ⟦ ⟧ where there are no colours.
 
     Weights are not read. Raises InputError as a run does for data that cannot be used.
