@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from compiler_flags import EIGHT_DEVICES
+from compiler_flags import COMPILER, EIGHT_DEVICES
+from forked_programs import EXPERIMENTS, Server, forked_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,3 +49,10 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Run programs of one device that are forked from one process of this worker, which has imported what experiments do."""
+    with forked_programs(EXPERIMENTS, {**os.environ, "XLA_FLAGS": COMPILER}) as call:
+        yield call

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from compiler_flags import COMPILER
-from forked_programs import Call, Result, forked_programs
+from forked_programs import EXPERIMENTS, Result, Server, forked_programs
 
 from rlhf_jax.testing import difference
 
@@ -46,14 +46,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tree: Path) -> Iterator[Call]:
+def server(tree: Path) -> Iterator[Server]:
     environment = {**os.environ, "XLA_FLAGS": COMPILER}
-    with forked_programs("rlhf_jax.config.surface, rlhf_jax.plan, rlhf_jax.doctor", environment, tree) as call:
+    with forked_programs(EXPERIMENTS, environment, tree) as call:
         yield call
 
 
 @pytest.fixture
-def train(tree: Path, server: Call) -> Callable[..., Result]:
+def train(tree: Path, server: Server) -> Callable[..., Result]:
     def call(*arguments: str, config: str = "run_anchored", code: int = 0) -> Result:
         completions = server(tree, ["experiments/train_anchored.py", f"--gin_file=configs/{config}.gin", *arguments])
         assert completions.returncode == code, completions.stderr
@@ -89,7 +89,7 @@ def test_killed_in_its_own_phase_it_goes_on_bit_for_bit(train, tmp_path: Path) -
     """kill -9 while the new phase works; the same command without the fault goes on."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(f"--gin_bindings=RUN_DIR = '{whole}'")
-    fault = ["LoopConfig.faults = [@Fault()]", "Fault.point = 'measure'", "Fault.action = 'kill'", "Fault.step = 5"]
+    fault = ["LoopConfig.faults = [@Fault()]", "Fault.point = 'measure'", "Fault.action = 'kill'", "Fault.step = 3"]
     train(f"--gin_bindings=RUN_DIR = '{broken}'", *(f"--gin_bindings={line}" for line in fault), code=-9)
     train(f"--gin_bindings=RUN_DIR = '{broken}'")
     assert difference(whole, broken) == ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked_programs import Call, Result, forked_programs
+from forked_programs import Result, Server
 
 from rlhf_jax.config.gin_errors import Name
 from rlhf_jax.config.parsing import Change, changes, fingerprint_bindings, key_to_bind, scan
@@ -55,14 +54,8 @@ ToyConfig.learning_rate = %LR
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs("rlhf_jax.launch, rlhf_jax.config.surface", os.environ) as call:
-        yield call
-
-
 @pytest.fixture
-def program(tmp_path: Path, server: Call) -> Callable[..., Result]:
+def program(tmp_path: Path, server: Server) -> Callable[..., Result]:
     """Return a function that runs the toy program on the text of x.gin (which may include shared.gin)."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "shared.gin").write_text("UNUSED = 1\nSHARED = 2.0\n")

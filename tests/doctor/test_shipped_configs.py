@@ -8,14 +8,11 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from forked_programs import ROOT, Call, forked_programs
+from forked_programs import ROOT, Server
 
 from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records
 from rlhf_jax.io import export_pretrained
@@ -97,17 +94,10 @@ def macros(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
     }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    environment: dict[str, Any] = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}  # one device
-    with forked_programs("rlhf_jax.config.surface, rlhf_jax.doctor, rlhf_jax.algorithms", environment) as call:
-        yield call
-
-
 @pytest.mark.parametrize(
     "config", [pytest.param(name, marks=[pytest.mark.slow] * (Path(name).stem in SLOW)) for name in CONFIGS]
 )
-def test_nothing_wrong(config: str, macros: dict[str, dict[str, str]], tmp_path: Path, server: Call) -> None:
+def test_nothing_wrong(config: str, macros: dict[str, dict[str, str]], tmp_path: Path, server: Server) -> None:
     script = re.search(r"python experiments/(train_\w+)\.py", (ROOT / config).read_text())[1]
     (tmp_path / "doctor.py").write_text(DOCTOR.format(path=str(ROOT / "experiments" / f"{script}.py")))
     text = (ROOT / config).read_text()

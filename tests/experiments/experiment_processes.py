@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from compiler_flags import COMPILER
+from forked_programs import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTS = "rlhf_jax.reports.pipeline_page, rlhf_jax.algorithms, rlhf_jax.config.surface, rlhf_jax.doctor, rich.table"
-"""What every experiment imports, for a process that forks itself."""
 STAGES = ("base", "sft", "completions", "reward", "ppo", "evaluation")
 
 
@@ -27,6 +26,11 @@ def environment(*, seconds_a_step: float = 0.0) -> dict[str, str]:
 def command(experiment: str, config: str | Path, **macros: Any) -> list[str]:
     flags = [f"--gin_bindings={name} = {(str(v) if isinstance(v, Path) else v)!r}" for name, v in macros.items()]
     return [sys.executable, str(ROOT / "experiments" / f"{experiment}.py"), f"--gin_file={config}", *flags]
+
+
+def forked(children: str, experiment: str, config: str | Path, **macros: Any) -> list[str]:
+    """Return the command of a pipeline whose ``children`` are forked (tests/forked_children.py)."""
+    return [str(ROOT / "tests" / "forked_children.py"), children, *command(experiment, config, **macros)[1:]]
 
 
 def start(arguments: list[str], *, seconds_a_step: float = 0.0) -> subprocess.Popen[str]:
@@ -50,11 +54,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str] | Forked) -> None:
     """Wait until metrics.jsonl holds ``step``."""
     deadline = time.monotonic() + 1200
     file = run_dir / "metrics.jsonl"
     while not file.is_file() or not any(f'"step": {step},' in line for line in file.read_text().splitlines()):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from experiment_processes import finish, read_lines, wait_for_step
+from experiment_processes import read_lines, wait_for_step
+from forked_programs import Forked, Result
 
 from rlhf_jax.checkpoint_files.manifest import checkpoint_dir, saved_steps
 
@@ -48,12 +49,24 @@ def resumed_steps(run_dir: Path) -> list[int]:
     return [launch["resumed_step"] for launch in json.loads((run_dir / "provenance.json").read_text())["launches"]]
 
 
-def terminate(begin: Callable[..., Any], run_dir: Path, at: int, *arguments: str, **macros: Any) -> int:
+def terminate(train: Callable[..., Result], run_dir: Path, at: int, *arguments: str, **macros: Any) -> int:
     """Send SIGTERM once step ``at`` is logged; return the step that was saved."""
-    process = begin(*arguments, run_dir.name, seconds_a_step=0.4, **macros)
-    wait_for_step(run_dir, at, process)
-    process.send_signal(signal.SIGTERM)
-    _, err = finish(process, 143)
+
+    def ask(program: Forked) -> None:
+        wait_for_step(run_dir, at, program)
+        program.send_signal(signal.SIGTERM)
+
+    result = train(*arguments, run_dir.name, code=143, seconds_a_step=0.4, meanwhile=ask, **macros)
     saved = saved_steps(run_dir)[-1]
-    assert f"stopped at step {saved}; the same command goes on from here" in err
+    assert f"stopped at step {saved}; the same command goes on from here" in result.stderr
     return saved
+
+
+def kill(train: Callable[..., Result], run_dir: Path, at: int, *arguments: str, **macros: Any) -> None:
+    """Send SIGKILL once step ``at`` is logged."""
+
+    def end(program: Forked) -> None:
+        wait_for_step(run_dir, at, program)
+        program.send_signal(signal.SIGKILL)
+
+    train(*arguments, run_dir.name, code=-signal.SIGKILL, seconds_a_step=1.0, meanwhile=end, **macros)

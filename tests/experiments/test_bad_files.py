@@ -9,14 +9,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, forked_programs
+from experiment_processes import ROOT
+from forked_programs import Server
 from safetensors.numpy import load_file, save_file
 from stages_on_files import CONFIG, GOOD, STAGES, lines
 
@@ -199,13 +199,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs(IMPORTS, environment()) as call:
-        yield call
-
-
-def refused(server: Call, tmp_path: Path, stage: str, model: Path, data: Path, words: str) -> None:
+def refused(server: Server, tmp_path: Path, stage: str, model: Path, data: Path, words: str) -> None:
     config = tmp_path / "config.gin"
     config.write_text(CONFIG + STAGES[stage])
     before = sorted(os.listdir(tmp_path))
@@ -219,7 +213,7 @@ def refused(server: Call, tmp_path: Path, stage: str, model: Path, data: Path, w
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_data(name: str, models: Path, tmp_path: Path, server: Call) -> None:
+def test_data(name: str, models: Path, tmp_path: Path, server: Server) -> None:
     stage, file, content, words = DATA[name]
     (tmp_path / "given").mkdir()
     place = tmp_path / "given" / file
@@ -231,7 +225,7 @@ def test_data(name: str, models: Path, tmp_path: Path, server: Call) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name: str, models: Path, tmp_path: Path, server: Call) -> None:
+def test_models(name: str, models: Path, tmp_path: Path, server: Server) -> None:
     kind, damage, words = MODELS[name]
     shutil.copytree(models / kind, tmp_path / "model")
     damage(tmp_path / "model")
@@ -240,7 +234,7 @@ def test_models(name: str, models: Path, tmp_path: Path, server: Call) -> None:
     refused(server, tmp_path, SFT, model, tmp_path / "data.jsonl", words)
 
 
-def test_the_good_ones_are_good(models: Path, tmp_path: Path, server: Call) -> None:
+def test_the_good_ones_are_good(models: Path, tmp_path: Path, server: Server) -> None:
     """What the tables damage runs when it is whole, so that what is refused is the damage."""
     (tmp_path / "data.jsonl").write_text(lines(GOOD[SFT]))
     config = tmp_path / "config.gin"
@@ -252,7 +246,7 @@ def test_the_good_ones_are_good(models: Path, tmp_path: Path, server: Call) -> N
         assert done.returncode == 0, done.stderr
 
 
-def test_prompts_with_seeds(models: Path, tmp_path: Path, server: Call) -> None:
+def test_prompts_with_seeds(models: Path, tmp_path: Path, server: Server) -> None:
     """The same replies in another order of the file; a prompt without its number is named before anything is written."""
     config = tmp_path / "config.gin"
     settings = "\nrun.seeds = 'number'\nprompt_file.fields = @Fields()\nFields.extra = ('number',)\n"

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, forked_programs
+from experiment_processes import ROOT
+from forked_programs import Server
 from stages_on_files import CONFIG, GOOD, STAGES, lines
 
 EVERY = 25
@@ -287,13 +287,7 @@ def place_cases() -> Iterator[Case]:
 CASES = [*file_cases(), *value_cases(), *gin_cases(), *flag_cases(), *place_cases()]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs(IMPORTS, environment()) as call:
-        yield call
-
-
-def problem(case: Case, here: Path, good: Path, server: Call) -> str:
+def problem(case: Case, here: Path, good: Path, server: Server) -> str:
     """What is wrong with how a program met the case; '' for nothing."""
     here.mkdir()
     if case.source:
@@ -328,7 +322,7 @@ def problem(case: Case, here: Path, good: Path, server: Call) -> str:
     return "" if after == before else f"left behind: {sorted(set(after) ^ set(before))}"
 
 
-def problems(cases: list[Case], tmp_path: Path, good: Path, server: Call) -> str:
+def problems(cases: list[Case], tmp_path: Path, good: Path, server: Server) -> str:
     found = []
     root = os.geteuid() == 0  # may read everything
     for number, case in enumerate(case for case in cases if not (root and case.damage is without_permission)):
@@ -341,11 +335,11 @@ def test_the_table_is_large_and_names_differ() -> None:
     assert len({case.name for case in CASES}) == len(CASES) > 500
 
 
-def test_a_part_of_the_bad_inputs(models: Path, tmp_path: Path, server: Call) -> None:
+def test_a_part_of_the_bad_inputs(models: Path, tmp_path: Path, server: Server) -> None:
     assert problems(CASES[::EVERY], tmp_path, models, server) == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(1, EVERY))
-def test_the_other_bad_inputs(part: int, models: Path, tmp_path: Path, server: Call) -> None:
+def test_the_other_bad_inputs(part: int, models: Path, tmp_path: Path, server: Server) -> None:
     assert problems(CASES[part::EVERY], tmp_path, models, server) == ""

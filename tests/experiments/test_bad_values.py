@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, forked_programs
+from experiment_processes import ROOT
+from forked_programs import Server
 
 EXPERIMENTS = {
     "base": "train_sft",
@@ -157,18 +156,12 @@ evaluate BatchConfig.length = 0
 """.strip().splitlines()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs(IMPORTS, environment()) as call:
-        yield call
-
-
 def test_no_value_is_here_twice() -> None:
     assert len(VALUES) == len(set(VALUES)) > 110
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_refused_by_name(case: str, tmp_path: Path, server: Call) -> None:
+def test_refused_by_name(case: str, tmp_path: Path, server: Server) -> None:
     config, binding = case.split(" ", 1)
     argv = [str(ROOT / "experiments" / f"{EXPERIMENTS[config]}.py"), f"--gin_file=configs/smoke/{config}.gin"]
     argv += [f"--gin_bindings=RUN_DIR = {str(tmp_path / 'run')!r}"] if "run_dir" not in binding else []

@@ -6,12 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, Result, forked_programs
+from experiment_processes import ROOT
+from forked_programs import Result, Server
 
 from rlhf_jax.loop.faults import flip_bit
 
@@ -24,17 +23,11 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs(IMPORTS, environment()) as call:
-        yield call
-
-
 def slow(config: str):
     return pytest.param(config, marks=pytest.mark.slow)
 
 
-def examine(server: Call, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Result:
+def examine(server: Server, tmp_path: Path, chain: Path, config: str, *bindings: str, **places: Path) -> Result:
     given = {name: chain / path for name, path in PLACES[config].items()} | places
     argv = [str(ROOT / "experiments" / f"train_{config}.py"), f"--gin_file=configs/smoke/{config}.gin", "--doctor"]
     argv += [f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items()]
@@ -55,7 +48,7 @@ def wrong(done: Result) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("config", ["sft", "ppo", slow("reward"), slow("dpo"), slow("grpo")])
-def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -> None:
+def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Server) -> None:
     done = examine(server, tmp_path, chain, config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("nothing wrong in 1")
@@ -76,12 +69,12 @@ def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Call) -
         assert {"label masks", "lengths", "end of reply", "first steps"} <= seen
 
 
-def test_most_of_the_data_too_long(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_most_of_the_data_too_long(chain: Path, tmp_path: Path, server: Server) -> None:
     found = wrong(examine(server, tmp_path, chain, "sft", "BatchConfig.length = 88"))
     assert "most of the data is not learned from: raise BatchConfig.length" in found["lengths"]
 
 
-def test_a_damaged_model(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_a_damaged_model(chain: Path, tmp_path: Path, server: Server) -> None:
     shutil.copytree(chain / "base", tmp_path / "base")
     (newest,) = (tmp_path / "base" / "checkpoints").glob("30")
     flip_bit(newest / "state" / "_METADATA")
@@ -90,13 +83,13 @@ def test_a_damaged_model(chain: Path, tmp_path: Path, server: Call) -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_larger_than_the_data(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_a_batch_larger_than_the_data(chain: Path, tmp_path: Path, server: Server) -> None:
     found = wrong(examine(server, tmp_path, chain, "sft", "BatchConfig.batch_size = 256"))
     assert "lower BatchConfig.batch_size" in found["batches"]
 
 
 @pytest.mark.slow
-def test_a_reward_model_whose_scale_was_changed(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_a_reward_model_whose_scale_was_changed(chain: Path, tmp_path: Path, server: Server) -> None:
     shutil.copytree(chain / "reward", tmp_path / "reward")
     file = tmp_path / "reward" / "reward_normalisation.json"
     numbers = json.loads(file.read_text())
@@ -106,20 +99,20 @@ def test_a_reward_model_whose_scale_was_changed(chain: Path, tmp_path: Path, ser
 
 
 @pytest.mark.slow
-def test_a_sampler_too_far_from_the_scorer(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_a_sampler_too_far_from_the_scorer(chain: Path, tmp_path: Path, server: Server) -> None:
     found = wrong(examine(server, tmp_path, chain, "ppo", "PPOConfig.max_sampler_gap = 0.0"))
     assert "the ratio would be wrong" in found["sampler and scorer"]
 
 
 @pytest.mark.slow
-def test_samples_of_a_prompt_that_all_score_alike(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_samples_of_a_prompt_that_all_score_alike(chain: Path, tmp_path: Path, server: Server) -> None:
     """Without a temperature to speak of they are one reply."""
     found = wrong(examine(server, tmp_path, chain, "grpo", "SamplingConfig.temperature = 1e-4"))
     assert "nothing to learn from" in found["groups"]
 
 
 @pytest.mark.slow
-def test_every_reply_cut_off(chain: Path, tmp_path: Path, server: Call) -> None:
+def test_every_reply_cut_off(chain: Path, tmp_path: Path, server: Server) -> None:
     found = wrong(examine(server, tmp_path, chain, "ppo", "SamplingConfig.max_new_tokens = 1"))
     assert "raise SamplingConfig.max_new_tokens" in found["replies"]
 

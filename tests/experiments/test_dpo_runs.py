@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from experiment_processes import finish, read_lines
+from experiment_processes import read_lines
 from interrupted_runs import same_as, terminate
 
 from rlhf_jax.io import load_pretrained
@@ -17,9 +17,9 @@ def places(chain: Path) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-def test_dpo_learns_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
+def test_dpo_learns_and_resumes_exactly(chain: Path, train, tmp_path: Path) -> None:
     given = places(chain) | {"BatchConfig.folded": True}
-    finish(begin("train_dpo", "dpo", "unbroken", **given))
+    train("train_dpo", "dpo", "unbroken", **given)
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
     losses = [line["loss/preference"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
@@ -27,14 +27,14 @@ def test_dpo_learns_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> N
     assert [line["step"] for line in held] == [4, 8, 12] and 0 <= held[-1]["heldout/accuracy"] <= 1
     assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
 
-    terminate(begin, tmp_path / "broken", 3, "train_dpo", "dpo", **given)
-    finish(begin("train_dpo", "dpo", "broken", **given))
+    terminate(train, tmp_path / "broken", 3, "train_dpo", "dpo", **given)
+    train("train_dpo", "dpo", "broken", **given)
     same_as(tmp_path / "unbroken", tmp_path / "broken", "params", "opt_state", "rng", "step")
 
 
 @pytest.mark.slow
-def test_dpo_of_adapters_begins_at_its_base(chain: Path, begin, tmp_path: Path) -> None:
-    finish(begin("train_dpo", "dpo_lora", "run", **places(chain)))
+def test_dpo_of_adapters_begins_at_its_base(chain: Path, train, tmp_path: Path) -> None:
+    train("train_dpo", "dpo_lora", "run", **places(chain))
     lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert lines[0]["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(lines[0]["reward_gap"]) < 1e-6 < abs(lines[-1]["reward_gap"])

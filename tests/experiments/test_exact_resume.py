@@ -9,10 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from experiment_processes import finish, read_lines, wait_for_step
-from interrupted_runs import resumed_steps, same_as, terminate
-
-from rlhf_jax.checkpoint_files.manifest import saved_steps
+from interrupted_runs import kill, resumed_steps, same_as, terminate
 
 
 @pytest.mark.parametrize(
@@ -27,14 +24,13 @@ from rlhf_jax.checkpoint_files.manifest import saved_steps
         ),
     ],
 )
-def test_terminated(chain: Path, begin, tmp_path: Path, arguments: tuple[str, str], macros: dict[str, str]) -> None:
+def test_terminated(chain: Path, train, tmp_path: Path, arguments: tuple[str, str], macros: dict[str, str]) -> None:
     places = {name: chain / path for name, path in macros.items()}
     broken = tmp_path / "broken"
-    saved = terminate(begin, broken, 3, *arguments, **places)
+    saved = terminate(train, broken, 3, *arguments, **places)
     assert 3 <= saved < 12 and saved not in (5, 10)  # not one of the steps that are saved anyway
     assert not (broken / "reward_normalisation.json").exists()
-    _, err = finish(begin(*arguments, "broken", **places))
-    assert "Traceback" not in err
+    assert "Traceback" not in train(*arguments, "broken", **places).stderr
     assert resumed_steps(broken) == [0, saved]
     same_as(chain / arguments[1], broken, "params", "opt_state", "rng", "step")
     if arguments[1] == "reward":
@@ -42,36 +38,25 @@ def test_terminated(chain: Path, begin, tmp_path: Path, arguments: tuple[str, st
         assert ours == theirs
 
 
-def test_ppo_terminated_and_killed(chain: Path, begin, tmp_path: Path) -> None:
+def test_ppo_terminated(chain: Path, train, tmp_path: Path) -> None:
     places = {"POLICY": chain / "sft", "REWARD": chain / "reward"}
     broken = tmp_path / "broken"
-    saved = terminate(begin, broken, 2, "train_ppo", "ppo", **places)
+    saved = terminate(train, broken, 2, "train_ppo", "ppo", **places)
     assert 2 <= saved < 4
-
-    killed = begin("train_ppo", "ppo", "broken", seconds_a_step=1.0, **places)
-    wait_for_step(broken, 5, killed)
-    killed.kill()
-    killed.communicate()
-    assert saved_steps(broken)[-1] in (saved, 4)  # 4 was due; its save runs in the background
-    assert read_lines(broken / "metrics.jsonl")[-1]["step"] == 5  # done, and to be done again
-
-    finish(begin("train_ppo", "ppo", "broken", **places))
-    assert resumed_steps(broken)[:2] == [0, saved] and resumed_steps(broken)[2] in (saved, 4)
+    train("train_ppo", "ppo", "broken", **places)
+    assert resumed_steps(broken) == [0, saved]
     # The value model, the optimiser and the KL coefficient go on as well, not only the policy.
     same_as(chain / "ppo", broken, "policy", "value", "opt_state", "rng", "kl_coefficient")
 
 
 @pytest.mark.slow  # two more processes for one file that is taken away
-def test_going_on_takes_away_the_scale_of_an_older_step(chain: Path, begin, tmp_path: Path) -> None:
+def test_going_on_takes_away_the_scale_of_an_older_step(chain: Path, train, tmp_path: Path) -> None:
     """Whoever loads the reward run meanwhile must not get gain and bias that belong to other weights."""
     shutil.copytree(chain / "reward", tmp_path / "reward")
     scale = tmp_path / "reward" / "reward_normalisation.json"
     older = scale.read_text()
     places = {"POLICY": chain / "sft", "COMPARISONS": chain / "completions" / "comparisons.jsonl"}
-    killed = begin("train_reward", "reward", "reward", seconds_a_step=1.0, **places, **{"run.steps": 14})
-    wait_for_step(tmp_path / "reward", 13, killed)
-    killed.kill()
-    killed.communicate()
+    kill(train, tmp_path / "reward", 13, "train_reward", "reward", **places, **{"run.steps": 14})
     assert not scale.exists()
-    finish(begin("train_reward", "reward", "reward", **places, **{"run.steps": 14}))
+    train("train_reward", "reward", "reward", **places, **{"run.steps": 14})
     assert scale.exists() and scale.read_text() != older

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, forked_programs
+from experiment_processes import ROOT
+from forked_programs import Server
 
 
 class Case(NamedTuple):
@@ -218,19 +217,13 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs(IMPORTS, environment()) as call:
-        yield call
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     """Everything below a directory but lock files, which say who looked last."""
     paths = [path for path in directory.rglob("*") if path.name != ".lock"]
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-def launch(server: Call, argv: list[str], cwd: Path) -> str:
+def launch(server: Server, argv: list[str], cwd: Path) -> str:
     """Runs a command that must fail as a user's mistake does; returns its one line."""
     done = server(cwd, argv)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
@@ -247,7 +240,13 @@ def test_one_line_exit_code_2_nothing_written(name: str, chain: Path, tmp_path: 
     bindings = [f"{key} = '{path}'" for key, path in macros.items()]
     bindings += [text.format(chain=chain, tmp=tmp_path) for text in case.bindings]
     script = str(ROOT / "experiments" / f"{case.experiment}.py")
-    argv = [script, f"--gin_file=configs/smoke/{case.config}.gin", *(f"--gin_bindings={text}" for text in bindings)]
+    checked = [str(ROOT / "tests" / "forked_children.py"), "check"] if case.experiment == "pipeline" else []
+    argv = [
+        *checked,
+        script,
+        f"--gin_file=configs/smoke/{case.config}.gin",
+        *(f"--gin_bindings={text}" for text in bindings),
+    ]
     looked_at = chain if any("{chain}" in text for text in case.bindings) else tmp_path / "photos"
     before = contents(looked_at)
     line = launch(server, [*argv, *case.flags], tmp_path)

@@ -9,7 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from experiment_processes import command, finish, start, wait_for_step
+from experiment_processes import command, finish, forked, start, wait_for_step
+from forked_programs import Server
 
 from rlhf_jax.checkpoint_files.manifest import saved_steps
 from rlhf_jax.errors import InputError
@@ -31,20 +32,71 @@ sft/Stage.gin_file = 'configs/smoke/sft.gin'
 sft/Stage.macros = (('BASE', 'base'),)
 """
 
+FAKED = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "experiments")!r})
+import pipeline
+fake = [sys.executable, "-S", {str(Path(__file__).with_name("fake_stage.py"))!r}]
+pipeline.check = lambda stages, seed: None  # what the real stages are given is right
+pipeline.command = lambda stage, directory, seed: [
+    *fake, str(directory / stage.name), *(str(directory / path / "model.txt") for _, path in stage.macros)
+]
+pipeline.launch(pipeline.run)
+"""
+"""experiments/pipeline.py, but that each stage is tests/experiments/fake_stage.py, which takes no time."""
+
 
 def files(directory: Path) -> dict[Path, bytes]:
     names = [path for path in directory.rglob("*") if path.is_file() and "compilation_cache" not in path.parts]
     return {path.relative_to(directory): path.read_bytes() for path in names if path.name != ".lock"}
 
 
-def test_a_finished_pipeline_starts_nothing(chain: Path) -> None:
+def test_a_finished_pipeline_starts_nothing(chain: Path, server: Server, tmp_path: Path) -> None:
     before = files(chain)
-    _, err = finish(start(command("pipeline", "configs/smoke/pipeline.gin", RUN_DIR=chain)))
-    assert err.count("finished before") == 6
+    result = server(tmp_path, forked("check", "pipeline", "configs/smoke/pipeline.gin", RUN_DIR=chain))
+    assert result.returncode == 0 and result.stderr.count("finished before") == 6, result.stderr
     assert files(chain) == before
 
 
-@pytest.mark.slow  # a pipeline that is stopped; test_a_finished_pipeline_starts_nothing is in the default suite
+def test_stopped_in_a_stage_it_goes_on_from_there(server: Server, tmp_path: Path) -> None:
+    """To the very end that an unbroken one has; what it has finished is skipped until what that read is another."""
+    (tmp_path / "faked.py").write_text(FAKED)
+    (tmp_path / "two.gin").write_text(TWO_STAGES)
+
+    def pipeline(name: str, code: int) -> str:
+        """Stderr."""
+        flags = [f"--gin_file={tmp_path / 'two.gin'}", f"--gin_bindings=RUN_DIR = {str(tmp_path / name)!r}"]
+        result = server(tmp_path, [str(tmp_path / "faked.py"), *flags])
+        assert result.returncode == code, result.stderr
+        return result.stderr
+
+    unbroken, broken, stop = (tmp_path / name for name in ("unbroken", "broken", "broken.stop"))
+
+    def finished() -> list[str]:
+        return list(json.loads((broken / "pipeline.json").read_text())["stages"])
+
+    pipeline("unbroken", 0)
+    stop.touch()
+    err = pipeline("broken", 143)  # SIGTERM to the pipeline alone: the stage saves, both leave
+    assert err.endswith(
+        "stopped at step 2; the same command goes on from here\nstopped in stage sft; the same command goes on from here\n"
+    )
+    assert finished() == ["base"] and not (broken / "report.html").exists()
+
+    stop.unlink()
+    err = pipeline("broken", 0)
+    assert "[1/2] base\n    finished before\n[2/2] sft\n" in err and finished() == ["base", "sft"]
+    made = read_provenance(broken / "sft")
+    assert made is not None and [launch["resumed_step"] for launch in made["launches"]] == [0, 2]
+    lines, expected = ((run / "sft" / "metrics.jsonl").read_bytes() for run in (broken, unbroken))
+    assert lines == expected and (broken / "report.html").is_file()
+
+    assert pipeline("broken", 0).count("finished before") == 2
+    (broken / "base" / "model.txt").write_text("counted to 5")
+    assert pipeline("broken", 0).count("finished before") == 1  # sft had read it
+
+
+@pytest.mark.slow  # as above with real stages: two trainings and three checks of their bindings
 def test_stopped_resumed_and_no_longer_true(chain: Path, tmp_path: Path) -> None:
     config, directory = tmp_path / "two.gin", tmp_path / "run"
     config.write_text(TWO_STAGES)
@@ -80,7 +132,7 @@ def test_stopped_resumed_and_no_longer_true(chain: Path, tmp_path: Path) -> None
     assert err.endswith("error: stage sft ended with exit code 2; its message is above\n")
 
 
-def test_a_guard_in_a_stage_ends_the_pipeline_with_its_code(chain: Path, tmp_path: Path) -> None:
+def test_a_guard_in_a_stage_ends_the_pipeline_with_its_code(chain: Path, server: Server, tmp_path: Path) -> None:
     """Sampler and scorer never agree to the last bit: a limit of 0 stops the first iteration."""
     config = tmp_path / "one.gin"
     bound = (f"POLICY = '{chain / 'sft'}'", f"REWARD = '{chain / 'reward'}'", "PPOConfig.max_sampler_gap = 0.0")
@@ -88,9 +140,10 @@ def test_a_guard_in_a_stage_ends_the_pipeline_with_its_code(chain: Path, tmp_pat
         "RUN_DIR = ''\nrun.run_dir = %RUN_DIR\nrun.stages = [@Stage()]\nStage.name = 'ppo'\n"
         f"Stage.experiment = 'train_ppo'\nStage.gin_file = 'configs/smoke/ppo.gin'\nStage.bindings = {bound!r}\n"
     )
-    _, err = finish(start(command("pipeline", config, RUN_DIR=tmp_path / "run")), 3)
-    assert "stopped: step 1: sampler and scorer differ by" in err
-    assert err.endswith("stopped: stage ppo ended with exit code 3; its message is above\n")
+    result = server(tmp_path, forked("all", "pipeline", config, RUN_DIR=tmp_path / "run"))
+    assert result.returncode == 3, result.stderr
+    assert "stopped: step 1: sampler and scorer differ by" in result.stderr
+    assert result.stderr.endswith("stopped: stage ppo ended with exit code 3; its message is above\n")
     assert not (tmp_path / "run" / "report.html").exists()
 
 

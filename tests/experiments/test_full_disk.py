@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiment_processes import IMPORTS, ROOT, environment
-from forked_programs import Call, forked_programs
+from experiment_processes import ROOT
+from forked_programs import Server
 from stages_on_files import CONFIG, GOOD, STAGES, lines
 
 from rlhf_jax.launch.command import exit_code_for
@@ -32,14 +31,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """No file may grow beyond the limit: EFBIG, which is what a full disk is to the program that writes."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Call]:
-    with forked_programs(IMPORTS, environment()) as call:
-        yield call
-
-
 @pytest.mark.parametrize("limit", [12_000, pytest.param(1500, marks=pytest.mark.slow)])
-def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path: Path, server: Call) -> None:
+def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path: Path, server: Server) -> None:
     """The small limit is met by the files of the run itself, the larger one by the arrays of a checkpoint."""
     (tmp_path / "limited.py").write_text(LIMITED)
     (tmp_path / "data.jsonl").write_text(lines(GOOD["train_sft"]))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from experiment_processes import finish, read_lines
+from experiment_processes import read_lines
 from interrupted_runs import same_as, terminate
 
 from rlhf_jax.io import load_pretrained
 
 
 @pytest.mark.slow  # three processes; PPO, in the default suite, resumes by the same code with more state
-def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> None:
+def test_grpo_runs_and_resumes_exactly(chain: Path, train, tmp_path: Path) -> None:
     places = {"POLICY": chain / "sft", "REWARD": chain / "reward", "BatchConfig.folded": True}
-    finish(begin("train_grpo", "grpo", "unbroken", **places))
+    train("train_grpo", "grpo", "unbroken", **places)
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 7))
     for line in lines:
@@ -23,7 +23,7 @@ def test_grpo_runs_and_resumes_exactly(chain: Path, begin, tmp_path: Path) -> No
     assert abs(lines[0]["kl"]) < 1e-4 < abs(lines[-1]["kl"])  # from the reference, and away from it
     assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
 
-    terminate(begin, tmp_path / "broken", 2, "train_grpo", "grpo", **places)
+    terminate(train, tmp_path / "broken", 2, "train_grpo", "grpo", **places)
     offloaded = {"run.offload_optimizer": True}  # where the moments lie during rollouts changes no bit
-    finish(begin("train_grpo", "grpo", "broken", **places, **offloaded))
+    train("train_grpo", "grpo", "broken", **places, **offloaded)
     same_as(tmp_path / "unbroken", tmp_path / "broken", "policy", "opt_state", "rng", "step")

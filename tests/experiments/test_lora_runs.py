@@ -23,11 +23,11 @@ def adapters_of(run_dir: Path, model: Model) -> dict:
 
 
 @pytest.mark.slow
-def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tmp_path: Path) -> None:
+def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, train, tmp_path: Path) -> None:
     places = {"BASE": chain / "base"}
-    finish(begin("train_sft", "sft_lora", "unbroken", **places))
-    terminate(begin, tmp_path / "broken", 3, "train_sft", "sft_lora", **places)
-    finish(begin("train_sft", "sft_lora", "broken", **places))
+    train("train_sft", "sft_lora", "unbroken", **places)
+    terminate(train, tmp_path / "broken", 3, "train_sft", "sft_lora", **places)
+    train("train_sft", "sft_lora", "broken", **places)
     same_as(tmp_path / "unbroken", tmp_path / "broken", "lora_a", "lora_b", "opt_state")
     assert not any("kernel" in path or "embedding" in path for path in saved_state(tmp_path / "broken"))
 
@@ -59,9 +59,9 @@ def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, begin, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base_dtype", [None, "int8"])
-def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path, begin, tmp_path: Path) -> None:
+def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path, train, tmp_path: Path) -> None:
     places = {"POLICY": chain / "sft", "REWARD": chain / "reward", "LoraConfig.base_dtype": base_dtype}
-    finish(begin("train_ppo", "ppo_lora", "ppo", **places))
+    train("train_ppo", "ppo_lora", "ppo", **places)
     lines = read_lines(tmp_path / "ppo" / "metrics.jsonl")
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-5) and lines[-1]["kl"] > 1e-3
     assert all(line["identity/identity_gap"] < 1e-5 for line in lines)
@@ -71,10 +71,10 @@ def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path,
 
 @pytest.mark.slow
 def test_adapters_over_int8_are_merged_into_the_numbers_they_were_trained_over(
-    chain: Path, begin, tmp_path: Path
+    chain: Path, train, tmp_path: Path
 ) -> None:
     bindings = {"LoraConfig.base_dtype": "int8", "run.steps": 3}
-    finish(begin("train_sft", "sft_lora", "int8", BASE=chain / "base", **bindings))
+    train("train_sft", "sft_lora", "int8", BASE=chain / "base", **bindings)
     assert not any("kernel" in path for path in saved_state(tmp_path / "int8"))
     base, base_params, _ = load_pretrained(chain / "base")
     model, params, _ = load_pretrained(tmp_path / "int8")
@@ -87,7 +87,6 @@ def test_adapters_over_int8_are_merged_into_the_numbers_they_were_trained_over(
     assert np.abs(np.subtract(*query)).max() > 1e-4
 
 
-def test_dropout_is_refused_for_ppo(chain: Path, begin) -> None:
+def test_dropout_is_refused_for_ppo(chain: Path, train) -> None:
     bindings = {"POLICY": chain / "sft", "REWARD": chain / "reward", "LoraConfig.dropout": 0.1}
-    _, err = finish(begin("train_ppo", "ppo_lora", "ppo", **bindings), 2)
-    assert "LoraConfig.dropout" in err
+    assert "LoraConfig.dropout" in train("train_ppo", "ppo_lora", "ppo", code=2, **bindings).stderr

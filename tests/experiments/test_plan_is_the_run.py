@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from experiment_processes import ROOT, command, environment
+from compiler_flags import EIGHT_DEVICES
+from experiment_processes import command
+from forked_programs import Server
 
 RUNS = {
     "sft": ("train_sft", ["jit_train_step", "jit_evaluate"]),
@@ -22,13 +23,22 @@ ADAPTERS = ["run.lora = @LoraConfig()", "run.rollout_mesh = @rollout/MeshConfig(
 ADAPTERS += ["rollout/MeshConfig.data = 8"]
 
 
-def lowered(arguments: list[str], dump: Path) -> dict[str, str]:
+DUMPED = """
+import runpy, sys
+import jax
+_, place, *sys.argv[:] = sys.argv
+jax.config.update("jax_dump_ir_to", place)
+jax.config.update("jax_dump_ir_modes", "stablehlo")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def lowered(server: Server, arguments: list[str], dump: Path) -> dict[str, str]:
     """Return {program: sha256 of what was lowered under that name first}, on eight pretended devices."""
-    settings = environment()
-    settings["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-    settings |= {"JAX_DUMP_IR_TO": str(dump), "JAX_DUMP_IR_MODES": "stablehlo"}
-    done = subprocess.run(arguments, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
+    program = dump.with_suffix(".py")
+    program.write_text(DUMPED)
+    result = server(dump.parent, [str(program), str(dump), *arguments], {"XLA_FLAGS": EIGHT_DEVICES})
+    assert result.returncode == 0, result.stderr
     found: dict[str, str] = {}
     for file in sorted(dump.iterdir()):
         name = re.sub(r"^jax_ir\d+_|_compile\.mlir$", "", file.name)
@@ -56,7 +66,9 @@ def without_places(text: str) -> str:
         pytest.param("ppo", ADAPTERS, marks=pytest.mark.slow),
     ],
 )
-def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage: str, bindings: list[str]) -> None:
+def test_the_plan_lowers_what_the_run_lowers(
+    chain: Path, server: Server, tmp_path: Path, stage: str, bindings: list[str]
+) -> None:
     experiment, programs = RUNS[stage]
     macros = {
         "sft": {"BASE": chain / "base"},
@@ -68,11 +80,10 @@ def test_the_plan_lowers_what_the_run_lowers(chain: Path, tmp_path: Path, stage:
     macros["RUN_DIR"] = tmp_path / "run"
     more = ["--gin_bindings=run.steps = 1", "--gin_bindings=run.mesh = @MeshConfig()"]
     more += ["--gin_bindings=MeshConfig.data = 2", *(f"--gin_bindings={line}" for line in bindings)]
-    ran = lowered([*command(experiment, f"configs/smoke/{stage}.gin", **macros), *more], tmp_path / "ran")
+    arguments = [*command(experiment, f"configs/smoke/{stage}.gin", **macros)[1:], *more]
+    ran = lowered(server, arguments, tmp_path / "ran")
     flags = ["--plan=local", f"--plan_json={tmp_path / 'plan.json'}"]
-    planned = lowered(
-        [*command(experiment, f"configs/smoke/{stage}.gin", **macros), *more, *flags], tmp_path / "planned"
-    )
+    planned = lowered(server, [*arguments, *flags], tmp_path / "planned")
     assert set(programs) <= ran.keys()
     assert {name: planned.get(name) for name in programs} == {name: ran[name] for name in programs}
     told = json.loads((tmp_path / "plan.json").read_text())

@@ -6,14 +6,15 @@ import hashlib
 import importlib.util
 import json
 import subprocess
-import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from forked_programs import Result, Server
 from gguf_files import FIELDS, write_gguf
 from run_directories import make_run
 
@@ -25,11 +26,16 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 EXPORT = SCRIPTS.with_name("experiments") / "export.py"
 
 
-def export(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(EXPORT), *arguments], capture_output=True, text=True)
+Export = Callable[..., Result]
 
 
-def test_a_run_is_exported_with_its_provenance(tmp_path: Path) -> None:
+@pytest.fixture
+def export(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Return a function that runs the program with these arguments."""
+    return lambda *arguments: server(tmp_path_factory.mktemp("export"), [str(EXPORT), *arguments])
+
+
+def test_a_run_is_exported_with_its_provenance(export: Export, tmp_path: Path) -> None:
     model, params = make_run(tmp_path / "run", steps=(1, 2))
     facts = {
         "stage": "sft",
@@ -53,7 +59,7 @@ def test_a_run_is_exported_with_its_provenance(tmp_path: Path) -> None:
     assert template["style"] == "plain" and template["prompt_format"] == "Q {prompt}\nA:" and template["bos"] == "never"
 
 
-def test_a_scorer_needs_a_padding_token_of_its_own(tmp_path: Path) -> None:
+def test_a_scorer_needs_a_padding_token_of_its_own(export: Export, tmp_path: Path) -> None:
     make_run(tmp_path / "run", "scalar")
     settings = tmp_path / "run" / "tokenizer" / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<|eos|>"}))
@@ -69,7 +75,7 @@ def test_a_scorer_needs_a_padding_token_of_its_own(tmp_path: Path) -> None:
     assert load_pretrained(tmp_path / "out").tokenizer.pad_token == "<|pad|>"
 
 
-def test_of_two_heads_the_language_model_is_exported(tmp_path: Path) -> None:
+def test_of_two_heads_the_language_model_is_exported(export: Export, tmp_path: Path) -> None:
     """PPO with a shared trunk saves two heads; the value head only serves training."""
     make_run(tmp_path / "run", "lm+scalar")
     result = export(f"--run_dir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
@@ -85,7 +91,9 @@ def test_of_two_heads_the_language_model_is_exported(tmp_path: Path) -> None:
         (["--run_dir=.", "--wrong=1"], "error: Unknown command line flag 'wrong'"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_write_nothing(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_line_and_write_nothing(
+    arguments: list[str], words: str, export: Export, tmp_path: Path
+) -> None:
     result = export(*arguments, f"--out={tmp_path / 'out'}")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(words) and "Traceback" not in result.stderr

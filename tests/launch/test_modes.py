@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from absl import flags
+from forked_programs import Server
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.launch import launching, run_mode  # noqa: F401  defines the flags
@@ -84,10 +83,7 @@ def test_phases_are_checked_before_anything_is_loaded() -> None:
         (["doctor"], "error: --experiment=: name the training script"),
     ],
 )
-def test_scripts_name_the_missing_flag(arguments: list[str], message: str) -> None:
+def test_scripts_name_the_missing_flag(arguments: list[str], message: str, server: Server, tmp_path: Path) -> None:
     script, *options = arguments
-    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1, (
-        result.stderr
-    )
+    done = server(tmp_path, [str(ROOT / "experiments" / f"{script}.py"), *options])
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

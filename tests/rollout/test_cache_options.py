@@ -77,7 +77,7 @@ SLOW_CASES = [
     *(("one in two slides", name) for name in (OPTIONS | REFILLED) if name not in IN_SLOTS),
     ("all slide", "a prefix, then chunks, in slots"),
     ("all slide", "int8 in slots"),
-    *(("a window longer than most prompts", name) for name in ("a prefix, then chunks, in slots", *REFILLED)),
+    *(("a window longer than most prompts", name) for name in IN_SLOTS),
 ]
 
 
@@ -106,6 +106,7 @@ def all_columns(model, params, slots):
         ("one in two slides", "slots that are refilled often"),
         ("one in two slides", "a prefix, then chunks, in slots"),
         ("all slide", "slots that are refilled often"),
+        ("a window longer than most prompts", "int8 in slots"),
         # The other options and windows use the same cache code, with one compiled sampler each.
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
     ],
