@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiler_flags import COMPILER
+from forked_programs import Server
 
 from rlhf_jax.io import load_pretrained
 from rlhf_jax.storage.metric_files import read_metrics
@@ -35,13 +32,11 @@ def test_it_loads_as_a_model(older: Path) -> None:
     assert model.apply(params, jnp.ones((1, 3), jnp.int32)).shape == (1, 3, 259)
 
 
-def test_it_goes_on(older: Path) -> None:
+def test_it_goes_on(server: Server, older: Path) -> None:
     """Two steps are done; the same command with two more goes on from there."""
     script = ROOT / "experiments" / "train_sft.py"
-    command = [sys.executable, str(script), "--gin_file=run.gin", "--gin_bindings=run.steps = 4"]
-    environment = {**os.environ, "XLA_FLAGS": COMPILER}
-    completions = subprocess.run(command, cwd=older, env=environment, capture_output=True, text=True, timeout=600)
-    assert completions.returncode == 0, completions.stderr
+    done = server(older, [str(script), "--gin_file=run.gin", "--gin_bindings=run.steps = 4"])
+    assert done.returncode == 0, done.stderr
     rows = read_metrics(older / "run")[0].rows
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] < rows[0]["loss"]

@@ -3,10 +3,12 @@ docs/reliability.md states (relative loss difference <= 1e-5)."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import learn
@@ -27,22 +29,28 @@ def batch(step: int) -> Any:
     return token_batch(rng.integers(3, MODEL.config.vocab_size, (8, 12)).tolist(), length=12)
 
 
-def train(run_dir: Path, devices: int, begin: int, end: int) -> list[float]:
-    """Steps begin + 1 ... end on so many devices, from the checkpoint of ``begin``; saves ``end``. The losses."""
+@functools.cache
+def job_on(devices: int) -> Any:
+    """A job on so many devices, whose compiled programs several runs share."""
     mesh = make_mesh(MESHES[devices], jax.devices()[:devices])
     shardings = tree_shardings(MODEL.abstract(), MODEL.logical_axes(), mesh)
     key = jax.random.key(0, impl="threefry2x32")
     params = init_sharded(MODEL.init, shardings, mesh, key)
     optimizer = learn.OptimizerConfig(learning_rate=1e-2, schedule="cosine")
     algorithm = SFT(model=IN_MEMORY, batch=BatchConfig(8, 12, microbatches=2), optimizer=optimizer)
-    job = algorithm.wire(setting_of(mesh, steps=9), loaded_model(MODEL, params), None)
-    state, step_of = job.state, job.train_step
+    return algorithm.wire(setting_of(mesh, steps=9), loaded_model(MODEL, params), None)
+
+
+def train(run_dir: Path, devices: int, begin: int, end: int) -> list[float]:
+    """Steps begin + 1 ... end on so many devices, from the checkpoint of ``begin``; saves ``end``. The losses."""
+    job = job_on(devices)
+    state = jax.tree.map(jnp.copy, job.state)  # a step gives its state away
     losses = []
     with Checkpoints(run_dir, Retention(9)) as checkpoints:
         if begin:
             state, _ = checkpoints.restore(state, begin)
         for step in range(begin + 1, end + 1):
-            state, metrics = step_of(state, {}, to_global(batch(step), mesh))
+            state, metrics = job.train_step(state, {}, to_global(batch(step), job.mesh))
             losses.append(float(metrics["loss"].value()))
         checkpoints.save(end, state, {})
     return losses

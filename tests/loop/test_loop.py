@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiler_flags import COMPILER
+from forked_programs import Forked, Server
 
 from rlhf_jax.checkpoint_files.manifest import find_step, read_state, saved_steps, verify
 from rlhf_jax.config import BoundConfig
@@ -70,33 +69,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def start(tmp_path: Path):
+def start(server: Server, tmp_path: Path):
     """Return a function that starts the toy program as a process."""
     (tmp_path / "program.py").write_text(PROGRAM)
+    started = itertools.count()
 
-    def call(run_dir: str, steps: int, *bindings: str, sleep: float = 0.0) -> subprocess.Popen[str]:
+    def call(run_dir: str, steps: int, *bindings: str, sleep: float = 0.0) -> Forked:
         all_bindings = (f"run.run_dir = '{run_dir}'", f"run.steps = {steps}", "run.loop = @LoopConfig()", *bindings)
-        command = [sys.executable, "program.py", *(f"--gin_bindings={text}" for text in all_bindings)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": COMPILER, "SLEEP": str(sleep)}
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        command = ["program.py", *(f"--gin_bindings={text}" for text in all_bindings)]
+        output = tmp_path / f"output {next(started)}"
+        output.mkdir()
+        return server.start(tmp_path, command, {"SLEEP": str(sleep)}, output)
 
     return call
 
 
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_lines(path: Path, count: int, process: Forked) -> None:
     deadline = time.monotonic() + 60
     while not path.is_file() or path.read_text().count("\n") < count:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.finish()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def finish(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    return out, err
+def finish(process: Forked, code: int) -> tuple[str, str]:
+    done = process.finish()
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_interrupted_run_equals_the_uninterrupted_one(start, tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_interrupted_run_equals_the_uninterrupted_one(start, tmp_path: Path) -> 
     assert out == "after the loop\n"
 
     interrupted = tmp_path / "broken"
-    first = start("broken", 120, *every, sleep=0.4)  # long enough for the second to start up beside it
+    first = start("broken", 120, *every, sleep=0.2)  # long enough for the second to start up beside it
     wait_for_lines(interrupted / "metrics.jsonl", 7, first)
     second = start("broken", 120, *every, sleep=0.1)  # while the first one works on it
     _, err = finish(second, 2)
@@ -118,8 +117,8 @@ def test_interrupted_run_equals_the_uninterrupted_one(start, tmp_path: Path) -> 
 
     killed = start("broken", 120, *every, sleep=0.1)
     wait_for_lines(interrupted / "metrics.jsonl", saved + 5, killed)
-    killed.kill()  # SIGKILL: the steps since the last save are done again
-    killed.communicate()
+    killed.send_signal(signal.SIGKILL)  # the steps since the last save are done again
+    finish(killed, -9)
     assert saved_steps(interrupted) == [saved]
     lines = (interrupted / "metrics.jsonl").read_text().count("\n")
     assert lines > saved  # these are removed and written again
@@ -154,8 +153,7 @@ def test_second_signal_exits_at_once(start, tmp_path: Path) -> None:
     time.sleep(0.3)
     if process.poll() is None:  # it was in the loop, finishing its 30 s step
         process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == 143
+    finish(process, 143)
     assert time.monotonic() - began < 20
     assert saved_steps(tmp_path / "slow") == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,10 @@ def test_ppo_scores_and_updates_the_same() -> None:
     settings = BatchConfig(4, 4, folded=True)
     plan = row_fold(settings, policy, 1, lengths, columns, new, samples.tokens.shape[1])
     assert plan == Fold(10, 3)  # rows of 5, 5, 3 and 6 tokens: 5 + 5; 9 of them sampled, 2.25 a row
-    whole, folded = (score(m, four, samples, temperature=1.0) for m in (roles.models, fold_models(roles.models, plan)))
+    whole, folded = (
+        jax.jit(functools.partial(score, models, temperature=1.0))(four, samples)
+        for models in (roles.models, fold_models(roles.models, plan))
+    )
     for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 

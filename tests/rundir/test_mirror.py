@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import fsspec
 import jax.numpy as jnp
 import pytest
 from doubling_run import train
+from forked_programs import Result, Server
 
 from rlhf_jax.checkpoint_files.manifest import saved_steps, steps_among, verify
 from rlhf_jax.config import BoundConfig
@@ -288,22 +287,22 @@ def test_a_run_directory_is_local(tmp_path: Path) -> None:
         train("gs://bucket/x", 1)  # type: ignore[arg-type]
 
 
-def test_sync_flag(tmp_path: Path) -> None:
+def test_sync_flag(server: Server, tmp_path: Path) -> None:
     """A program is killed in the middle of its run and started again in another directory."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import gin, os, signal, doubling_run\nfrom rlhf_jax.config import bound_config; from rlhf_jax.launch import launch\n"
+        f"import gin, os, signal, sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport doubling_run\n"
+        "from rlhf_jax.config import bound_config; from rlhf_jax.launch import launch\n"
         "@gin.configurable\ndef run(run_dir, steps, kill=False):\n"
         "    bound_config()\n    doubling_run.train(run_dir, steps)\n"
         "    os.kill(os.getpid(), signal.SIGKILL) if kill else None\n"
         "launch(run)\n"
     )
-    url, settings = f"file://{tmp_path}/bucket/run", {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    url = f"file://{tmp_path}/bucket/run"
 
-    def start(directory: str, *more: str) -> subprocess.CompletedProcess[str]:
+    def start(directory: str, *more: str) -> Result:
         bindings = [f"--gin_bindings={text}" for text in (f"run.run_dir = '{tmp_path / directory}'", *more)]
-        command = [sys.executable, str(program), f"--sync={url}", *bindings]
-        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+        return server(tmp_path, [str(program), f"--sync={url}", *bindings])
 
     assert start("one", "run.steps = 2", "run.kill = True").returncode == -9
     shutil.rmtree(tmp_path / "one")

@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 from absl.testing import flagsaver
 from compiler_flags import COMPILER
+from forked_programs import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """
@@ -44,6 +45,8 @@ lines.append({"step": 2, "stage": "stub", "only_seed_1": 3.0} if seed == 1 else 
 (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
 CONFIG = "RUN_DIR = 'r'\nSEED = 7\nrun.run_dir = %RUN_DIR\nrun.seed = %SEED\nO.lr = 1.0\n"
+CHECKED = [str(ROOT / "tests" / "forked_children.py"), "check", str(ROOT / "experiments" / "sweep.py")]
+"""The program; the process that checks bindings is forked."""
 Sweep = Callable[..., tuple[int, str, str]]
 
 
@@ -222,15 +225,14 @@ def test_unknown_metric_and_other_experiment(sweep: Sweep, tmp_path: Path) -> No
     assert "a sweep over stub, not other; give another --out" in sweep("--experiment=other")[2]
 
 
-def test_sweeps_in_configs_say_their_command_and_can_be_planned(module: ModuleType, capsys) -> None:
+def test_sweeps_in_configs_say_their_command_and_can_be_planned(server: Server, tmp_path: Path) -> None:
     files = sorted((ROOT / "configs" / "sweeps").iterdir())
     assert files
     for file in files:
         name = file.relative_to(ROOT)
         assert file.read_text().splitlines()[0] == f"# python experiments/sweep.py --flagfile={name}"
-        with flagsaver.flagsaver():
-            assert module.main(["sweep.py", f"--flagfile={file}", "--out=/nowhere/out", "--dry_run"]) == 0
-        assert ": to do\n" in capsys.readouterr().out
+        done = server(tmp_path, [*CHECKED, f"--flagfile={file}", "--out=/nowhere/out", "--dry_run"])
+        assert done.returncode == 0 and ": to do\n" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
@@ -252,15 +254,10 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     assert setting["metrics"]["heldout/loss"]["mean"] == pytest.approx(sum(losses) / 2)
 
 
-def test_a_typo_in_the_grid_is_found_before_the_first_run(tmp_path: Path) -> None:
+def test_a_typo_in_the_grid_is_found_before_the_first_run(server: Server, tmp_path: Path) -> None:
     flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", f"--out={tmp_path / 'out'}"]
     typo = "--grid=OptimizerConfig.learning_rat=1e-3,1e-4"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags, typo],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = server(tmp_path, [*CHECKED, *flags, typo])
     assert done.returncode == 2 and "did you mean 'learning_rate'?" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
