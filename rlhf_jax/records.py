@@ -1,4 +1,4 @@
-"""What people's data become: messages, demonstrations, comparisons, prompts, and what a reward sees and says of a response."""
+"""Records made of users' data (messages, demonstrations, comparisons, prompts), and the responses that rewards score."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from rlhf_jax.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
 SAYING_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
-"""Keys of a message that are part of what it says; the last three are names of one thing."""
+"""Keys of a message that carry content besides its text; the last three are alternative names of the reasoning."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. role: "system", "user", "assistant" or "tool" (the result of a call).
+    """A turn of a conversation.
 
-    keys: what else the data says of it (reasoning_content, tool_calls, tool_call_id, name, ...), for the chat template; a
-    "content" of None there says that the message has calls and no content. learned: False for a turn that no loss counts.
+    role: "system", "user", "assistant" or "tool" (the result of a call).
+    content: the text.
+    keys: the other keys of the message in the data (reasoning_content, tool_calls, tool_call_id, name, ...), for the chat
+    template; a "content" of None among them means that the message has calls and no content.
+    learned: False for a turn that is excluded from every loss.
     """
 
     role: str
@@ -31,17 +34,21 @@ class Message:
             raise InputError(f"message role {self.role!r}: must be one of {', '.join(ROLES)}")
 
     @property
-    def says_more(self) -> bool:
-        """Whether the message says something besides its content: it calls a tool, or reasons."""
+    def has_calls_or_reasoning(self) -> bool:
+        """Whether the message calls a tool or has reasoning, besides its content."""
         return any(self.keys.get(key) for key in SAYING_KEYS)
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with the reply to imitate. An empty ``prompt`` means plain text to continue from nothing.
+    """A prompt with the response to imitate.
 
-    ended: False for a reply that was cut off: it gets no end token. keys, learned: as of a `Message`. tools: JSON schemas
-    of the functions that the messages may call.
+    id: unique in its file.
+    prompt: the messages before the response; empty for plain text without a prompt.
+    response: the text to imitate.
+    ended: False for a response that was cut off: no end token is written after it.
+    keys, learned: as in `Message`, of the response.
+    tools: JSON schemas of the functions that the messages may call.
     """
 
     id: str
@@ -54,17 +61,19 @@ class Demonstration:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """All of the conversation."""
+        """The whole conversation: the prompt and the response."""
         return (*self.prompt, Message("assistant", self.response, self.keys, self.learned))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two replies to one prompt: ``chosen`` was preferred. margin: by how much, in units of reward (0 = unknown).
+    """A preference pair: two responses to a prompt, of which ``chosen`` was preferred.
 
-    chosen_ended, rejected_ended: False for a reply that was cut off. It gets no end token: PPO scores its cut replies
-    without one, and a reward model that saw an end there could not learn that stopping matters. chosen_keys,
-    rejected_keys: as of a `Message`. tools: as of a `Demonstration`.
+    margin: the strength of the preference, in units of reward; 0 when it is unknown.
+    chosen_ended, rejected_ended: False for a response that was cut off. No end token is written after it: PPO scores
+    truncated responses without one, and a reward model that saw an end token there could not learn that stopping matters.
+    chosen_keys, rejected_keys: as ``keys`` of `Message`.
+    tools: as in `Demonstration`.
     """
 
     id: str
@@ -87,8 +96,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample replies to. extra: what a reward needs to know of it (a reference answer, a list of
-    tests), JSON values by the name of their column."""
+    """A prompt to sample responses to.
+
+    extra: values for a reward (a reference answer, a list of tests), JSON values by the name of their column.
+    tools: as in `Demonstration`.
+    """
 
     id: str
     prompt: tuple[Message, ...]
@@ -97,7 +109,7 @@ class Prompt:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """Those of the prompt."""
+        """The messages of the prompt, as `messages` of the other records."""
         return self.prompt
 
 
@@ -105,9 +117,11 @@ class Prompt:
 class Response:
     """A response to a prompt.
 
-    prompt: the messages it answers. text: the response without special tokens. ended: False when it was cut at the length
-    limit. extra: the columns of the prompt's row that ``Fields.extra`` names (an answer, a list of tests, ...), JSON values.
-    id: of the prompt.
+    prompt: the messages before the response.
+    text: the response without special tokens.
+    ended: False when the response was truncated at the length limit.
+    extra: the columns of the prompt's row that ``Fields.extra`` names (an answer, a list of tests, ...), JSON values.
+    id: the id of the prompt.
     """
 
     prompt: tuple[Message, ...]
@@ -119,10 +133,10 @@ class Response:
 
 @dataclass(frozen=True)
 class Failed:
-    """In the place of a score: the machinery failed (a sandbox that did not start, a judge that did not answer), which says
-    nothing about the response. It is left out of means and updates, and counted. A wrong answer is no failure: score it.
+    """A failed scoring, returned in place of a score: a sandbox did not start, a judge did not answer.
 
-    reason: for messages, one line.
+    The response is excluded from means and updates, and counted. A wrong answer is not a failure: give it a score.
+    reason: one line, for messages.
     """
 
     reason: str

@@ -1,4 +1,4 @@
-"""How rows are batched."""
+"""The shape of batches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from rlhf_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """batch_size: rows (RM: pairs; PPO: prompts). length: columns of a row (PPO: of a prompt). microbatches: splits of an
-    optimiser step. packed: several documents in a row. folded: training reads rows of different lengths two by two, and
-    predicts no token that does not count, where that saves columns (docs/performance.md); each shape is a program of its own."""
+    """The shape of a batch.
+
+    batch_size: number of rows (pairs for reward models and DPO, prompts for PPO and GRPO).
+    length: number of columns of a row in tokens (of a prompt for PPO and GRPO).
+    microbatches: number of parts into which an optimizer step splits the batch to save memory.
+    packed: whether several documents share a row.
+    folded: whether training reads rows of different lengths two by two and predicts only tokens that count, where that
+    saves columns (docs/performance.md); every shape is compiled.
+    """
 
     batch_size: int
     length: int

@@ -121,7 +121,7 @@ def _framed_response(messages: Sequence[Message], message: Message, form: Format
     For templates that write only a part of a response, as those of reasoning models keep what follows "</think>": a sampler
     writes the whole of it. None when the text would not begin as the prompt that a sampler continues.
     """
-    if message.says_more or not message.content.strip():
+    if message.has_calls_or_reasoning or not message.content.strip():
         return None
     stand_in = dataclasses.replace(message, content=_STAND_IN)
     before, prompt = (render_chat(messages, form, generation=generation) for generation in (False, True))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data.row_problems import Unlearnable, check_value, parse_json
+from rlhf_jax.data.row_problems import UnusableRow, check_value, parse_json
 from rlhf_jax.records import SAYING_KEYS
 
 WEIGHTS = ("weight", "loss", "trainable", "train")
@@ -17,14 +17,14 @@ WEIGHTS = ("weight", "loss", "trainable", "train")
 
 
 def content_of(item: Mapping[str, Any], name: str, at: str) -> str:
-    """Return the text of a message; "" for one that has none and calls a tool or reasons. Raises Unlearnable."""
+    """Return the text of a message; "" for one that has none and calls a tool or reasons. Raises UnusableRow."""
     content = item.get(name)
     if content is None and any(item.get(key) for key in SAYING_KEYS):
         return ""
     if content is None:
-        raise Unlearnable(f"{at}: content is null", "fill it in or remove the row")
+        raise UnusableRow(f"{at}: content is null", "fill it in or remove the row")
     if not isinstance(content, str):
-        raise Unlearnable(f"{at}: content is {type(content).__name__}, not text", "write it as one text")
+        raise UnusableRow(f"{at}: content is {type(content).__name__}, not text", "write it as one text")
     return content
 
 
@@ -32,7 +32,7 @@ def keys_of(item: Mapping[str, Any], role: str, content: str, at: str) -> dict[s
     """Return the other keys of a message that have a value. role, content: names of the keys that are no others.
 
     A "content" of None stays: a chat template reads a message without content otherwise than one with "". Raises
-    Unlearnable.
+    UnusableRow.
     """
     taken = {role, content, "role", "content", *WEIGHTS}
     keys = {name: value for name, value in item.items() if name not in taken and value is not None}
@@ -41,39 +41,39 @@ def keys_of(item: Mapping[str, Any], role: str, content: str, at: str) -> dict[s
     thoughts = {name: keys[name] for name in SAYING_KEYS[1:] if name in keys}
     for name, thought in thoughts.items():
         if not isinstance(thought, str):
-            raise Unlearnable(f"{at}: {name} is {type(thought).__name__}, not text", "write it as one text")
+            raise UnusableRow(f"{at}: {name} is {type(thought).__name__}, not text", "write it as one text")
     if len(set(thoughts.values())) > 1:
-        raise Unlearnable(f"{at}: {' and '.join(thoughts)} differ", "keep one of them: a template writes one")
+        raise UnusableRow(f"{at}: {' and '.join(thoughts)} differ", "keep one of them: a template writes one")
     if "function_call" in keys:
-        raise Unlearnable(f"{at}: function_call is no key that chat templates write", "write it as tool_calls")
+        raise UnusableRow(f"{at}: function_call is no key that chat templates write", "write it as tool_calls")
     if "tool_calls" in keys:
         keys["tool_calls"] = _calls(keys["tool_calls"], at)
     return keys
 
 
 def learned_of(item: Mapping[str, Any], role: str, at: str) -> bool:
-    """Return whether a message may be a target, by its weight; True without one. Raises Unlearnable."""
+    """Return whether a message may be a target, by its weight; True without one. Raises UnusableRow."""
     weights = {name: item[name] for name in WEIGHTS if item.get(name) is not None}
     for name, value in weights.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise Unlearnable(
+            raise UnusableRow(
                 f"{at}: {name} is neither 0 nor 1",
                 "only whole turns are learned or not; rename the key",
                 f" ({value!r:.40})",
             )
         if value and role != "assistant":
-            raise Unlearnable(
+            raise UnusableRow(
                 f"{at}: {name} is 1 for a turn of the {role}", "only turns of the assistant are learned; remove it"
             )
     if len({bool(value) for value in weights.values()}) > 1:
-        raise Unlearnable(f"{at}: {' and '.join(weights)} contradict each other", "keep one of them")
+        raise UnusableRow(f"{at}: {' and '.join(weights)} contradict each other", "keep one of them")
     return all(weights.values())
 
 
 def tools_of(row: Mapping[str, Any], name: str | None) -> tuple[Mapping[str, Any], ...]:
     """Return the JSON schemas of the functions in a column, a list or its JSON; () where the row has none.
 
-    Raises Unlearnable.
+    Raises UnusableRow.
     """
     value = None if name is None else row.get(name)
     if value is None or value == "":
@@ -81,7 +81,7 @@ def tools_of(row: Mapping[str, Any], name: str | None) -> tuple[Mapping[str, Any
     tools = _parsed(value, name)
     if _all_named(tools):
         return tuple(tools)
-    raise Unlearnable(
+    raise UnusableRow(
         f"field {name!r} is no list of functions with names", "write JSON schemas, or set Fields.tools = None"
     )
 
@@ -90,7 +90,7 @@ def _calls(value: Any, at: str) -> list[Any]:
     calls = _parsed(value, "tool_calls")
     if _all_named(calls):
         return list(calls)
-    raise Unlearnable(f"{at}: tool_calls is no list of calls with names", "write them as OpenAI does")
+    raise UnusableRow(f"{at}: tool_calls is no list of calls with names", "write them as OpenAI does")
 
 
 def _all_named(value: Any) -> bool:
@@ -102,7 +102,7 @@ def _all_named(value: Any) -> bool:
 
 
 def _parsed(value: Any, name: str | None) -> Any:
-    """``value``, or what its text says as JSON: tables hold lists so. Raises Unlearnable for what no record can hold."""
+    """``value``, or what its text says as JSON: tables hold lists so. Raises UnusableRow for what no record can hold."""
     if isinstance(value, str):
         try:
             value = parse_json(value)

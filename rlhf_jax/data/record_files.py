@@ -1,4 +1,4 @@
-"""Records of files and hub data sets, with the held-out side that the user asked for."""
+"""Records of files and Hugging Face data sets, split into training and held-out records."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from rlhf_jax.errors import InputError, require_whole
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A file, its URL or a hub data set. make: (rows, source, unusable) -> (records, dropped rows). split: of the hub data
-    set. reading: format, encoding, delimiter and quotes of `data.read_rows`."""
+    """A file, its URL or a Hugging Face data set.
+
+    make: (rows, source, unusable) -> (records, dropped rows).
+    split: split of the data set; None for a file.
+    reading: format, encoding, delimiter and quotes of `data.read_rows`.
+    """
 
     path: str
     make: Callable[..., tuple[list[Any], Dropped]]
@@ -25,7 +29,10 @@ class RecordFile:
     reading: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self) -> tuple[list[Any], Dropped]:
-        """(records, dropped rows by reason). Raises InputError when no row gives a record, with the first row's problem."""
+        """Read the file and return (records, dropped rows by reason).
+
+        Raises InputError when no row gives a record, with the problem of the first row.
+        """
         rows = data.read_rows(self.path, split=self.split, **self.reading)
         records, dropped = self.make(rows, source=self.path, unusable=self.unusable)
         if not records and dropped:
@@ -37,10 +44,13 @@ class RecordFile:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The records to check on. builder: for messages. fraction: of the prompts of the same file, None or 0 for none.
+    """The choice of held-out records.
 
-    path, split: where they are instead; with split alone, another split of the same hub data set. default: the fraction
-    that nobody asked for.
+    builder: name of the builder, for messages.
+    fraction: fraction of the prompts of the same file; None or 0 for none.
+    path, split: file and split of the held-out records in place of a fraction; split alone is another split of the same
+    data set.
+    default: the default of ``fraction``.
     """
 
     builder: str
@@ -52,20 +62,20 @@ class HeldOut:
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0.0 <= self.fraction < 1.0:
             raise InputError(f"{self.builder}.heldout = {self.fraction!r}: give a fraction from 0 (none) to below 1")
-        if self.supplied and self.fraction not in (None, 0, self.default):
+        if self.is_separate and self.fraction not in (None, 0, self.default):
             raise InputError(
                 f"{self.builder}.heldout = {self.fraction!r}: has no effect beside heldout_path or heldout_split; remove it"
             )
 
     @property
-    def supplied(self) -> bool:
-        """Whether they are in a file or split of their own."""
+    def is_separate(self) -> bool:
+        """Whether the held-out records are in a file or split of their own."""
         return self.path is not None or self.split is not None
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Fields of `run.records.Records`."""
+    """Training and held-out records of a file, with the number of unusable rows by reason: fields of `Records`."""
 
     train: list[Any]
     heldout: list[Any]
@@ -75,32 +85,34 @@ class Sides:
 
 
 def read_sides(file: RecordFile, heldout: HeldOut, limit: int | None) -> Sides:
-    """Both sides, at most ``limit`` records of each. Raises InputError.
+    """Read training and held-out records, at most ``limit`` of each.
 
-    Held-out records of a file of their own keep their prompts to themselves: training records with such a prompt are left
-    out and counted.
+    When the held-out records have a file or split of their own, training records with the same prompt are dropped and
+    counted. Raises InputError when one of the two is empty.
     """
     if limit is not None:
         require_whole(f"{heldout.builder}.limit", limit, 1)
     records, dropped = file.read()
-    if heldout.supplied:
-        return _supplied(file, heldout, records, dropped, limit)
+    if heldout.is_separate:
+        return _read_separate(file, heldout, records, dropped, limit)
     if not heldout.fraction:
         return Sides(records[:limit], [], (file.path,), dropped, {})
     try:
-        train, held = data.split_by_prompt(records, held_out=heldout.fraction)
+        train, heldout_records = data.split_by_prompt(records, held_out=heldout.fraction)
     except EmptySide as error:
         raise InputError(
             f"{heldout.builder}.heldout = {heldout.fraction}: the {error.side} side is empty ({len(records)} records); set "
             "heldout = 0 to train on all of them, another fraction, or heldout_path"
         ) from None
-    return Sides(train[:limit], held[:limit], (file.path,), dropped, {})
+    return Sides(train[:limit], heldout_records[:limit], (file.path,), dropped, {})
 
 
-def _supplied(file: RecordFile, heldout: HeldOut, records: list[Any], dropped: Dropped, limit: int | None) -> Sides:
+def _read_separate(
+    file: RecordFile, heldout: HeldOut, records: list[Any], dropped: Dropped, limit: int | None
+) -> Sides:
     other = RecordFile(heldout.path or file.path, file.make, file.unusable, heldout.split, file.reading)
-    held, held_dropped = other.read()
-    keys = {data.prompt_key(split_key(record)) for record in held}
+    heldout_records, heldout_dropped = other.read()
+    keys = {data.prompt_key(split_key(record)) for record in heldout_records}
     train = [record for record in records if data.prompt_key(split_key(record)) not in keys]
     if not train:
         raise InputError(
@@ -109,4 +121,4 @@ def _supplied(file: RecordFile, heldout: HeldOut, records: list[Any], dropped: D
     if len(train) < len(records):
         dropped["prompt is in the held-out data"] = len(records) - len(train)
     files = (file.path,) if other.path == file.path else (file.path, other.path)
-    return Sides(train[:limit], held[:limit], files, dropped, held_dropped)
+    return Sides(train[:limit], heldout_records[:limit], files, dropped, heldout_dropped)

@@ -1,4 +1,4 @@
-"""Records as an experiment uses them: to learn from and to check on, encoded, with nothing left out silently."""
+"""Training and held-out records of an experiment, their encoding, and the report of skipped ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from rlhf_jax.storage.inputs import Input
 from rlhf_jax.storage.remote import is_remote
 
 MANY_LEFT_OUT = 0.2
-"""Share of a side's rows from which on leaving them out is a warning: what remains is other data than was given."""
+"""The share of skipped rows above which the report is a warning."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Records to learn from and prompt-disjoint ones to check on. files: what provenance fingerprints.
+    """Training records, and held-out records with other prompts.
 
-    unusable, heldout_unusable: rows of the files that became no record, by reason, of the two sides (of one file that was
-    split: all under unusable). on_unusable: what is done with a record that cannot be encoded.
+    template: how conversations are rendered as text.
+    loss_on: targets of the loss.
+    files: the files whose hashes the run's provenance records.
+    unusable, heldout_unusable: number of rows that gave no record, by reason, for training and held-out records (all in
+    unusable when one file was split).
+    on_unusable: treatment of a record that cannot be encoded.
     """
 
     train: Sequence[Any]
@@ -40,8 +44,8 @@ class Records:
     heldout_unusable: Mapping[str, int] = dataclasses.field(default_factory=dict)
     on_unusable: Unusable = "error"
 
-    def of(self, kind: type) -> Records:
-        """Itself. Raises InputError when a record is not a ``kind``: a builder of another experiment was bound."""
+    def require_kind(self, kind: type) -> Records:
+        """Return the records themselves. Raises InputError when one is not a ``kind`` (the builder of another experiment)."""
         for record in (*self.train, *self.heldout):
             if not isinstance(record, kind):
                 raise InputError(
@@ -51,35 +55,42 @@ class Records:
         return self
 
     def as_inputs(self) -> list[Input]:
-        """For `open_run`: the files, or the hash of generated records."""
+        """Return the inputs for `open_run`: the files, or the hash of generated records."""
         if self.files:
             content = None if all(is_remote(file) or Path(file).exists() for file in self.files) else self._content()
             return [Input(f"data {index}", file, content) for index, file in enumerate(self.files)]
         return [Input("data", "generated", self._content())]
 
     def _content(self) -> str:
-        """Of the records themselves: what is on a hub has no file to hash."""
+        """Return the fingerprint of the records, for data sets on a hub, which have no file to hash."""
         return data.fingerprint([*self.train, *self.heldout])
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordSource:
-    """Records that are read when a run is assembled; a plan reads none. template: how they are written. read: gives the records."""
+    """Records that are read when a run is assembled, and not for a plan.
+
+    template: how conversations are rendered as text.
+    read: returns the records.
+    """
 
     template: Template
     read: Callable[[], Records]
 
 
 def open_records(source: RecordSource | Records) -> Records:
-    """Return the records of a source; records themselves, which a builder of a user's own may give, as they are."""
+    """Return the records of a source; `Records`, which a user's own builder may return, are returned unchanged."""
     return source.read() if isinstance(source, RecordSource) else source
 
 
 def encode_records(
     records: Records, kind: type, encode: Callable[[Any], Any]
 ) -> tuple[data.EncodedSet[Any, Any], data.EncodedSet[Any, Any]]:
-    """(train, heldout) encoded; all must be of ``kind``; heldout is empty when there is none."""
-    records.of(kind)
+    """Encode the records, all of ``kind``, and return (train, heldout); heldout is empty when there are none.
+
+    Raises InputError.
+    """
+    records.require_kind(kind)
     train = data.encode_all(records.train, encode, unusable=records.on_unusable)
     if not records.heldout:
         return train, data.EncodedSet([], [], Counter())
@@ -92,7 +103,7 @@ def encode_records(
 def encode_prompts(
     prompts: Records, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[data.EncodedSet[Any, Any], data.EncodedSet[Any, Any]]:
-    """`encode_records` of prompts to sample replies to, of at most ``length`` tokens."""
+    """Encode prompts of at most ``length`` tokens, as `encode_records` does."""
 
     def encode(record: Any) -> Any:
         return data.encode_prompt(record, tokenizer, prompts.template, max_prompt_length=length)
@@ -106,21 +117,25 @@ def report_skipped(
     heldout: data.EncodedSet[Any, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Nothing is left out silently: a line on stderr for each side of which something is, and one for the keys of messages
-    that nothing reads. Call it when the run is open, so that a mistake of the user's stays one line."""
+    """Print a line on stderr about skipped training records, skipped held-out records and message keys that are not read.
+
+    Call it when the run is open, so that an InputError before it is reported alone.
+    """
     for side, encoded, unusable in (
         ("training", train, records.unusable),
         ("held-out", heldout, records.heldout_unusable),
     ):
         reasons = Counter(encoded.dropped) + Counter(unusable)
         if reasons:
-            told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+            listing = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
             first = getattr(unusable, "first", "")
-            told += f"; the first: {first}" if first else ""
+            listing += f"; the first: {first}" if first else ""
             total = len(encoded.items) + sum(reasons.values())
             warning = "warning: " if sum(reasons.values()) > MANY_LEFT_OUT * total else ""
-            print(f"{warning}{side} records: {len(encoded.items)} of {total} used; left out: {told}", file=sys.stderr)
+            print(
+                f"{warning}{side} records: {len(encoded.items)} of {total} used; left out: {listing}", file=sys.stderr
+            )
     messages = (message for record in (*records.train, *records.heldout) for message in record.messages)
     if unread := data.unread_keys(messages, tokenizer, records.template):
-        told = ", ".join(f"{key!r} ({count})" for key, count in sorted(unread.items()))
-        print(f"messages: keys that the template does not read: {told}", file=sys.stderr)
+        listing = ", ".join(f"{key!r} ({count})" for key, count in sorted(unread.items()))
+        print(f"messages: keys that the template does not read: {listing}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What an example says, before any tokenizer: demonstrations, comparisons and prompts made from rows of a file.
+"""Conversion of a file's rows to demonstrations and prompts, before tokenisation.
 
-A row is ``(line_number, mapping)`` as ``sources.read_rows`` yields it. Comparisons are made in ``pairs``. Nothing here
-decides where a prompt ends in tokens: that is ``encode``'s.
+A row is ``(line_number, mapping)`` as ``sources.read_rows`` yields it. `pairs` makes the comparisons. `encode` decides
+where a prompt ends in tokens.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pathlib import PurePath
 from typing import Any, Literal, Protocol, TypeVar
 
 from rlhf_jax.data.message_keys import content_of, keys_of, learned_of, tools_of
-from rlhf_jax.data.row_problems import FaultyObject, Unlearnable, check_value
+from rlhf_jax.data.row_problems import FaultyObject, UnusableRow, check_value
 from rlhf_jax.errors import InputError
 from rlhf_jax.records import ROLES, SAYING_KEYS, Comparison, Demonstration, Message, Prompt
 
 Row = tuple[int, Mapping[str, Any]]
 Scalar = str | float | int
 Unusable = Literal["error", "drop"]
-"""What to do with a row that gives no record (an empty or null response, a missing field, chosen equal to rejected)."""
+"""The treatment of a row that gives no record (an empty or null response, a missing field, chosen equal to rejected)."""
 _ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
 
 
 class HasId(Protocol):
-    """Demonstration, Comparison or Prompt."""
+    """A record with an id: Demonstration, Comparison or Prompt."""
 
     @property
     def id(self) -> str: ...
@@ -38,16 +38,22 @@ _RecordT = TypeVar("_RecordT", bound=HasId)
 
 @dataclass(frozen=True)
 class Fields:
-    """Which column is what.
+    """Names of the columns that records are read from.
 
-    id: None takes the column "id" where a row has one, else "file name:line".
-    prompt: a text (one user message) or a list of messages; None for plain text without a prompt.
-    messages: a column with the whole conversation, its last message the reply; ``prompt``, ``response`` are not read.
-    ended: column of truth values, read where a row has it: False says that the reply was cut off. In a comparison
-    "chosen_" and "rejected_" come before its name.
-    margin: None for comparisons without margins.  extra: columns carried along in ``Prompt.extra``.
-    role, content: the keys inside a message ("from", "value" in ShareGPT files; roles "human", "gpt" are understood).
-    tools: column of the functions that may be called (JSON schemas), read where a row has it; None: not read.
+    id: column of ids; None takes the column "id" where a row has one, else "file name:line".
+    prompt: column of prompts, each a text (one user message) or a list of messages; None for plain text without a prompt.
+    response: column of a demonstration's response, a text or one message.
+    chosen: column of a comparison's preferred response, a text, one message or a whole conversation.
+    rejected: column of a comparison's other response, as chosen.
+    messages: column of whole conversations that end with the response, read in place of prompt and response; None
+    reads those two columns.
+    ended: column of truth values, read where a row has it; False means that the response was cut off. Comparisons have two
+    columns, with "chosen_" and "rejected_" before this name.
+    margin: column of the preference's strength in units of reward; None for comparisons without margins.
+    extra: columns that are copied to ``Prompt.extra``, for rewards.
+    role: key of a message's role ("from" in ShareGPT files, whose roles "human" and "gpt" are understood).
+    content: key of a message's text ("value" in ShareGPT files).
+    tools: column of the functions that may be called (JSON schemas), read where a row has it; None ignores it.
     """
 
     id: str | None = None
@@ -65,11 +71,14 @@ class Fields:
 
 
 GSM8K_FIELDS = Fields(prompt="question", response="answer", extra=("answer",))
-"""openai/grade-school-math @ grade_school_math/data: the answer's last line is "#### 72"."""
+"""Columns of GSM8K (openai/grade-school-math @ grade_school_math/data); the last line of an answer is "#### 72"."""
 
 
 class Dropped(Counter[str]):
-    """Number of dropped rows by reason. first: the message of the first one, with its place and the remedy."""
+    """The number of dropped rows by reason.
+
+    first: the message about the first dropped row, with its place and the remedy.
+    """
 
     first: str = ""
 
@@ -77,7 +86,10 @@ class Dropped(Counter[str]):
 def demonstrations(
     rows: Iterable[Row], fields: Fields | None = None, *, source: str, unusable: Unusable = "error"
 ) -> tuple[list[Demonstration], Dropped]:
-    """(records, number of dropped rows by reason). source: the file's name for messages and ids. Raises InputError."""
+    """Make demonstrations from rows and return (records, number of dropped rows by reason).
+
+    source: the file's name, for messages and ids. Raises InputError for an unusable row, unless ``unusable`` is "drop".
+    """
     fields = fields or Fields()
 
     def make(place: str, row: Mapping[str, Any]) -> Demonstration:
@@ -86,11 +98,11 @@ def demonstrations(
         else:
             *context, last = messages_of(value_of(row, fields.messages, "messages"), fields.messages, fields)
             if last.role != "assistant":
-                raise Unlearnable(
+                raise UnusableRow(
                     "last message is not a reply", f"end field {fields.messages!r} with an assistant message"
                 )
             prompt = tuple(context)
-        require_said(last, fields.response if fields.messages is None else fields.messages)
+        require_content(last, fields.response if fields.messages is None else fields.messages)
         ended, tools = flag_of(row, fields.ended), tools_of(row, fields.tools)
         return Demonstration(id_of(row, fields, place), prompt, last.content, ended, last.keys, last.learned, tools)
 
@@ -100,7 +112,7 @@ def demonstrations(
 def prompts(
     rows: Iterable[Row], fields: Fields | None = None, *, source: str, unusable: Unusable = "error"
 ) -> tuple[list[Prompt], Dropped]:
-    """(records, number of dropped rows by reason). Raises InputError."""
+    """Make prompts from rows, as `demonstrations` does. Raises InputError."""
     fields = fields or Fields()
 
     def make(place: str, row: Mapping[str, Any]) -> Prompt:
@@ -111,7 +123,7 @@ def prompts(
 
 
 def prompts_of(records: Iterable[Demonstration | Comparison]) -> list[Prompt]:
-    """The distinct prompts of ``records`` in order of first appearance (equal by ``prompt_key``), with the first id."""
+    """Return the distinct prompts of ``records`` (by ``prompt_key``) in order of first appearance, each with its first id."""
     first: dict[str, Prompt] = {}
     for record in records:
         first.setdefault(prompt_key(record.prompt), Prompt(record.id, record.prompt, tools=record.tools))
@@ -119,7 +131,7 @@ def prompts_of(records: Iterable[Demonstration | Comparison]) -> list[Prompt]:
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
-    """A text equal for prompts that differ in white space or case only: "Hi  there" and "hi there" are one prompt."""
+    """Return a text that is equal for prompts that differ only in white space or case, such as "Hi  there" and "hi there"."""
     return "\n".join(
         f"{message.role}: {' '.join(message.content.split()).casefold()}"
         + "".join(f" {key}: {json.dumps(message.keys[key])}" for key in SAYING_KEYS if message.keys.get(key))
@@ -130,7 +142,10 @@ def prompt_key(messages: Sequence[Message]) -> str:
 def collect(
     rows: Iterable[Row], make: Callable[[str, Mapping[str, Any]], _RecordT], source: str, unusable: Unusable
 ) -> tuple[list[_RecordT], Dropped]:
-    """What ``make(place, row)`` makes of each row, and how many it could not (`Unlearnable`), by reason. Raises InputError."""
+    """Call ``make(place, row)`` for each row; return the records and the number of unusable rows (`UnusableRow`) by reason.
+
+    Raises InputError for a repeated id, and for an unusable row when ``unusable`` is "error".
+    """
     if unusable not in ("error", "drop"):
         raise InputError(f"unusable = {unusable!r}: must be 'error' or 'drop'")
     records: list[_RecordT] = []
@@ -142,7 +157,7 @@ def collect(
             if isinstance(row, FaultyObject):
                 raise row.problem
             record = make(place, row)
-        except Unlearnable as problem:
+        except UnusableRow as problem:
             reason, remedy, *detail = problem.args
             message = f"{place}: {reason}{''.join(detail)}; {remedy}"
             if unusable == "error":
@@ -161,38 +176,41 @@ def collect(
 
 
 def require_text(text: str, name: str) -> None:
-    """Raises Unlearnable for nothing but white space."""
+    """Raise UnusableRow when ``text`` is empty or white space."""
     if not text.strip():
-        raise Unlearnable(f"field {name!r} is empty", "fill it in or remove the row")
+        raise UnusableRow(f"field {name!r} is empty", "fill it in or remove the row")
 
 
-def require_said(message: Message, name: str) -> None:
-    """Raises Unlearnable for a response that says nothing: no text, no call, no reasoning."""
-    if not message.says_more:
+def require_content(message: Message, name: str) -> None:
+    """Raise UnusableRow for a response without text, call and reasoning."""
+    if not message.has_calls_or_reasoning:
         require_text(message.content, name)
 
 
 def value_of(row: Mapping[str, Any], name: str, key: str) -> Any:
-    """The value of a column. key: of `Fields`, which names the column. Raises Unlearnable for none and for null."""
+    """Return the value of a column. key: the field of `Fields` that names it. Raises UnusableRow when it is missing or null."""
     if name not in row:
         present = ", ".join(repr(column) for column in row)
-        raise Unlearnable(
+        raise UnusableRow(
             f"field {name!r} is missing", f"the row has {present or 'no fields'}: set Fields.{key} accordingly"
         )
     value = row[name]
     if value is None:
-        raise Unlearnable(f"field {name!r} is null", "fill it in or remove the row")
+        raise UnusableRow(f"field {name!r} is null", "fill it in or remove the row")
     check_value(value, name)
     return value
 
 
 def text_of(row: Mapping[str, Any], fields: Fields, key: str) -> str:
-    """The content of ``response_of``."""
+    """Return the content of ``response_of``."""
     return response_of(row, fields, key).content
 
 
 def response_of(row: Mapping[str, Any], fields: Fields, key: str) -> Message:
-    """A text, or a single message (a mapping, or a list with one). key: of `Fields`."""
+    """Return the response in a column: a text, or a single message (a mapping, or a list with one).
+
+    key: the field of `Fields` that names the column. Raises UnusableRow.
+    """
     name = getattr(fields, key)
     value = value_of(row, name, key)
     if isinstance(value, str):
@@ -202,7 +220,7 @@ def response_of(row: Mapping[str, Any], fields: Fields, key: str) -> Message:
     if isinstance(value, Sequence) and len(value) < 2:
         message = messages_of(value, name, fields)[0]
         if message.role != "assistant":
-            raise Unlearnable(f"field {name!r} is a turn of the {message.role}, no response", "name another column")
+            raise UnusableRow(f"field {name!r} is a turn of the {message.role}, no response", "name another column")
         return message
     if isinstance(value, bool | int | float):
         raise _not_text(name, value, "text or one message")
@@ -210,17 +228,17 @@ def response_of(row: Mapping[str, Any], fields: Fields, key: str) -> Message:
     remedy = (
         f"set Fields.messages = {name!r} for whole conversations" if conversation else "write a text or one message"
     )
-    raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or one message", remedy)
+    raise UnusableRow(f"field {name!r} is {type(value).__name__}, not text or one message", remedy)
 
 
-def _not_text(name: str, value: Any, wanted: str) -> Unlearnable:
-    return Unlearnable(
-        f"field {name!r} is {type(value).__name__}, not {wanted}", "write it in quotes, as text", f" ({value!r})"
+def _not_text(name: str, value: Any, expected: str) -> UnusableRow:
+    return UnusableRow(
+        f"field {name!r} is {type(value).__name__}, not {expected}", "write it in quotes, as text", f" ({value!r})"
     )
 
 
 def prompt_of(row: Mapping[str, Any], fields: Fields) -> tuple[Message, ...]:
-    """The messages before the response: () with ``Fields.prompt`` None."""
+    """Return the messages before the response; () when ``Fields.prompt`` is None. Raises UnusableRow."""
     if fields.prompt is None:
         return ()
     value = value_of(row, fields.prompt, "prompt")
@@ -233,32 +251,32 @@ def prompt_of(row: Mapping[str, Any], fields: Fields) -> tuple[Message, ...]:
 
 
 def require_question(messages: Sequence[Message], name: str) -> None:
-    """Raises Unlearnable unless the messages of a prompt end with a user's, or with a tool's result."""
+    """Raise UnusableRow unless the messages of a prompt end with a user's message or a tool's result."""
     if not messages or messages[-1].role not in ("user", "tool"):
-        raise Unlearnable("last message of the prompt is not the user's", f"end field {name!r} with a user message")
+        raise UnusableRow("last message of the prompt is not the user's", f"end field {name!r} with a user message")
     require_text(messages[-1].content, name)
 
 
 def messages_of(value: Any, name: str, fields: Fields) -> tuple[Message, ...]:
-    """The messages of a column, at least one."""
+    """Return the messages of a column, at least one. Raises UnusableRow."""
     if isinstance(value, bool | int | float):
         raise _not_text(name, value, "text or messages")
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or messages", "write a list of messages")
+        raise UnusableRow(f"field {name!r} is {type(value).__name__}, not text or messages", "write a list of messages")
     if not value:
-        raise Unlearnable(f"field {name!r} is empty", "fill it in or remove the row")
+        raise UnusableRow(f"field {name!r} is empty", "fill it in or remove the row")
     messages = []
     for number, item in enumerate(value, start=1):
         at = f"field {name!r}, message {number}"
         calls = isinstance(item, Mapping) and any(item.get(key) for key in SAYING_KEYS)
         if not isinstance(item, Mapping) or fields.role not in item or not (fields.content in item or calls):
-            raise Unlearnable(
+            raise UnusableRow(
                 f"{at}: must be an object with {fields.role!r} and {fields.content!r}",
                 "set Fields.role and Fields.content",
             )
         name_of_role = item[fields.role]
         if not isinstance(name_of_role, str) or name_of_role not in _ROLE_NAMES:
-            raise Unlearnable(f"{at}: role {name_of_role!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
+            raise UnusableRow(f"{at}: role {name_of_role!r} is unknown", f"use {', '.join(_ROLE_NAMES)}")
         role = _ROLE_NAMES[name_of_role]
         keys = keys_of(item, fields.role, fields.content, at)
         messages.append(Message(role, content_of(item, fields.content, at), keys, learned_of(item, role, at)))
@@ -266,7 +284,7 @@ def messages_of(value: Any, name: str, fields: Fields) -> tuple[Message, ...]:
 
 
 def id_of(row: Mapping[str, Any], fields: Fields, place: str) -> str:
-    """Of ``fields.id``, the column "id", or else "file name:line"."""
+    """Return the id of a row: from the column ``fields.id``, else from the column "id", else "file name:line"."""
     if fields.id is not None:
         return str(scalar_of(value_of(row, fields.id, "id"), fields.id))
     if row.get("id") is not None:
@@ -275,38 +293,38 @@ def id_of(row: Mapping[str, Any], fields: Fields, place: str) -> str:
 
 
 def flag_of(row: Mapping[str, Any], name: str) -> bool:
-    """A truth value, in a file of tables written as text; True where the row has none."""
+    """Return the truth value of a column (text in csv files); True where the row has none. Raises UnusableRow."""
     value = row.get(name)
     if value is None:
         return True
     if isinstance(value, str):
         value = {"true": True, "false": False}.get(value.lower(), value)
     if not isinstance(value, bool):
-        raise Unlearnable(f"field {name!r} is {type(value).__name__}, not true or false", "name another Fields.ended")
+        raise UnusableRow(f"field {name!r} is {type(value).__name__}, not true or false", "name another Fields.ended")
     return value
 
 
 def scalar_of(value: Any, name: str) -> Scalar:
-    """A text or a finite number."""
+    """Check that ``value`` is a text or a finite number and return it. Raises UnusableRow."""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):
-            raise Unlearnable(f"field {name!r} is {value!r}, not a finite number", "give a number or remove the row")
+            raise UnusableRow(f"field {name!r} is {value!r}, not a finite number", "give a number or remove the row")
         return value
-    raise Unlearnable(f"field {name!r} is {type(value).__name__}, not text or a number", "write it as text")
+    raise UnusableRow(f"field {name!r} is {type(value).__name__}, not text or a number", "write it as text")
 
 
 def extra_of(row: Mapping[str, Any], name: str) -> Any:
-    """A column for a reward: any JSON value, null too. Raises Unlearnable for none, and for what JSON cannot hold."""
+    """Return a column for a reward, any JSON value or null. Raises UnusableRow when it is missing or not a JSON value."""
     if row.get(name, "") is None:
         return None
     try:
         return _json_value(value_of(row, name, "extra"), name)
     except RecursionError:
-        raise Unlearnable(f"field {name!r} is nested too deeply", "flatten it") from None
+        raise UnusableRow(f"field {name!r} is nested too deeply", "flatten it") from None
 
 
 def _json_value(value: Any, name: str) -> Any:
-    """``value`` made of lists, dicts, texts, numbers, truth values and None."""
+    """Convert ``value`` to lists, dicts, texts, numbers, truth values and None. Raises UnusableRow."""
     if hasattr(value, "tolist"):  # numpy, from parquet
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -314,9 +332,9 @@ def _json_value(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return [_json_value(item, name) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise Unlearnable(
+        raise UnusableRow(
             f"field {name!r} is {value!r}, not a finite number", "give a number, or null, or remove the row"
         )
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise Unlearnable(f"field {name!r} holds {type(value).__name__}, which is no JSON value", "write it as text")
+    raise UnusableRow(f"field {name!r} holds {type(value).__name__}, which is no JSON value", "write it as text")

@@ -1,4 +1,4 @@
-"""Where rows come from: files (jsonl, csv, parquet, ...; gzip too), local or behind a URL, or a Hugging Face data set."""
+"""Readers of rows from files (jsonl, csv, parquet, ..., also gzipped), URLs and Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ Row = tuple[int, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:
-    """How a file is read. format: one of FORMATS; None infers it from the ending, before which ".gz" may stand after it.
+    """Settings for reading a file.
 
-    encoding: of text files; a byte order mark (UTF-8, UTF-16, UTF-32) at the beginning of the file wins over it.
-    delimiter: between cells of csv and tsv; None = a comma, a tab.
-    quotes: cells of csv and tsv may stand in double quotes, with a quote inside them doubled (as pandas, Excel and R's
-    write.csv write them). False: a quote is text.
+    format: one of FORMATS; None infers it from the file's ending, before an optional ".gz".
+    encoding: encoding of text files; a byte order mark (UTF-8, UTF-16, UTF-32) at the beginning has precedence.
+    delimiter: character between the cells of csv and tsv; None takes a comma, or a tab for tsv.
+    quotes: whether cells of csv and tsv may stand in double quotes, with a quote inside them doubled (as pandas, Excel
+    and R's write.csv write them); False reads quotes as text.
     """
 
     format: str | None = None
@@ -68,14 +69,14 @@ def read_rows(
     delimiter: str | None = None,
     quotes: bool = True,
 ) -> Iterator[Row]:
-    """Yields ``(number, row)``: number is the line where the row begins (json, parquet: the row's number), from 1.
+    """Yield ``(number, row)``: number is the line where the row begins (json, parquet: the row's number), from 1.
 
     location: a file, its URL (copied to this machine first), or the name of a hub data set ("openai/gsm8k", with a configuration
     "openai/gsm8k:main").
     split: the hub split ("train", "train[:100]"); files have none.
     format, encoding, delimiter, quotes: as in `TextFormat`.
-    jsonl and txt skip blank lines; txt yields {"text": line}; csv and tsv need a header. Cells are kept as they are written,
-    line ends inside them too.
+    jsonl and txt skip blank lines; txt yields {"text": line}; csv and tsv need a header. Cells are read unchanged, with
+    the line ends inside them.
     Raises InputError with file and line: missing file, truncated gzip, bad JSON, wrong encoding, row unlike the header.
     """
     settings = TextFormat(format, encoding, delimiter, quotes)
@@ -99,7 +100,7 @@ def read_rows(
 
 
 def fingerprint(records: Iterable[Any]) -> str:
-    """sha256 (hex) of the records' contents in order. Records are dataclasses, or anything JSON can hold."""
+    """Return the sha256 (hex) of the records' contents in order. Records are dataclasses or JSON values."""
     digest = hashlib.sha256()
     for record in records:
         plain = (
@@ -110,7 +111,7 @@ def fingerprint(records: Iterable[Any]) -> str:
 
 
 def _ending(path: Path) -> str:
-    """'a.jsonl.gz' -> 'jsonl'."""
+    """Return the ending of a file's name without ".gz": 'jsonl' for 'a.jsonl.gz'."""
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower().lstrip(".")
 
 
@@ -133,7 +134,7 @@ def _read_file(path: Path, settings: TextFormat) -> Iterator[Row]:
             delimiter = settings.delimiter or ("," if format == "csv" else "\t")
             return _read_table(path, dataclasses.replace(settings, format=format, delimiter=delimiter))
         case "txt":
-            lines = _lines(path, settings.encoding, newline="\n")
+            lines = _read_lines(path, settings.encoding, newline="\n")
             return ((number, {"text": line.rstrip("\r\n")}) for number, line in lines if line.strip())
         case "parquet":
             return _read_parquet(path)
@@ -147,22 +148,24 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return path.open("rb")
 
 
-def _marked(file: gzip.GzipFile | io.BufferedReader, encoding: str) -> str:
-    """The encoding that a byte order mark at the beginning of ``file`` tells, read past the mark; else ``encoding``."""
+def _detect_encoding(file: gzip.GzipFile | io.BufferedReader, encoding: str) -> str:
+    """Read a byte order mark at the beginning of ``file`` and return its encoding; ``encoding`` when there is none."""
     beginning = file.read(4)
     mark, name = next(((mark, name) for mark, name in _MARKS if beginning.startswith(mark)), (b"", encoding))
     file.seek(len(mark))
     return name
 
 
-def _lines(path: Path, encoding: str, *, newline: str = "") -> Iterator[tuple[int, str]]:
-    """(line number, text with its line end). newline: "" ends lines at \\n, \\r\\n and \\r, "\\n" at \\n alone: as
-    `io.TextIOWrapper`. Texts may hold \\x85 or U+2028."""
+def _read_lines(path: Path, encoding: str, *, newline: str = "") -> Iterator[tuple[int, str]]:
+    """Yield (line number, text with its line end). Texts may contain \\x85 or U+2028.
+
+    newline: as of `io.TextIOWrapper`; "" ends lines at \\n, \\r\\n and \\r, "\\n" at \\n alone. Raises InputError.
+    """
     number = 0
     name = encoding
     try:
         with _open(path) as file:
-            name = _marked(file, encoding)
+            name = _detect_encoding(file, encoding)
             for number, line in enumerate(io.TextIOWrapper(file, name, newline=newline), start=1):
                 if "\0" in line:
                     raise InputError(
@@ -171,15 +174,15 @@ def _lines(path: Path, encoding: str, *, newline: str = "") -> Iterator[tuple[in
                     )
                 yield number, line
     except UnicodeError as error:
-        raise _undecodable(path, number, name, error) from None
+        raise _decoding_error(path, number, name, error) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: damaged gzip ({error}); copy or download the file again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file's permissions") from None
 
 
-def _undecodable(path: Path, lines_before: int, encoding: str, error: UnicodeError) -> InputError:
-    """The error for bytes that are not ``encoding``. lines_before: whole lines read before the chunk of bytes with the error."""
+def _decoding_error(path: Path, lines_before: int, encoding: str, error: UnicodeError) -> InputError:
+    """Make the error for bytes that are not ``encoding``. lines_before: whole lines read before the chunk with the error."""
     remedy = "set encoding (often 'latin-1') or convert the file"
     if not isinstance(error, UnicodeDecodeError):
         return InputError(f"{path}: not {encoding} ({error}); {remedy}")
@@ -189,7 +192,7 @@ def _undecodable(path: Path, lines_before: int, encoding: str, error: UnicodeErr
 
 
 def _read_jsonl(path: Path, encoding: str) -> Iterator[Row]:
-    for number, line in _lines(path, encoding):
+    for number, line in _read_lines(path, encoding):
         if not line.strip():
             continue
         try:
@@ -208,7 +211,7 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[Row]:
 
 
 def _read_json(path: Path, encoding: str) -> Iterator[Row]:
-    text = "".join(line for _, line in _lines(path, encoding))
+    text = "".join(line for _, line in _read_lines(path, encoding))
     try:
         rows = parse_json(text)
     except json.JSONDecodeError as error:
@@ -227,11 +230,11 @@ def _read_json(path: Path, encoding: str) -> Iterator[Row]:
 
 
 def _read_table(path: Path, settings: TextFormat) -> Iterator[Row]:
-    """settings: with format and delimiter."""
+    """Yield the rows of a csv or tsv file. settings: with format and delimiter. Raises InputError."""
     assert settings.delimiter is not None
     csv.field_size_limit(2**31 - 1)  # a cell may be as long as a document
     begin = 1  # line where the present row begins; a quoted field may span lines
-    text = (line for _, line in _lines(path, settings.encoding))
+    text = (line for _, line in _read_lines(path, settings.encoding))
     quoting: Any = csv.QUOTE_MINIMAL if settings.quotes else csv.QUOTE_NONE
     reader = csv.reader(text, delimiter=settings.delimiter, quoting=quoting, strict=True)
     header: list[str] | None = None
@@ -259,7 +262,7 @@ _QUOTES = (
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
-    """Raises InputError for a repeated column, and for one column that another delimiter would split."""
+    """Raise InputError for a repeated column, and for a single column that another delimiter would split."""
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise InputError(f"{path}:1: column {sorted(repeated)[0]!r} occurs twice; rename one")
@@ -282,7 +285,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise InputError(
-            f"{path}: row {number + 1}: not readable as parquet ({_line(error)}); write the file again"
+            f"{path}: row {number + 1}: not readable as parquet ({_first_line(error)}); write the file again"
         ) from None
 
 
@@ -294,11 +297,11 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(repository, configuration or None, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated classes; the user needs one line
         remedy = "check the name (NAME or NAME:CONFIGURATION), split and network, or give a local file"
-        raise InputError(f"hub data set {name!r}, split {split!r}: {_line(error)}; {remedy}") from error
+        raise InputError(f"hub data set {name!r}, split {split!r}: {_first_line(error)}; {remedy}") from error
     return ((number, row) for number, row in enumerate(rows, start=1))
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an exception's message, with its class."""
+def _first_line(error: BaseException) -> str:
+    """Return the class and the first line of the message of an exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Splitting records so that no prompt stands on both sides."""
+"""Splits of records into training and held-out ones with distinct prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_jax.records import Message
 
 
 class HasPrompt(Protocol):
-    """Demonstration, Comparison or Prompt."""
+    """A record with a prompt: Demonstration, Comparison or Prompt."""
 
     @property
     def prompt(self) -> tuple[Message, ...]: ...
@@ -30,26 +30,28 @@ class EmptySide(InputError):
 
 
 def prompt_fraction(messages: Sequence[Message], salt: str = "") -> float:
-    """A number in [0, 1) that depends on the prompt's ``prompt_key`` and the salt only: the first 53 bits of a sha256.
+    """Return a number in [0, 1) that depends only on the prompt's ``prompt_key`` and the salt: 53 bits of a sha256.
 
-    53 bits are what a float64 holds exactly, so that the value never rounds up to 1.0.
+    A float64 holds 53 bits exactly, so that the value never rounds up to 1.0.
     """
     digest = hashlib.sha256(f"{salt}\n{prompt_key(messages)}".encode()).digest()
     return float(int.from_bytes(digest[:8], "big") >> 11) / 2.0**53
 
 
 def split_key(record: HasPrompt) -> tuple[Message, ...]:
-    """What decides a record's side: its prompt; of plain text to learn from, which has no prompt, the text itself."""
+    """Return the messages that decide on which side a record falls: its prompt, or its text when it has no prompt."""
     return record.prompt or (Message("assistant", getattr(record, "response", "")),)
 
 
 def split_by_prompt(
     records: Iterable[_RecordT], *, held_out: float, salt: str = ""
 ) -> tuple[list[_RecordT], list[_RecordT]]:
-    """(training, held out), both in the given order. A prompt with ``prompt_fraction < held_out`` is held out.
+    """Split records into (training, held out), both in the order of ``records``.
 
-    A record's side does not depend on the other records: adding data moves nothing, and duplicates (also those that
-    differ in case or white space) stay together. held_out: the expected fraction, 0 < held_out < 1.
+    A prompt with ``prompt_fraction < held_out`` is held out.
+
+    A record's side does not depend on other records, so added data moves none, and duplicates (also those that
+    differ in case or white space) fall on the same side. held_out: the expected fraction, 0 < held_out < 1.
     Raises InputError when a side is empty.
     """
     if not 0.0 < held_out < 1.0:

@@ -1,9 +1,9 @@
-"""A made-up support desk: the built-in task, whose right answers are known exactly.
+"""Cases of a simulated support desk: the built-in task, with exactly known correct answers.
 
-A case is a handful of fact lines about two products, two policy lines, a customer and one request. Everything about
-case ``i`` of a split follows from ``(seed, split, i)`` alone. Answering needs what real desks need (copy the right
-fact, obey the policy, keep the brand's tone, stop) yet a transformer of a few million parameters can learn it: each
-fact line is product, verb, value, and the reply says the same three words.
+A case is a handful of fact lines about two products, two policy lines, a customer and one request. Case ``i`` of a
+split depends only on ``(seed, split, i)``. A response must copy the right fact, obey the policy, keep the brand's
+tone and stop, yet a transformer of a few million parameters can learn the task: each fact line is product, verb,
+value, and the response repeats the same three words.
 
     Facts: kettle costs 25. lamp arrives Friday. lamp costs 60. kettle arrives Monday.
     Policy: refunds refused. discount code MAPLE.
@@ -55,7 +55,7 @@ FACT_LINES = {
     "weight": "{item} weighs {value}",
     "place": "{item} reached {value}",
 }
-"""Intent that asks for the fact -> how the fact is written: product, verb, value. A reply says the same words."""
+"""Intent that asks for a fact -> the line of the fact: product, verb, value. A response repeats the same words."""
 FACT_VALUES = {"arrival": DAYS, "price": NUMBERS, "weight": NUMBERS, "place": CITIES}
 POLICY_LINES = {
     "refund": ("refunds allowed", "refunds refused"),
@@ -118,12 +118,12 @@ REQUESTS = {
 }
 
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "heldout": range(9, 10)}
-"""Split -> the tenths of prompt-text hashes it owns: no prompt text can be in two splits, whatever the seeds."""
+"""Split -> its tenths of the hashes of prompt texts, so that no prompt text is in two splits, whatever the seeds."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """``kind`` is a key of FACT_LINES; the value is text, exactly as a reply must copy it."""
+    """A fact about a product. kind: a key of FACT_LINES. value: the text that a response must copy exactly."""
 
     item: str
     kind: str
@@ -132,7 +132,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Policy:
-    """``topic`` is a key of POLICY_LINES. code: the discount code, empty unless an allowed discount."""
+    """A policy of the desk. topic: a key of POLICY_LINES. code: the discount code; empty unless a discount is allowed."""
 
     topic: str
     allowed: bool
@@ -141,10 +141,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Case:
-    """One request with everything needed to judge a reply.
+    """A request with everything that is needed to judge a response.
 
-    item: what the customer asks about; other_item: the distractor. intent: one of INTENTS. facts: two kinds for each of
-    the two items. policies: two topics (when the policy decides the request, its topic is one of them).
+    item: the product that the customer asks about. other_item: the distractor.
+    intent: one of INTENTS.
+    facts: two kinds for each of the two items.
+    policies: two topics; when a policy decides the request, its topic is one of them.
     """
 
     id: str
@@ -158,7 +160,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """The text a model continues. Replies follow after one space (RESPONSE_PREFIX)."""
+        """The text of the prompt. A response follows after a space (RESPONSE_PREFIX)."""
         facts = " ".join(FACT_LINES[f.kind].format(item=f.item, value=f.value) + "." for f in self.facts)
         policies = " ".join(POLICY_LINES[p.topic][not p.allowed].format(code=p.code) + "." for p in self.policies)
         return f"Facts: {facts}\nPolicy: {policies}\nCustomer {self.customer}: {self.request}\nAgent:"
@@ -170,49 +172,49 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What the reply must state: a key of FACT_LINES, ``code``, or ``item`` (a decision must name its product)."""
+        """The kind of value that the response must state: a key of FACT_LINES, ``code``, or ``item`` for a decision."""
         if self.policy is None:
             return self.intent
         return "code" if self.policy.code else "item"
 
     @property
     def answer(self) -> str:
-        """The one right value of ``kind``."""
+        """The correct value of ``kind``."""
         if self.policy is not None:
             return self.policy.code or self.item
         return self.value(self.item)
 
     def value(self, item: str) -> str:
-        """The value of the asked kind for ``item`` (requests that ask for a fact only)."""
+        """Return the value of the requested fact for ``item``; only for requests that ask for a fact."""
         return next(f.value for f in self.facts if f.item == item and f.kind == self.intent)
 
 
 RESPONSE_PREFIX = " "
-"""What stands between a prompt (which ends with ``Agent:``) and a reply."""
+"""The text between a prompt, which ends with ``Agent:``, and a response."""
 
 
 def keyed_generator(*key: object) -> np.random.Generator:
-    """A Philox generator keyed by the text of ``key``: equal keys, equal draws, on every machine."""
+    """Return a Philox generator keyed by the text of ``key``: equal keys give equal draws on every machine."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of ``options``, uniformly."""
+    """Draw one of ``options`` uniformly."""
     return options[int(rng.integers(len(options)))]
 
 
 def split_of(prompt: str) -> str:
-    """The only split that may hold this prompt text."""
+    """Return the only split that may contain this prompt text."""
     tenth = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little") % 10
-    return next(split for split, owned in SPLITS.items() if tenth in owned)
+    return next(split for split, tenths in SPLITS.items() if tenth in tenths)
 
 
 @functools.lru_cache(maxsize=8192)
 def make_case(seed: int, split: str, index: int) -> Case:
-    """Case ``index`` (0, 1, ...) of a split; it never depends on how many others are made.
+    """Draw case ``index`` (0, 1, ...) of a split, independently of the other cases.
 
-    Drafts are drawn until one's prompt hash belongs to the split. Raises InputError for an unknown split or index < 0.
+    Cases are drawn until the hash of a prompt belongs to the split. Raises InputError for an unknown split or index < 0.
     """
     if split not in SPLITS:
         raise InputError(f"support desk: unknown split {split!r}; use one of {', '.join(SPLITS)}")
@@ -220,13 +222,13 @@ def make_case(seed: int, split: str, index: int) -> Case:
         raise InputError(f"support desk: case index {index} is negative; use 0, 1, ...")
     rng = keyed_generator("support desk case", seed, split, index)
     while True:
-        case = _draft(rng, f"desk-{seed}-{split}-{index}")
+        case = _draw_case(rng, f"desk-{seed}-{split}-{index}")
         if split_of(case.prompt) == split:
             return case
 
 
 def case_from_id(case_id: str) -> Case:
-    """The case an id such as ``desk-0-heldout-12`` names: a reward can be computed from a prompt's id alone."""
+    """Return the case of an id such as ``desk-0-heldout-12``, so that a reward needs only a prompt's id. Raises InputError."""
     match case_id.split("-"):
         case ["desk", seed, split, index] if seed.isdecimal() and index.isdecimal():
             case = make_case(int(seed), split, int(index))
@@ -235,15 +237,15 @@ def case_from_id(case_id: str) -> Case:
     raise InputError(f"prompt id {case_id!r}: not a support-desk case; ids look like desk-SEED-SPLIT-INDEX")
 
 
-def _draft(rng: np.random.Generator, case_id: str) -> Case:
+def _draw_case(rng: np.random.Generator, case_id: str) -> Case:
     intent = pick(rng, INTENTS)
     items = [ITEMS[i] for i in rng.choice(len(ITEMS), 2, replace=False)]
     kinds = [str(kind) for kind in rng.permutation(list(FACT_LINES)) if kind != intent]
     kinds = [intent, kinds[0]] if intent in FACT_LINES else kinds[:2]
-    facts = _facts(rng, kinds, items)
+    facts = _draw_facts(rng, kinds, items)
     topics = [str(topic) for topic in rng.permutation(list(POLICY_LINES)) if topic != intent]
     topics = [intent, topics[0]] if intent in POLICY_LINES else topics[:2]
-    policies = [_policy(rng, topic) for topic in topics]
+    policies = [_draw_policy(rng, topic) for topic in topics]
     return Case(
         id=case_id,
         customer=pick(rng, NAMES),
@@ -256,16 +258,16 @@ def _draft(rng: np.random.Generator, case_id: str) -> Case:
     )
 
 
-def _facts(rng: np.random.Generator, kinds: Sequence[str], items: Sequence[str]) -> list[Fact]:
-    """A fact of each kind for each item. No two values begin alike (25 and 27 would be hard to tell apart)."""
+def _draw_facts(rng: np.random.Generator, kinds: Sequence[str], items: Sequence[str]) -> list[Fact]:
+    """Draw a fact of each kind for each item. No two values have the same first character (25 and 27 are easily confused)."""
     facts: list[Fact] = []
     for kind in kinds:
         for item in items:
-            begun = {fact.value[0] for fact in facts}
-            facts.append(Fact(item, kind, pick(rng, [v for v in FACT_VALUES[kind] if v[0] not in begun])))
+            initials = {fact.value[0] for fact in facts}
+            facts.append(Fact(item, kind, pick(rng, [v for v in FACT_VALUES[kind] if v[0] not in initials])))
     return facts
 
 
-def _policy(rng: np.random.Generator, topic: str) -> Policy:
+def _draw_policy(rng: np.random.Generator, topic: str) -> Policy:
     allowed = bool(rng.integers(2))
     return Policy(topic, allowed, pick(rng, CODES) if allowed and topic == "discount" else "")

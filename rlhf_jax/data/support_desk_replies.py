@@ -1,7 +1,7 @@
-"""Replies of the support desk: perfect ones, ones with named defects, and the text made of them.
+"""Responses of the support desk: perfect ones, ones with named defects, and a corpus made of them.
 
-A perfect reply: ``Hi Maria, thanks for asking. Your lamp arrives Friday. Kind regards, Juniper Desk``.
-Demonstrations are of mixed quality on purpose: imitating them leaves room for preferences to improve on.
+A perfect response: ``Hi Maria, thanks for asking. Your lamp arrives Friday. Kind regards, Juniper Desk``.
+Demonstrations are of mixed quality on purpose, so that preferences can improve on imitation.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ PROMISES = {
     "address": "We can change any address.",
     "discount": "We offer a discount.",
 }
-"""Promises nobody asked for, by topic."""
+"""Promises that the customer did not ask for, by topic."""
 RUDE = ("Look it up yourself.", "Obviously you did not read.", "Stop bothering us.", "Whatever, be quick.")
 FLATTERY = (
     "You are our most wonderful customer!",
@@ -94,14 +94,21 @@ DEFECTS = {
     "rambling": "stop",
     "flattery": "honesty",
 }
-"""Defect -> the one component of the gold score that it lowers."""
+"""Defect -> the component of the gold score that it lowers."""
 
 
 @dataclass(frozen=True)
 class DeskConfig:
-    """The seed of the cases and how often each defect is in a demonstration (independently of the others).
+    """The seed of the support desk and the rates of independent defects in its demonstrations.
 
-    At the defaults 0.75 * 0.80 * 0.80 * 0.85 * 0.90 = 37 % of the demonstrations are perfect.
+    With the defaults 0.75 * 0.80 * 0.80 * 0.85 * 0.90 = 37 % of the demonstrations are perfect.
+
+    seed: seed of the cases, >= 0.
+    wrong_fact: probability that a demonstration states a wrong fact.
+    breaks_policy: probability that a demonstration decides against the policy or promises too much.
+    bad_tone: probability that a demonstration is rude or has no greeting.
+    rambling: probability that a demonstration continues with irrelevant text.
+    flattery: probability that a demonstration flatters the customer.
     """
 
     seed: int = 0
@@ -121,7 +128,7 @@ class DeskConfig:
 
 
 def reply(case: Case, rng: np.random.Generator, defects: Collection[str] = ()) -> str:
-    """A reply with exactly these defects (keys of DEFECTS); without any it is perfect. ``rng`` picks the wording."""
+    """Write a response with exactly these defects (keys of DEFECTS), perfect without any. ``rng`` draws the wording."""
     parts = _opening(case, rng, "bad_tone" in defects)
     flattery = pick(rng, FLATTERY) if "flattery" in defects else ""
     flattery_first = bool(rng.integers(2))
@@ -131,7 +138,7 @@ def reply(case: Case, rng: np.random.Generator, defects: Collection[str] = ()) -
     if flattery and not flattery_first:
         parts.append(flattery)
     if "rambling" in defects:
-        # Either it forgets the sign-off or it goes on after it.
+        # Either the sign-off is missing or text follows it.
         parts += [SIGN_OFF + "."] * int(rng.integers(2)) + [pick(rng, RAMBLES)]
     else:
         parts.append(SIGN_OFF)
@@ -139,34 +146,34 @@ def reply(case: Case, rng: np.random.Generator, defects: Collection[str] = ()) -
 
 
 def draw_defects(rng: np.random.Generator, config: DeskConfig) -> tuple[str, ...]:
-    """Which defects one demonstration has."""
+    """Draw the defects of a demonstration."""
     return tuple(name for name in DEFECTS if rng.random() < getattr(config, name))
 
 
 def demonstration(case: Case, rng: np.random.Generator, config: DeskConfig) -> str:
-    """A reply of mixed quality, its defects drawn at the config's rates."""
+    """Write a response with defects drawn at the rates of the config."""
     return reply(case, rng, draw_defects(rng, config))
 
 
 def demonstration_records(config: DeskConfig, split: str, start: int, count: int) -> Iterator[dict[str, str]]:
-    """``{"id", "prompt", "response"}`` for cases start, ..., start + count - 1 of a split (``support_desk.SPLITS``)."""
+    """Yield ``{"id", "prompt", "response"}`` for cases start, ..., start + count - 1 of a split (``support_desk.SPLITS``)."""
     for index in range(start, start + count):
         case = make_case(config.seed, split, index)
         yield {"id": case.id, "prompt": case.prompt, "response": demonstration(case, _wording(case), config)}
 
 
 def prompt_records(config: DeskConfig, split: str, start: int, count: int) -> Iterator[dict[str, str | int]]:
-    """``{"id", "prompt", "case"}`` (case: the index in the split) for cases start, ..., start + count - 1."""
+    """Yield ``{"id", "prompt", "case"}`` (case: the index in the split) for cases start, ..., start + count - 1."""
     for index in range(start, start + count):
         case = make_case(config.seed, split, index)
         yield {"id": case.id, "prompt": case.prompt, "case": index}
 
 
 def corpus_text(config: DeskConfig, split: str, start: int, count: int) -> Iterator[str]:
-    """Documents to pre-train a base model on: one a case, more varied and of lower quality than the demonstrations.
+    """Yield a document for each case to pre-train a base model on, more varied and of lower quality than demonstrations.
 
-    1 in 4 is a prompt with a demonstration (each defect 1.5 times as frequent), 1 in 20 a prompt with the reply of
-    some other desk, 6 in 10 a fact sheet that is said three times (copying is what takes longest to learn, and nearly
+    1 in 4 is a prompt with a demonstration (each defect 1.5 times as frequent), 1 in 20 a prompt with a response of
+    another desk, 6 in 10 a fact sheet that is repeated three times (copying takes longest to learn, and nearly
     every word of the repetitions is a copy), 1 in 10 a dialogue of two requests.
     """
     rates = {name: min(1.0, 1.5 * getattr(config, name)) for name in DEFECTS}
@@ -196,16 +203,16 @@ def _opening(case: Case, rng: np.random.Generator, bad_tone: bool) -> list[str]:
 
 
 def _answer(case: Case, rng: np.random.Generator, *, wrong: bool, breaks: bool) -> list[str]:
-    """The sentences that answer. A wrong one speaks of the other item, or of its value, or makes a code up."""
+    """Return the sentences that answer. A wrong one names the other item, or its value, or an invented code."""
     policy = case.policy
     if policy is None or policy.code:
-        sentence = _stated(case, rng, policy, wrong)
+        sentence = _state_answer(case, rng, policy, wrong)
         return [sentence, _promise(case, rng)] if breaks else [sentence]
     item = case.other_item if wrong else case.item
     return [pick(rng, DECISIONS[policy.topic, policy.allowed != breaks]).format(item=item)]
 
 
-def _stated(case: Case, rng: np.random.Generator, policy: Policy | None, wrong: bool) -> str:
+def _state_answer(case: Case, rng: np.random.Generator, policy: Policy | None, wrong: bool) -> str:
     if policy is not None:
         code = pick(rng, [code for code in CODES if code != policy.code]) if wrong else policy.code
         return pick(rng, CODE_ANSWERS).format(item=case.item, value=code)
@@ -216,7 +223,7 @@ def _stated(case: Case, rng: np.random.Generator, policy: Policy | None, wrong: 
 
 
 def _promise(case: Case, rng: np.random.Generator) -> str:
-    """Promises what was not asked for, and what the policy in the prompt refuses if there is such a thing."""
+    """Draw a promise that the request did not ask for, one that the policy in the prompt refuses if there is such a one."""
     refused = [p.topic for p in case.policies if not p.allowed and p.topic != case.intent]
     return PROMISES[pick(rng, refused or [topic for topic in PROMISES if topic != case.intent])]
 

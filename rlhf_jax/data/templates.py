@@ -1,4 +1,4 @@
-"""How conversations are written down: the settings."""
+"""Settings of the text form of conversations."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ GIVEN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "s
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written down. style: "chat" renders with ``tokenizer.chat_template``, "plain" with the
-    formats below, "raw" takes texts as they are.
+    """The text form of conversations.
 
-    Fields of style "plain" (setting them with another style is an error):
+    style: "chat" renders with ``tokenizer.chat_template``, "plain" with the formats below, "raw" takes texts unchanged.
+
+    Fields of style "plain" (setting them with another style is an error). With
+    prompt_format="\\n\\nHuman: {prompt}\\n\\nAssistant:" and turn_end="" the text is an hh-rlhf dialogue.
+
     prompt_format: a user turn with the header of the response; "{prompt}" stands for its content.
     system_format: a system message; "{system}" stands for its content.
-    response_prefix: what a response begins with; not doubled when it is there already (TL;DR responses begin with " ").
-    turn_end: what follows a response that is not the last.
-    With prompt_format="\\n\\nHuman: {prompt}\\n\\nAssistant:" and turn_end="" the text is an hh-rlhf dialogue.
+    response_prefix: the beginning of a response, not doubled when the response has it already (TL;DR responses begin with " ").
+    turn_end: the text after a response that is not the last.
 
     Fields of style "chat":
-    arguments: variables of the chat template, {"enable_thinking": False}.
-    date: what a chat template that writes the date writes, "2026-11-30". None: programs take the date of the run's first
-    start, or of the model's training, and keep it with the model.
+
+    arguments: variables of the chat template, such as {"enable_thinking": False}.
+    date: the date for chat templates that write one, such as "2026-11-30". None takes the date of the run's first start, or
+    of the model's training, and saves it with the model.
 
     Fields of every style:
-    bos: when the rendering has no beginning-of-sequence token, "auto" puts one first if the tokenizer does so by
-    itself,
-    "always" puts one first, "never" adds none.
-    stop_token: the token that ends a response. None: the special token that the chat template writes after a response
-    ("<end_of_turn>"), and the tokenizer's EOS where it writes none (`data.ends`).
-    special_tokens: what a special token in the text of a message becomes: "text", tokens of ordinary text, or "control",
-    the special token. None: "text"; with style "raw", whose texts may be renderings, records with one are unusable.
+
+    bos: treatment of a rendering without beginning-of-sequence token: "auto" adds one if the tokenizer adds one by default,
+    "always" adds one, "never" adds none.
+    stop_token: the token that ends a response. None takes the special token that the chat template writes after a response
+    ("<end_of_turn>"), or the tokenizer's EOS where it writes none (`data.ends`).
+    special_tokens: the encoding of a special token in the text of a message: "text" for tokens of ordinary text, "control"
+    for the special token. None is "text"; with style "raw", whose texts may be renderings, such records are unusable.
     """
 
     style: Literal["chat", "plain", "raw"] = "chat"
@@ -90,7 +93,7 @@ class Template:
 
 
 def parse_date(text: str) -> datetime.date:
-    """Raises InputError."""
+    """Parse ``Template.date``. Raises InputError."""
     try:
         return datetime.date.fromisoformat(text)
     except (TypeError, ValueError):

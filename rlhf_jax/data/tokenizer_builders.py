@@ -1,4 +1,4 @@
-"""Builders of tokenizers that gin files name: they train or make one on the spot and need no download."""
+"""Builders of tokenizers for gin files, which need no download."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from rlhf_jax.data.trained_tokenizers import train_bpe_tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and special tokens. To plan models by their sizes alone, and for experiments on bytes."""
+    """Make a tokenizer with a token for every byte, for plans of models by their sizes and for experiments on bytes."""
     return trained_tokenizers.byte_tokenizer()
 
 
 def desk_tokenizer(desk: DeskConfig, vocab_size: int = 1024, documents: int = 3000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the support desk's corpus."""
+    """Train a byte-level BPE tokenizer on the corpus of the support desk.
+
+    desk: seed and defect rates of the desk.
+    vocab_size: number of tokens, >= 259.
+    documents: number of documents of the corpus to train on.
+    """
     return train_bpe_tokenizer(list(corpus_text(desk, "train", 0, documents)), vocab_size)

@@ -74,7 +74,7 @@ def response_tokens(
     tokenizer, template, _ = writing
     end = response_ends(tokenizer, template)
     content = response.content.removesuffix(end.text)
-    if not content.strip() and not response.says_more:
+    if not content.strip() and not response.has_calls_or_reasoning:
         return "reply is empty"
     if end.text in content:
         return "end token inside the reply"

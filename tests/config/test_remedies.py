@@ -15,7 +15,7 @@ from rlhf_jax.config import surface  # noqa: F401  registers the names
 from rlhf_jax.data.record_builders import comparison_file, demonstration_file, prompt_file
 
 ROOT = Path(__file__).resolve().parents[2]
-ERRORS = {"InputError", "Unlearnable", "UnusableRecord", "RunStopped"}
+ERRORS = {"InputError", "UnusableRow", "UnusableRecord", "RunStopped"}
 FILES = (comparison_file, demonstration_file, prompt_file)
 """The builders behind every message about a row or a file: what such a message names must be a parameter of all of them."""
 BARE = re.compile(r"\b(?:set|use|with|unset|leave|drop such (?:rows|records) with) ([a-z_]+)(?: ?= ?| unset\b| \()")
