@@ -1,6 +1,7 @@
 """Text to batches: sources, records, templates, encoding, packing and the resumable pipeline."""
 
 from rlhf_jax.data.agreement import Form, form_difference
+from rlhf_jax.data.contents import unread_keys
 from rlhf_jax.data.decode import prompt_column, responses
 from rlhf_jax.data.encode import (
     Encoded,
@@ -32,14 +33,13 @@ from rlhf_jax.data.pipeline import (
 )
 from rlhf_jax.data.plain_chat import chat_template_of
 from rlhf_jax.data.records import GSM8K_FIELDS, Dropped, Fields, demonstrations, prompt_key, prompts, prompts_of
-from rlhf_jax.data.rendering import render_prompt, render_reply, writes_date
+from rlhf_jax.data.rendering import render_prompt, render_response, writes_date
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
 from rlhf_jax.data.stop_strings import stop_table
 from rlhf_jax.data.support_desk_replies import DeskConfig
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.tokenise import has_prefix
-from rlhf_jax.data.written import unread_keys
 from rlhf_jax.records import Comparison, Demonstration, Message, Prompt
 
 __all__ = [
@@ -90,7 +90,7 @@ __all__ = [
     "prompts_of",
     "read_rows",
     "render_prompt",
-    "render_reply",
+    "render_response",
     "report",
     "response_ends",
     "responses",

@@ -1,4 +1,4 @@
-"""Sampled tokens back to texts, with the records they answer."""
+"""Decoding of sampled tokens to responses, with the prompts that they answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Sampled(Protocol):
-    """The fields of `types.Completions` that texts are made from."""
+    """The fields of `batches.Completions` that texts are decoded from."""
 
     @property
     def prompts(self) -> PromptBatch: ...
@@ -29,23 +29,24 @@ class Sampled(Protocol):
 
 
 def responses(completions: Sampled, records: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Response]:
-    """The responses as texts without special tokens, with the prompts they answer.
+    """Decode the responses to texts without special tokens, with their prompts.
 
-    Rows that only fill up a batch (prompt_id -1) are left out. records: those that prompt_id counts.
+    Rows that only fill up a batch (prompt_id -1) are skipped.
+    records: the prompts that prompt_id indexes.
     """
     ids = np.asarray(completions.prompts.prompt_id)
     real = ids >= 0
     tokens, mask = np.asarray(completions.tokens)[real], np.asarray(completions.mask)[real]
     texts = [response_text(row[keep], tokenizer) for row, keep in zip(tokens, mask, strict=True)]
-    asked, ended = [records[index] for index in ids[real]], np.asarray(completions.ended)[real].tolist()
+    answered, ended = [records[index] for index in ids[real]], np.asarray(completions.ended)[real].tolist()
     return [
         Response(record.prompt, text, end, record.extra, record.id)
-        for record, text, end in zip(asked, texts, ended, strict=True)
+        for record, text, end in zip(answered, texts, ended, strict=True)
     ]
 
 
 def prompt_column(messages: Sequence[Message]) -> str | list[dict[str, Any]]:
-    """A prompt as the "prompt" column of a data file: the text of a single user message, else the list of messages.
+    """Return a prompt as the "prompt" column of a data file: the text of a single user message, else a list of messages.
 
     Reading the row back (`records.prompts`, `records.comparisons`) gives the same messages.
     """

@@ -1,7 +1,7 @@
-"""Records to tokens: the ONLY place where the boundary between prompt and reply is decided.
+"""Encoding of records to tokens: the ONLY place where the boundary between prompt and response is decided.
 
-Prompt and reply are tokenised apart and their ids concatenated. Tokenised together they may merge across the
-boundary: with a merge "ab", "xa" + "bc" is [x, ab, c] jointly and [x, a | b, c] apart, and a sampler, which continues
+Prompt and response are tokenised separately and their ids concatenated. Tokenised together they may merge across the
+boundary: with a merge "ab", "xa" + "bc" is [x, ab, c] jointly and [x, a | b, c] separately, and a sampler, which continues
 the ids of "xa", can only ever produce the second (huggingface/trl issue 2054). Masks come from lengths, never from
 comparing ids with the padding id, so that pad == eos keeps the end token in the loss (huggingface/trl issue 3200).
 """
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Overflow = Literal["drop", "keep_end", "drop_oldest"]
-"""When a prompt is too long. "drop": the record is skipped and counted. "keep_end": tokens go from the left (a
-leading BOS stays). "drop_oldest": whole turns go, oldest first; a system message and the last user turn stay, or the
-record is skipped. Replies are never cut: one that does not fit would lose its end token, so the record is skipped and
-counted."""
+"""The treatment of a prompt that is too long. "drop": the record is skipped and counted. "keep_end": tokens are removed
+from the left (a leading BOS stays). "drop_oldest": whole turns are removed, oldest first; a system message and the last
+user turn stay, or the record is skipped. Responses are never cut: the record of one that does not fit, which would lose
+its end token, is skipped and counted."""
 _RecordT = TypeVar("_RecordT", bound=HasId)
 _ItemT = TypeVar("_ItemT")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document. tokens: ids, no padding. loss_mask: True where the token at this place is a target, never the
-    first.
+    """An encoded document.
 
-    prompt_length: tokens before the last reply. prompt_cut: how many prompt tokens ``Overflow`` removed. id: of the
-    record.
+    tokens: ids without padding.
+    loss_mask: True where the token at this place is a target; never at the first token.
+    prompt_length: number of tokens before the last response.
+    prompt_cut: number of prompt tokens that ``Overflow`` removed.
+    id: id of the record.
     """
 
     tokens: list[int]
@@ -51,7 +53,7 @@ class Encoded:
 
 
 class EncodedPair(NamedTuple):
-    """A comparison; both sides begin with the same ``prompt_length`` tokens. margin: units of reward."""
+    """An encoded comparison; both sides begin with the same ``prompt_length`` tokens. margin: in units of reward."""
 
     chosen: Encoded
     rejected: Encoded
@@ -60,14 +62,14 @@ class EncodedPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that does not fit. reason: what to count it under."""
+    """A skipped record. reason: the reason to count it under."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class EncodedSet(Generic[_RecordT, _ItemT]):
-    """``items[i]`` comes from ``records[i]``. dropped: number of skipped records by reason."""
+    """Encoded items and their records: ``items[i]`` comes from ``records[i]``. dropped: number of skipped records by reason."""
 
     items: list[_ItemT]
     records: list[_RecordT]
@@ -77,7 +79,7 @@ class EncodedSet(Generic[_RecordT, _ItemT]):
 def encode_all(
     records: Iterable[_RecordT], encode: Callable[[_RecordT], _ItemT | Skipped], *, unusable: Unusable = "error"
 ) -> EncodedSet[_RecordT, _ItemT]:
-    """Encodes every record and counts the skipped ones. Raises InputError when none is left.
+    """Encode every record and count the skipped ones. Raises InputError when none is left.
 
     unusable: "drop" skips and counts a record that cannot be encoded (`UnusableRecord`: a template refuses it); "error"
     raises InputError with its id.
@@ -115,10 +117,10 @@ def encode_demonstration(
     loss_on: LossOn = "response",
     overflow: Overflow = "drop",
 ) -> Encoded | Skipped:
-    """Prompt and reply with its end token (without, for one that was cut off), at most ``max_length`` tokens.
+    """Encode prompt, response and end token (no end token after a response that was cut off) in at most ``max_length`` tokens.
 
-    loss_on: "response" counts the last reply, "assistant" every assistant turn, "all" everything; the end token of what
-    counts is included and a document's first token, which nothing predicts, never counts. Raises InputError.
+    loss_on: targets of the loss: "response" is the last response, "assistant" every assistant turn, "all" every token. The
+    end token of a target turn is a target; a document's first token, which nothing predicts, is not. Raises InputError.
     """
     if loss_on not in ("response", "assistant", "all"):
         raise InputError(f"loss_on = {loss_on!r}: must be 'response', 'assistant' or 'all'")
@@ -132,18 +134,18 @@ def encode_demonstration(
 
     whole = tokenise(record.prompt)
     message = Message("assistant", record.response, record.keys)
-    reply = response_tokens(record.prompt, message, record.ended, writing, whole.last)
-    if isinstance(reply, str):
-        return Skipped(reply)
-    prompt = _fit(record.prompt, whole, tokenise, max_length - len(reply), overflow, tokenizer.bos_token_id)
+    response = response_tokens(record.prompt, message, record.ended, writing, whole.last)
+    if isinstance(response, str):
+        return Skipped(response)
+    prompt = _fit(record.prompt, whole, tokenise, max_length - len(response), overflow, tokenizer.bos_token_id)
     if isinstance(prompt, Skipped):
         return prompt
     ids, mask, cut = prompt
-    loss_mask = mask + [record.learned] * len(reply)
+    loss_mask = mask + [record.learned] * len(response)
     loss_mask[0] = False
     if not any(loss_mask):
         return Skipped("no turn of it is learned")
-    return Encoded(ids + reply, loss_mask, len(ids), cut, record.id)
+    return Encoded(ids + response, loss_mask, len(ids), cut, record.id)
 
 
 def encode_comparison(
@@ -154,7 +156,7 @@ def encode_comparison(
     max_length: int,
     overflow: Overflow = "drop",
 ) -> EncodedPair | Skipped:
-    """Both replies after the SAME prompt tokens; the longer reply decides how much of a long prompt stays.
+    """Encode both responses after the SAME prompt tokens; the longer response decides how much of a long prompt stays.
 
     Raises InputError.
     """
@@ -165,27 +167,27 @@ def encode_comparison(
         return prompt_tokens(messages, writing, "response")
 
     whole = tokenise(record.prompt)
-    replies = []
+    responses = []
     for text, keys, ended in (
         (record.chosen, record.chosen_keys, record.chosen_ended),
         (record.rejected, record.rejected_keys, record.rejected_ended),
     ):
-        reply = response_tokens(record.prompt, Message("assistant", text, keys), ended, writing, whole.last)
-        if isinstance(reply, str):
-            return Skipped(reply)
-        replies.append(reply)
-    if replies[0] == replies[1]:
+        response = response_tokens(record.prompt, Message("assistant", text, keys), ended, writing, whole.last)
+        if isinstance(response, str):
+            return Skipped(response)
+        responses.append(response)
+    if responses[0] == responses[1]:
         return Skipped("chosen equals rejected")
-    room = max_length - max(map(len, replies))
+    room = max_length - max(map(len, responses))
     prompt = _fit(record.prompt, whole, tokenise, room, overflow, tokenizer.bos_token_id)
     if isinstance(prompt, Skipped):
         return prompt
     ids, mask, cut = prompt
     sides = []
-    for reply in replies:
-        loss_mask = mask + [True] * len(reply)
+    for response in responses:
+        loss_mask = mask + [True] * len(response)
         loss_mask[0] = False
-        sides.append(Encoded(ids + reply, loss_mask, len(ids), cut, record.id))
+        sides.append(Encoded(ids + response, loss_mask, len(ids), cut, record.id))
     return EncodedPair(sides[0], sides[1], record.margin)
 
 
@@ -197,7 +199,7 @@ def encode_prompt(
     max_prompt_length: int,
     overflow: Overflow = "drop",
 ) -> list[int] | Skipped:
-    """The ids a reply is sampled after: exactly the prompt part of ``encode_demonstration``. Raises InputError."""
+    """Encode a prompt to sample responses to, exactly as the prompt part of ``encode_demonstration``. Raises InputError."""
     if max_prompt_length < 1:
         raise InputError(f"max_prompt_length = {max_prompt_length}: must be at least 1")
     writing = Writing(tokenizer, template, record.tools)
@@ -215,22 +217,22 @@ def encode_prompt(
 def truncate_by_lines(
     format_text: Callable[[str], str], text: str, limit: int, encode: Callable[[str], Sequence[int]]
 ) -> str:
-    """``text`` shortened from its end until ``encode(format_text(text))`` has at most ``limit`` tokens.
+    """Truncate ``text`` from its end until ``encode(format_text(text))`` has at most ``limit`` tokens.
 
     The TL;DR loop of Stiennon et al. 2020 (openai/summarize-from-feedback @ summarize_from_feedback/tasks.py): while
     too long, cut at the last line end, or drop one character where no line end is left. Raises InputError when
     nothing is left.
     """
-    kept = text
-    while len(encode(format_text(kept))) > limit:
-        kept = kept[: kept.rindex("\n")] if "\n" in kept else kept[:-1]
-        if not kept:
+    shortened = text
+    while len(encode(format_text(shortened))) > limit:
+        shortened = shortened[: shortened.rindex("\n")] if "\n" in shortened else shortened[:-1]
+        if not shortened:
             raise InputError(f"text {text[:30]!r} does not fit in {limit} tokens with its format; raise the limit")
-    return kept
+    return shortened
 
 
 def report(encoded: Iterable[Encoded], dropped: Mapping[str, int] | None = None) -> dict[str, float]:
-    """Numbers to print before training: examples, tokens, length percentiles, loss share, cut prompts, drops by reason.
+    """Return numbers to print before training: examples, tokens, length percentiles, loss share, cut prompts, drops by reason.
 
     Raises InputError when there is no example.
     """
@@ -261,9 +263,11 @@ def _fit(
     overflow: Overflow,
     bos: int | None,
 ) -> tuple[list[int], list[bool], int] | Skipped:
-    """(ids, mask, tokens removed) of a prompt with at most ``room`` tokens; one that has tokens keeps at least one.
+    """Cut a prompt to at most ``room`` tokens and return (ids, mask, number of removed tokens).
 
-    tokens: of all messages. tokenise: makes those of fewer.
+    A prompt that has tokens keeps at least one.
+    tokens: tokens of all messages.
+    tokenise: returns the tokens of fewer messages.
     """
     if overflow not in ("drop", "keep_end", "drop_oldest"):
         raise InputError(f"overflow = {overflow!r}: must be 'drop', 'keep_end' or 'drop_oldest'")
@@ -276,7 +280,7 @@ def _fit(
         keep += range(whole - room + len(keep), whole)
         ids, mask = [ids[i] for i in keep], [mask[i] for i in keep]
     while overflow == "drop_oldest" and len(ids) > room:
-        shorter = _without_oldest(messages)
+        shorter = _drop_oldest_turn(messages)
         if shorter is None:
             break
         messages = shorter
@@ -284,8 +288,8 @@ def _fit(
     return Skipped("prompt too long") if len(ids) > room else (ids, mask, whole - len(ids))
 
 
-def _without_oldest(messages: Sequence[Message]) -> list[Message] | None:
-    """Without the oldest user turn and its reply: system, u1, a1, u2 -> system, u2. None when only the last is left."""
+def _drop_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
+    """Drop the oldest user turn and its response: system, u1, a1, u2 -> system, u2. Returns None for a single user turn."""
     head = [message for message in messages[:1] if message.role == "system"]
     turns = messages[len(head) :]
     later = [index for index, message in enumerate(turns) if index > 0 and message.role == "user"]

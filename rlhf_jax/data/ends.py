@@ -1,9 +1,9 @@
-"""What ends a response: the ONE definition for encoder, sampler, doctor, evaluation and export.
+"""The end tokens of a response: the ONE definition for encoder, sampler, doctor, evaluation and export.
 
-The encoder writes one token at the end of a response; a sampler stops at that one, at the tokenizer's EOS, and at what the
-model's generation_config.json lists. The token that is written is the one that the chat template ends its turns with,
-which is often another than EOS (Gemma's <end_of_turn>, Llama 3's <|eot_id|> with a base tokenizer): a response that ended
-with both would teach a model to write a line after its turn.
+The encoder writes one token at the end of a response; a sampler stops at that token, at the tokenizer's EOS, and at the ids
+of the model's generation_config.json. The encoder's token is the one with which the chat template ends turns, often not
+EOS (Gemma's <end_of_turn>, Llama 3's <|eot_id|> with a base tokenizer): a response that ended with both would teach a
+model to write a line after its turn.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ if TYPE_CHECKING:
 _PROBE = "Seven."
 _QUESTION = (Message("user", "How many days has a week?"), Message("assistant", _PROBE))
 _PROBES = (_QUESTION, (Message("system", "Answer briefly."), *_QUESTION))
-_probed: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
-"""Of tokenizers: what their chat templates end a response with, by everything that it depends on."""
+_CHAT_ENDS: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+"""The cache, for each tokenizer, of the tokens with which its chat template ends a response, by the settings."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends a response.
+    """The end tokens of a response.
 
-    ids: every token id a sampler stops at; the first is ``written``.
-    written: the id that the encoder writes at the end of a response.
-    text: that token's text.
+    ids: every token id at which a sampler stops; the first is ``stop_id``.
+    stop_id: the id that the encoder writes at the end of a response.
+    text: the text of that token.
     """
 
     ids: tuple[int, ...]
-    written: int
+    stop_id: int
     text: str
 
 
 def response_ends(
     tokenizer: PreTrainedTokenizerBase, template: Template, generation: Mapping[str, Any] | None = None
 ) -> Ends:
-    """Find what ends a response: the token that the encoder writes, the tokenizer's EOS, the ids of a generation config.
+    """Find the end tokens of a response: the encoder's token, the tokenizer's EOS, the ids of a generation config.
 
-    generation: generation_config.json of the model (`io.read_generation`). Raises InputError, with the remedy, for
-    templates and tokenizers that leave the end open: no EOS, a ``Template.stop_token`` that is not one token or not what
+    generation: generation_config.json of the model (`io.read_generation`). Raises InputError for templates and tokenizers
+    that do not define the end: no EOS, a ``Template.stop_token`` that is not one token or not what
     the chat template writes, a chat template that ends its turns with a token that is not special.
     """
-    written = _written(tokenizer, template)
-    ids = (written, tokenizer.eos_token_id, *end_ids(generation or {}))
-    text = str(tokenizer.convert_ids_to_tokens(written)) if template.stop_token is None else template.stop_token
-    return Ends(tuple(dict.fromkeys(int(end) for end in ids if end is not None)), written, text)
+    stop_id = _stop_id(tokenizer, template)
+    ids = (stop_id, tokenizer.eos_token_id, *end_ids(generation or {}))
+    text = str(tokenizer.convert_ids_to_tokens(stop_id)) if template.stop_token is None else template.stop_token
+    return Ends(tuple(dict.fromkeys(int(end) for end in ids if end is not None)), stop_id, text)
 
 
 def end_ids(generation: Mapping[str, Any], where: str = "generation_config.json") -> tuple[int, ...]:
@@ -76,15 +76,15 @@ def sampler_ends(
     vocab_size: int,
     generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Make the keyword arguments of `rollout.generate` that say how responses end: eos_ids, pad_id, stop_table."""
+    """Make the keyword arguments of `rollout.generate` about the end of responses: eos_ids, pad_id, stop_table."""
     table = stop_table(stop_strings, tokenizer, vocab_size) if stop_strings else None
     ids = response_ends(tokenizer, template, generation).ids
     return {"eos_ids": ids, "pad_id": padding_id(tokenizer), "stop_table": table}
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
-    """The id that the encoder writes at the end of a response."""
-    chosen = None if template.stop_token is None else _stop_token(tokenizer, template.stop_token)
+def _stop_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
+    """Return the id that the encoder writes at the end of a response. Raises InputError."""
+    chosen = None if template.stop_token is None else _single_token(tokenizer, template.stop_token)
     if template.style == "chat" and tokenizer.chat_template:
         try:
             ends = _chat_ends(tokenizer, template)
@@ -106,7 +106,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _stop_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) != 1:
         raise InputError(f"Template.stop_token {text!r} is {len(ids)} tokens, not one; name a special token")
@@ -114,17 +114,19 @@ def _stop_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def _chat_ends(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
-    """The special tokens that the chat template writes after a response, in order. Remembered: every record asks."""
-    known = _probed.setdefault(tokenizer, {})
+    """Return the special tokens that the chat template writes after a response, in order; cached, as every record needs them."""
+    cache = _CHAT_ENDS.setdefault(tokenizer, {})
     key = repr((template, tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map))
-    if key not in known:
-        known[key] = _special_ids(tokenizer, _after_response(tokenizer, template))
-    return known[key]
+    if key not in cache:
+        cache[key] = _special_ids(tokenizer, _after_response(tokenizer, template))
+    return cache[key]
 
 
 def _after_response(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """What the chat template writes after the response of a conversation. Raises InputError when it renders none."""
-    template = dataclasses.replace(template, date=template.date or "2000-01-01")  # no date ends a response
+    """Return the text that the chat template writes after a response. Raises InputError when it renders none."""
+    template = dataclasses.replace(
+        template, date=template.date or "2000-01-01"
+    )  # a date is never the end of a response
     refusal: InputError | None = None
     for messages in _PROBES:
         try:
@@ -138,8 +140,10 @@ def _after_response(tokenizer: PreTrainedTokenizerBase, template: Template) -> s
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The special tokens of ``text``. Raises InputError for one that has only added tokens that are not special: as the end
-    of a response they would stay in every text that is made from tokens."""
+    """Return the special tokens of ``text``.
+
+    Raises InputError when its added tokens are not special: they would remain in every decoded response.
+    """
     added = tokenizer.added_tokens_decoder
     ids = (
         [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]] if text else []

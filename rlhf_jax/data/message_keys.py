@@ -1,6 +1,6 @@
-"""What a message of a data file says besides its role: its text, other keys, its weight; and the tools of a conversation.
+"""Readers of a message's text, other keys and weight, and of the tools of a conversation.
 
-Every key reaches the chat template, as `apply_chat_template` of transformers has it, or the loss mask, or is refused here.
+Every key is passed to the chat template, as by `apply_chat_template` of transformers, or to the loss mask, or is an error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def content_of(item: Mapping[str, Any], name: str, at: str) -> str:
 
 
 def keys_of(item: Mapping[str, Any], role: str, content: str, at: str) -> dict[str, Any]:
-    """Return the other keys of a message that have a value. role, content: names of the keys that are no others.
+    """Return the other keys of a message that have a value. role, content: names of the keys of role and text.
 
-    A "content" of None stays: a chat template reads a message without content otherwise than one with "". Raises
+    A "content" of None stays: chat templates distinguish a message without content from one with "". Raises
     UnusableRow.
     """
-    taken = {role, content, "role", "content", *WEIGHTS}
-    keys = {name: value for name, value in item.items() if name not in taken and value is not None}
+    reserved = {role, content, "role", "content", *WEIGHTS}
+    keys = {name: value for name, value in item.items() if name not in reserved and value is not None}
     if item.get(content) is None:
         keys["content"] = None
     thoughts = {name: keys[name] for name in SAYING_KEYS[1:] if name in keys}
@@ -47,7 +47,7 @@ def keys_of(item: Mapping[str, Any], role: str, content: str, at: str) -> dict[s
     if "function_call" in keys:
         raise UnusableRow(f"{at}: function_call is no key that chat templates write", "write it as tool_calls")
     if "tool_calls" in keys:
-        keys["tool_calls"] = _calls(keys["tool_calls"], at)
+        keys["tool_calls"] = _read_calls(keys["tool_calls"], at)
     return keys
 
 
@@ -78,31 +78,31 @@ def tools_of(row: Mapping[str, Any], name: str | None) -> tuple[Mapping[str, Any
     value = None if name is None else row.get(name)
     if value is None or value == "":
         return ()
-    tools = _parsed(value, name)
-    if _all_named(tools):
+    tools = _parse_text(value, name)
+    if _have_names(tools):
         return tuple(tools)
     raise UnusableRow(
         f"field {name!r} is no list of functions with names", "write JSON schemas, or set Fields.tools = None"
     )
 
 
-def _calls(value: Any, at: str) -> list[Any]:
-    calls = _parsed(value, "tool_calls")
-    if _all_named(calls):
+def _read_calls(value: Any, at: str) -> list[Any]:
+    calls = _parse_text(value, "tool_calls")
+    if _have_names(calls):
         return list(calls)
     raise UnusableRow(f"{at}: tool_calls is no list of calls with names", "write them as OpenAI does")
 
 
-def _all_named(value: Any) -> bool:
-    """Whether ``value`` is a list of functions, or of calls, that all have a name."""
+def _have_names(value: Any) -> bool:
+    """Return whether ``value`` is a list of functions, or of calls, that all have a name."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return False
     inner = [item.get("function", item) if isinstance(item, Mapping) else None for item in value]
     return all(isinstance(item, Mapping) and isinstance(item.get("name"), str) for item in inner)
 
 
-def _parsed(value: Any, name: str | None) -> Any:
-    """``value``, or what its text says as JSON: tables hold lists so. Raises UnusableRow for what no record can hold."""
+def _parse_text(value: Any, name: str | None) -> Any:
+    """Parse ``value`` as JSON if it is a text (csv files have lists as text). Raises UnusableRow for values no record can hold."""
     if isinstance(value, str):
         try:
             value = parse_json(value)

@@ -1,4 +1,4 @@
-"""The token that fills the columns of a row which hold no text."""
+"""The padding token of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows: the tokenizer's padding token; where it has none, its EOS or else 0. Masks come from lengths,
-    so that no number depends on it."""
+    """Return the id that pads rows: the tokenizer's padding token, or else its EOS, or else 0.
+
+    Masks come from lengths, so that no result depends on it.
+    """
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return int(next((index for index in ids if index is not None), 0))

@@ -1,8 +1,8 @@
-"""Encoded examples to batches of one fixed shape, shuffled anew each epoch, resumable to the exact example.
+"""Batches of fixed shape from encoded examples, shuffled anew each epoch, resumable at the exact example.
 
 The order comes from a grain ``MapDataset`` (seeded shuffle, repeated with another permutation each epoch), read by
 random access: batch ``k`` holds the examples at places ``k * batch_size`` and following of the endless stream, so the
-whole state is ``k``. Batches run on over the end of an epoch: nothing is dropped, each example comes exactly once an
+whole state is ``k``. Batches continue across the end of an epoch: nothing is dropped, and each example occurs exactly once an
 epoch. There are no workers, threads or iterators to restore. A state also carries a fingerprint, because grain itself
 resumes silently on another data set, seed or batch size. Every process of a multi-host run builds the same batch.
 """
@@ -24,16 +24,17 @@ from rlhf_jax.data.packing import Row, stack_rows
 from rlhf_jax.errors import InputError
 
 _BatchT = TypeVar("_BatchT")
-# Places of the stream in the fingerprint, so that a grain that shuffles otherwise is noticed. Few, because grain
+# Places of the stream in the fingerprint, so that another order of shuffling in grain is detected. Few, because grain
 # needs 2 ms a place when there are 10 examples (it draws until an index falls inside); 10 us from 5,000 on.
 _ORDER_PROBE = 32
 _MISSING = "(nothing)"
 
 
 class Batches(Generic[_BatchT]):
-    """An endless iterator of batches. ``make(indices)`` builds the batch of the examples with these indices.
+    """An endless iterator of batches.
 
-    settings: what else decides the stream (content hash, row length, ...), JSON-able, part of the fingerprint.
+    make: builds the batch of the examples with the given indices.
+    settings: other values that determine the stream (content hash, row length, ...), JSON values, part of the fingerprint.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Batches(Generic[_BatchT]):
             "order": hashlib.sha256(probe.tobytes()).hexdigest(),
         }
         self.batches_per_epoch = examples / batch_size
-        """float: an epoch need not end where a batch does."""
+        """The number of batches in an epoch, a float: an epoch need not end with a batch."""
 
     def __iter__(self) -> Iterator[_BatchT]:
         return self
@@ -78,26 +79,26 @@ class Batches(Generic[_BatchT]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able: how many batches were handed out, and of what."""
+        """Return the number of batches so far and the fingerprint of the stream, as JSON values."""
         return {"next_batch": self._next, "fingerprint": dict(self._fingerprint)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after the batch that ``get_state`` followed. Raises InputError for a state of another stream."""
-        theirs, place = state.get("fingerprint"), state.get("next_batch")
-        if not isinstance(theirs, Mapping) or not isinstance(place, int) or isinstance(place, bool) or place < 0:
+        """Continue after the batch before ``get_state``. Raises InputError for a state of another stream."""
+        saved, place = state.get("fingerprint"), state.get("next_batch")
+        if not isinstance(saved, Mapping) or not isinstance(place, int) or isinstance(place, bool) or place < 0:
             raise InputError("data state: 'next_batch' or 'fingerprint' is missing or damaged; use another checkpoint")
-        for key in sorted({*theirs, *self._fingerprint}):
-            before, now = theirs.get(key, _MISSING), self._fingerprint.get(key, _MISSING)
-            if before != now:
+        for key in sorted({*saved, *self._fingerprint}):
+            before, current = saved.get(key, _MISSING), self._fingerprint.get(key, _MISSING)
+            if before != current:
                 remedy = "resume with the data and settings of the checkpoint, or start a new run"
-                raise InputError(f"data state: {key!r} was {_short(before)} and is now {_short(now)}; {remedy}")
+                raise InputError(f"data state: {key!r} was {_shorten(before)} and is now {_shorten(current)}; {remedy}")
         self._next = place
 
 
 def token_batches(
     encoded: Sequence[Encoded | Row], *, batch_size: int, length: int, seed: int, pad_id: int
 ) -> Batches[TokenBatch]:
-    """Endless TokenBatch [batch_size, length] (numpy) of documents or ``pack``ed rows. Raises InputError."""
+    """Iterate without end over TokenBatch [batch_size, length] (numpy) of documents or ``pack``ed rows. Raises InputError."""
     rows = list(encoded)
     _check_lengths((sum(len(document.tokens) for document in _documents(row)) for row in rows), length)
 
@@ -112,27 +113,27 @@ def token_batches(
 def pair_batches(
     pairs: Sequence[EncodedPair], *, batch_size: int, length: int, seed: int, pad_id: int
 ) -> Batches[RankedBatch]:
-    """Endless RankedBatch [batch_size, 2, length] (numpy). Raises InputError."""
-    kept = list(pairs)
-    _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in kept), length)
+    """Iterate without end over RankedBatch [batch_size, 2, length] (numpy). Raises InputError."""
+    items = list(pairs)
+    _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in items), length)
 
     def make(indices: list[int]) -> RankedBatch:
-        return _stack_pairs([kept[index] for index in indices], len(indices), length, pad_id)
+        return _stack_pairs([items[index] for index in indices], len(indices), length, pad_id)
 
-    content = _hash_documents((pair.chosen, pair.rejected) for pair in kept)
-    margins = hashlib.sha256(np.array([pair.margin for pair in kept], np.float64).tobytes()).hexdigest()
+    content = _hash_documents((pair.chosen, pair.rejected) for pair in items)
+    margins = hashlib.sha256(np.array([pair.margin for pair in items], np.float64).tobytes()).hexdigest()
     settings: dict[str, str | int] = {"kind": "pairs", "length": length, "pad_id": pad_id, "content": content + margins}
-    return Batches(make, examples=len(kept), batch_size=batch_size, seed=seed, settings=settings)
+    return Batches(make, examples=len(items), batch_size=batch_size, seed=seed, settings=settings)
 
 
 def pair_lengths(pairs: RankedBatch) -> np.ndarray:
-    """Return the tokens of every row, the chosen ones and then the rejected ones, int [2 B]."""
+    """Return the number of tokens of every row, first chosen and then rejected ones, int [2 B]."""
     lengths: np.ndarray = (np.asarray(pairs.rows.segment_ids) > 0).sum(axis=2)
     return lengths.T.reshape(-1)
 
 
 def pair_targets(pairs: RankedBatch) -> np.ndarray:
-    """Return how many tokens of every row are predicted, in the order of `pair_lengths`, int [2 B]."""
+    """Return the number of target tokens of every row, in the order of `pair_lengths`, int [2 B]."""
     targets: np.ndarray = np.asarray(pairs.rows.loss_mask)[:, :, 1:].sum(axis=2)
     return targets.T.reshape(-1)
 
@@ -140,46 +141,48 @@ def pair_targets(pairs: RankedBatch) -> np.ndarray:
 def prompt_batches(
     prompts: Sequence[Sequence[int]], *, batch_size: int, length: int, seed: int, pad_id: int, samples: int = 1
 ) -> Batches[PromptBatch]:
-    """Endless PromptBatch [batch_size * samples, length] (numpy), left-padded. Raises InputError.
+    """Iterate without end over PromptBatch [batch_size * samples, length] (numpy), left-padded. Raises InputError.
 
     batch_size: prompts a batch. Rows i * samples .. (i + 1) * samples - 1 are the samples of the batch's i-th prompt.
-    prompt_id: index in ``prompts``. sample_id: 0 .. samples - 1; when a prompt comes twice in one batch (the end of
-    an epoch and the beginning of the next) its second group goes on with samples, samples + 1, ..., so that
+    prompt_id: index in ``prompts``. sample_id: 0 .. samples - 1; when a prompt occurs twice in a batch (the end of
+    an epoch and the beginning of the next) its second group continues with samples, samples + 1, ..., so that
     (prompt_id, sample_id) never repeats inside a batch and the two groups do not share their random bits.
     """
-    kept = [[int(token) for token in prompt] for prompt in prompts]
+    token_ids = [[int(token) for token in prompt] for prompt in prompts]
     if samples < 1:
         raise InputError(f"samples = {samples}: must be at least 1")
-    _check_lengths(map(len, kept), length)
+    _check_lengths(map(len, token_ids), length)
 
     def make(indices: list[int]) -> PromptBatch:
-        return _stack_prompts(kept, [index for index in indices for _ in range(samples)], length, pad_id)
+        return _stack_prompts(token_ids, [index for index in indices for _ in range(samples)], length, pad_id)
 
-    content = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    content = hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()
     settings: dict[str, str | int] = {"kind": "prompts", "length": length, "pad_id": pad_id, "content": content}
-    return Batches(make, examples=len(kept), batch_size=batch_size, seed=seed, settings=settings | {"samples": samples})
+    return Batches(
+        make, examples=len(token_ids), batch_size=batch_size, seed=seed, settings=settings | {"samples": samples}
+    )
 
 
 def evaluation_batches(
     encoded: Sequence[Encoded | Row], *, batch_size: int, length: int, pad_id: int
 ) -> Iterator[TokenBatch]:
-    """Every example once, in order, as TokenBatch [batch_size, length] (numpy).
+    """Yield every example once, in order, as TokenBatch [batch_size, length] (numpy).
 
     The last batch is filled up with rows of padding: segment_ids 0, loss_mask all False. Raises InputError.
     """
     rows = list(encoded)
     _check_lengths((sum(len(document.tokens) for document in _documents(row)) for row in rows), length)
     for group in _groups(rows, batch_size):
-        yield stack_rows(_filled(group, batch_size), length, pad_id)
+        yield stack_rows(_fill_rows(group, batch_size), length, pad_id)
 
 
 def evaluation_pair_batches(
     pairs: Sequence[EncodedPair], *, batch_size: int, length: int, pad_id: int
 ) -> Iterator[RankedBatch]:
-    """Every pair once, in order; rows that fill up the last batch are padding on both sides. Raises InputError."""
-    kept = list(pairs)
-    _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in kept), length)
-    for group in _groups(kept, batch_size):
+    """Yield every pair once, in order; rows that fill up the last batch are padding on both sides. Raises InputError."""
+    items = list(pairs)
+    _check_lengths((max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in items), length)
+    for group in _groups(items, batch_size):
         yield _stack_pairs(group, batch_size, length, pad_id)
 
 
@@ -191,16 +194,17 @@ def evaluation_prompt_batches(
     pad_id: int,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[PromptBatch]:
-    """Every prompt once, in order, left-padded. seeds: `PromptBatch.seed` of each prompt. Raises InputError.
+    """Yield every prompt once, in order, left-padded. Raises InputError.
 
     Rows that fill up the last batch repeat its last prompt (a sampler needs at least one real token) with prompt_id -1:
-    what is sampled after them does not count.
+    their responses are ignored.
+    seeds: `PromptBatch.seed` of each prompt.
     """
-    kept = [[int(token) for token in prompt] for prompt in prompts]
-    _check_lengths(map(len, kept), length)
-    for group in _groups(range(len(kept)), batch_size):
+    token_ids = [[int(token) for token in prompt] for prompt in prompts]
+    _check_lengths(map(len, token_ids), length)
+    for group in _groups(range(len(token_ids)), batch_size):
         missing = batch_size - len(group)
-        batch = _stack_prompts(kept, [*group, *[group[-1]] * missing], length, pad_id)
+        batch = _stack_prompts(token_ids, [*group, *[group[-1]] * missing], length, pad_id)
         numbers: Any = np.array([*group, *[-1] * missing], np.int32)  # numpy arrays in fields declared as JAX's
         first: Any = np.zeros(batch_size, np.int32)
         own: Any = None if seeds is None else np.array([seeds[i] for i in group] + [0] * missing, np.int32)
@@ -208,8 +212,8 @@ def evaluation_prompt_batches(
 
 
 def _stack_pairs(pairs: Sequence[EncodedPair], rows: int, length: int, pad_id: int) -> RankedBatch:
-    chosen = stack_rows(_filled([pair.chosen for pair in pairs], rows), length, pad_id)
-    rejected = stack_rows(_filled([pair.rejected for pair in pairs], rows), length, pad_id)
+    chosen = stack_rows(_fill_rows([pair.chosen for pair in pairs], rows), length, pad_id)
+    rejected = stack_rows(_fill_rows([pair.rejected for pair in pairs], rows), length, pad_id)
     margin = np.zeros(rows, np.float32)
     margin[: len(pairs)] = [pair.margin for pair in pairs]
     return RankedBatch.of_pairs(chosen, rejected, margin)
@@ -219,13 +223,13 @@ def _stack_prompts(prompts: Sequence[Sequence[int]], indices: Sequence[int], len
     tokens = np.full((len(indices), length), pad_id, np.int32)
     mask = np.zeros((len(indices), length), np.bool_)
     sample_id = np.zeros(len(indices), np.int32)
-    seen: Counter[int] = Counter()
+    occurrences: Counter[int] = Counter()
     for row, index in enumerate(indices):
         begin = length - len(prompts[index])
         tokens[row, begin:] = prompts[index]
         mask[row, begin:] = True
-        sample_id[row] = seen[index]
-        seen[index] += 1
+        sample_id[row] = occurrences[index]
+        occurrences[index] += 1
     ids = np.array(indices, np.int32)
     return PromptBatch(tokens=tokens, mask=mask, prompt_id=ids, sample_id=sample_id)  # type: ignore[arg-type]
 
@@ -241,8 +245,8 @@ def _groups(items: Sequence[_ItemT], size: int) -> Iterator[Sequence[_ItemT]]:
     return (items[begin : begin + size] for begin in range(0, len(items), size))
 
 
-def _filled(rows: Sequence[Encoded | Row], size: int) -> list[Encoded | Row]:
-    """With empty rows at the end, which ``stack_rows`` makes all padding."""
+def _fill_rows(rows: Sequence[Encoded | Row], size: int) -> list[Encoded | Row]:
+    """Add empty rows at the end, which ``stack_rows`` fills with padding."""
     return [*rows, *[()] * (size - len(rows))]
 
 
@@ -257,7 +261,7 @@ def _check_lengths(lengths: Iterable[int], limit: int) -> None:
 
 
 def _hash_documents(rows: Iterable[Row]) -> str:
-    """sha256 (hex) of ids, masks and the boundaries of documents and rows."""
+    """Return the sha256 (hex) of ids, masks and the boundaries of documents and rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.array([len(row), *(len(document.tokens) for document in row)], np.int64).tobytes())
@@ -267,6 +271,6 @@ def _hash_documents(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _short(value: object) -> str:
-    """Hashes cut to 12 characters for a message."""
+def _shorten(value: object) -> str:
+    """Cut a hash to 12 characters for a message."""
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 20 else str(value)

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def chat_template_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Write what a served model needs as its chat template; None when the tokenizer's own serves as it is.
+    """Write the chat template for a served model; return None when it needs no other than the tokenizer's own.
 
-    Of style "plain": a Jinja chat template that renders what `data.render_prompt` renders, begins with BOS where the encoder
-    writes one, and refuses the conversations that the format refuses. Of style "chat" with arguments: the tokenizer's own
-    with these as defaults. Style "raw" has no conversations.
+    Style "plain": a Jinja chat template that renders what `data.render_prompt` renders, begins with BOS where the encoder
+    writes one, and refuses the conversations that the format refuses. Style "chat" with arguments: the tokenizer's own
+    template with these as defaults. Style "raw" has no conversations.
     """
     own = tokenizer.chat_template
     if template.style == "chat" and template.arguments and isinstance(own, str):
@@ -51,10 +51,10 @@ def chat_template_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def begins_with_bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether the encoder writes a beginning-of-sequence token before a text that has none."""
+    """Return whether the encoder writes a beginning-of-sequence token before a text that has none."""
     bos = tokenizer.bos_token_id
-    by_itself = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    return template.bos == "always" or (template.bos == "auto" and by_itself)
+    tokenizer_adds = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+    return template.bos == "always" or (template.bos == "auto" and tokenizer_adds)
 
 
 def _refusal(condition: str, words: str) -> str:
@@ -62,12 +62,12 @@ def _refusal(condition: str, words: str) -> str:
 
 
 def _default(name: str, value: Any) -> str:
-    """``value`` for a variable that nobody sets."""
+    """Write Jinja code that sets a variable to ``value`` where it is undefined."""
     return f"{{% if {name} is not defined %}}{{% set {name} = {_expression(value)} %}}{{% endif %}}"
 
 
 def _expression(value: Any) -> str:
-    """A value of JSON as an expression of Jinja."""
+    """Write a JSON value as a Jinja expression."""
     if isinstance(value, str):
         return _literal(value)
     if isinstance(value, list):
@@ -78,5 +78,5 @@ def _expression(value: Any) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string literal of Jinja, which reads Python's escapes."""
+    """Write a string literal of Jinja, which reads Python's escapes."""
     return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'

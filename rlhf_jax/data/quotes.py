@@ -1,8 +1,8 @@
-"""Keeps text that quotes special tokens text: "<|im_end|>" in a message is not the end of a turn.
+"""Encoding of quoted special tokens as text: "<|im_end|>" in a message is not the end of a turn.
 
-A quote is put between two marks before a template sees it, and goes through the template unchanged. In the rendering, a
-special token between marks is a quote, and any other one was written by the template. A quote is cut behind its first
-character, and the two sides are tokenised apart, so that no side is the token.
+A quote is put between two marks before a template renders it, and passes through the template unchanged. In the rendering,
+a special token between marks is a quote, and any other was expected by the template. A quote is cut after its first
+character, and the two parts are tokenised separately, so that neither is the token.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import Any
 from rlhf_jax.data.row_problems import UnusableRecord
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Marks: code points that Unicode keeps for a program's own use and that no text holds."""
+"""Marks: code points that Unicode reserves for internal use of programs and that no text contains."""
 _CUT = "\ufdd2"
 _MARKS = re.compile(f"[{OPEN}{CLOSE}{_CUT}]")
 
 
 @dataclass(frozen=True)
 class Quotes:
-    """What must not become a special token.
+    """Texts that must not become special tokens.
 
-    in_turns: matches the tokens that shape turns: a response must not make them.
-    in_texts: matches those and the other added tokens that the template itself writes: no other message may make them.
-    counted: matches those of in_texts that a tokenizer makes of nothing else. ids: theirs.
+    in_turns: matches the tokens that delimit turns, which a response must not produce.
+    in_texts: matches also the other added tokens that the template writes, which no other message may produce.
+    counted: matches those of in_texts that a tokenizer makes from no other text.
+    ids: the ids of the tokens that ``counted`` matches.
     """
 
     in_turns: re.Pattern[str]
@@ -47,7 +48,7 @@ class Quotes:
         return value
 
     def segments(self, rendering: str) -> list[str]:
-        """The parts of a rendering that are tokenised apart; together they are its text."""
+        """Split a rendering into the parts that are tokenised separately; joined they are its text."""
         if not _MARKS.search(rendering):
             return [rendering]
         quote = re.compile(f"{OPEN}(?:({self.in_texts.pattern})){CLOSE}")
@@ -55,23 +56,23 @@ class Quotes:
         return [part for part in _MARKS.split(cut) if part]
 
     def check(self, rendering: str, ids: list[int]) -> None:
-        """Raises UnusableRecord when the tokens of a rendering hold more special ones than the template wrote."""
+        """Raise UnusableRecord when the tokens of a rendering include more special ones than the template wrote."""
         if not _MARKS.search(rendering):
             return
         without = re.sub(f"{OPEN}(?:{self.in_texts.pattern}){CLOSE}", _CUT, rendering)
-        written = sum(len(self.counted.findall(part)) for part in _MARKS.split(without))
-        if sum(map(self.ids.__contains__, ids)) != written:
+        expected = sum(len(self.counted.findall(part)) for part in _MARKS.split(without))
+        if sum(map(self.ids.__contains__, ids)) != expected:
             raise UnusableRecord(
                 "a text quotes a special token that the tokenizer cannot write as text", "rewrite the quote"
             )
 
 
-def unmarked(rendering: str) -> str:
-    """The text of a rendering."""
+def remove_marks(rendering: str) -> str:
+    """Remove the marks from a rendering."""
     return _MARKS.sub("", rendering)
 
 
 def pattern_of(tokens: list[str]) -> re.Pattern[str]:
-    """Matches any of ``tokens``, the longest first; nothing when there are none."""
+    """Compile a pattern that matches any of ``tokens``, the longest first; it matches nothing when there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,4 +1,4 @@
-"""Messages to text. In a rendering, special tokens that a message only quotes are marked (``quotes``)."""
+"""Rendering of messages as text. In a rendering, special tokens that a message only quotes are marked (``quotes``)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlhf_jax.data.chat_templates import (
     Format,
     format_of,
-    marked,
+    mark_quotes,
     remainder,
     render_chat,
     render_chat_response,
     source_of,
     variables_of,
 )
-from rlhf_jax.data.quotes import Quotes, unmarked
+from rlhf_jax.data.contents import check_rendered, check_tools
+from rlhf_jax.data.quotes import Quotes, remove_marks
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
-from rlhf_jax.data.written import check_tools, check_written
 from rlhf_jax.records import SAYING_KEYS, Message
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Turn(NamedTuple):
-    """An assistant turn inside a prompt. begin, end: of what the model writes there, in characters of the prompt's text."""
+    """An assistant turn inside a prompt. begin, end: range of the response, in characters of the prompt's text."""
 
     message: Message
     begin: int
@@ -40,22 +40,22 @@ def render_prompt(
     template: Template,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write the text up to where a response begins. Raises InputError when the template cannot render these messages."""
-    return unmarked(prompt_rendering(messages, tokenizer, template, tools))
+    """Render the text before a response. Raises InputError when the template cannot render these messages."""
+    return remove_marks(prompt_rendering(messages, tokenizer, template, tools))
 
 
-def render_reply(
+def render_response(
     messages: Sequence[Message],
-    reply: str | Message,
+    response: str | Message,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write the text of a response after ``render_prompt(messages)``, with the chat template's own end of turn.
+    """Render the text of a response after ``render_prompt(messages)``, with the end of turn of the chat template.
 
-    Raises InputError for a template that rewrites earlier turns, or that leaves something of the response out.
+    Raises InputError for a template that rewrites earlier turns, or that omits a part of the response.
     """
-    return unmarked(response_rendering(messages, reply, tokenizer, template, tools))
+    return remove_marks(response_rendering(messages, response, tokenizer, template, tools))
 
 
 def render_conversation(
@@ -64,14 +64,14 @@ def render_conversation(
     template: Template | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write a whole conversation with the chat template, nothing to follow. Raises InputError as `render_prompt` does."""
-    return unmarked(render_chat(messages, format_of(tokenizer, template or Template(), tools), generation=False))
+    """Render a whole conversation with the chat template. Raises InputError as `render_prompt` does."""
+    return remove_marks(render_chat(messages, format_of(tokenizer, template or Template(), tools), generation=False))
 
 
 def quotes_for(
     tokenizer: PreTrainedTokenizerBase, template: Template, tools: Sequence[Mapping[str, Any]] = ()
 ) -> Quotes:
-    """Find what messages only quote when ``template`` writes them."""
+    """Find the tokens that messages can only quote when ``template`` renders them."""
     return format_of(tokenizer, template, tools).quotes
 
 
@@ -81,11 +81,11 @@ def prompt_rendering(
     template: Template,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """``render_prompt`` with its quotes marked."""
+    """Render a prompt as ``render_prompt`` does, with quotes marked."""
     form = format_of(tokenizer, template, tools)
     if template.style == "chat":
         text = render_chat(messages, form, generation=True)
-        check_tools(messages, tools, source_of(form), unmarked(text))
+        check_tools(messages, tools, source_of(form), remove_marks(text))
         return text
     return "".join(text for text, _ in _plain_turns(messages, form))
 
@@ -97,13 +97,15 @@ def response_rendering(
     template: Template,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """``render_reply`` with its quotes marked. The conversation is rendered with and without the response, whose text is
-    the difference."""
+    """Render a response as ``render_response`` does, with quotes marked.
+
+    Its text is the difference between the renderings with and without it.
+    """
     form = format_of(tokenizer, template, tools)
     message = Message("assistant", response) if isinstance(response, str) else response
     if template.style != "chat":
         text = _plain_response(message, form)
-        check_written(message, text, "response")
+        check_rendered(message, text, "response")
         return text
     return render_chat_response(messages, message, form)
 
@@ -126,16 +128,16 @@ def turns_of(
             after = render_chat(messages[: index + 1], form, generation=False)
             remainder(after, before, tokenizer)
             remainder(whole, before, tokenizer)
-            # What ends a conversation may be missing inside of one: <|endoftext|> after Phi-3's last <|end|>.
+            # The end of a conversation may be absent inside of one: <|endoftext|> after Phi-3's last <|end|>.
             same = os.path.commonprefix([whole, after])  # noqa: RUF071  (of characters, as meant)
-            if message.content.strip() not in unmarked(same[len(before) :]):
+            if message.content.strip() not in remove_marks(same[len(before) :]):
                 remainder(whole, after, tokenizer)
-            turns.append(Turn(message, len(unmarked(before)), len(unmarked(same))))
+            turns.append(Turn(message, len(remove_marks(before)), len(remove_marks(same))))
     return turns
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
-    """Whether the text of a conversation depends on ``Template.date``. Raises InputError for a damaged chat template."""
+    """Return whether the text of a conversation depends on ``Template.date``. Raises InputError for a damaged chat template."""
     if template.style != "chat" or not tokenizer.chat_template:
         return False
     sources = tokenizer.chat_template
@@ -146,8 +148,10 @@ def writes_date(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
 
 
 def _plain_turns(messages: Sequence[Message], form: Format) -> list[tuple[str, Message | None]]:
-    """The texts of the turns, one after the other, each with its message where it is a response. No messages give no
-    turns (plain text to learn from nothing)."""
+    """Render turns with the plain formats; return their texts, each with its message if it is a response.
+
+    Without messages (plain text without a prompt) there are no turns. Raises UnusableRecord.
+    """
     template = form.template
     _check_plain(messages, form)
     if template.style == "raw":
@@ -177,7 +181,7 @@ def _plain_turns(messages: Sequence[Message], form: Format) -> list[tuple[str, M
 def _plain_spans(messages: Sequence[Message], form: Format) -> list[Turn]:
     turns, at = [], 0
     for text, message in _plain_turns(messages, form):
-        end = at + len(unmarked(text))
+        end = at + len(remove_marks(text))
         if message is not None:
             turns.append(Turn(message, at, end))
         at = end
@@ -192,7 +196,7 @@ def _plain_response(message: Message, form: Format) -> str:
 
 def _plain_content(message: Message, form: Format) -> str:
     is_response = message.role == "assistant"
-    text = str(marked(message.content, form, is_response=is_response))
+    text = str(mark_quotes(message.content, form, is_response=is_response))
     if form.template.style == "raw" and form.template.special_tokens is None and text != message.content:
         raise UnusableRecord(
             "style 'raw': a text holds a special token",
@@ -202,7 +206,7 @@ def _plain_content(message: Message, form: Format) -> str:
 
 
 def _check_plain(messages: Sequence[Message], form: Format) -> None:
-    """Raises UnusableRecord for what only a chat template can write."""
+    """Raise UnusableRecord for messages that only a chat template can render."""
     style, remedy = form.template.style, "use style 'chat', or remove it from the data"
     if form.tools:
         raise UnusableRecord(f"style {style!r} does not write tools", remedy)

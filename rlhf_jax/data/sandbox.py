@@ -1,7 +1,7 @@
-"""Runs a chat template in Jinja's sandbox, with a bound on its steps and characters, and without clock or randomness.
+"""Chat templates in Jinja's sandbox, with a bound on steps and characters, without clock and randomness.
 
-A chat template is a program that comes with a model. Jinja's sandbox keeps it from files and from Python; here it also
-cannot run without end, fill the memory, or write what depends on the moment. Text is the same as that of transformers
+A chat template is a program that comes with a model. Jinja's sandbox bars it from files and from Python; here it also
+cannot run without end, fill the memory, or write text that depends on the time. The text equals that of transformers
 (``apply_chat_template``): the same syntax extensions, filters and variables.
 """
 
@@ -26,10 +26,10 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 STEPS = 1_000_000
-"""Loop rounds, filters and items of lists that one rendering may take (a call counts ten times), and a thousand more for
-every item of the conversation."""
+"""The limit of loop rounds, filters and list items of a rendering (a call counts ten times), besides a thousand for every
+item of the conversation."""
 CHARACTERS = 20_000_000
-"""Characters that one rendering may make, in all its texts together, and a hundred more for every one of the
+"""The limit of characters of a rendering, in all its texts together, besides a hundred for every character of the
 conversation."""
 _CALL = 10
 _WIDEST = 10_000
@@ -40,7 +40,7 @@ _LONGEST_NUMBER = 4096
 _WIDE_FORMAT = re.compile(r"\{[^{}]*(\d{5}|\{)|%[^a-zA-Z%]*(\d{5}|\*)")
 _PLAIN = (str, int, float, bool, type(None), Undefined)
 _CONTAINERS = (list, tuple, dict)
-# Filters that look at a list's items without copying what is in them.
+# Filters that read the items of a list without copying their contents.
 _LOOKING = ("length", "count", "default", "d", "first", "last", "map", "list", "reverse", "items", "attr")
 _CHOOSING = ("select", "reject", "selectattr", "rejectattr")
 _SHALLOW = frozenset((*_LOOKING, *_CHOOSING))
@@ -51,17 +51,17 @@ _SIZED_METHODS = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
 
 
 class OutOfBounds(TemplateError):
-    """A template takes more steps, or makes longer texts, than any conversation needs."""
+    """The error of a template with more steps, or longer texts, than any conversation needs."""
 
 
 class _Meter:
-    """What is left of a rendering's steps and characters."""
+    """The remaining steps and characters of a rendering."""
 
     def __init__(self, steps: int = STEPS, characters: int = CHARACTERS) -> None:
         self.steps, self.characters = steps, characters
 
     def extend_by(self, data: Any) -> None:
-        """Allows for a rendering of ``data``."""
+        """Extend the limits for a rendering of ``data``."""
         size = _Meter(sys.maxsize, sys.maxsize)
         size.measure(data)
         self.steps += 1000 * (sys.maxsize - size.steps)
@@ -76,25 +76,25 @@ class _Meter:
             raise OutOfBounds(f"it makes more than {CHARACTERS:,} characters")
 
     def measure(self, *values: Any) -> None:
-        """Spends a step for every item inside ``values``, and their characters."""
-        rest = list(values)
-        while rest:
-            value = rest.pop()
+        """Subtract a step for every item inside ``values``, and their characters."""
+        pending = list(values)
+        while pending:
+            value = pending.pop()
             self.spend(1, len(value) if isinstance(value, str) else 0)
             if isinstance(value, dict):
-                rest.extend(value)
-                rest.extend(value.values())
+                pending.extend(value)
+                pending.extend(value.values())
             elif isinstance(value, list | tuple):
-                rest.extend(value)
+                pending.extend(value)
 
 
 _METER: ContextVar[_Meter] = ContextVar("meter")
 
 
 def render(source: str, variables: Mapping[str, Any], date: datetime.date | None) -> str:
-    """The text of ``source`` with ``variables``. date: what ``strftime_now`` writes; None refuses a template that asks.
+    """Render ``source`` with ``variables``. date: the date of ``strftime_now``; None refuses a template that calls it.
 
-    Raises TemplateError, with a reason on one line, for whatever goes wrong in a template.
+    Raises TemplateError, with a reason on one line, for any error in a template.
     """
 
     def strftime_now(pattern: str) -> str:
@@ -106,38 +106,38 @@ def render(source: str, variables: Mapping[str, Any], date: datetime.date | None
 
     def run() -> str:
         _METER.get().extend_by(dict(variables))
-        return compiled(source).render({**variables, "strftime_now": strftime_now})
+        return compile_template(source).render({**variables, "strftime_now": strftime_now})
 
-    return str(_guarded(run))
+    return str(_run_guarded(run))
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(source: str) -> JinjaTemplate:
-    """The program of ``source``. Raises TemplateError."""
-    program: JinjaTemplate = _guarded(lambda: _Environment().from_string(source))
+def compile_template(source: str) -> JinjaTemplate:
+    """Compile ``source``. Raises TemplateError."""
+    program: JinjaTemplate = _run_guarded(lambda: _Environment().from_string(source))
     return program
 
 
 @functools.lru_cache(maxsize=16)
 def variables_of(source: str) -> frozenset[str]:
-    """The names that ``source`` reads and does not set itself: messages, tools, its switches. Raises TemplateError."""
-    names: set[str] = _guarded(lambda: meta.find_undeclared_variables(_Environment().parse(source)))
+    """Return the names that ``source`` reads and does not set: messages, tools, its switches. Raises TemplateError."""
+    names: set[str] = _run_guarded(lambda: meta.find_undeclared_variables(_Environment().parse(source)))
     return frozenset(names)
 
 
 @functools.lru_cache(maxsize=16)
 def literals_of(source: str) -> str:
-    """The texts that ``source`` itself holds, one after the other, with a NUL between them. Raises TemplateError."""
+    """Return the string literals of ``source``, joined with a NUL between them. Raises TemplateError."""
 
     def read() -> str:
         tree = _Environment().parse(source)
         texts = [node.data for node in tree.find_all(nodes.TemplateData)]
         return "\0".join(texts + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)])
 
-    return str(_guarded(read))
+    return str(_run_guarded(read))
 
 
-def _guarded(run: Callable[[], Any]) -> Any:
+def _run_guarded(run: Callable[[], Any]) -> Any:
     token = _METER.set(_Meter())
     try:
         return run()
@@ -153,46 +153,46 @@ def _guarded(run: Callable[[], Any]) -> Any:
 
 
 class _Bounds(NodeTransformer):
-    """Puts a count on loops, and on lists and texts that are put together: what the sandbox's own hooks do not see."""
+    """Counting of loops, containers and concatenations, for which the sandbox has no hooks."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "(rounds)")
+        node.iter = _wrap_in_filter(node.iter, "(rounds)")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "(concatenation)")
+        return _wrap_in_filter(nodes.List(node.nodes, lineno=node.lineno), "(concatenation)")
 
     def _container(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         if getattr(node, "ctx", "load") != "load":  # the names that {% set a, b = ... %} sets
             return node
-        return _filtered(node, "(container)")
+        return _wrap_in_filter(node, "(container)")
 
     visit_List = visit_Tuple = visit_Dict = _container
 
 
-def _filtered(node: Any, name: str) -> nodes.Filter:
+def _wrap_in_filter(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 class _Generation(Extension):
-    """``{% generation %}``, by which templates mark what the model writes; its body is written as it is."""
+    """The tag ``{% generation %}``, with which templates mark the model's text; its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_write_body"), [], [], body).set_lineno(line)
 
-    def _written(self, caller: Callable[[], str]) -> str:
+    def _write_body(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
 class _Dict:
-    """``dict`` of a template: only what makes a new one."""
+    """The ``dict`` of a template, which only creates new ones."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -202,11 +202,11 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """``namespace`` of a template, without names that Python reserves."""
+    """The ``namespace`` of a template, without names that Python reserves."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        values = dict(*rest, **kwargs)
+        self, *positional = args
+        values = dict(*positional, **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)
@@ -222,18 +222,18 @@ def _check_name(name: Any) -> None:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """As transformers makes it, and every operation that can be long or large is counted."""
+    """The Jinja environment of transformers, with every operation counted that can be long or large."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.finalize = _written
+        self.finalize = _check_output
         self.filters["tojson"] = _tojson
         del self.filters["random"]
         del self.globals["lipsum"]
-        self.filters = {name: _counted(name, function) for name, function in self.filters.items()}
-        self.filters |= {"(rounds)": _rounds, "(concatenation)": _concatenated, "(container)": _container}
+        self.filters = {name: _count_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {"(rounds)": _count_rounds, "(concatenation)": _concatenate, "(container)": _container}
         self.globals |= {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
@@ -247,46 +247,46 @@ class _Environment(ImmutableSandboxedEnvironment):
             parts.append(piece)
         return "".join(parts)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Any, operator: str, first: Any, second: Any) -> Any:
         meter = _METER.get()
-        if isinstance(left, str) and operator == "%":
-            _check_format(left)
-            meter.measure(right)
-        elif operator == "*" and isinstance(right, Sized):
-            left, right = right, left
-        if isinstance(left, Sized):
-            length = len(left) * max(right, 1) if operator == "*" else len(left)
-            length += len(right) if isinstance(right, Sized) else 0
-            meter.spend(0, length) if isinstance(left, str) else meter.spend(length)
-        elif isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        if isinstance(first, str) and operator == "%":
+            _check_format(first)
+            meter.measure(second)
+        elif operator == "*" and isinstance(second, Sized):
+            first, second = second, first
+        if isinstance(first, Sized):
+            length = len(first) * max(second, 1) if operator == "*" else len(first)
+            length += len(second) if isinstance(second, Sized) else 0
+            meter.spend(0, length) if isinstance(first, str) else meter.spend(length)
+        elif isinstance(first, int) and isinstance(second, int):
+            bits = first.bit_length() * second if operator == "**" else first.bit_length() + second.bit_length()
             if bits > _LONGEST_NUMBER:
                 raise OutOfBounds(f"it computes a number of more than {_LONGEST_NUMBER:,} bits")
-        return _measured(super().call_binop(context, operator, left, right), deep=False)
+        return _measure_result(super().call_binop(context, operator, first, second), deep=False)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = _METER.get()
         meter.spend(_CALL)
         name, text = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
         if isinstance(__obj, LoopContext):
-            args = (_rounds(args[0]), *args[1:]) if args else args
+            args = (_count_rounds(args[0]), *args[1:]) if args else args
         elif name in ("format", "format_map"):
             _check_format(getattr(getattr(__obj, "__wrapped__", None), "__self__", ""))
             meter.measure(*args, kwargs)
         elif isinstance(text, str):
-            args = _bounded_method(meter, name, text, args)
-        return _measured(super().call(__context, __obj, *args, **kwargs))
+            args = _bound_method(meter, name, text, args)
+        return _measure_result(super().call(__context, __obj, *args, **kwargs))
 
 
-def _bounded_method(meter: _Meter, name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for a method of ``text``. Raises OutOfBounds for a result that would be too long."""
+def _bound_method(meter: _Meter, name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Count a call of a method of ``text`` and return its arguments. Raises OutOfBounds when the result would be too long."""
     if name in _SIZED_METHODS:
         _check_sizes(args)
         meter.spend(0, text.count("\t") * max([size for size in args if isinstance(size, int)], default=8))
     elif name == "replace" and len(args) > 1:
-        meter.spend(0, _replaced(text, args[0], args[1]))
+        meter.spend(0, _replaced_length(text, args[0], args[1]))
     elif name == "join" and args:
-        items = _items(args[0])
+        items = _list_items(args[0])
         meter.measure(items)
         meter.spend(0, len(text) * len(items))
         return (items, *args[1:])
@@ -295,8 +295,8 @@ def _bounded_method(meter: _Meter, name: str, text: str, args: tuple[Any, ...]) 
     return args
 
 
-def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter ``name``, counted by what it is given and by what it makes."""
+def _count_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the filter ``name`` so that its arguments and its result are counted."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or the environment come before the value
 
     @functools.wraps(function)
@@ -314,18 +314,18 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _check_sizes((*values[1:], *kwargs.values()))
         if values:
             _check_filter(meter, name, values, kwargs)
-        return _measured(function(*before, *values, **kwargs), deep=name not in _SHALLOW)
+        return _measure_result(function(*before, *values, **kwargs), deep=name not in _SHALLOW)
 
     return bounded
 
 
 def _check_filter(meter: _Meter, name: str, values: list[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises OutOfBounds before a filter makes a text that is too long."""
+    """Raise OutOfBounds before a filter makes a text that is too long."""
     text, options = values[0], [*values[1:], *kwargs.values()]
     if name == "format":
         _check_format(str(text))
     elif name == "replace" and len(options) > 1:
-        meter.spend(0, _replaced(str(text), str(options[0]), str(options[1])))
+        meter.spend(0, _replaced_length(str(text), str(options[0]), str(options[1])))
     elif name in ("join", "indent", "wordwrap", "tojson"):
         # each of these writes an option between, or before, the pieces of the text
         widths = [len(option) if isinstance(option, str) else option for option in options]
@@ -349,17 +349,17 @@ def _check_format(pattern: str) -> None:
         raise OutOfBounds(f"it formats with a width above {_WIDEST:,}, or one that is computed")
 
 
-def _replaced(text: str, old: str, new: str) -> int:
-    """Characters of ``text.replace(old, new)``, at most."""
+def _replaced_length(text: str, old: str, new: str) -> int:
+    """Bound the number of characters of ``text.replace(old, new)``."""
     return len(text) + text.count(old) * len(new)
 
 
-def _items(value: Any) -> list[Any]:
-    return list(_rounds(value))
+def _list_items(value: Any) -> list[Any]:
+    return list(_count_rounds(value))
 
 
-def _rounds(value: Any) -> Any:
-    """``value`` to loop over, each round counted."""
+def _count_rounds(value: Any) -> Any:
+    """Return ``value`` as an iterable that counts each round of a loop."""
     meter = _METER.get()
     if isinstance(value, Sized):
         meter.spend(len(value))
@@ -373,8 +373,8 @@ def _rounds(value: Any) -> Any:
     return counted()
 
 
-def _concatenated(values: list[Any]) -> str:
-    return str(_measured("".join(str(_written(value)) for value in values)))
+def _concatenate(values: list[Any]) -> str:
+    return str(_measure_result("".join(str(_check_output(value)) for value in values)))
 
 
 def _container(value: Any) -> Any:
@@ -382,8 +382,8 @@ def _container(value: Any) -> Any:
     return value
 
 
-def _measured(value: Any, *, deep: bool = True) -> Any:
-    """``value``, with its characters and items counted."""
+def _measure_result(value: Any, *, deep: bool = True) -> Any:
+    """Count the characters and items of ``value`` and return it."""
     if isinstance(value, str):
         _METER.get().spend(0, len(value))
     elif deep and isinstance(value, _CONTAINERS):
@@ -391,9 +391,12 @@ def _measured(value: Any, *, deep: bool = True) -> Any:
     return value
 
 
-def _written(value: Any) -> Any:
-    """``value`` as it may be written out. Raises TemplateError for what is no data (a function, a macro, a namespace):
-    its text would hold an address that changes from process to process."""
+def _check_output(value: Any) -> Any:
+    """Check that ``value`` may be written out, and return it.
+
+    Raises TemplateError for a function, a macro or a namespace, whose text would contain an address that changes from
+    process to process.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, _CONTAINERS):
@@ -410,5 +413,5 @@ def _raise_exception(message: Any) -> None:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
+    """Write JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

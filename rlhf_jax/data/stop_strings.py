@@ -1,6 +1,6 @@
-"""Stop strings on the device: an automaton over tokens, so that a sampler needs a table look-up a step and no decoding.
+"""Stop strings on the device: an automaton over tokens, so that a sampler needs one table look-up per step and no decoding.
 
-Aho and Corasick (1975): a state is the longest beginning of a stop string that the text so far ends with. Its
+Aho and Corasick (1975): a state is the longest prefix of a stop string that is a suffix of the text so far. Its
 transitions over bytes are composed into transitions over tokens, and the last state, entered when a stop string is
 complete, is never left.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def stop_table(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
-    """int32 [states, vocab_size]: from a state (0 at the start) and a token to the next state; the last one means stop.
+    """Build the transitions, int32 [states, vocab_size], from a state (0 at the start) and a token; the last state means stop.
 
-    A string counts wherever it begins and ends, inside tokens too. Special tokens and ids past the tokenizer's are no
-    text: after them the search begins anew. vocab_size: of the model. Raises InputError for an empty string and for
-    tokenizers whose tokens cannot be told as bytes.
+    A string is matched wherever it begins and ends, inside tokens too. Special tokens and ids above the tokenizer's are
+    not text: after them the search starts anew. vocab_size: of the model. Raises InputError for an empty string and for
+    tokenizers whose tokens are not bytes.
     """
     if not strings or not all(strings):
         raise InputError(f"stop strings {list(strings)!r}: give at least one, none of them empty")
@@ -42,7 +42,7 @@ def stop_table(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab
 
 
 def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
-    """int32 [states, 256]. State 0: nothing; the last: a string is complete."""
+    """Build the transitions over bytes, int32 [states, 256]. State 0: no match; the last: a string is complete."""
     children: list[dict[int, int]] = [{}]
     final = {0: False}
     for string in strings:
@@ -63,8 +63,8 @@ def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
             final[child] |= final[fallback[child]]
             table[node, byte] = child
             order.append(child)
-    going = [node for node in range(len(children)) if not final[node]]
-    number = {node: place for place, node in enumerate(going)}
-    stop = len(going)
+    unfinished = [node for node in range(len(children)) if not final[node]]
+    number = {node: place for place, node in enumerate(unfinished)}
+    stop = len(unfinished)
     renamed = np.array([number.get(node, stop) for node in range(len(children))], np.int32)
-    return np.concatenate([renamed[table[going]], np.full((1, 256), stop, np.int32)])
+    return np.concatenate([renamed[table[unfinished]], np.full((1, 256), stop, np.int32)])

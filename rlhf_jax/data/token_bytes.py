@@ -1,7 +1,7 @@
-"""Tokens as bytes, and the text that sampled tokens are.
+"""Bytes of tokens, and decoding of sampled tokens.
 
-Decoding one token at a time, or a response apart from its prompt, is not what `tokenizer.decode` is made for: bytes that
-are no whole character become U+FFFD, and SentencePiece tokenizers drop a leading space as at the beginning of a text.
+`tokenizer.decode` suits neither single tokens nor a response without its prompt: incomplete characters become U+FFFD, and
+SentencePiece tokenizers drop a leading space as at the beginning of a text.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ _BYTE_LEVEL = {"ByteLevel", "Fuse"}
 _SENTENCEPIECE = {"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 _SPACE = "\u2581"
 _pieces: weakref.WeakKeyDictionary[Any, tuple[Any, list[bytes] | None]] = weakref.WeakKeyDictionary()
-"""Of tokenizers that were decoded with: (what it was made for, bytes of each token)."""
+"""The cache by tokenizer: ((vocabulary size, special tokens), bytes of each token)."""
 
 
 def response_text(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode a response that follows a prompt, without special tokens: exactly the characters that the tokens are.
+    """Decode a response after a prompt, without special tokens, to exactly the characters of its tokens.
 
-    Bytes that are no whole character, such as the beginning of one at the end of a response that was cut off, are left
-    out (`tokenizer.decode` writes U+FFFD for them), and a leading space stays. Tokenizers whose tokens are not bytes
-    decode as they do.
+    Incomplete characters, such as at the end of a truncated response, are omitted (`tokenizer.decode` writes U+FFFD), and
+    a leading space stays. Tokenizers whose tokens are not bytes use their own decoding.
     """
     tokens = [int(token) for token in ids]
     pieces = _cached_pieces(tokenizer)
@@ -38,10 +37,10 @@ def response_text(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """List what each token adds to a text, as bytes; nothing for special tokens.
+    """List the bytes that each token adds to a text; none for special tokens.
 
     Byte-level tokenizers (GPT-2's alphabet) and those of SentencePiece (U+2581 for a space, <0x0A> for a byte).
-    Raises InputError for other ones.
+    Raises InputError for others.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     decoder = {} if backend is None else json.loads(backend.to_str()).get("decoder") or {}
@@ -60,20 +59,20 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 
 
 def _cached_pieces(tokenizer: PreTrainedTokenizerBase) -> list[bytes] | None:
-    """`token_bytes`, made once for a tokenizer and its special tokens; None for tokenizers whose tokens are not bytes."""
+    """Return `token_bytes`, cached by tokenizer and special tokens; None for tokenizers whose tokens are not bytes."""
     state = (len(tokenizer), tuple(tokenizer.all_special_ids))
-    known = _pieces.get(tokenizer)
-    if known is None or known[0] != state:
+    cached = _pieces.get(tokenizer)
+    if cached is None or cached[0] != state:
         try:
-            known = (state, token_bytes(tokenizer))
+            cached = (state, token_bytes(tokenizer))
         except InputError:
-            known = (state, None)
-        _pieces[tokenizer] = known
-    return known[1]
+            cached = (state, None)
+        _pieces[tokenizer] = cached
+    return cached[1]
 
 
 def _reader(decoder: dict[str, Any]) -> Callable[[str], bytes] | None:
-    """The bytes of a token under a decoder of a tokenizer.json; None for a decoder that does more than bytes and spaces."""
+    """Return a function from a token to its bytes, for a decoder of tokenizer.json; None for a decoder of another kind."""
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type") for step in steps}
     replaced = [(step.get("pattern"), step.get("content")) for step in steps if step.get("type") == "Replace"]
@@ -81,8 +80,8 @@ def _reader(decoder: dict[str, Any]) -> Callable[[str], bytes] | None:
         alphabet = {character: byte for byte, character in enumerate(_byte_level_characters())}
 
         def read_byte_level(token: str) -> bytes:
-            known = all(character in alphabet for character in token)
-            return bytes(alphabet[character] for character in token) if known else token.encode()
+            in_alphabet = all(character in alphabet for character in token)
+            return bytes(alphabet[character] for character in token) if in_alphabet else token.encode()
 
         return read_byte_level
     if kinds & {"ByteFallback", "Metaspace"} and kinds <= _SENTENCEPIECE:
@@ -99,8 +98,10 @@ def _reader(decoder: dict[str, Any]) -> Callable[[str], bytes] | None:
 
 
 def _byte_level_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: itself where it can be printed, else one from
-    U+0100 on, in order (Radford et al. 2019, their encoder)."""
+    """List the character of each byte in byte-level vocabularies: itself where it is printable, else one from U+0100 on.
+
+    Source: the encoder of Radford et al. 2019.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     characters, shifted = [], 256
     for byte in range(256):

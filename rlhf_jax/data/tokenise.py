@@ -1,7 +1,7 @@
-"""Texts to tokens, with what belongs to a text's beginning done once a text.
+"""Tokenisation of texts, with the special treatment of a text's beginning applied once per text.
 
 Tokenizers that come from SentencePiece put a space before a text (a normaliser "Prepend", a pre-tokenizer "Metaspace",
-or add_prefix_space). A response continues the text of its prompt, so there the space would be one too many.
+or add_prefix_space). A response continues the text of its prompt, which must not get such a space.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class _Continuing(NamedTuple):
-    """A tokenizer without what it puts before a text. size: of its vocabulary, when this was made. added: its added tokens."""
+class _Continuation(NamedTuple):
+    """A tokenizer for texts that continue others, which puts nothing before a text.
+
+    size: size of the vocabulary when the continuation was made.
+    added: the added tokens by id.
+    """
 
     size: int
     tokenizer: Tokenizer
@@ -29,14 +33,14 @@ class _Continuing(NamedTuple):
 
 _BEGINNING = ("normalizer", "pre_tokenizer")
 """Parts of a tokenizer.json that may put something before a text."""
-_CONTINUING: weakref.WeakKeyDictionary[Any, _Continuing | None] = weakref.WeakKeyDictionary()
-"""Of tokenizers; None of those that put nothing before a text."""
+_CONTINUATIONS: weakref.WeakKeyDictionary[Any, _Continuation | None] = weakref.WeakKeyDictionary()
+"""The cache by tokenizer; None for tokenizers that put nothing before a text."""
 
 
 def tokenise(
     rendering: str, tokenizer: PreTrainedTokenizerBase, quotes: Quotes, *, after: int | None = None
 ) -> list[int]:
-    """The ids of a rendering. after: the last token of the text that it continues. Raises UnusableRecord."""
+    """Tokenise a rendering. after: the last token of the text that it continues. Raises UnusableRecord."""
     return tokenise_with_ends(rendering, tokenizer, quotes, after=after, wants_ends=False)[0]
 
 
@@ -48,7 +52,10 @@ def tokenise_with_ends(
     after: int | None = None,
     wants_ends: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """``tokenise``, and where in the text each token ends, in characters ([] unless ``wants_ends``)."""
+    """Tokenise a rendering; return ids and the end of each token in characters ([] unless ``wants_ends``).
+
+    Raises UnusableRecord.
+    """
     ids: list[int] = []
     ends: list[int] = []
     begin = 0
@@ -62,11 +69,11 @@ def tokenise_with_ends(
     return ids, ends
 
 
-def learned_tokens(ends: Sequence[int], begin: int, end: int) -> list[int]:
-    """The indices of the tokens that lie in characters ``begin`` to ``end`` with all their characters.
+def tokens_within(ends: Sequence[int], begin: int, end: int) -> list[int]:
+    """Return the indices of the tokens that lie completely in characters ``begin`` to ``end``.
 
-    ends: where each token ends. What a tokenizer leaves out of a token's offsets (a space before a word) is counted with
-    the token after it.
+    ends: end of each token in characters. Characters outside of all offsets (a space before a word) belong to the token
+    after them.
     """
     starts = [0, *ends[:-1]]
     return [
@@ -74,21 +81,21 @@ def learned_tokens(ends: Sequence[int], begin: int, end: int) -> list[int]:
     ]
 
 
-def has_prefix(described: Mapping[str, Any]) -> bool:
-    """Whether the pipeline of a tokenizer.json puts a space before a text."""
-    return any(_without_prefix(described.get(part)) != described.get(part) for part in _BEGINNING)
+def has_prefix(description: Mapping[str, Any]) -> bool:
+    """Return whether the pipeline of a tokenizer.json puts a space before a text."""
+    return any(_remove_prefix(description.get(part)) != description.get(part) for part in _BEGINNING)
 
 
 def _encode(
     text: str, tokenizer: PreTrainedTokenizerBase, last: int | None, wants_ends: bool
 ) -> tuple[list[int], list[int]]:
-    """(ids, ends) of a text that follows the token ``last`` (None: nothing)."""
+    """Encode a text after the token ``last`` (None: at the beginning); return (ids, ends)."""
     if not text:
         return [], []
-    continuing = None if last is None else _continuing(tokenizer)
+    continuing = None if last is None else _continuation_of(tokenizer)
     anchor = ""
     if continuing is not None and last is not None:
-        # After an added token the tokenizer begins anew, in a way of its own: let it do so.
+        # After an added token the tokenizer restarts in its own way, so the added token is encoded with the text.
         anchor = continuing.added.get(last, "")
         if not anchor:
             encoding = continuing.tokenizer.encode(text, add_special_tokens=False)
@@ -99,30 +106,30 @@ def _encode(
     return list(result["input_ids"])[skip:], ends[skip:]
 
 
-def _continuing(tokenizer: PreTrainedTokenizerBase) -> _Continuing | None:
-    """None when the tokenizer puts nothing before a text."""
-    if tokenizer not in _CONTINUING or getattr(_CONTINUING[tokenizer], "size", len(tokenizer)) != len(tokenizer):
+def _continuation_of(tokenizer: PreTrainedTokenizerBase) -> _Continuation | None:
+    """Return the tokenizer for continuing texts; None when the tokenizer puts nothing before a text."""
+    if tokenizer not in _CONTINUATIONS or getattr(_CONTINUATIONS[tokenizer], "size", len(tokenizer)) != len(tokenizer):
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        described = {} if backend is None else json.loads(backend.to_str())
-        made = None
-        if has_prefix(described):
-            changed = described | {part: _without_prefix(described.get(part)) for part in _BEGINNING}
+        description = {} if backend is None else json.loads(backend.to_str())
+        continuation = None
+        if has_prefix(description):
+            changed = description | {part: _remove_prefix(description.get(part)) for part in _BEGINNING}
             added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-            made = _Continuing(len(tokenizer), Tokenizer.from_str(json.dumps(changed)), added)
-        _CONTINUING[tokenizer] = made
-    return _CONTINUING[tokenizer]
+            continuation = _Continuation(len(tokenizer), Tokenizer.from_str(json.dumps(changed)), added)
+        _CONTINUATIONS[tokenizer] = continuation
+    return _CONTINUATIONS[tokenizer]
 
 
-def _without_prefix(step: Any) -> Any:
-    """A normaliser or pre-tokenizer, as tokenizer.json describes it, without what it puts before a text."""
+def _remove_prefix(step: Any) -> Any:
+    """Remove the prefix from a normaliser or pre-tokenizer of tokenizer.json."""
     if not isinstance(step, dict):
         return step
     if step.get("type") == "Prepend":
         return None
     for steps in ("normalizers", "pretokenizers"):
         if isinstance(step.get(steps), list):
-            kept = [_without_prefix(part) for part in step[steps]]
-            step = step | {steps: [part for part in kept if part is not None]}
+            remaining = [_remove_prefix(part) for part in step[steps]]
+            step = step | {steps: [part for part in remaining if part is not None]}
     if step.get("type") == "Metaspace":
         step = step | {"prepend_scheme": "never"}
     return step | {"add_prefix_space": False} if "add_prefix_space" in step else step

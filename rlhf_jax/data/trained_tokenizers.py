@@ -1,4 +1,4 @@
-"""Small tokenizers that need no download: bytes, or a byte-pair encoding trained on the spot."""
+"""Small tokenizers that need no download: bytes, and byte-pair encodings trained on given texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8: the id of byte ``b`` is ``3 + b``. Vocabulary 259; encoding adds no special tokens."""
+    """Make a tokenizer with one token per byte of UTF-8: the id of byte ``b`` is ``3 + b``.
+
+    The vocabulary has 259 tokens. Encoding adds no special tokens.
+    """
     vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     vocab |= {character: len(SPECIAL_TOKENS) + byte for byte, character in enumerate(_byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -26,7 +29,7 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 def train_bpe_tokenizer(
     texts: Iterable[str], vocab_size: int = 768, chat_template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """A byte-level byte-pair encoding of ``texts`` (Sennrich et al. 2016; bytes as in GPT-2), each digit its own token.
+    """Train a byte-level byte-pair encoding on ``texts`` (Sennrich et al. 2016; bytes as in GPT-2), with a token per digit.
 
     The same texts give the same files byte for byte. Any text survives a round trip. vocab_size counts the 3 special
     tokens and the 256 bytes; fewer tokens result when the texts have nothing left to merge. Encoding adds no special
@@ -72,7 +75,7 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
+    """List the printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
 
     A byte that is a visible Latin-1 character stands for itself; the others take the characters from 256 on, in order.
     """

@@ -1,7 +1,7 @@
-"""Prompts and responses to tokens.
+"""Tokenisation of prompts and responses.
 
-A prompt is tokenised as one text, whoever asks for it: for sampling, for a loss on the response, for one on every turn. A
-response is tokenised apart from its prompt, as text that continues it (``encode`` says why).
+A prompt is always tokenised as one text: for sampling, for a loss on the response and for a loss on every turn. A response
+is tokenised separately from its prompt, as a text that continues it (``encode`` gives the reason).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from rlhf_jax.data.contents import check_rendered
 from rlhf_jax.data.ends import response_ends
-from rlhf_jax.data.quotes import unmarked
+from rlhf_jax.data.quotes import remove_marks
 from rlhf_jax.data.rendering import prompt_rendering, quotes_for, response_rendering, turns_of
 from rlhf_jax.data.row_problems import UnusableRecord
 from rlhf_jax.data.templates import Template
-from rlhf_jax.data.tokenise import learned_tokens, tokenise, tokenise_with_ends
-from rlhf_jax.data.written import check_written
+from rlhf_jax.data.tokenise import tokenise, tokenise_with_ends, tokens_within
 from rlhf_jax.errors import InputError
 from rlhf_jax.records import Message
 
@@ -27,7 +27,7 @@ LossOn = Literal["response", "assistant", "all"]
 
 
 class Writing(NamedTuple):
-    """How a record's messages are written down. tools: JSON schemas of the functions that they may call."""
+    """The rendering of a record's messages. tools: JSON schemas of the functions that they may call."""
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
@@ -35,7 +35,7 @@ class Writing(NamedTuple):
 
 
 class PromptTokens(NamedTuple):
-    """Everything before a response. mask: True for targets. last: the last token of its text, None for no text."""
+    """The tokens before a response. mask: True for targets. last: the last token of the text, None without text."""
 
     ids: list[int]
     mask: list[bool]
@@ -43,19 +43,19 @@ class PromptTokens(NamedTuple):
 
 
 def prompt_tokens(messages: Sequence[Message], writing: Writing, loss_on: LossOn) -> PromptTokens:
-    """Tokenise what comes before a response, with BOS at most once. Raises InputError."""
+    """Tokenise the prompt of a response, with BOS at most once. Raises InputError."""
     tokenizer, template, _ = writing
-    messages = _without_ends(messages, tokenizer, template)
+    messages = _strip_ends(messages, tokenizer, template)
     rendering = prompt_rendering(messages, *writing)
     if loss_on == "all":
         for message in messages:
-            check_written(message, rendering, f"turn ({message.role})")
+            check_rendered(message, rendering, f"turn ({message.role})")
     masked = loss_on == "assistant" or (loss_on == "all" and not all(message.learned for message in messages))
     quotes = quotes_for(*writing)
     ids, ends = tokenise_with_ends(rendering, tokenizer, quotes, wants_ends=masked)
     mask = [loss_on == "all"] * len(ids)
     if masked:
-        _mark_turns(mask, ids, ends, messages, writing, unmarked(rendering))
+        _mark_turns(mask, ids, ends, messages, writing, remove_marks(rendering))
     last = ids[-1] if ids else None
     if _adds_bos(ids, tokenizer, template):
         return PromptTokens([tokenizer.bos_token_id, *ids], [False, *mask], last)
@@ -65,11 +65,13 @@ def prompt_tokens(messages: Sequence[Message], writing: Writing, loss_on: LossOn
 def response_tokens(
     messages: Sequence[Message], response: Message, ended: bool, writing: Writing, after: int | None
 ) -> list[int] | str:
-    """Tokenise a response; it ends with the stop token, which occurs once (not at all in one that was cut off). What a
-    template writes after it is left out: ChatML writes "Paris.<|im_end|>\\n", and a sampler stops at <|im_end|>, so the
-    "\\n" is the next prompt's.
+    """Tokenise a response, or return the reason to skip it. Raises InputError.
 
-    after: `PromptTokens.last`. Gives the reason for a response that teaches nothing. Raises InputError.
+    The response ends with the stop token, which occurs once (not at all if the response was cut off). The text that a
+    template writes after it is omitted: ChatML writes "Paris.<|im_end|>\\n", a sampler stops at <|im_end|>, and the "\\n"
+    belongs to the next prompt.
+
+    after: `PromptTokens.last`.
     """
     tokenizer, template, _ = writing
     end = response_ends(tokenizer, template)
@@ -79,29 +81,29 @@ def response_tokens(
     if end.text in content:
         return "end token inside the reply"
     response = dataclasses.replace(response, content=content)
-    rendering = response_rendering(_without_ends(messages, tokenizer, template), response, *writing)
+    rendering = response_rendering(_strip_ends(messages, tokenizer, template), response, *writing)
     ids = tokenise(rendering, tokenizer, quotes_for(*writing), after=after)
-    return (ids[: ids.index(end.written)] if end.written in ids else ids) + [end.written] * ended
+    return (ids[: ids.index(end.stop_id)] if end.stop_id in ids else ids) + [end.stop_id] * ended
 
 
 def _mark_turns(
     mask: list[bool], ids: list[int], ends: list[int], messages: Sequence[Message], writing: Writing, text: str
 ) -> None:
-    """Makes targets of the turns that are learned, through the token that ends them, and none of the others."""
-    stop = response_ends(writing.tokenizer, writing.template).written
+    """Set ``mask`` to True in learned turns, through the token that ends each, and to False in other turns."""
+    stop = response_ends(writing.tokenizer, writing.template).stop_id
     for turn in turns_of(messages, *writing):
         if turn.message.learned:
-            check_written(turn.message, text[turn.begin : turn.end], "turn (assistant)")
-        places = learned_tokens(ends, turn.begin, turn.end)
+            check_rendered(turn.message, text[turn.begin : turn.end], "turn (assistant)")
+        places = tokens_within(ends, turn.begin, turn.end)
         through = next((number for number, place in enumerate(places, start=1) if ids[place] == stop), len(places))
         for place in places[:through]:
             mask[place] = turn.message.learned
 
 
-def _without_ends(
+def _strip_ends(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> Sequence[Message]:
-    """``messages`` without the end token that some data writes after what the assistant says: the template writes it."""
+    """Strip the end token that some data has after assistant messages: the template writes it."""
     if template.style == "raw" or not any(message.role == "assistant" for message in messages):
         return messages
     end = response_ends(tokenizer, template).text
@@ -114,7 +116,7 @@ def _without_ends(
 
 
 def _adds_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
-    """Whether BOS comes before the text of a prompt. Raises InputError."""
+    """Return whether BOS is added before the text of a prompt. Raises InputError."""
     bos = tokenizer.bos_token_id
     if template.bos == "always" and bos is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Two forms of conversations agree when they write the same text, whatever they are called."""
+"""Two forms of conversations agree when they render the same text."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def form(template: Template, chat_template: str | None = CHATML) -> Form:
 
 
 @pytest.mark.parametrize(
-    ("learned", "used"),
+    ("learned", "current"),
     [
         (form(PLAIN), form(PLAIN, None)),  # a plain format does not read the chat template
         (form(Template()), form(Template())),
-        (form(Template()), form(Template(stop_token="<|eos|>"))),  # what ends a response is the same
-        (form(PLAIN), form(Template(style="plain", prompt_format="{prompt}", bos="never"))),  # nobody writes a BOS
+        (form(Template()), form(Template(stop_token="<|eos|>"))),  # the same end of a response
+        (form(PLAIN), form(Template(style="plain", prompt_format="{prompt}", bos="never"))),  # neither writes a BOS
         (form(RAW), form(Template(style="raw", bos="never"))),
         (form(PLAIN), form(Template(), chat_template_of(PLAIN, byte_tokenizer()))),  # an export served as a chat model
     ],
 )
-def test_what_writes_the_same_agrees(learned: Form, used: Form) -> None:
-    assert form_difference(learned, used, responses=True) is None
+def test_forms_with_the_same_text_agree(learned: Form, current: Form) -> None:
+    assert form_difference(learned, current, responses=True) is None
 
 
 @pytest.mark.parametrize(
-    ("learned", "used", "words"),
+    ("learned", "current", "words"),
     [
         (form(PLAIN), form(Template()), "Template.style was 'plain', is 'chat', Template.prompt_format was '{prompt}'"),
         (form(PLAIN), form(Template(style="plain")), "prompt_format was '{prompt}', is 'Question"),
@@ -50,25 +50,27 @@ def test_what_writes_the_same_agrees(learned: Form, used: Form) -> None:
             form(PLAIN),
             form(Template(), None),
             "Template.style was 'plain', is 'chat'",
-        ),  # nothing to compare: no chat template
+        ),  # no chat template to compare
     ],
 )
-def test_what_is_written_otherwise_is_named(learned: Form, used: Form, words: str) -> None:
+def test_differences_of_the_text_are_described(learned: Form, current: Form, words: str) -> None:
     for responses in (False, True):
-        assert words in (form_difference(learned, used, responses=responses) or "")
+        assert words in (form_difference(learned, current, responses=responses) or "")
 
 
-def test_a_policy_is_asked_for_its_prompts_alone() -> None:
-    """A base model that learned texts as they are answers a prompt of "{prompt}", and writes a response as it learned."""
+def test_only_the_prompts_of_a_policy_are_compared() -> None:
+    """A base model trained on raw texts can answer a prompt of "{prompt}"; it writes responses as in its training."""
     assert form_difference(form(RAW), form(PLAIN), responses=False) is None
     assert "Template.style was 'raw'" in (form_difference(form(RAW), form(PLAIN), responses=True) or "")
 
 
-def test_a_model_may_be_used_on_another_day() -> None:
+def test_the_date_is_not_compared() -> None:
     dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
-    learned, used = Template(date="2026-01-31"), Template(date="2026-11-30")
-    assert form_difference(form(learned, dated), form(used, dated), responses=True) is None
+    learned, current = Template(date="2026-01-31"), Template(date="2026-11-30")
+    assert form_difference(form(learned, dated), form(current, dated), responses=True) is None
     assert form_difference(form(learned, dated), form(Template(), dated), responses=True) is None
     thinking = Template(arguments={"enable_thinking": False})
     read = CHATML + "{{ enable_thinking }}"
-    assert "Template.arguments was" in (form_difference(form(thinking, read), form(used, read), responses=False) or "")
+    assert "Template.arguments was" in (
+        form_difference(form(thinking, read), form(current, read), responses=False) or ""
+    )

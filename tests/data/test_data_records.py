@@ -119,8 +119,8 @@ def test_replies_that_were_cut_off() -> None:
     assert (plain.ended, cut.ended) == (True, False)
     (pair,), _ = comparisons([(1, row | {"rejected_ended": False})], source="c.jsonl")
     assert (pair.chosen_ended, pair.rejected_ended) == (True, False)
-    (named,), _ = comparisons([(1, row | {"chosen_done": False})], Fields(ended="done"), source="c.jsonl")
-    assert (named.chosen_ended, named.rejected_ended) == (False, True)
+    (renamed,), _ = comparisons([(1, row | {"chosen_done": False})], Fields(ended="done"), source="c.jsonl")
+    assert (renamed.chosen_ended, renamed.rejected_ended) == (False, True)
     with pytest.raises(
         InputError, match=r"d.jsonl:1: field 'ended' is str, not true or false; name another Fields.ended"
     ):

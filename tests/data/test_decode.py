@@ -1,4 +1,4 @@
-"""Texts of sampled tokens, with the records they answer."""
+"""Decoding of sampled tokens to responses with their prompts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from rlhf_jax.records import Response
 from rlhf_jax.testing import byte_tokenizer, completions, prompt_batch
 
 
-def test_texts_go_with_the_record_that_prompt_id_counts_and_filling_rows_are_left_out():
+def test_responses_match_their_records_without_filling_rows():
     tokenizer = byte_tokenizer()
-    asked = [(Message("user", "before"), Message("user", f"asked {i}")) for i in range(3)]
-    records = [Prompt(f"p{i}", messages, {"tests": [i, None]}) for i, messages in enumerate(asked)]
+    conversations = [(Message("user", "before"), Message("user", f"asked {i}")) for i in range(3)]
+    records = [Prompt(f"p{i}", messages, {"tests": [i, None]}) for i, messages in enumerate(conversations)]
     hi, no = tokenizer("hi")["input_ids"], tokenizer("no")["input_ids"]
     prompts = prompt_batch([[5]] * 3, prompt_ids=[2, 0, -1], sample_ids=[0, 0, 0])
-    done = completions(prompts, [[*hi, tokenizer.eos_token_id], no, hi], length=4, eos_ids=(tokenizer.eos_token_id,))
-    garbage = dataclasses.replace(done, tokens=np.where(done.mask, done.tokens, 77))  # columns that do not count
+    sampled = completions(prompts, [[*hi, tokenizer.eos_token_id], no, hi], length=4, eos_ids=(tokenizer.eos_token_id,))
+    garbage = dataclasses.replace(
+        sampled, tokens=np.where(sampled.mask, sampled.tokens, 77)
+    )  # columns that do not count
     first, second = responses(garbage, records, tokenizer)
     assert first == Response(records[2].prompt, "hi", True, {"tests": [2, None]}, "p2")
     assert second == Response(records[0].prompt, "no", False, {"tests": [0, None]}, "p0")

@@ -1,4 +1,4 @@
-"""Where the prompt ends in tokens, what counts in the loss, and what happens to what does not fit."""
+"""The boundary between prompt and response in tokens, the targets of the loss, and records that do not fit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def demonstration(prompt: str = "xa", response: str = "bc") -> Demonstration:
     return Demonstration("d", user(prompt) if prompt else (), response)
 
 
-def done(result: Encoded | Skipped) -> Encoded:
+def require_encoded(result: Encoded | Skipped) -> Encoded:
     assert isinstance(result, Encoded)
     return result
 
@@ -63,21 +63,23 @@ def test_boundary_never_merges() -> None:
     """ "xa" + "bc" is [x ab c] when tokenised together: the mask could not say where the reply begins."""
     tokenizer = character_tokenizer()
     assert tokenizer("xabc")["input_ids"] == [3, 4, 2]
-    encoded = done(encode_demonstration(demonstration(), tokenizer, RAW, max_length=10))
+    encoded = require_encoded(encode_demonstration(demonstration(), tokenizer, RAW, max_length=10))
     assert encoded == Encoded([3, 0, 1, 2, 5], [False, False, True, True, True], 2, 0, "d")
 
 
 def test_padding_equal_to_end_keeps_the_end_in_the_loss() -> None:
     tokenizer = character_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 5
-    encoded = done(encode_demonstration(demonstration(), tokenizer, RAW, max_length=10))
+    encoded = require_encoded(encode_demonstration(demonstration(), tokenizer, RAW, max_length=10))
     assert encoded.tokens[-1] == 5 and encoded.loss_mask[-1]
 
 
 def test_loss_on_all_leaves_out_the_first_token_only() -> None:
-    encoded = done(encode_demonstration(demonstration(), character_tokenizer(), RAW, max_length=10, loss_on="all"))
+    encoded = require_encoded(
+        encode_demonstration(demonstration(), character_tokenizer(), RAW, max_length=10, loss_on="all")
+    )
     assert encoded.loss_mask == [False, True, True, True, True]
-    plain = done(encode_demonstration(demonstration(prompt=""), character_tokenizer(), RAW, max_length=10))
+    plain = require_encoded(encode_demonstration(demonstration(prompt=""), character_tokenizer(), RAW, max_length=10))
     assert plain == Encoded([1, 2, 5], [False, True, True], 0, 0, "d")
 
 
@@ -85,14 +87,14 @@ def test_chat_counts_every_reply_through_its_end_token() -> None:
     """<u>a<|eos|>\\n<a>  b<|eos|>  \\n<u>c<|eos|>\\n<a>  d<|eos|>: the "\\n" after a reply is nobody's to learn."""
     tokenizer = byte_tokenizer(CHATML)
     record = Demonstration("d", (*user("a"), Message("assistant", "b"), Message("user", "c")), "d")
-    last = done(encode_demonstration(record, tokenizer, Template(), max_length=99))
-    every = done(encode_demonstration(record, tokenizer, Template(), max_length=99, loss_on="assistant"))
+    last = require_encoded(encode_demonstration(record, tokenizer, Template(), max_length=99))
+    every = require_encoded(encode_demonstration(record, tokenizer, Template(), max_length=99, loss_on="assistant"))
     assert tokenizer.decode(last.tokens) == "<u>a<|eos|>\n<a>b<|eos|>\n<u>c<|eos|>\n<a>d<|eos|>"
     assert every.tokens == last.tokens and every.prompt_length == last.prompt_length == len(last.tokens) - 2
 
     def counted(encoded: Encoded) -> list[str]:
-        kept = zip(encoded.tokens, encoded.loss_mask, strict=True)
-        return [tokenizer.decode([token]) for token, counts in kept if counts]
+        targets = zip(encoded.tokens, encoded.loss_mask, strict=True)
+        return [tokenizer.decode([token]) for token, counts in targets if counts]
 
     assert counted(last) == ["d", "<|eos|>"]
     assert counted(every) == ["b", "<|eos|>", "d", "<|eos|>"]
@@ -101,7 +103,7 @@ def test_chat_counts_every_reply_through_its_end_token() -> None:
 @pytest.mark.parametrize("template", [Template(), Template(style="plain"), RAW])
 def test_prompt_of_a_demonstration_is_what_a_sampler_continues(template: Template) -> None:
     tokenizer = byte_tokenizer(CHATML)
-    encoded = done(encode_demonstration(demonstration("tell me", "no"), tokenizer, template, max_length=99))
+    encoded = require_encoded(encode_demonstration(demonstration("tell me", "no"), tokenizer, template, max_length=99))
     prompt = encode_prompt(Prompt("p", user("tell me")), tokenizer, template, max_prompt_length=99)
     assert encoded.tokens[: encoded.prompt_length] == prompt
     assert encoded.tokens.count(tokenizer.eos_token_id) == (2 if template.style == "chat" else 1)
@@ -110,7 +112,7 @@ def test_prompt_of_a_demonstration_is_what_a_sampler_continues(template: Templat
 
 def test_bos_comes_exactly_once() -> None:
     def first(tokenizer: PreTrainedTokenizerFast, template: Template) -> list[int]:
-        encoded = done(encode_demonstration(demonstration(), tokenizer, template, max_length=99))
+        encoded = require_encoded(encode_demonstration(demonstration(), tokenizer, template, max_length=99))
         assert encoded.tokens.count(tokenizer.bos_token_id) <= 1
         return encoded.tokens[:1]
 
@@ -131,7 +133,7 @@ def test_bos_comes_exactly_once() -> None:
 
 def test_end_token_comes_exactly_once() -> None:
     tokenizer = character_tokenizer()
-    encoded = done(encode_demonstration(demonstration(response="bc<e>"), tokenizer, RAW, max_length=9))
+    encoded = require_encoded(encode_demonstration(demonstration(response="bc<e>"), tokenizer, RAW, max_length=9))
     assert encoded.tokens == [3, 0, 1, 2, 5]
     inside = encode_demonstration(demonstration(response="b<e>c"), tokenizer, RAW, max_length=9)
     assert inside == Skipped("end token inside the reply")
@@ -143,9 +145,9 @@ def test_end_token_comes_exactly_once() -> None:
 def test_stop_token_other_than_eos() -> None:
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}<|pad|>\n{% endfor %}")
     record = demonstration("q", "r")
-    named = done(encode_demonstration(record, tokenizer, Template(stop_token="<|pad|>"), max_length=9))
-    assert tokenizer.decode(named.tokens) == "q<|pad|>\nr<|pad|>"
-    assert done(encode_demonstration(record, tokenizer, Template(), max_length=9)) == named
+    explicit = require_encoded(encode_demonstration(record, tokenizer, Template(stop_token="<|pad|>"), max_length=9))
+    assert tokenizer.decode(explicit.tokens) == "q<|pad|>\nr<|pad|>"
+    assert require_encoded(encode_demonstration(record, tokenizer, Template(), max_length=9)) == explicit
     with pytest.raises(InputError, match="'end' is 3 tokens, not one"):
         encode_demonstration(record, tokenizer, Template(stop_token="end"), max_length=9)
     plain = Template(style="plain", prompt_format="{prompt}")
@@ -157,13 +159,13 @@ def test_stop_token_other_than_eos() -> None:
 def test_overflow_of_the_prompt() -> None:
     tokenizer = character_tokenizer(adds_bos=True)
     record = demonstration("xxcca", "bc")  # bos x x c c a | b c end: 9 tokens
-    fits = done(encode_demonstration(record, tokenizer, RAW, max_length=9))
+    fits = require_encoded(encode_demonstration(record, tokenizer, RAW, max_length=9))
     assert len(fits.tokens) == 9 and fits.prompt_cut == 0
     assert encode_demonstration(record, tokenizer, RAW, max_length=8) == Skipped("prompt too long")
-    cut = done(encode_demonstration(record, tokenizer, RAW, max_length=6, overflow="keep_end"))
+    cut = require_encoded(encode_demonstration(record, tokenizer, RAW, max_length=6, overflow="keep_end"))
     assert cut == Encoded([6, 2, 0, 1, 2, 5], [False, False, False, True, True, True], 3, 3, "d")
     # One prompt token must stay for the reply to be predicted from, and the reply is never cut.
-    one = done(encode_demonstration(record, tokenizer, RAW, max_length=4, overflow="keep_end"))
+    one = require_encoded(encode_demonstration(record, tokenizer, RAW, max_length=4, overflow="keep_end"))
     assert one.tokens == [0, 1, 2, 5] and one.loss_mask == [False, True, True, True]
     assert encode_demonstration(record, tokenizer, RAW, max_length=3, overflow="keep_end") == Skipped("reply too long")
 
@@ -172,8 +174,8 @@ def test_overflow_drops_oldest_turns() -> None:
     tokenizer = byte_tokenizer(CHATML)
     talk = (Message("system", "s"), *user("old" * 9), Message("assistant", "b"), *user("c"), Message("assistant", "d"))
     record = Demonstration("d", (*talk, *user("e")), "f")
-    whole = done(encode_demonstration(record, tokenizer, Template(), max_length=200))
-    cut = done(encode_demonstration(record, tokenizer, Template(), max_length=60, overflow="drop_oldest"))
+    whole = require_encoded(encode_demonstration(record, tokenizer, Template(), max_length=200))
+    cut = require_encoded(encode_demonstration(record, tokenizer, Template(), max_length=60, overflow="drop_oldest"))
     assert tokenizer.decode(cut.tokens).startswith("<s>s<|eos|>\n<u>c<|eos|>\n<a>d<|eos|>\n<u>e")
     assert cut.prompt_cut == len(whole.tokens) - len(cut.tokens) > 0
     assert encode_demonstration(record, tokenizer, Template(), max_length=10, overflow="drop_oldest") == Skipped(
@@ -192,10 +194,12 @@ def test_a_reply_that_was_cut_off_gets_no_end_token() -> None:
     chat = byte_tokenizer(CHATML)
     for ended, text in ((True, "<u>q<|eos|>\n<a>r<|eos|>"), (False, "<u>q<|eos|>\n<a>r")):
         record = Demonstration("d", user("q"), "r", ended)
-        assert chat.decode(done(encode_demonstration(record, chat, Template(), max_length=99)).tokens) == text
+        assert (
+            chat.decode(require_encoded(encode_demonstration(record, chat, Template(), max_length=99)).tokens) == text
+        )
 
 
-def test_the_first_token_of_a_comparison_without_a_prompt_is_no_target() -> None:
+def test_first_token_of_a_promptless_comparison_is_no_target() -> None:
     """Nothing stands before it that could predict it, as in a demonstration."""
     pair = encode_comparison(Comparison("c", (), "bc", "c"), character_tokenizer(), RAW, max_length=9)
     assert not isinstance(pair, Skipped)

@@ -1,4 +1,4 @@
-"""What ends a response: the chat template's end of turn, the tokenizer's EOS, what generation_config.json lists."""
+"""The end tokens of a response: the chat template's end of turn, the tokenizer's EOS, ids of generation_config.json."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: Template = CHAT, **set
 
 
 @pytest.mark.parametrize(
-    ("end", "written"),
+    ("end", "ending"),
     [
         ("<end>\n", "<end>"),  # Gemma, ChatML
         ("<end>", "<end>"),  # Llama 3
@@ -47,14 +47,14 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: Template = CHAT, **set
         ("", "<|eos|>"),
     ],
 )
-def test_the_chat_templates_end_of_turn_is_learned(end: str, written: str) -> None:
+def test_the_chat_templates_end_of_turn_is_learned(end: str, ending: str) -> None:
     tokenizer = tokenizer_of(end)
-    assert learned(tokenizer) == f"Oak.{written}"
-    token = tokenizer.convert_tokens_to_ids(written.strip())
+    assert learned(tokenizer) == f"Oak.{ending}"
+    token = tokenizer.convert_tokens_to_ids(ending.strip())
     ends = response_ends(tokenizer, Template())
-    assert (ends.written, ends.text, ends.ids) == (token, written.strip(), tuple(dict.fromkeys((token, EOS))))
+    assert (ends.stop_id, ends.text, ends.ids) == (token, ending.strip(), tuple(dict.fromkeys((token, EOS))))
     if end in ("<end>\n", "<end>"):  # every turn of the assistant ends so
-        assert learned(tokenizer, loss_on="assistant") == f"a{written}Oak.{written}"
+        assert learned(tokenizer, loss_on="assistant") == f"a{ending}Oak.{ending}"
 
 
 def test_a_sampler_stops_at_every_end() -> None:

@@ -84,8 +84,8 @@ def test_calls_and_results(content: str | None) -> None:
 def test_tables_hold_calls_and_tools_as_text() -> None:
     record = read(user("q"), assistant("", tool_calls=json.dumps([CALL])), tools=json.dumps([TOOL]))
     assert record.keys == {"tool_calls": [CALL]} and record.tools == (TOOL,)
-    asked, _ = prompts([(1, {"prompt": "q", "tools": [TOOL]}), (2, {"prompt": "r", "tools": None})], source="f")
-    assert [prompt.tools for prompt in asked] == [(TOOL,), ()]
+    records, _ = prompts([(1, {"prompt": "q", "tools": [TOOL]}), (2, {"prompt": "r", "tools": None})], source="f")
+    assert [prompt.tools for prompt in records] == [(TOOL,), ()]
     unread, _ = prompts([(1, {"prompt": "q", "tools": ["hammer"]})], Fields(tools=None), source="f")
     assert unread == [Prompt("f:1", (Message("user", "q"),))]
 
@@ -162,8 +162,8 @@ def test_a_prompt_column_is_read_back() -> None:
         Message("assistant", "", {"tool_calls": [CALL], "content": None}, learned=False),
         Message("tool", "left", {"tool_call_id": "c1"}),
     )
-    asked, _ = prompts([(1, {"prompt": json.loads(json.dumps(prompt_column(talk)))})], source="f")
-    assert asked[0].prompt == talk
+    records, _ = prompts([(1, {"prompt": json.loads(json.dumps(prompt_column(talk)))})], source="f")
+    assert records[0].prompt == talk
 
 
 def test_prompts_with_other_calls_are_other_prompts() -> None:

@@ -20,7 +20,7 @@ def talk(response: str, *before: dict[str, str]) -> list[dict[str, str]]:
     return [*before, turn("user", "Is rain wet?"), turn("assistant", response)]
 
 
-def made(row: dict[str, Any], fields: Fields | None = None) -> Comparison:
+def make_comparison(row: dict[str, Any], fields: Fields | None = None) -> Comparison:
     records, _ = comparisons([(1, row)], fields, source="pairs.jsonl")
     return records[0]
 
@@ -36,19 +36,19 @@ QUESTION = (Message("user", "Is rain wet?"),)
 )
 @pytest.mark.parametrize("fields", [None, Fields(prompt=None)], ids=["Fields()", "prompt = None"])
 def test_the_shared_turns_are_the_prompt(prompt: dict[str, Any], fields: Fields | None) -> None:
-    assert made(prompt | PAIR, fields) == Comparison("pairs.jsonl:1", QUESTION, "Yes, it is.", "Who knows.")
+    assert make_comparison(prompt | PAIR, fields) == Comparison("pairs.jsonl:1", QUESTION, "Yes, it is.", "Who knows.")
 
 
 def test_system_message_and_earlier_turns_are_shared() -> None:
     before = (SYSTEM, turn("user", "Hi."), turn("assistant", "Hello."))
-    record = made({"chosen": talk("Yes.", *before), "rejected": talk("No.", *before)})
+    record = make_comparison({"chosen": talk("Yes.", *before), "rejected": talk("No.", *before)})
     assert [message.role for message in record.prompt] == ["system", "user", "assistant", "user"]
     assert (record.chosen, record.rejected) == ("Yes.", "No.")
 
 
 def test_messages_with_other_keys() -> None:
     sides = {side: [{"from": "human", "value": "q"}, {"from": "gpt", "value": side}] for side in ("chosen", "rejected")}
-    record = made(sides, Fields(role="from", content="value"))
+    record = make_comparison(sides, Fields(role="from", content="value"))
     assert (record.prompt, record.chosen) == ((Message("user", "q"),), "chosen")
 
 
@@ -74,7 +74,7 @@ def test_messages_with_other_keys() -> None:
 )
 def test_conversations_that_are_no_pair(row: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        made(row)
+        make_comparison(row)
     assert str(caught.value).startswith("pairs.jsonl:1: ") and message in str(caught.value)
     records, dropped = comparisons([(1, row)], source="pairs.jsonl", unusable="drop")
     assert not records and dropped.total() == 1

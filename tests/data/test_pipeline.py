@@ -53,14 +53,14 @@ MAKERS: dict[str, Callable[[], Batches[Any]]] = {
 }
 
 
-def assert_same(left: Any, right: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+def assert_same(first: Any, second: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_each_example_once_an_epoch_with_a_fresh_order() -> None:
     stream = tokens_of(10)  # batches of 4: epochs end inside a batch
-    seen = np.concatenate([next(stream).tokens[:, 0] for _ in range(15)])  # 60 examples = 6 epochs
-    epochs = seen.reshape(6, 10)
+    observed = np.concatenate([next(stream).tokens[:, 0] for _ in range(15)])  # 60 examples = 6 epochs
+    epochs = observed.reshape(6, 10)
     for epoch in epochs:
         assert sorted(epoch) == list(range(1, 11))
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -92,15 +92,17 @@ def test_token_batch_shape_and_padding() -> None:
 def test_packed_rows_carry_every_token() -> None:
     rows = pack(documents(20), 8)
     batches = list(itertools.islice(token_batches(rows, batch_size=1, length=8, seed=0, pad_id=0), len(rows)))
-    found = sorted(int(token) for batch in batches for token in batch.tokens[batch.segment_ids > 0])
-    assert found == sorted(token for item in documents(20) for token in item.tokens)
+    actual = sorted(int(token) for batch in batches for token in batch.tokens[batch.segment_ids > 0])
+    assert actual == sorted(token for item in documents(20) for token in item.tokens)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("done", [0, 1, 2, 3, 7])  # 10 examples by 4: batch 3 holds the end of the first epoch
-def test_fresh_iterator_continues_exactly(kind: str, done: int) -> None:
+@pytest.mark.parametrize(
+    "batches_before", [0, 1, 2, 3, 7]
+)  # 10 examples by 4: batch 3 holds the end of the first epoch
+def test_fresh_iterator_continues_exactly(kind: str, batches_before: int) -> None:
     unbroken = MAKERS[kind]()
-    for _ in range(done):
+    for _ in range(batches_before):
         next(unbroken)
     state = json.loads(json.dumps(unbroken.get_state()))
     fresh = MAKERS[kind]()

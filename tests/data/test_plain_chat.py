@@ -8,7 +8,7 @@ import pytest
 from tokenizers import processors
 
 from rlhf_jax.data import Message, Prompt, Template, chat_template_of, encode_prompt, response_ends
-from rlhf_jax.data.rendering import render_prompt, render_reply
+from rlhf_jax.data.rendering import render_prompt, render_response
 from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
 
@@ -36,8 +36,8 @@ def test_it_renders_what_the_plain_format_renders(template: Template) -> None:
     for messages in CONVERSATIONS:
         assert render_prompt(messages, tokenizer, chat) == render_prompt(messages, tokenizer, template)
         for response in ("Oak.", template.response_prefix + "Oak."):
-            written = render_reply(messages, response, tokenizer, template)
-            assert render_reply(messages, response, tokenizer, chat) == written
+            text = render_response(messages, response, tokenizer, template)
+            assert render_response(messages, response, tokenizer, chat) == text
     assert response_ends(tokenizer, chat) == response_ends(tokenizer, template)
 
 

@@ -1,4 +1,4 @@
-"""Builders of records: the held-out side that was asked for, what is left out, and settings that messages name."""
+"""Builders of records: held-out records, skipped rows, and settings named in messages."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ STRICT = (
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    def written(rows: Rows, name: str = "data.jsonl") -> str:
+    def write_rows(rows: Rows, name: str = "data.jsonl") -> str:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(tmp_path / name)
 
-    return written
+    return write_rows
 
 
 @pytest.mark.parametrize("heldout", [0, 0.0, None])
@@ -79,13 +79,13 @@ def test_an_empty_heldout_side_is_named(write: Callable[..., str]) -> None:
 
 def test_heldout_records_of_their_own_file(write: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     """Two of the eight training prompts are held out too (in other case): six stay."""
-    held = [
+    heldout_rows = [
         ROWS[0] | {"prompt": "NAME number 0."},
         ROWS[3],
         {"prompt": "New", "response": None},
         {"prompt": "n", "response": "x"},
     ]
-    train, heldout = write(ROWS), write(held, "held.jsonl")
+    train, heldout = write(ROWS), write(heldout_rows, "held.jsonl")
     records = demonstration_file(train, RAW, heldout_path=heldout)
     assert [record.response for record in records.train] == [f"It is {n}." for n in (1, 2, 4, 5, 6, 7)]
     assert [record.response for record in records.heldout] == ["It is 0.", "It is 3.", "x"]
@@ -94,9 +94,11 @@ def test_heldout_records_of_their_own_file(write: Callable[..., str], capsys: py
         records, Demonstration, lambda r: encode_demonstration(r, byte_tokenizer(), RAW, max_length=64)
     )
     report_skipped(records, *sides, byte_tokenizer())
-    told = capsys.readouterr().err
-    assert "training records: 6 of 8 used; left out: prompt is in the held-out data 2" in told
-    assert f"held-out records: 3 of 4 used; left out: field 'response' is null 1; the first: {heldout}:3: field" in told
+    message = capsys.readouterr().err
+    assert "training records: 6 of 8 used; left out: prompt is in the held-out data 2" in message
+    assert (
+        f"held-out records: 3 of 4 used; left out: field 'response' is null 1; the first: {heldout}:3: field" in message
+    )
     with pytest.raises(InputError, match="heldout = 0.3: has no effect beside heldout_path"):
         demonstration_file(train, RAW, heldout=0.3, heldout_path=heldout)
     with pytest.raises(InputError, match="every prompt of .* is also in the held-out data"):
@@ -166,8 +168,8 @@ def test_a_template_that_refuses_a_row_says_which(write: Callable[..., str]) -> 
         encoded(refused("error", write))
     assert str(caught.value).startswith("record r9: ") and "no system" in str(caught.value)
     assert "drop such records with unusable='drop'" in str(caught.value) and "\n" not in str(caught.value)
-    kept = encoded(refused("drop", write))
-    assert len(kept.items) == 8 and sum(kept.dropped.values()) == 1
+    result = encoded(refused("drop", write))
+    assert len(result.items) == 8 and sum(result.dropped.values()) == 1
 
 
 def test_a_template_that_refuses_every_row_names_the_first(write: Callable[..., str]) -> None:
@@ -185,6 +187,6 @@ def test_a_template_that_refuses_every_row_names_the_first(write: Callable[..., 
 def test_keys_that_nothing_reads_are_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
     talk = (Message("user", "q", {"mood": "good", "name": "Ann"}),)
     records = Records([Demonstration(str(n), talk, "r", keys={"mood": "bad"}) for n in range(3)], [], Template())
-    nothing = EncodedSet([], [], Counter())
-    report_skipped(records, nothing, nothing, byte_tokenizer("{{ messages[0].name }}"))
+    empty = EncodedSet([], [], Counter())
+    report_skipped(records, empty, empty, byte_tokenizer("{{ messages[0].name }}"))
     assert capsys.readouterr().err == "messages: keys that the template does not read: 'mood' (6)\n"

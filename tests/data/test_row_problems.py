@@ -92,8 +92,8 @@ def test_an_extra_column_that_is_no_number(tmp_path: Path) -> None:
     file.write_text('{"prompt": "q", "answer": NaN}\n{"prompt": "q", "answer": 4}\n')
     with pytest.raises(InputError, match=r"^rows.jsonl:1: field 'answer' is nan, not a finite number"):
         prompts(read_rows(file), Fields(extra=("answer",)), source="rows.jsonl")
-    kept, dropped = prompts(read_rows(file), Fields(extra=("answer",)), source="rows.jsonl", unusable="drop")
-    assert [prompt.extra for prompt in kept] == [{"answer": 4}] and dropped.total() == 1
+    remaining, dropped = prompts(read_rows(file), Fields(extra=("answer",)), source="rows.jsonl", unusable="drop")
+    assert [prompt.extra for prompt in remaining] == [{"answer": 4}] and dropped.total() == 1
 
 
 def test_the_items_of_a_json_list_are_rows_like_any_other(tmp_path: Path) -> None:

@@ -155,11 +155,11 @@ def test_truncated_gzip_gives_the_whole_lines_then_an_error(tmp_path: Path) -> N
     lines = b"".join(json.dumps({"x": i, "y": f"{i * i:x}"}).encode() + b"\n" for i in range(2000))
     packed = gzip.compress(lines)
     rows = read_rows(write(tmp_path / "a.jsonl.gz", packed[: len(packed) // 2]))
-    seen = []
+    observed = []
     with pytest.raises(InputError, match=r"a\.jsonl\.gz:\d+: (damaged gzip|not JSON)"):
         for _, row in rows:
-            seen.append(row["x"])
-    assert 0 < len(seen) < 2000 and seen == list(range(len(seen)))
+            observed.append(row["x"])
+    assert 0 < len(observed) < 2000 and observed == list(range(len(observed)))
 
 
 def test_places_that_are_not_files(tmp_path: Path) -> None:

@@ -52,21 +52,21 @@ def first_stop(table: np.ndarray, tokens) -> int | None:
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_it_stops_where_a_search_in_the_bytes_so_far_first_finds_one(kind):
+def test_it_stops_at_the_first_match_of_a_byte_search(kind):
     """Strings that overlap, contain each other and lie across tokens, over random tokens of a small alphabet."""
     tokenizer = TOKENIZERS[kind]
     strings = ["aab", "abaa", "b a", "\u00e9"]
     pieces = token_bytes(tokenizer)
     table = stop_table(strings, tokenizer, len(pieces) + 5)
     usual = [index for index, piece in enumerate(pieces) if piece and set(piece) <= set(b"ab \xc3\xa9")]
-    rng, found = np.random.default_rng(0), 0
+    rng, matches = np.random.default_rng(0), 0
     for _ in range(300):
         tokens = rng.choice(usual, 12).tolist()
         so_far = [b"".join(pieces[token] for token in tokens[: end + 1]) for end in range(12)]
         expected = next((end for end in range(12) if any(s.encode() in so_far[end] for s in strings)), None)
         assert first_stop(table, tokens) == expected
-        found += expected is not None
-    assert 50 < found <= 300 and len(usual) >= 5
+        matches += expected is not None
+    assert 50 < matches <= 300 and len(usual) >= 5
 
 
 def test_special_tokens_and_padded_vocabulary_begin_anew():

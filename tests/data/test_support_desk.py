@@ -147,12 +147,12 @@ def test_vocabularies_are_single_distinct_words():
 
 def test_defects_come_at_the_configured_rates():
     config = DeskConfig()
-    drawn = [draw_defects(keyed_generator("rates", i), config) for i in range(4000)]
-    counts = Counter(name for names in drawn for name in names)
+    samples = [draw_defects(keyed_generator("rates", i), config) for i in range(4000)]
+    counts = Counter(name for names in samples for name in names)
     for name in DEFECTS:
         rate = getattr(config, name)
         assert abs(counts[name] / 4000 - rate) < 5 * (rate * (1 - rate) / 4000) ** 0.5
-    assert abs(sum(not names for names in drawn) / 4000 - 0.3672) < 0.04  # 0.75 * 0.8 * 0.8 * 0.85 * 0.9
+    assert abs(sum(not names for names in samples) / 4000 - 0.3672) < 0.04  # 0.75 * 0.8 * 0.8 * 0.85 * 0.9
 
 
 def test_replies_are_short_and_worded_in_many_ways():
@@ -198,7 +198,7 @@ def test_bad_cases_are_refused():
         make_case(0, "train", -1)
 
 
-def test_a_config_with_all_rates_zero_gives_only_perfect_replies_without_defects():
+def test_with_rates_zero_all_responses_are_perfect():
     clean = dataclasses.replace(DeskConfig(), **dict.fromkeys(DEFECTS, 0.0))
     assert all(
         r["response"].endswith("Kind regards, Juniper Desk") for r in demonstration_records(clean, "train", 0, 50)

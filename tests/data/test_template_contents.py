@@ -1,4 +1,4 @@
-"""What messages say is in the text, or the record is refused: content, reasoning, calls of tools, switches, the date."""
+"""Records are refused unless their text contains all of the messages: content, reasoning, calls of tools, switches, date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_jax.data import (
     encode_demonstration,
     encode_prompt,
     render_prompt,
-    render_reply,
+    render_response,
     unread_keys,
     writes_date,
 )
@@ -111,7 +111,7 @@ def test_outer_white_space_may_go() -> None:
     assert learned(record, chatml("{{ m['content'] | trim }}")) == f"{THOUGHT}<|eos|>"
 
 
-def test_a_changed_turn_of_the_history_matters_where_it_is_learned() -> None:
+def test_a_changed_turn_matters_only_where_it_is_a_target() -> None:
     """Templates of reasoning models drop the thoughts of earlier turns, for a sampler too; but nobody can learn them then."""
     talk = (*user("q"), Message("assistant", THOUGHT), *user("r"))
     record = Demonstration("d", talk, "plain")
@@ -134,9 +134,9 @@ def test_weights_reach_the_mask() -> None:
     )
     record = Demonstration("d", talk, "Peru.")
     assert learned(record, chatml(), "assistant") == "Lima.<|eos|>Peru.<|eos|>"
-    everything = learned(record, chatml(), "all")
+    text_of_all = learned(record, chatml(), "all")
     expected = "\n<user>r<|eos|>\n<assistant>Lima.<|eos|>\n<user>s<|eos|>\n<assistant>Peru.<|eos|>"
-    assert "Quito" not in everything and everything.endswith(expected)
+    assert "Quito" not in text_of_all and text_of_all.endswith(expected)
     last = Demonstration("d", talk, "Peru.", learned=False)
     assert learned(last, chatml(), "assistant") == "Lima.<|eos|>"
     tokenizer = byte_tokenizer(chatml())
@@ -144,7 +144,7 @@ def test_weights_reach_the_mask() -> None:
     assert skipped == Skipped("the response has weight 0")
 
 
-def test_an_end_token_that_the_data_holds_is_written_once() -> None:
+def test_an_end_token_of_the_data_is_written_once() -> None:
     talk = (*user("q"), Message("assistant", "a<|eos|>"), *user("r"))
     record = Demonstration("d", talk, "b<|eos|>")
     assert learned(record, chatml(), "assistant") == "a<|eos|>b<|eos|>"
@@ -304,5 +304,5 @@ def test_a_damaged_chat_template_is_an_input_error(chat_template: Any) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template
     with pytest.raises(InputError) as caught:
-        render_reply(user("q"), "r", tokenizer, Template())
+        render_response(user("q"), "r", tokenizer, Template())
     assert "\n" not in str(caught.value)

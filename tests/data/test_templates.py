@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import Message, Template, render_prompt, render_reply
+from rlhf_jax.data import Message, Template, render_prompt, render_response
 from rlhf_jax.data.rendering import turns_of
 from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer
@@ -26,7 +26,7 @@ TALK = [Message("system", "s"), Message("user", "a"), Message("assistant", "b"),
 def test_chat_reply_is_what_the_template_appends() -> None:
     tokenizer = byte_tokenizer(CHATML)
     assert render_prompt(TALK[:2], tokenizer, Template()) == "<system>s<|eos|>\n<user>a<|eos|>\n<assistant>"
-    assert render_reply(TALK[:2], " b ", tokenizer, Template()) == "b<|eos|>\n"
+    assert render_response(TALK[:2], " b ", tokenizer, Template()) == "b<|eos|>\n"
 
 
 def spans(messages: list[Message], tokenizer: PreTrainedTokenizerFast, template: Template) -> list[str]:
@@ -41,14 +41,14 @@ def test_chat_turns() -> None:
     assert render_prompt(TALK, tokenizer, Template()) == expected
 
 
-def test_template_that_rewrites_turns_is_refused_where_it_matters() -> None:
+def test_a_template_that_rewrites_turns_is_refused() -> None:
     tokenizer = byte_tokenizer(FORGETFUL)
     # The last reply alone is fine: the prompt's text does not change when it is added.
-    assert render_reply(TALK[1:], "d", tokenizer, Template()) == "d"
+    assert render_response(TALK[1:], "d", tokenizer, Template()) == "d"
     with pytest.raises(InputError, match="not prefix-stable"):
         turns_of(TALK[1:], tokenizer, Template())
     with pytest.raises(InputError, match="not prefix-stable"):
-        render_reply(TALK[1:2], "x", byte_tokenizer("{{ messages | length }}"), Template())
+        render_response(TALK[1:2], "x", byte_tokenizer("{{ messages | length }}"), Template())
 
 
 def test_chat_errors() -> None:
@@ -64,8 +64,8 @@ def test_plain() -> None:
     tokenizer = byte_tokenizer()
     template = Template(style="plain")
     assert render_prompt(TALK[1:2], tokenizer, template) == "Question: a\nAnswer:"
-    assert render_reply(TALK[1:2], "b", tokenizer, template) == " b"
-    assert render_reply(TALK[1:2], " b", tokenizer, template) == " b"
+    assert render_response(TALK[1:2], "b", tokenizer, template) == " b"
+    assert render_response(TALK[1:2], " b", tokenizer, template) == " b"
     expected = "s\n\nQuestion: a\nAnswer: b\n\nQuestion: c\nAnswer:"
     assert render_prompt(TALK, tokenizer, template) == expected
     assert spans(TALK, tokenizer, template) == [" b"]
@@ -87,7 +87,7 @@ def test_plain_refuses_turns_out_of_order(roles: str) -> None:
 def test_raw() -> None:
     template = Template(style="raw")
     assert render_prompt([Message("user", "Once ")], byte_tokenizer(), template) == "Once "
-    assert render_reply([Message("user", "Once ")], "upon", byte_tokenizer(), template) == "upon"
+    assert render_response([Message("user", "Once ")], "upon", byte_tokenizer(), template) == "upon"
     assert render_prompt([], byte_tokenizer(), template) == ""
     with pytest.raises(InputError, match="takes one message, not 4"):
         render_prompt(TALK, byte_tokenizer(), template)

@@ -44,8 +44,8 @@ def test_a_cut_response_loses_its_incomplete_character(text: str) -> None:
 
 def test_characters_that_the_policy_wrote_stay() -> None:
     tokenizer = byte_tokenizer()
-    written = "a\ufffdb\ufffd"  # by the policy: three bytes each, a character like any other
-    assert response_text(tokenizer.encode(written), tokenizer) == written
+    text = "a\ufffdb\ufffd"  # by the policy: three bytes each, a character like any other
+    assert response_text(tokenizer.encode(text), tokenizer) == text
     sentencepiece = sentencepiece_tokenizer()
     assert response_text(sentencepiece.convert_tokens_to_ids(["\ufffd"]), sentencepiece) == "\ufffd"
     # A byte that begins no character, in the middle: 0xC3 before "b". It is no character, so there is none.
@@ -91,5 +91,5 @@ def test_special_tokens_and_padded_ids_are_no_text() -> None:
 def test_texts_of_completions_have_no_broken_end() -> None:
     tokenizer = byte_tokenizer()
     cut = [3 + byte for byte in "d\u00e9".encode()[:2]]
-    done = completions(prompt_batch([[5]], prompt_ids=[0], sample_ids=[0]), [cut], length=4, eos_ids=(2,))
-    assert "'d'" in repr(responses(done, [Prompt("p", (Message("user", "q"),))], tokenizer))
+    sampled = completions(prompt_batch([[5]], prompt_ids=[0], sample_ids=[0]), [cut], length=4, eos_ids=(2,))
+    assert "'d'" in repr(responses(sampled, [Prompt("p", (Message("user", "q"),))], tokenizer))

@@ -120,8 +120,8 @@ def test_plain_text_survives_a_round_trip(scheme: str, response: str) -> None:
     template = Template(style="plain", bos="never")
     item = encoded(Demonstration("d", TALK, response), tokenizer, template, "response")
     text = "Question: capital of France?\nAnswer: Paris\n\nQuestion: capital of Italy?\nAnswer:"
-    written = text + (response if response.startswith(" ") else f" {response}")
-    assert tokenizer.decode(item.tokens, skip_special_tokens=True) == written
+    content = text + (response if response.startswith(" ") else f" {response}")
+    assert tokenizer.decode(item.tokens, skip_special_tokens=True) == content
 
 
 def test_word_pieces_of_prompt_and_response() -> None:
@@ -185,8 +185,8 @@ def test_a_quoted_special_token_is_text(kind: str, special: bool) -> None:
     assert isinstance(prompt, list)
     start, end, think = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<think>"])
     assert (prompt.count(start), prompt.count(end), prompt.count(think)) == (2, 1, 1)
-    written = f"<|im_start|>user\n{QUOTE}<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    assert tokenizer.decode(prompt).replace("> ", ">") == written.replace("> ", ">")
+    text = f"<|im_start|>user\n{QUOTE}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert tokenizer.decode(prompt).replace("> ", ">") == text.replace("> ", ">")
 
 
 def test_a_response_makes_markup_but_no_turns() -> None:
