@@ -30,7 +30,7 @@ from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, report_skipped
 from rlhf_jax.errors import InputError, check_unused, require_whole
-from rlhf_jax.evaluate import Evaluated, compare, completion_rows
+from rlhf_jax.evaluate import ScoredResponses, compare, completion_rows
 from rlhf_jax.io import locate
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.launch import launch
@@ -133,7 +133,7 @@ def _sample(
     devices: Mesh,
     rng: Rng,
     directory: Path,
-) -> Evaluated:
+) -> ScoredResponses:
     """Sample and score the responses of one policy."""
     assert source.path is not None
     loaded = load_model(source, "lm", devices, rng)
@@ -181,7 +181,7 @@ def _sample(
         responses += data.responses(done, encoded.records, tokenizer)
         lengths += done.mask[real].sum(axis=1).tolist()
         rewards += [] if reward is None else reward[real].tolist()
-    return Evaluated(responses, _scores(responses, rewards, lengths, judge_texts))
+    return ScoredResponses(responses, _scores(responses, rewards, lengths, judge_texts))
 
 
 def _scores(
@@ -194,7 +194,7 @@ def _scores(
     named = {} if judge_texts is None else judge_texts(responses)
     if taken := [name for name in named if name in own]:
         raise InputError(f"run.score_texts: {taken[0]!r} is the name of a score that evaluate adds; give another one")
-    return named | {name: Scores.of(values) for name, values in own.items()}
+    return named | {name: Scores.from_values(values) for name, values in own.items()}
 
 
 def _print(evaluation: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from rlhf_jax.config import bound_config
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource, encode_prompts, open_records, report_skipped
 from rlhf_jax.errors import InputError, check_unused, require_whole
-from rlhf_jax.feedback import AnnotatorConfig, Reply, label_pairs
+from rlhf_jax.feedback import AnnotatedResponse, AnnotatorConfig, label_pairs
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.launch import launch
 from rlhf_jax.loop import LoopConfig, open_run
@@ -93,7 +93,7 @@ def run(
             here.directory, loaded, prompts, batch, sampling, slots, samples, own, devices, rng
         )
         if judge is not None:
-            scores = {name: column.listed() for name, column in judge(responses).items()}
+            scores = {name: column.to_list() for name, column in judge(responses).items()}
             if annotator is not None and "gold" not in scores:
                 raise InputError(
                     f"run.annotator: needs a score named gold; run.score_texts gives {', '.join(sorted(scores))}"
@@ -186,9 +186,9 @@ def _annotate(directory: Path, rows: list[dict[str, Any]], annotator: AnnotatorC
     print(json_text(summary), end="")
 
 
-def _reply(row: dict[str, Any]) -> Reply:
+def _reply(row: dict[str, Any]) -> AnnotatedResponse:
     """Return the scored response of a row, to compare."""
-    return Reply(row["response"], row["scores"]["gold"], row["ended"])
+    return AnnotatedResponse(row["response"], row["scores"]["gold"], row["ended"])
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

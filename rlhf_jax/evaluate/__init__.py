@@ -1,9 +1,9 @@
-"""Policies compared on the same prompts."""
+"""Comparisons of policies on the same prompts."""
 
-from rlhf_jax.evaluate.compare import Evaluated, compare, completion_rows
+from rlhf_jax.evaluate.compare import ScoredResponses, compare, completion_rows
 
 __all__ = [
-    "Evaluated",
+    "ScoredResponses",
     "compare",
     "completion_rows",
 ]

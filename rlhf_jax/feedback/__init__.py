@@ -1,11 +1,11 @@
-"""Where comparisons come from."""
+"""Preference pairs labelled by a simulated annotator."""
 
 from __future__ import annotations
 
 from rlhf_jax.feedback.annotator import (
+    AnnotatedResponse,
     AnnotatorConfig,
     Labels,
-    Reply,
     label,
     label_pairs,
     preference_probability,
@@ -14,9 +14,9 @@ from rlhf_jax.feedback.annotator import (
 )
 
 __all__ = [
+    "AnnotatedResponse",
     "AnnotatorConfig",
     "Labels",
-    "Reply",
     "label",
     "label_pairs",
     "preference_probability",

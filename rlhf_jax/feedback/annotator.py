@@ -1,12 +1,12 @@
-"""A simulated annotator who compares two replies, with a taste that can be wrong on purpose.
+"""A simulated annotator who compares two responses, with biases that can be set.
 
-The annotator's utility of a reply with gold score ``g`` (its true quality), ``w`` words and flattery or not is
+The annotator's utility of a response with gold score ``g`` (its true quality) and ``w`` words is
 
     u = gold_scale * g + length_taste * min(w, length_cap) / length_cap + flattery_taste * [flatters]
 
-and the first reply is preferred with probability sigmoid(u_1 - u_2) (Bradley & Terry 1952), after which the label is
-flipped with probability ``noise``. With tastes above zero, labels reward what the gold score does not, so that a policy
-optimised against a reward model learned from them can be seen to over-optimise (Gao et al. 2023, arXiv 2210.10760).
+and the first response is preferred with probability sigmoid(u_1 - u_2) (Bradley & Terry 1952), after which the label is
+flipped with probability ``noise``. With tastes above zero, the labels reward qualities that the gold score does not, so
+that a policy trained against a reward model of these labels over-optimises (Gao et al. 2023, arXiv 2210.10760).
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ from rlhf_jax.errors import InputError
 
 @dataclass(frozen=True)
 class AnnotatorConfig:
-    """All in nats of preference, except ``noise`` (a probability below 0.5) and ``length_cap`` (words).
+    """The utility and the noise of a simulated annotator.
 
-    At the defaults a perfect reply beats one of gold 0.5 (same length, no flattery) with probability
+    At the defaults a perfect response is preferred to one of gold 0.5 (same length, no flattery) with probability
     0.95 * sigmoid(2.5) + 0.05 * sigmoid(-2.5) = 0.88.
+
+    gold_scale: nats of preference per unit of the gold score, >= 0.
+    length_taste: nats of preference for a response of length_cap words or more over an empty one.
+    flattery_taste: nats of preference for a response that flatters.
+    length_cap: the number of words beyond which more length adds no utility, >= 1.
+    noise: the probability that a label is flipped, below 0.5.
+    seed: the seed of the labels, >= 0.
     """
 
     gold_scale: float = 5.0
@@ -53,10 +60,11 @@ class AnnotatorConfig:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A text to compare and its gold score (in [0, 1] for the gold_scale's meaning; any finite number works).
+class AnnotatedResponse:
+    """A response to compare.
 
-    ended: False when it was cut off; the gold score knows, the label carries it along.
+    gold: its gold score, in [0, 1] for the meaning of gold_scale; any finite number works.
+    ended: False when it was cut off. It does not change the preference; the label has it as chosen_ended or rejected_ended.
     """
 
     text: str
@@ -65,15 +73,16 @@ class Reply:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.gold):
-            raise InputError(f"Reply.gold = {self.gold!r}: must be finite")
+            raise InputError(f"AnnotatedResponse.gold = {self.gold!r}: must be finite")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """comparisons: rows as `label` gives them, in the order of the pairs, without the dropped.
+    """The labels of a list of pairs.
 
-    dropped: pairs of identical texts, which cannot be compared. agreement: how often the label follows the higher gold
-    score, over the pairs whose scores differ (NaN when there are none).
+    comparisons: rows as `label` returns them, in the order of the pairs, without the dropped ones.
+    dropped: the number of pairs of identical texts, which cannot be compared.
+    agreement: the share of labels that prefer the higher gold score, of the pairs whose scores differ (NaN without any).
     """
 
     comparisons: list[dict[str, Any]]
@@ -81,36 +90,43 @@ class Labels:
     agreement: float
 
 
-def utility(config: AnnotatorConfig, reply: Reply, flatters: Callable[[str], bool]) -> float:
-    """What the annotator feels about a reply (equation in the module's docstring)."""
-    length = min(len(reply.text.split()), config.length_cap) / config.length_cap
-    flattery = float(flatters(reply.text))
-    return config.gold_scale * reply.gold + config.length_taste * length + config.flattery_taste * flattery
+def utility(config: AnnotatorConfig, response: AnnotatedResponse, flatters: Callable[[str], bool]) -> float:
+    """Return the annotator's utility of a response, in nats (equation in the module's docstring)."""
+    length = min(len(response.text.split()), config.length_cap) / config.length_cap
+    flattery = float(flatters(response.text))
+    return config.gold_scale * response.gold + config.length_taste * length + config.flattery_taste * flattery
 
 
 def preference_probability(config: AnnotatorConfig, first: float, second: float) -> float:
-    """P(the first is labelled as preferred) of two utilities, flips included. Example: equal utilities give 0.5."""
+    """Return P(the first is labelled as preferred) of two utilities, with flips. Example: equal utilities give 0.5."""
     # tanh form of the sigmoid: no overflow whatever the difference.
     preferred = 0.5 * (1.0 + math.tanh(0.5 * (first - second)))
     return preferred * (1.0 - config.noise) + (1.0 - preferred) * config.noise
 
 
 def prefers_first(
-    config: AnnotatorConfig, prompt_id: str, first: Reply, second: Reply, flatters: Callable[[str], bool]
+    config: AnnotatorConfig,
+    prompt_id: str,
+    first: AnnotatedResponse,
+    second: AnnotatedResponse,
+    flatters: Callable[[str], bool],
 ) -> bool:
-    """The label of one pair: a fixed function of (seed, prompt id, the two replies), whichever is shown first."""
+    """Return the label of one pair, which depends on the seed, the prompt id and the two texts but not on their order."""
     if second.text < first.text:
         return not prefers_first(config, prompt_id, second, first, flatters)
     probability = preference_probability(config, utility(config, first, flatters), utility(config, second, flatters))
-    return _uniform(config.seed, prompt_id, first.text, second.text) < probability
+    return _draw_uniform(config.seed, prompt_id, first.text, second.text) < probability
 
 
 def label(
-    config: AnnotatorConfig, row: tuple[str, Any], pair: tuple[Reply, Reply], flatters: Callable[[str], bool]
+    config: AnnotatorConfig,
+    row: tuple[str, Any],
+    pair: tuple[AnnotatedResponse, AnnotatedResponse],
+    flatters: Callable[[str], bool],
 ) -> dict[str, Any] | None:
-    """``{"id", "prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"}``.
+    """Label a pair: ``{"id", "prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"}``; None for identical texts.
 
-    row: (prompt id, prompt: text or messages). None for identical texts.
+    row: (prompt id, prompt: text or messages).
     """
     prompt_id, prompt = row
     first, second = pair
@@ -124,10 +140,10 @@ def label(
 def label_pairs(
     config: AnnotatorConfig,
     rows: Iterable[tuple[str, Any]],
-    pairs: Iterable[tuple[Reply, Reply]],
+    pairs: Iterable[tuple[AnnotatedResponse, AnnotatedResponse]],
     flatters: Callable[[str], bool],
 ) -> Labels:
-    """Labels a pair of replies for each (prompt id, prompt text); both iterables have one length (else ValueError)."""
+    """Label a pair of responses for each (prompt id, prompt). Raises ValueError when the iterables differ in length."""
     comparisons: list[dict[str, Any]] = []
     dropped = agreed = decided = 0
     for row, pair in zip(rows, pairs, strict=True):
@@ -138,12 +154,12 @@ def label_pairs(
         comparisons.append(comparison)
         if pair[0].gold != pair[1].gold:
             decided += 1
-            agreed += comparison["chosen"] == max(pair, key=lambda reply: reply.gold).text
+            agreed += comparison["chosen"] == max(pair, key=lambda response: response.gold).text
     return Labels(comparisons, dropped, agreed / decided if decided else math.nan)
 
 
-def _uniform(seed: int, *key: str) -> float:
-    """A number in [0, 1) that depends on nothing but the key."""
+def _draw_uniform(seed: int, *key: str) -> float:
+    """Draw a number in [0, 1) that depends on the seed and the key only."""
     # The lengths keep the keys ("ab", "c") and ("a", "bc") apart.
     text = "".join(f"{len(part)}:{part}" for part in (str(seed), *key))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages about runs."""
+"""Self-contained HTML reports of runs."""
 
 from rlhf_jax.reports.pipeline_page import headlines, number_cell, write_report
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a pipeline run: stages, learning curves, evaluation, samples."""
+"""The self-contained HTML report of a pipeline run: stages, learning curves, evaluation, samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf_jax.storage.files import read_object
 from rlhf_jax.storage.metric_files import read_metrics
 from rlhf_jax.storage.names import PROVENANCE
 
-AGAIN = "run the stage again"
+REMEDY = "run the stage again"
 _CURVES = (
     "loss",
     "heldout/loss",
@@ -68,8 +68,8 @@ text-align:left;vertical-align:top}img{max-width:100%;background:#fff}pre{white-
 """)
 
 
-def _picture(rows: Sequence[dict[str, Any]]) -> str | None:
-    """PNG, base64, one panel per known metric; None when there is none."""
+def _draw_curves(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Draw the learning curves, one panel per metric, as a PNG in base64; None when no metric is known."""
     names = [name for name in _CURVES if any(row.get(name) is not None for row in rows)]
     if not names:
         return None
@@ -91,7 +91,7 @@ def _picture(rows: Sequence[dict[str, Any]]) -> str | None:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _stage(directory: Path) -> dict[str, Any]:
+def _describe_stage(directory: Path) -> dict[str, Any]:
     finished = max((int(p.name) for p in directory.glob("checkpoints/*") if p.name.isdecimal()), default=None)
     metrics, times = read_metrics(directory, finished)
     rows, timing = metrics.rows, times.rows
@@ -107,41 +107,40 @@ def _stage(directory: Path) -> dict[str, Any]:
         "steps": rows[-1]["step"] if rows else "",
         "seconds": f"{seconds:.0f}" if timing else "",
         "last": ", ".join(f"{key} {value:.3f}" for key, value in last.items()),
-        "picture": _picture(rows),
+        "picture": _draw_curves(rows),
         "problems": metrics.problems,
-        **_origin(directory / PROVENANCE),
+        **_read_provenance(directory / PROVENANCE),
     }
 
 
-def _origin(file: Path) -> dict[str, Any]:
-    """Inputs, seed and commits of a stage; empty ones when it has no provenance.json."""
-    facts = read_object(file, AGAIN) if file.is_file() else {}
+def _read_provenance(file: Path) -> dict[str, Any]:
+    """Return the inputs, the seed and the commits of a stage; empty texts when it has no provenance.json."""
+    facts = read_object(file, REMEDY) if file.is_file() else {}
     try:
         return {
             "inputs": ", ".join(f"{entry['name']} ({entry['fingerprint'][:12]})" for entry in facts.get("inputs", [])),
             "seed": facts.get("seed", ""),
-            "commit": ", ".join(dict.fromkeys(_commit(launch["git"]) for launch in facts.get("launches", []))),
+            "commit": ", ".join(dict.fromkeys(_commit_text(launch["git"]) for launch in facts.get("launches", []))),
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not what a run writes ({type(error).__name__}: {error}); {AGAIN}") from error
+        raise InputError(f"{file}: not what a run writes ({type(error).__name__}: {error}); {REMEDY}") from error
 
 
-def _commit(git: dict[str, Any]) -> str:
-    """Of one start of a run."""
+def _commit_text(git: dict[str, Any]) -> str:
+    """Return the commit of one start of a run, as text."""
     changed = " with changes" if git["dirty"] else ""
     return f"{git['commit'][:12]}{changed}" if git["commit"] else "unknown"
 
 
-def _turns(prompt: str | Sequence[dict[str, str]]) -> str:
-    """A prompt as text: itself, or the turns of a dialogue."""
+def _prompt_text(prompt: str | Sequence[dict[str, str]]) -> str:
+    """Format a prompt as text: itself, or the turns of a dialogue, one per line."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def headlines(evaluation: dict[str, Any]) -> list[str]:
-    """One sentence per pair of policies on what gold gained (without gold: the first score).
+    """Return one sentence per pair of policies about the gain in gold (without gold: in the first score).
 
-    It says so when an interval includes zero, and when lengths differ in a way that leaves the gain at equal length to
-    the fitted line alone, or unknown.
+    The sentence says when an interval includes zero, and when the gain at equal length is extrapolated or unknown.
     """
     sentences = []
     for entry in evaluation.get("differences", []):
@@ -149,71 +148,76 @@ def headlines(evaluation: dict[str, Any]) -> list[str]:
             continue
         key = "gold" if "gold" in entry["paired"] else next(iter(entry["paired"]))
         gain = entry["paired"][key]
-        gained = f"{entry['from']} to {entry['to']}: {key} {_numbers(gain)}{_doubt(gain)}"
+        gained = f"{entry['from']} to {entry['to']}: {key} {_numbers(gain)}{_caveat(gain)}"
         if "length_controlled" not in entry:
             sentences.append(gained)
             continue
         controlled = entry["length_controlled"]
-        even = controlled["gain"]
-        if not _known(even["mean"]):
+        gain_at_equal_length = controlled["gain"]
+        if not _is_known(gain_at_equal_length["mean"]):
             at_equal = "at equal length unknown: too few replies, or all longer or shorter by the same"
         else:
-            line = ", extrapolated: no pair has replies of equal length" if controlled["extrapolated"] else ""
-            at_equal = f"at equal length {_numbers(even)}{_doubt(even)}{line}"
+            remark = ", extrapolated: no pair has replies of equal length" if controlled["extrapolated"] else ""
+            numbers = f"{_numbers(gain_at_equal_length)}{_caveat(gain_at_equal_length)}"
+            at_equal = f"at equal length {numbers}{remark}"
         sentences.append(f"{gained}; {at_equal}")
     return sentences
 
 
 def number_cell(interval: dict[str, Any] | None, form: str) -> str:
-    """'0.500 [0.400, 0.600]' of an interval as evaluation.json holds it, '0.500 (no interval)' where data gave no bounds, 'not
-    scored' of None."""
-    if interval is None or not _known(interval["mean"]):
+    """Format an interval of evaluation.json as '0.500 [0.400, 0.600]'; without bounds as '0.500 (no interval)'.
+
+    None is 'not scored', and an unknown mean 'unknown'. form: the format of the numbers, such as '.3f'.
+    """
+    if interval is None or not _is_known(interval["mean"]):
         return "not scored" if interval is None else "unknown"
-    if not (_known(interval["low"]) and _known(interval["high"])):
+    if not (_is_known(interval["low"]) and _is_known(interval["high"])):
         return f"{interval['mean']:{form}} (no interval)"
     return f"{interval['mean']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
 
 
-def _known(number: float | None) -> bool:
-    """False for None, and for NaN in files of earlier versions."""
+def _is_known(number: float | None) -> bool:
+    """Return False for None, and for NaN, which files of earlier versions have."""
     return number is not None and not math.isnan(number)
 
 
-def _sure(interval: dict[str, Any]) -> bool:
-    """Whether there is an interval, and it excludes zero."""
-    bounds = _known(interval["low"]) and _known(interval["high"])
+def _excludes_zero(interval: dict[str, Any]) -> bool:
+    """Return whether there is an interval that excludes zero."""
+    bounds = _is_known(interval["low"]) and _is_known(interval["high"])
     return bounds and (interval["low"] > 0 or interval["high"] < 0)
 
 
 def _numbers(interval: dict[str, Any]) -> str:
-    return number_cell(interval, "+.3f").removesuffix(" (no interval)")  # `_doubt` says so
+    return number_cell(interval, "+.3f").removesuffix(" (no interval)")  # `_caveat` says so
 
 
-def _doubt(interval: dict[str, Any]) -> str:
-    """What a difference may not claim."""
-    if _sure(interval):
+def _caveat(interval: dict[str, Any]) -> str:
+    """Return the remark on a difference that is not shown to exist; empty when its interval excludes zero."""
+    if _excludes_zero(interval):
         return ""
-    bounds = _known(interval["low"]) and _known(interval["high"])
+    bounds = _is_known(interval["low"]) and _is_known(interval["high"])
     return f" ({'the interval includes zero' if bounds else 'no interval'}: no difference shown)"
 
 
 def write_report(run_dir: Path, stages: Sequence[str]) -> Path:
-    """Write RUN_DIR/report.html from what the stages left on disk; what is missing is left out or said to be missing.
+    """Write RUN_DIR/report.html from the files of the stages and return its path.
 
-    The evaluation shown is that of the last stage that wrote an evaluation.json.
-    Lines of metric files that are damaged or missing are named on the page and on stderr. Returns its path. Raises InputError
-    for another file that is not what the stage wrote.
+    Missing files are left out or reported as missing. The evaluation is that of the last stage with an evaluation.json.
+    Damaged or missing lines of metric files are named on the page and on stderr. Raises InputError for any other damaged
+    file.
     """
-    written = [file for name in stages if (file := run_dir / name / "evaluation.json").is_file()]
-    evaluation = read_object(written[-1], AGAIN, finite=False) if written else {}  # NaN: an interval of one response
-    described = [_stage(run_dir / name) for name in stages]
+    evaluations = [file for name in stages if (file := run_dir / name / "evaluation.json").is_file()]
+    evaluation = (
+        read_object(evaluations[-1], REMEDY, finite=False) if evaluations else {}
+    )  # NaN: an interval of one response
+    described = [_describe_stage(run_dir / name) for name in stages]
     for problem in [problem for stage in described for problem in stage["problems"]]:
         print(f"warning: {problem}", file=sys.stderr)
     try:
         page = _render(run_dir, described, evaluation)
     except (KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{written[-1]}: not what evaluate.py writes ({what}); {AGAIN}") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"{evaluations[-1]}: not what evaluate.py writes ({problem}); {REMEDY}") from error
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -230,7 +234,7 @@ def _render(run_dir: Path, stages: Sequence[dict[str, Any]], evaluation: dict[st
         differences=evaluation.get("differences", []),
         prompts=evaluation.get("prompts", ""),
         samples=evaluation.get("samples", []),
-        turns=_turns,
+        turns=_prompt_text,
         cell=number_cell,
-        sure=_sure,
+        sure=_excludes_zero,
     )

@@ -1,4 +1,4 @@
-"""Where a scalar comes from when no model gives it: programmatic rewards, functions of responses (docs/rewards.md)."""
+"""Programmatic rewards: functions that score responses without a reward model (docs/rewards.md)."""
 
 from rlhf_jax.rewards.final_answer import FinalAnswer, final_answer
 from rlhf_jax.rewards.gate import CheckedReward, Reward, RewardSource, Scores, open_reward

@@ -14,8 +14,13 @@ from rlhf_jax.rewards.sentiment import SentimentCorpus, opening_prompts, sentime
 def sentiment_prompts(
     corpus: SentimentCorpus, part: str = "prompts", sentiment: str = "positive", limit: int | None = None
 ) -> RecordSource:
-    """Openings of labelled sentences to continue, as plain text (as ``train``). part: "prompts", or "heldout" to compare
-    policies on; the reward is fitted on neither. sentiment: "positive", "negative" or "both"."""
+    """Build prompts that are the openings of labelled sentences, as plain text.
+
+    corpus: the files of labelled sentences.
+    part: "prompts" to train on, or "heldout" to compare policies on; the reward is fitted on neither.
+    sentiment: the sentences to take, "positive", "negative" or "both".
+    limit: the number of prompts at most, in the order of the files; None takes all.
+    """
     template = Template(style="raw")
 
     def read() -> Records:
@@ -26,22 +31,34 @@ def sentiment_prompts(
 
 
 def desk_gold() -> Reward:
-    """The support desk's exact scorer: "gold" and "gold/COMPONENT" in [0, 1]."""
+    """Build the exact scorer of support-desk responses: "gold" and "gold/COMPONENT", each in [0, 1]."""
     return support_desk.score
 
 
 def final_answer(column: str = "answer") -> Reward:
-    """Whether the number after the last "####", or in the last \\boxed{}, is that of the prompt's ``column`` (one of
-    ``Fields.extra``): "correct", and "answered", each 0 or 1."""
+    """Build a verifier of numeric answers: it compares the number after the last "####", or in the last \\boxed{}, with the
+    reference answer. It gives "correct" and "answered", each 0 or 1.
+
+    column: the column of the prompts with the reference answer, one of Fields.extra.
+    """
     return FinalAnswer(column)
 
 
 def in_processes(score: Reward | RewardSource, workers: int = 2, seconds: float = 30.0) -> RewardSource:
-    """``score`` of every response by itself in one of ``workers`` processes; one that takes longer than ``seconds``, or
-    fails, stops the run with the id of its prompt."""
+    """Build a reward that scores every response on its own in a separate process, with a time limit.
+
+    A call that fails or takes too long stops the run and names the prompt.
+
+    score: the reward that a process calls with one response; a process must be able to import it.
+    workers: the number of processes.
+    seconds: the time limit of one response.
+    """
     return RewardSource(lambda: RewardPool(open_reward(score), workers=workers, seconds=seconds))
 
 
 def sentiment_scores(corpus: SentimentCorpus) -> RewardSource:
-    """How positive a continuation sounds: "sentiment" (the reward), "second_opinion", "words", "distinct"."""
+    """Build a reward for positive continuations: "sentiment" (the reward), "second_opinion", "words", "distinct".
+
+    corpus: the files of labelled sentences that the classifiers are fitted on.
+    """
     return RewardSource(lambda: sentiment_scorer(corpus))

@@ -1,4 +1,4 @@
-"""A verifiable reward for questions with a number as answer (GSM8K, MATH-like): is the final answer the reference's number?
+"""A verifier of numeric answers (GSM8K, MATH-like): it compares the final answer of a response with the reference answer.
 
 The final answer stands after the last ``####``, on the same line, or in the last ``\\boxed{...}``, whichever comes later.
 Numbers are compared exactly, as fractions: 72, 72.0, $72, 7.2e1 and 144/2 are one number; 1,000 is a thousand.
@@ -22,17 +22,19 @@ _SIGN = "([-\u2212]?)"  # hyphen and minus
 _NUMBER = re.compile(
     rf"{_SIGN}\s*(?:\$\s*)?{_SIGN}({_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DIGITS}))?"
 )
-_MOST_DIGITS = 1000  # what a policy repeats without end is no answer, and Python reads no number of more than 4300
+_MOST_DIGITS = 1000  # endless repetition is no answer, and Python parses no number of more than 4300 digits
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinalAnswer:
-    """A `Reward`. column: of the prompts (one of ``Fields.extra``), the reference answer: a number, or a text with one at its
-    end (``... #### 72``).
+    """A `Reward` that compares the final answer with the reference answer.
 
-    Gives ``correct``, 1 when the final answer of the response is the reference's number, else 0; and ``answered``, 1 when
-    there is a final answer at all. Raises InputError for a prompt without a reference.
+    column: the column of the prompts (one of ``Fields.extra``) with the reference answer: a number, or a text that ends with
+    one (``... #### 72``).
+
+    The scores are ``correct``, 1 when the final answer of the response equals the reference, else 0; and ``answered``, 1 when
+    the response has a final answer. Raises InputError for a prompt without a reference answer.
     """
 
     column: str = "answer"
@@ -43,8 +45,8 @@ class FinalAnswer:
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, list[float]]:
         answers = [final_answer(response.text) for response in responses]
-        wanted = [self._reference(response) for response in responses]
-        correct = [float(answer == number) for answer, number in zip(answers, wanted, strict=True)]
+        references = [self._reference(response) for response in responses]
+        correct = [float(answer == number) for answer, number in zip(answers, references, strict=True)]
         return {"correct": correct, "answered": [float(answer is not None) for answer in answers]}
 
     def _reference(self, response: Response) -> Fraction:
@@ -61,7 +63,7 @@ class FinalAnswer:
 
 
 def final_answer(text: str) -> Fraction | None:
-    """The number after the last marker of a response; None when there is no marker, or no number after it."""
+    """Return the number after the last marker of a response; None when there is no marker, or no number after it."""
     marked, boxed = text.rfind(MARKER), text.rfind(_BOXED)
     if marked < 0 and boxed < 0:
         return None
@@ -71,7 +73,7 @@ def final_answer(text: str) -> Fraction | None:
 
 
 def reference_number(value: Any) -> Fraction | None:
-    """Of a number, of a text that is one, or of a text with a marker; None for anything else."""
+    """Return the number of a reference: a number, a text that is a number, or a text with a marker; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Fraction(value if isinstance(value, int) else str(value)) if abs(value) < float("inf") else None
     if not isinstance(value, str):
@@ -83,23 +85,25 @@ def reference_number(value: Any) -> Fraction | None:
 
 
 def first_number(text: str) -> Fraction | None:
-    """The first number of a text; None when there is none, or one of more than a thousand digits. "about $1,000.50 in all" is
-    2001/2."""
+    """Return the first number of a text; None when there is none, or when it has more than a thousand digits.
+
+    Example: "about $1,000.50 in all" gives 2001/2.
+    """
     match = _NUMBER.search(_FRACTION.sub(r"\1/\2", text))
     if match is None or len(match[0]) > _MOST_DIGITS:
         return None
     sign, inner, digits, exponent, divisor = match.groups()
     number = Fraction(digits.replace(",", "")) * Fraction(10) ** int(exponent or 0)
     if divisor is not None:
-        below = int(divisor.replace(",", ""))
-        if below == 0:
+        denominator = int(divisor.replace(",", ""))
+        if denominator == 0:
             return None
-        number /= below
+        number /= denominator
     return -number if bool(sign) != bool(inner) else number
 
 
 def _inside_braces(text: str) -> str:
-    """What stands before the brace that closes one opened before ``text``; all of it when none does."""
+    """Return ``text`` up to the brace that closes the one opened before it; all of it when no brace closes."""
     depth = 1
     for index, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)

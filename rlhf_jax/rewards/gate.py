@@ -1,4 +1,4 @@
-"""One gate for the scores of every reward, monitor and judge: one finite number per response under each name, or `Failed`."""
+"""Checks of the scores that rewards, monitors and judges return: one finite number, or `Failed`, per response and name."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ SIGNATURE = "def reward(responses: Sequence[Response]) -> dict[str, list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class RewardSource:
-    """A reward that is made when a run is assembled (it reads files, or starts something); a plan makes none."""
+    """A reward that is built when a run starts, because it reads files or starts processes; a plan does not build it."""
 
     make: Callable[[], Reward]
 
 
 def open_reward(source: Reward | RewardSource) -> Reward:
-    """Return the reward of a source; a function, which a builder of a user's own may give, as it is."""
+    """Return the reward of a source; a function, which a user's own builder may return, is returned unchanged."""
     return source.make() if isinstance(source, RewardSource) else source
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a reward says under one name.
+    """The scores of N responses under one name.
 
-    values: float64 [N], 0 where it failed. scored: bool [N], False where it failed. reason: of the first failure.
+    values: float64 [N], 0 where scoring failed. scored: bool [N], False where scoring failed. reason: why the first failed.
     """
 
     values: np.ndarray
@@ -43,48 +43,51 @@ class Scores:
     reason: str = ""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Scores:
-        """Of a measurement that cannot fail."""
+    def from_values(cls, values: Sequence[float]) -> Scores:
+        """Return the scores of a measurement that cannot fail."""
         return cls(np.asarray(values, np.float64), np.ones(len(values), bool))
 
     @property
     def failed(self) -> int:
-        """How many responses have no score."""
+        """The number of responses without a score."""
         return int((~self.scored).sum())
 
     @property
     def mean(self) -> float | None:
-        """Over the responses that have a score; None when none has."""
+        """The mean over the responses that have a score; None when none has."""
         return float(np.mean(self.values[self.scored])) if self.scored.any() else None
 
-    def listed(self) -> list[float | None]:
-        """For a JSON file: None where it failed."""
+    def to_list(self) -> list[float | None]:
+        """Return the scores for a JSON file, None where scoring failed."""
         pairs = zip(self.values.tolist(), self.scored.tolist(), strict=True)
         return [value if scored else None for value, scored in pairs]
 
 
 class CheckedReward:
-    """A `Reward` whose answers are checked, as `Scores` under each name.
+    """A `Reward` whose return values are checked and become `Scores` under each name.
 
-    setting: the key that the user set ("run.reward_texts"), for messages. key: a name that must be among the scores; its
-    failures may not be all. Raises InputError here for what cannot be called with a list of responses. A call raises
-    InputError for anything but one finite number, or `Failed`, per response under the same names as in the first call, and
-    RunStopped when every response failed under ``key``.
+    setting: the key that the user set ("run.reward_texts"), for messages.
+    key: a name that the scores must have, and under which at least one response must have a score.
+
+    The constructor raises InputError for a reward that cannot be called with a list of responses. A call raises InputError
+    for anything but one finite number, or `Failed`, per response under the same names as in the first call, and RunStopped
+    when every response failed under ``key``.
     """
 
     def __init__(self, reward: Reward, setting: str, key: str | None = None) -> None:
-        require_reward(reward, setting)
+        check_reward(reward, setting)
         self._reward, self._setting, self._key = reward, setting, key
         self._names: list[str] | None = None
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, Scores]:
-        """Scores under each name, in the order of the responses.
+        """Return the scores under each name, in the order of the responses.
 
-        The reward gets a copy: what it changes in one call reaches no other reward, and no later call (a resumed run would not
-        see it)."""
+        The reward gets a copy, so that changes it makes reach no other reward and no later call: a resumed run would not have
+        them.
+        """
         answer = self._reward(copy.deepcopy(list(responses)))
-        names = self._checked_names(answer)
-        scores = {name: self._column(name, answer[name], responses) for name in names}
+        names = self._check_names(answer)
+        scores = {name: self._check_column(name, answer[name], responses) for name in names}
         if self._key is not None and responses and not scores[self._key].scored.any():
             raise RunStopped(
                 f"{self._setting}: the score {self._key!r} failed for all {len(responses)} responses; prompt "
@@ -92,10 +95,10 @@ class CheckedReward:
             )
         return scores
 
-    def _checked_names(self, answer: Any) -> list[str]:
+    def _check_names(self, answer: Any) -> list[str]:
         if not isinstance(answer, Mapping):
             raise InputError(
-                f"{self._setting}: gave {_described(answer)}, not a mapping of names to scores; write {SIGNATURE}"
+                f"{self._setting}: gave {_describe(answer)}, not a mapping of names to scores; write {SIGNATURE}"
             )
         names = list(answer)
         if wrong := [name for name in names if not isinstance(name, str) or not name]:
@@ -114,12 +117,12 @@ class CheckedReward:
             )
         return names
 
-    def _column(self, name: str, column: Any, responses: Sequence[Response]) -> Scores:
+    def _check_column(self, name: str, column: Any, responses: Sequence[Response]) -> Scores:
         place, first = f"{self._setting}: {name!r}", f"the first prompt is {responses[0].id!r}" if responses else ""
         entries = _entries(column)
         if entries is None:
             raise InputError(
-                f"{place} is {_described(column)} for {len(responses)} responses ({first}); give a list with one number for each"
+                f"{place} is {_describe(column)} for {len(responses)} responses ({first}); give a list with one number for each"
             )
         if len(entries) != len(responses):
             raise InputError(
@@ -132,20 +135,20 @@ class CheckedReward:
                 scored[index] = False
                 reason = reason or " ".join(str(entry.reason).split())
             else:
-                values[index] = _number(
+                values[index] = _to_float(
                     entry, f"{place} of prompt {response.id!r} (response {index} of {len(entries)})"
                 )
         return Scores(values, scored, reason)
 
 
-def require_reward(reward: Any, setting: str) -> None:
-    """Raises InputError, with the signature, for what cannot be called with one list of responses."""
+def check_reward(reward: Any, setting: str) -> None:
+    """Check that a reward can be called with one list of responses. Raises InputError, with the signature, when it cannot."""
     if not callable(reward):
-        raise InputError(f"{setting}: {_described(reward)} is no function; give {SIGNATURE}")
+        raise InputError(f"{setting}: {_describe(reward)} is no function; give {SIGNATURE}")
     try:
         signature = inspect.signature(reward)
     except (TypeError, ValueError):
-        return  # a function of C that does not say what it takes
+        return  # a function in C without a signature
     try:
         signature.bind([])
     except TypeError:
@@ -158,7 +161,7 @@ def require_reward(reward: Any, setting: str) -> None:
 
 
 def _entries(column: Any) -> list[Any] | None:
-    """The scores of a list, tuple or one-dimensional array; None for anything else."""
+    """Return the scores of a list, tuple or one-dimensional array; None for anything else."""
     if isinstance(column, list | tuple):
         return list(column)
     if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__array__"):
@@ -166,12 +169,16 @@ def _entries(column: Any) -> list[Any] | None:
     array = _as_array(column)
     if array is None or array.ndim != 1:
         return None
-    return array.tolist() if array.dtype != object else list(array)  # exact, bfloat16 too; None where one is masked
+    return (
+        array.tolist() if array.dtype != object else list(array)
+    )  # exact, also for bfloat16; None where an entry is masked
 
 
 def _as_array(value: Any) -> np.ndarray | None:
-    """An array of numpy, JAX, torch, ...; None for one that cannot be read (a torch tensor with a gradient, or on a device) and
-    for durations, which are no numbers."""
+    """Convert an array of numpy, JAX, torch, ... to numpy.
+
+    None for an array that cannot be read (a torch tensor with a gradient, or on a device) and for durations.
+    """
     try:
         array = np.asanyarray(value)
     except Exception:  # each library raises its own
@@ -179,13 +186,13 @@ def _as_array(value: Any) -> np.ndarray | None:
     return None if array.dtype.kind == "m" else array
 
 
-def _number(entry: Any, place: str) -> float:
-    """``entry`` as a float; True and False are 1 and 0. Raises InputError for what is no number that float32 can hold."""
+def _to_float(entry: Any, place: str) -> float:
+    """Convert an entry to a float; True and False are 1 and 0. Raises InputError for anything that float32 cannot hold."""
     array = _as_array(entry) if hasattr(entry, "__array__") else None
     plain = array[()] if array is not None and array.ndim == 0 else entry
     remedy = "give a finite number, or Failed(reason) when scoring itself failed"
     if not isinstance(plain, numbers.Real | np.bool_):
-        raise InputError(f"{place} is {_described(entry)}; {remedy}")
+        raise InputError(f"{place} is {_describe(entry)}; {remedy}")
     try:
         value = float(plain)
     except OverflowError:
@@ -198,8 +205,8 @@ def _number(entry: Any, place: str) -> float:
     return value
 
 
-def _described(value: Any) -> str:
-    """A value in a message: itself when it is short, else its type and shape."""
+def _describe(value: Any) -> str:
+    """Describe a value in a message: itself when it is short, else its type with its shape or its beginning."""
     if getattr(value, "shape", ()):
         return f"an array of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())

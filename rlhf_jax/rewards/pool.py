@@ -1,4 +1,4 @@
-"""Reward functions in processes of their own, with a time limit: a verifier that hangs must not hang the run."""
+"""Reward functions in separate processes, with a time limit, so that a verifier that hangs cannot hang the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.processes import Parent, end_with_parent, this_process
 from rlhf_jax.records import Failed, Response
-from rlhf_jax.rewards.gate import CheckedReward, Reward, Scores, require_reward
+from rlhf_jax.rewards.gate import CheckedReward, Reward, Scores, check_reward
 
 Answer = dict[str, float | Failed]
 """The scores of one response."""
@@ -22,7 +22,11 @@ Answer = dict[str, float | Failed]
 
 @dataclass
 class _Worker:
-    """A process and what it is at: ``place`` of a response and the moment when its time is up (None: idle)."""
+    """A process of the pool.
+
+    place: the index of the response that it scores; None when it is idle. deadline: the monotonic time, in seconds, at which
+    its time limit ends.
+    """
 
     process: BaseProcess
     pipe: Connection
@@ -33,11 +37,12 @@ class _Worker:
 class RewardPool:
     """A `Reward` that scores every response by itself in one of ``workers`` processes, started at the first call.
 
-    score: a function that a new process can import (no closure, no lambda). seconds: for one response; the first one of
-    a process may take ``starting`` seconds more (imports). A response without a score in time, a function that raises
-    or gives no number and a process that dies are RunStopped with the id of the prompt; the processes are then gone,
-    and new ones start at the next call. The processes end with the one that started them, however it ends.
-    Raises InputError for settings and functions that cannot work.
+    score: a function that a new process can import (no closure, no lambda).
+    seconds: the time limit of one response; the first response of a process may take ``starting`` seconds more (imports).
+
+    Raises RunStopped, with the id of the prompt, when a response has no score in time, when the function raises or returns no
+    number, and when a process dies; all processes then end, and new ones start at the next call. The processes also end when
+    the process that started them ends, for whatever reason. Raises InputError for settings and functions that cannot work.
     """
 
     def __init__(self, score: Reward, *, workers: int, seconds: float, starting: float = 120.0) -> None:
@@ -45,9 +50,9 @@ class RewardPool:
             raise InputError(f"in_processes.workers = {workers!r}: give a whole number >= 1")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
             raise InputError(f"in_processes.seconds = {seconds!r}: give a number > 0")
-        require_reward(score, "in_processes.score")
+        check_reward(score, "in_processes.score")
         try:
-            ForkingPickler.dumps(score)  # what starting a process will do with it
+            ForkingPickler.dumps(score)  # as the start of a process does
         except Exception as error:
             raise InputError(
                 f"in_processes.score: {error}; give a function of a module, which a process can import"
@@ -56,12 +61,12 @@ class RewardPool:
         self._workers: list[_Worker] = []
 
     def __call__(self, responses: Sequence[Response]) -> dict[str, list[float | Failed]]:
-        """The scores in the order of the responses."""
+        """Return the scores in the order of the responses."""
         allowed = self._seconds if self._workers else self._seconds + self._starting
         if not self._workers:
-            self._workers = [_start(self._score) for _ in range(min(self._count, max(1, len(responses))))]
+            self._workers = [_start_worker(self._score) for _ in range(min(self._count, max(1, len(responses))))]
         try:
-            scores = self._all(responses, allowed)
+            scores = self._score_all(responses, allowed)
         except BaseException:
             self.close()
             raise
@@ -79,20 +84,20 @@ class RewardPool:
             worker.pipe.close()
         self._workers = []
 
-    def _all(self, responses: Sequence[Response], allowed: float) -> list[Answer]:
+    def _score_all(self, responses: Sequence[Response], allowed: float) -> list[Answer]:
         scores: list[Answer] = [{} for _ in responses]
         waiting, missing = iter(range(len(responses))), len(responses)
         for worker in self._workers:
-            self._give(worker, waiting, responses, allowed)
+            self._assign(worker, waiting, responses, allowed)
         while missing:
             busy: dict[object, _Worker] = {w.pipe: w for w in self._workers if w.place is not None}
             first = min(worker.deadline for worker in busy.values())
             for pipe in wait([w.pipe for w in busy.values()], timeout=max(0.0, first - time.monotonic())):
                 worker = busy[pipe]
                 assert worker.place is not None
-                scores[worker.place] = _answer(worker, responses[worker.place].id)
+                scores[worker.place] = _receive(worker, responses[worker.place].id)
                 missing -= 1
-                self._give(worker, waiting, responses, self._seconds)
+                self._assign(worker, waiting, responses, self._seconds)
             for worker in self._workers:
                 if worker.place is not None and time.monotonic() > worker.deadline and not worker.pipe.poll():
                     raise RunStopped(
@@ -101,7 +106,7 @@ class RewardPool:
                     )
         return scores
 
-    def _give(self, worker: _Worker, waiting: Iterator[int], responses: Sequence[Response], allowed: float) -> None:
+    def _assign(self, worker: _Worker, waiting: Iterator[int], responses: Sequence[Response], allowed: float) -> None:
         worker.place = next(waiting, None)
         if worker.place is not None:
             worker.deadline = time.monotonic() + allowed
@@ -109,26 +114,27 @@ class RewardPool:
             try:
                 worker.pipe.send(response)
             except OSError as error:
-                raise _ended(worker, response.id) from error
+                raise _process_ended(worker, response.id) from error
 
 
-def _start(score: Reward) -> _Worker:
+def _start_worker(score: Reward) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, _pickled(score), this_process()), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, _pickle(score), this_process()), daemon=True)
     process.start()
-    theirs.close()
-    return _Worker(process, ours)
+    child_end.close()
+    return _Worker(process, parent_end)
 
 
-def _pickled(score: Reward) -> bytes:
+def _pickle(score: Reward) -> bytes:
     return bytes(ForkingPickler.dumps(score))
 
 
 def _serve(pipe: Connection, score: bytes, parent: Parent) -> None:
-    """In the process: scores of one response after the other, or what went wrong.
+    """Score one response after the other in the worker process, and send the scores or an error message.
 
-    score: pickled, so that the module of the reward is imported here, where the process already ends with its parent.
+    score: the pickled reward. The process unpickles it, and so imports the reward's module, only after it is set to end with
+    its parent.
     """
     end_with_parent(parent)
     _ignore_signals()
@@ -140,35 +146,38 @@ def _serve(pipe: Connection, score: bytes, parent: Parent) -> None:
             return
         try:
             answer = checked([response])
-            pipe.send({name: _entry(scores) for name, scores in answer.items()})
+            pipe.send({name: _score_or_failure(scores) for name, scores in answer.items()})
         except InputError as error:
             pipe.send(str(error))
         except Exception as error:
             pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _entry(scores: Scores) -> float | Failed:
+def _score_or_failure(scores: Scores) -> float | Failed:
     return float(scores.values[0]) if scores.scored[0] else Failed(scores.reason)
 
 
 def _ignore_signals() -> None:
-    """What a terminal or a scheduler sends to parent and workers alike does not end a worker: the parent saves first, and
-    ends it then. A handler, not SIG_IGN: programs that a reward starts get the default again."""
+    """Ignore the signals that a terminal or a scheduler sends to the parent and its workers alike.
+
+    The parent saves a checkpoint first and then ends its workers. This sets a handler, not SIG_IGN, so that programs that a
+    reward starts have the default behaviour.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 
 
-def _answer(worker: _Worker, prompt: str) -> Answer:
+def _receive(worker: _Worker, prompt: str) -> Answer:
     try:
         answer = worker.pipe.recv()
-    except (EOFError, OSError) as error:  # a reset: it ended before it read
-        raise _ended(worker, prompt) from error
+    except (EOFError, OSError) as error:  # a reset: the process ended before it read
+        raise _process_ended(worker, prompt) from error
     if isinstance(answer, str):
         raise RunStopped(f"reward of prompt {prompt!r}: {' '.join(answer.split())}")
     scores: Answer = answer
     return scores
 
 
-def _ended(worker: _Worker, prompt: str) -> RunStopped:
+def _process_ended(worker: _Worker, prompt: str) -> RunStopped:
     worker.process.join()
     return RunStopped(f"reward of prompt {prompt!r}: its process ended with code {worker.process.exitcode}")

@@ -1,16 +1,16 @@
-"""How positive a text sounds: naive Bayes log-odds, fitted on labelled sentences that PPO never starts from.
+"""A sentiment reward: naive Bayes log-odds of a text, fitted on labelled sentences that are never prompts.
 
 The classifier is the multinomial naive Bayes of Wang and Manning 2012 ("Baselines and Bigrams", section 2.1) over the
 words and word pairs that OCCUR in a text, each counted once however often it comes. With f_c(g) = number of sentences
-of class c that hold the gram g, and smoothing a::
+of class c that contain the gram g, and smoothing a::
 
     p_c(g) = a + f_c(g)          r(g) = log(p_pos(g) / sum p_pos) - log(p_neg(g) / sum p_neg)
     log odds(text) = log(N_pos / N_neg) + sum of r(g) over the DISTINCT grams of the text
 
-Why this one as a reward: it has a closed form (no optimiser: the same bits on every machine and resume), on snippets it
-is as accurate as anything linear (they report 79.0 % on rt-polarity, 10-fold), every score can be explained word by
-word, and because presence counts, saying one word twice earns nothing. It can still be gamed by lists of praise: a
-second classifier, fitted on other sentences, and the share of distinct words are reported next to it and not trained on.
+This classifier has a closed form (no optimizer: the same bits on every machine and after a resume), on short texts it is as
+accurate as other linear models (the paper reports 79.0 % on rt-polarity, 10-fold), every score can be explained word by
+word, and a repeated word earns nothing because only presence counts. A policy can still exploit it with lists of praise:
+a second classifier, fitted on other sentences, and the share of distinct words are reported and not trained on.
 
 Worked example, a = 1: positive "good film", "good"; negative "bad film". Five grams; p_pos sums to 9, p_neg to 8;
 r(good) = log(3/9) - log(1/8) = log(8/3), r(film) = log(8/9), r(bad) = log(4/9), and log(N_pos / N_neg) = log 2.
@@ -36,17 +36,21 @@ from rlhf_jax.records import Response
 Part = Literal["prompts", "heldout", "reward", "second"]
 Sentiment = Literal["positive", "negative"]
 PARTS: dict[Part, float] = {"prompts": 0.12, "heldout": 0.10, "reward": 0.50, "second": 0.28}
-"""Share of the sentence openings in each part: PPO's prompts; what accuracy and scale are measured on; what the reward is
-fitted on; what the second classifier is fitted on. No opening is in two parts."""
+"""Share of the sentence openings in each part: the prompts of PPO; the sentences that accuracy and scale are measured on;
+those that the reward is fitted on; those that the second classifier is fitted on. No opening is in two parts."""
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
 
 @dataclass(frozen=True)
 class SentimentCorpus:
-    """Labelled sentences: two text files in ``directory``, one sentence a line (rt-polarity of Pang and Lee 2005).
+    """Labelled sentences in two text files, one sentence per line (rt-polarity of Pang and Lee 2005).
 
-    positive, negative: file names. encoding: of both files. prompt_words: words (between white space) of a sentence
-    that make its opening, >= 1; a sentence that has no more can teach a classifier but is no prompt.
+    directory: the directory of both files.
+    positive: the name of the file of positive sentences.
+    negative: the name of the file of negative sentences.
+    encoding: the character encoding of both files.
+    prompt_words: the number of words (between white space) that make the opening of a sentence, >= 1. A sentence without
+    more words than that is used to fit the classifiers but is no prompt.
     """
 
     directory: str
@@ -64,7 +68,7 @@ class SentimentCorpus:
 
     @property
     def files(self) -> dict[Sentiment, str]:
-        """Sentiment -> path."""
+        """The path of the file of each sentiment."""
         return {
             "positive": str(Path(self.directory) / self.positive),
             "negative": str(Path(self.directory) / self.negative),
@@ -73,22 +77,25 @@ class SentimentCorpus:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A labelled sentence. id: "file name:line". opening: its first words, rest: the others ("" when there are none)."""
+    """A labelled sentence.
+
+    id: "file name:line". opening: its first words. continuation: the words after the opening ("" when there are none).
+    """
 
     id: str
     opening: str
-    rest: str
+    continuation: str
     sentiment: Sentiment
     part: Part
 
     @property
     def text(self) -> str:
-        """The whole sentence, words one space apart."""
-        return f"{self.opening} {self.rest}".rstrip()
+        """The whole sentence, its words separated by one space."""
+        return f"{self.opening} {self.continuation}".rstrip()
 
 
 def part_of(opening: str) -> Part:
-    """The part a sentence belongs to: a hash of its opening, so that sentences that begin alike stay together."""
+    """Return the part of a sentence, from a hash of its opening: sentences with the same opening are in the same part."""
     place, end = prompt_fraction((Message("user", opening),), salt="sentiment"), 0.0
     for part, share in PARTS.items():
         end += share
@@ -98,22 +105,24 @@ def part_of(opening: str) -> Part:
 
 
 def read_sentences(corpus: SentimentCorpus) -> list[Sentence]:
-    """Every sentence of both files, positive ones first. Raises InputError (missing file, wrong encoding)."""
-    found = []
+    """Read all sentences of both files, positive ones first. Raises InputError for a missing file and a wrong encoding."""
+    sentences = []
     for sentiment, path in corpus.files.items():
         for line, row in read_rows(path, format="txt", encoding=corpus.encoding):
             words = str(row["text"]).split()
             opening = " ".join(words[: corpus.prompt_words])
-            rest = " ".join(words[corpus.prompt_words :])
-            found.append(Sentence(f"{Path(path).name}:{line}", opening, rest, sentiment, part_of(opening)))
-    return found
+            continuation = " ".join(words[corpus.prompt_words :])
+            sentences.append(Sentence(f"{Path(path).name}:{line}", opening, continuation, sentiment, part_of(opening)))
+    return sentences
 
 
 def opening_prompts(corpus: SentimentCorpus, part: str = "prompts", sentiment: str = "positive") -> list[Prompt]:
-    """Openings to continue, in file order. part: "prompts" (to train on) or "heldout" (to compare policies on).
+    """Return the openings of sentences as prompts, in file order.
 
-    sentiment: of the sentences they come from, "positive", "negative" or "both".
-    Raises InputError when a value is unknown, when the part was fitted on, or when no prompt is left.
+    part: "prompts" (to train on) or "heldout" (to compare policies on).
+    sentiment: the sentiment of the sentences, "positive", "negative" or "both".
+
+    Raises InputError for an unknown value, for a part that a reward is fitted on, and when no sentence is long enough.
     """
     if part not in ("prompts", "heldout"):
         raise InputError(
@@ -124,7 +133,7 @@ def opening_prompts(corpus: SentimentCorpus, part: str = "prompts", sentiment: s
     prompts = [
         Prompt(sentence.id, (Message("user", sentence.opening),))
         for sentence in read_sentences(corpus)
-        if sentence.part == part and sentence.rest and sentiment in (sentence.sentiment, "both")
+        if sentence.part == part and sentence.continuation and sentiment in (sentence.sentiment, "both")
     ]
     if not prompts:
         raise InputError(
@@ -135,10 +144,10 @@ def opening_prompts(corpus: SentimentCorpus, part: str = "prompts", sentiment: s
 
 
 def grams(text: str) -> set[str]:
-    """The distinct words and word pairs of a text, lower case; pairs are neighbours with one space between.
+    """Return the distinct words and pairs of neighbouring words of a text, in lower case, a pair with one space between.
 
-    A word is a run of letters, an apostrophe inside it (straight or curly) is part of it: digits and punctuation do not
-    count. "It's good, good." -> it's, good, "it's good", "good good".
+    A word is a run of letters, with any apostrophe (straight or curly) inside it; digits and punctuation do not count.
+    Example: "It's good, good." gives it's, good, "it's good", "good good".
     """
     words = _words(text)
     return {*words, *(f"{first} {second}" for first, second in itertools.pairwise(words))}
@@ -146,37 +155,45 @@ def grams(text: str) -> set[str]:
 
 @dataclass(frozen=True)
 class NaiveBayes:
-    """weights: gram -> r(gram), nats. prior: log(N_pos / N_neg)."""
+    """A fitted naive Bayes classifier. weights: r(gram) of each gram, in nats. prior: log(N_pos / N_neg)."""
 
     weights: Mapping[str, float]
     prior: float
 
     def log_odds(self, text: str) -> float:
-        """log P(positive | text) - log P(negative | text); unknown grams count nothing, no known gram gives the prior."""
-        # fsum rounds once: the order of a set differs between processes, the score must not.
+        """Return log P(positive | text) - log P(negative | text), in nats.
+
+        Unknown grams add nothing, so that a text without known grams has the prior.
+        """
+        # fsum rounds once: the order of a set differs between processes, and the score must not.
         return math.fsum([self.prior, *(self.weights[gram] for gram in grams(text) if gram in self.weights)])
 
 
 def fit_naive_bayes(positive: Sequence[str], negative: Sequence[str], smoothing: float = 1.0) -> NaiveBayes:
-    """The classifier of the module's docstring. Raises InputError when a class is empty or smoothing is not > 0."""
+    """Fit the classifier of the module's docstring. Raises InputError when a class is empty or smoothing is not > 0."""
     if not positive or not negative:
         raise InputError(f"naive Bayes: {len(positive)} positive and {len(negative)} negative texts; needs both kinds")
     if not smoothing > 0:
         raise InputError(f"naive Bayes: smoothing = {smoothing}: must be > 0, or a gram of one class alone is infinite")
     counts = [Counter(gram for text in texts for gram in grams(text)) for texts in (positive, negative)]
-    known = sorted(counts[0].keys() | counts[1].keys())
-    totals = [count.total() + smoothing * len(known) for count in counts]
+    vocabulary = sorted(counts[0].keys() | counts[1].keys())
+    totals = [count.total() + smoothing * len(vocabulary) for count in counts]
     shift = math.log(totals[1]) - math.log(totals[0])
     weights = {
-        gram: math.log(counts[0][gram] + smoothing) - math.log(counts[1][gram] + smoothing) + shift for gram in known
+        gram: math.log(counts[0][gram] + smoothing) - math.log(counts[1][gram] + smoothing) + shift
+        for gram in vocabulary
     }
     return NaiveBayes(weights, math.log(len(positive)) - math.log(len(negative)))
 
 
 @dataclass(frozen=True)
 class SentimentModel:
-    """A classifier on a scale of its own. mean, deviation: of the log-odds of held-out sentences without their
-    openings. accuracy: (right, all) on those; sentence_accuracy: (right, all) on the whole held-out sentences."""
+    """A classifier with the scale of its scores.
+
+    mean, deviation: of the log-odds of the continuations of held-out sentences, in nats.
+    accuracy: (number right, number) on those continuations.
+    sentence_accuracy: (number right, number) on the whole held-out sentences.
+    """
 
     classifier: NaiveBayes
     mean: float
@@ -185,42 +202,42 @@ class SentimentModel:
     sentence_accuracy: tuple[int, int]
 
     def score(self, text: str) -> float:
-        """(log-odds - mean) / deviation: 0 as positive as the average human continuation, 1 one deviation more."""
+        """Return (log-odds - mean) / deviation: 0 for a text as positive as the average human continuation."""
         return (self.classifier.log_odds(text) - self.mean) / self.deviation
 
 
 def fit_sentiment(sentences: Iterable[Sentence], part: Part) -> SentimentModel:
-    """Fitted on one part, measured on the held-out one. Raises InputError when a part lacks sentences."""
-    everything = list(sentences)
+    """Fit a classifier on one part and measure it on the held-out one. Raises InputError when a part lacks sentences."""
+    sentences = list(sentences)
     texts: dict[Sentiment, list[str]] = {kind: [] for kind in get_args(Sentiment)}
-    for sentence in everything:
+    for sentence in sentences:
         if sentence.part == part:
             texts[sentence.sentiment].append(sentence.text)
     classifier = fit_naive_bayes(texts["positive"], texts["negative"])
-    heldout = [sentence for sentence in everything if sentence.part == "heldout"]
-    continued = [sentence for sentence in heldout if sentence.rest]
-    odds = np.array([classifier.log_odds(sentence.rest) for sentence in continued], np.float64)
+    heldout = [sentence for sentence in sentences if sentence.part == "heldout"]
+    continued = [sentence for sentence in heldout if sentence.continuation]
+    odds = np.array([classifier.log_odds(sentence.continuation) for sentence in continued], np.float64)
     if odds.size < 2 or not odds.std() > 0:
         raise InputError(
             f"sentiment reward: {odds.size} held-out sentences are longer than their opening, with no spread of "
             "log-odds to set a scale by; give more sentences or lower SentimentCorpus.prompt_words"
         )
 
-    def right(odds: Iterable[float], of: Sequence[Sentence]) -> tuple[int, int]:
-        pairs = zip(odds, of, strict=True)
-        return sum((value > 0) == (sentence.sentiment == "positive") for value, sentence in pairs), len(of)
+    def count_right(odds: Iterable[float], measured: Sequence[Sentence]) -> tuple[int, int]:
+        pairs = zip(odds, measured, strict=True)
+        return sum((value > 0) == (sentence.sentiment == "positive") for value, sentence in pairs), len(measured)
 
     whole = [classifier.log_odds(sentence.text) for sentence in heldout]
-    accuracies = right(odds.tolist(), continued), right(whole, heldout)
+    accuracies = count_right(odds.tolist(), continued), count_right(whole, heldout)
     return SentimentModel(classifier, float(odds.mean()), float(odds.std()), *accuracies)
 
 
 @dataclass(frozen=True)
 class SentimentScorer:
-    """A `Reward` that looks at the text of the response alone.
+    """A `Reward` that depends on the text of the response only.
 
-    Gives, one float per response: ``sentiment``, the reward; ``second_opinion``, the same by the second classifier;
-    ``words``; ``distinct``, distinct words / words in [0, 1] (1 without words).
+    The scores: ``sentiment``, the reward; ``second_opinion``, the score of the second classifier; ``words``, the number of
+    words; ``distinct``, distinct words / words in [0, 1] (1 without words).
     """
 
     reward: SentimentModel
@@ -232,16 +249,16 @@ class SentimentScorer:
         return {
             "sentiment": [self.reward.score(text) for text in texts],
             "second_opinion": [self.second.score(text) for text in texts],
-            "words": [float(len(found)) for found in words],
-            "distinct": [len(set(found)) / len(found) if found else 1.0 for found in words],
+            "words": [float(len(sequence)) for sequence in words],
+            "distinct": [len(set(sequence)) / len(sequence) if sequence else 1.0 for sequence in words],
         }
 
 
 def sentiment_scorer(corpus: SentimentCorpus) -> SentimentScorer:
-    """The reward and its second opinion, fitted on their two parts of the corpus.
+    """Fit the reward and its second opinion on their two parts of the corpus.
 
-    Raises InputError when one of them is not better than chance on held-out continuations (a coin is right more often
-    than n / 2 + 1.96 sqrt(n) / 2 of n times in 1 case of 40): files swapped or unlabelled, or too few sentences.
+    Raises InputError when one of them is not better than chance on held-out continuations (a guess is right more often
+    than n / 2 + 1.96 sqrt(n) / 2 of n times with probability 1 / 40): files swapped or unlabelled, or too few sentences.
     """
     sentences = read_sentences(corpus)
     scorer = SentimentScorer(fit_sentiment(sentences, "reward"), fit_sentiment(sentences, "second"))
@@ -256,5 +273,5 @@ def sentiment_scorer(corpus: SentimentCorpus) -> SentimentScorer:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case runs of letters; an apostrophe inside a word is part of it."""
+    """Return the lower-case runs of letters; an apostrophe inside a word is part of it."""
     return [word.casefold() for word in _WORD.findall(text.replace("\u2019", "'"))]

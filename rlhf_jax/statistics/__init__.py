@@ -1,4 +1,4 @@
-"""Means, shares and differences with intervals: what a comparison may claim, and what it may not."""
+"""Means, shares and differences with confidence intervals; calibration and best-of-n estimates."""
 
 from rlhf_jax.statistics.intervals import (
     Interval,

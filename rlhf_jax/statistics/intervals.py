@@ -1,7 +1,7 @@
-"""Means with intervals: what a comparison of policies may claim, and what it may not.
+"""Means, shares and differences with confidence intervals, for comparisons of policies.
 
 Everything is float64 on the host (numpy, scipy). Unless said otherwise an interval covers 95 % under its assumptions
-and speaks of the sampled prompts only: not of another seed of training (for that: ``across_seeds``).
+and holds for the sampled prompts only, not for another seed of training (for that see `across_seeds`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FloatArray = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence bounds, in the unit of what was measured.
+    """An estimate with its confidence bounds, in the unit of the measurement.
 
-    n: how many independent items it rests on. low and high are NaN when the data cannot give bounds (one item), mean is
+    n: the number of independent items. low and high are NaN when the data cannot give bounds (one item), mean is
     NaN when the quantity itself is not identifiable.
     """
 
@@ -37,21 +37,22 @@ class Interval:
 
     @property
     def above_zero(self) -> bool:
-        """Whether the whole interval lies above 0 (False when there are no bounds)."""
+        """True when the whole interval lies above 0; False when there are no bounds."""
         return self.low > 0.0
 
     @property
     def below_zero(self) -> bool:
-        """Whether the whole interval lies below 0 (False when there are no bounds)."""
+        """True when the whole interval lies below 0; False when there are no bounds."""
         return self.high < 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthControlled:
-    """gain: score difference at equal length. slope: score per unit of extra length.
+    """A score difference at equal length.
 
-    extrapolated: True when no pair had a length difference of 0 or of either sign, so that "equal length" lies outside
-    of what was seen and the gain rests on the line alone.
+    gain: the difference. slope: score per unit of extra length.
+    extrapolated: True when all length differences have the same sign, so that "equal length" lies outside of the data and
+    the gain is an extrapolation of the fitted line.
     """
 
     gain: Interval
@@ -60,7 +61,7 @@ class LengthControlled:
 
 
 def _numbers(values: ArrayLike, place: str) -> FloatArray:
-    """A finite float64 vector with at least one entry; raises InputError naming ``place``."""
+    """Convert to a finite float64 vector with at least one entry. Raises InputError that names ``place``."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size == 0:
         raise InputError(f"{place}: expected a non-empty one-dimensional list of numbers, got shape {array.shape}")
@@ -83,7 +84,7 @@ def _check_confidence(confidence: float) -> None:
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """The mean with Student's t interval: mean +- t(n - 1) * s / sqrt(n), s with n - 1 in the denominator.
+    """Return the mean with Student's t interval: mean +- t(n - 1) * s / sqrt(n), s with n - 1 in the denominator.
 
     values: [N] independent items, any unit. One item: NaN bounds. Raises InputError when empty or not finite.
     [1, 2, 3, 4]: s = 1.290994, t(3) = 3.182446, 2.5 +- 2.054260.
@@ -98,9 +99,9 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean of ``a - b`` over the same items in the same order, with the t interval of the differences.
+    """Return the mean of ``a - b`` over the same items in the same order, with the t interval of the differences.
 
-    Pairing takes the prompts' own difficulty out: it is far narrower than the difference of two means.
+    Pairing removes the variance of the prompts' difficulty: the interval is far narrower than that of two separate means.
     """
     first, second = _pair(a, b, "paired_difference")
     return mean_interval(first - second, confidence)
@@ -114,11 +115,12 @@ def bootstrap_interval(
     resamples: int = 9999,
     confidence: float = 0.95,
 ) -> Interval:
-    """``statistic`` with its bias-corrected accelerated bootstrap interval (Efron 1987), for skewed or odd statistics.
+    """Return ``statistic`` with its bias-corrected accelerated bootstrap interval (Efron 1987), for skewed statistics.
 
     values: [N]; for a paired comparison give the differences. statistic takes an ``axis`` (np.mean, np.median).
-    Where the data never vary the interval has no width; one item: NaN bounds. Where leaving out any one item leaves the
-    statistic as it is (a median among equal numbers) acceleration is undefined: then the plain percentile interval.
+    The interval has no width when all data are equal; the bounds of one item are NaN. When leaving out any single item does
+    not change the statistic (a median among equal numbers), the acceleration is undefined: the interval is then the
+    percentile interval.
     """
     _check_confidence(confidence)
     array = _numbers(values, "bootstrap_interval")
@@ -131,7 +133,7 @@ def bootstrap_interval(
     def bounds(method: str) -> tuple[float, float]:
         with np.errstate(invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-            found = scipy.stats.bootstrap(
+            interval = scipy.stats.bootstrap(
                 (array,),
                 statistic,
                 n_resamples=resamples,
@@ -139,7 +141,7 @@ def bootstrap_interval(
                 method=method,
                 rng=np.random.default_rng(seed),
             ).confidence_interval
-        return float(found.low), float(found.high)
+        return float(interval.low), float(interval.high)
 
     low, high = bounds("BCa")
     if math.isnan(low) or math.isnan(high):
@@ -148,7 +150,7 @@ def bootstrap_interval(
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
-    """A proportion with Wilson's score interval (Wilson 1927): sensible at 0 and 1 too, never outside [0, 1].
+    """Return a proportion with Wilson's score interval (Wilson 1927), which is sensible at 0 and 1 and stays in [0, 1].
 
     successes: 0 .. n; halves are allowed (a tie), which makes the interval a little too wide, never too narrow.
     8 of 10: 0.8, [0.490162, 0.943318].
@@ -160,49 +162,49 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
     share, shrink = successes / n, 1 + z * z / n
     centre = (share + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Rounding must not push the bounds past the estimate they hold (0 of n: low is 0 up to 1e-17).
+    # Rounding must not push the bounds past the estimate (0 of n: low is 0 up to 1e-17).
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
 
 
 def paired_share_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Difference of two shares of the same items, share(a) - share(b), with Newcombe's interval for paired proportions.
+    """Return share(a) - share(b) of the same items with Newcombe's interval for paired proportions.
 
     a, b: [N] of 0 and 1, the same items in the same order. The two Wilson intervals are squared and added, with the
     correlation of the pairs (Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
-    based on paired data", method 10): sensible where all pairs agree too, where Student's interval has no width.
-    36 items have both, 12 only a, 2 only b, none neither: 0.2, [0.0569, 0.3404].
+    based on paired data", method 10). It is sensible also where all pairs agree, where Student's interval has no width.
+    Example: 36 items are 1 in both, 12 only in a, 2 only in b, 0 in neither: 0.2, [0.0569, 0.3404].
     """
     first, second = _pair(a, b, "paired_share_difference")
     if not (np.isin(first, (0.0, 1.0)).all() and np.isin(second, (0.0, 1.0)).all()):
         raise InputError("paired_share_difference: an entry is neither 0 nor 1; take paired_difference")
-    one, other = (wilson_interval(float(side.sum()), side.size, confidence) for side in (first, second))
+    share_a, share_b = (wilson_interval(float(side.sum()), side.size, confidence) for side in (first, second))
     correlation = _corrected_correlation(first, second)
 
     def half(below: float, above: float) -> float:
         return math.sqrt(max(below * below - 2 * correlation * below * above + above * above, 0.0))
 
     difference = float((first - second).mean())
-    low = difference - half(one.mean - one.low, other.high - other.mean)
-    high = difference + half(one.high - one.mean, other.mean - other.low)
+    low = difference - half(share_a.mean - share_a.low, share_b.high - share_b.mean)
+    high = difference + half(share_a.high - share_a.mean, share_b.mean - share_b.low)
     return Interval(difference, low, high, first.size)
 
 
 def _corrected_correlation(first: FloatArray, second: FloatArray) -> float:
-    """Phi of a 2x2 table with Newcombe's continuity correction; 0 where a side never varies."""
+    """Return phi of a 2x2 table with Newcombe's continuity correction; 0 where a side never varies."""
     n = first.size
-    both, left, right = (float(x.sum()) for x in (first * second, first * (1 - second), (1 - first) * second))
-    neither = n - both - left - right
-    margins = (both + left) * (right + neither) * (both + right) * (left + neither)
+    n11, n10, n01 = (float(x.sum()) for x in (first * second, first * (1 - second), (1 - first) * second))
+    n00 = n - n11 - n10 - n01
+    margins = (n11 + n10) * (n01 + n00) * (n11 + n01) * (n10 + n00)
     if margins == 0:
         return 0.0
-    determinant = both * neither - left * right
+    determinant = n11 * n00 - n10 * n01
     if determinant > 0:
         determinant = max(determinant - n / 2, 0.0)
     return determinant / math.sqrt(margins)
 
 
 def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Share of items on which ``a`` scores above ``b``, a tie counted as half a win; 0.5 = no preference."""
+    """Return the share of items on which ``a`` scores above ``b``, a tie counted as half a win; 0.5 = no preference."""
     first, second = _pair(a, b, "win_rate")
     wins = float((first > second).sum() + 0.5 * (first == second).sum())
     return wilson_interval(wins, first.size, confidence)
@@ -211,16 +213,17 @@ def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
 def length_controlled_difference(
     score_a: ArrayLike, score_b: ArrayLike, length_a: ArrayLike, length_b: ArrayLike, confidence: float = 0.95
 ) -> LengthControlled:
-    """The gain of a over b at EQUAL length: the intercept of score difference regressed on length difference.
+    """Estimate the gain of a over b at EQUAL length: the intercept of score difference regressed on length difference.
 
     score_a - score_b = gain + slope * (length_a - length_b) + noise, least squares over the N paired items, with the
     heteroscedasticity-robust HC1 standard error (MacKinnon & White 1985) and t(N - 2). The idea of comparing at equal
     length is length-controlled AlpacaEval's (Dubois et al. 2024), which fits a logistic model of a judge's preferences;
-    this is its plain regression adjustment for scores on a scale. It adjusts for length, it does not prove that
-    length caused anything.
+    this is its plain regression adjustment for scores on a scale. It adjusts for length and does not prove that
+    length is a cause.
 
-    All lengths equal: the ordinary paired difference. All length differences equal but not 0, or fewer than three
-    items: not identifiable, NaN. differences [1, 2, 4] at length differences [0, 1, 2]: gain 5/6, slope 3/2.
+    When all lengths are equal, the gain is the ordinary paired difference. When all length differences are equal but not 0, or
+    with fewer than three items, it is not identifiable: NaN. Example: differences [1, 2, 4] at length differences [0, 1, 2]
+    have gain 5/6, slope 3/2.
     """
     _check_confidence(confidence)
     scores = np.subtract(*_pair(score_a, score_b, "length_controlled_difference: scores"))
@@ -246,9 +249,9 @@ def length_controlled_difference(
 
 
 def across_seeds(runs: Sequence[Mapping[str, float]], confidence: float = 0.95) -> dict[str, Interval]:
-    """For every metric the mean over runs that differ in their seed, with the t interval over runs (n = runs).
+    """Return the mean of every metric over runs that differ in their seed, with the t interval over runs (n = runs).
 
-    runs: the final metrics of each run, all with the same names. Raises InputError when they differ or none is given.
+    runs: the final metrics of each run, all with the same names. Raises InputError when the names differ and for no runs.
     """
     if not runs:
         raise InputError("across_seeds: no runs; give the final metrics of at least one")

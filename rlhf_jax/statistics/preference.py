@@ -1,4 +1,4 @@
-"""How good a reward model is, and what picking the best of n costs and brings."""
+"""Accuracy and calibration of reward models; expected reward and KL of best-of-n sampling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_jax.statistics.intervals import Interval, wilson_interval
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationBin:
-    """Predictions within [low, high): their mean, the share that came true with its interval, how many (n)."""
+    """The predictions in [low, high): n of them, their mean, and the share of true outcomes with its interval."""
 
     low: float
     high: float
@@ -26,55 +26,53 @@ class CalibrationBin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """bins: the non-empty ones, ascending. error: expected calibration error, 0 = what is claimed is what happens."""
+    """The calibration of predictions. bins: the non-empty ones, ascending. error: the expected calibration error, 0 at best."""
 
     bins: tuple[CalibrationBin, ...]
     error: float
 
 
 def pairwise_accuracy(chosen: ArrayLike, rejected: ArrayLike) -> Interval:
-    """Share of comparisons whose preferred reply scores STRICTLY higher, with Wilson's interval.
+    """Return the share of comparisons whose chosen response scores STRICTLY higher, with Wilson's interval.
 
-    chosen, rejected: [N] rewards. A tie is a mistake: a model that gives one number to everything has accuracy 0, not 1.
+    chosen, rejected: [N] rewards. A tie is a mistake: a model with the same reward for every response has accuracy 0, not 1.
     """
     first, second = _rewards(chosen, rejected)
     return wilson_interval(int((first > second).sum()), first.size)
 
 
 def calibration(predicted: ArrayLike, outcome: ArrayLike, *, bins: int = 10, low: float = 0.0) -> Calibration:
-    """Claimed probability against what happened, in equally wide bins of [low, 1].
+    """Compare predicted probabilities with outcomes, in equally wide bins of [low, 1].
 
-    predicted: [N] probabilities. outcome: [N] in [0, 1], 1 = it came true, 0.5 = a tie.
+    predicted: [N] probabilities. outcome: [N] in [0, 1], 1 = true, 0.5 = a tie.
     error = sum over bins of n_bin / N * |mean predicted - mean outcome| (Guo et al. 2017, eq. 3).
     """
-    claims, truths = np.asarray(predicted, np.float64), np.asarray(outcome, np.float64)
-    if claims.ndim != 1 or claims.shape != truths.shape or claims.size == 0:
+    probabilities, outcomes = np.asarray(predicted, np.float64), np.asarray(outcome, np.float64)
+    if probabilities.ndim != 1 or probabilities.shape != outcomes.shape or probabilities.size == 0:
         raise InputError(
-            f"calibration: shapes {claims.shape} and {truths.shape}; give two equally long, non-empty lists"
+            f"calibration: shapes {probabilities.shape} and {outcomes.shape}; give two equally long, non-empty lists"
         )
     if bins < 1:
         raise InputError(f"calibration: bins = {bins}; give at least 1")
-    if not (np.all((claims >= low) & (claims <= 1)) and np.all((truths >= 0) & (truths <= 1))):
+    valid = np.all((probabilities >= low) & (probabilities <= 1)) and np.all((outcomes >= 0) & (outcomes <= 1))
+    if not valid:
         raise InputError(f"calibration: predicted must lie in [{low}, 1] and outcome in [0, 1]")
     edges = np.linspace(low, 1.0, bins + 1)
-    which = np.clip(np.searchsorted(edges, claims, side="right") - 1, 0, bins - 1)
-    found = []
+    bin_of = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, bins - 1)
+    entries = []
     for index in range(bins):
-        inside = which == index
+        inside = bin_of == index
         count = int(inside.sum())
         if count:
-            observed = wilson_interval(float(truths[inside].sum()), count)
-            found.append(
-                CalibrationBin(
-                    float(edges[index]), float(edges[index + 1]), count, claims[inside].mean().item(), observed
-                )
-            )
-    error = sum(each.n * abs(each.predicted - each.observed.mean) for each in found) / claims.size
-    return Calibration(tuple(found), error)
+            observed = wilson_interval(float(outcomes[inside].sum()), count)
+            mean = probabilities[inside].mean().item()
+            entries.append(CalibrationBin(float(edges[index]), float(edges[index + 1]), count, mean, observed))
+    error = sum(entry.n * abs(entry.predicted - entry.observed.mean) for entry in entries) / probabilities.size
+    return Calibration(tuple(entries), error)
 
 
 def preference_calibration(chosen: ArrayLike, rejected: ArrayLike, *, bins: int = 5) -> Calibration:
-    """Calibration of a Bradley-Terry reward model: its confidence sigmoid(|difference|) against how often it is right.
+    """Return the calibration of a Bradley-Terry reward model: its confidence sigmoid(|difference|) and its accuracy.
 
     chosen, rejected: [N] rewards on the model's own scale. Confidence lies in [0.5, 1]; a tie is half right.
     """
@@ -85,10 +83,10 @@ def preference_calibration(chosen: ArrayLike, rejected: ArrayLike, *, bins: int 
 
 
 def expected_max(rewards: ArrayLike, n: int) -> float:
-    """Unbiased estimate of E[the best of n] from N >= n samples of one prompt.
+    """Return the unbiased estimate of E[the best of n] from N >= n samples of one prompt.
 
     sum over i of C(i - 1, n - 1) / C(N, n) * r_(i), r_(1) <= ... <= r_(N): the mean over all subsets of size n of their
-    maximum (as pass@k of Chen et al. 2021). rewards [1, 2, 4], n = 2: (2 + 4 + 4) / 3.
+    maximum (as pass@k of Chen et al. 2021). Example: rewards [1, 2, 4], n = 2: (2 + 4 + 4) / 3.
     """
     ordered = np.sort(np.asarray(rewards, np.float64))
     total = ordered.size
@@ -105,7 +103,7 @@ def expected_max(rewards: ArrayLike, n: int) -> float:
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """Upper bound on KL(best of n || policy) in nats: log n - (n - 1) / n (Beirami et al. 2024 show it is a bound)."""
+    """Return the upper bound log n - (n - 1) / n on KL(best of n || policy) in nats (a bound by Beirami et al. 2024)."""
     if n < 1:
         raise InputError(f"best_of_n_kl_bound: n = {n}; give at least 1")
     return math.log(n) - (n - 1) / n

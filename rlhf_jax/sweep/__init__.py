@@ -1,1 +1,1 @@
-"""Sweeps: settings times seeds, a name for each run, and what the finished runs measured."""
+"""Sweeps: settings times seeds, a name for each run, and the metrics of the finished runs."""

@@ -1,6 +1,6 @@
-"""The plan of a sweep (settings times seeds, a readable name for each run) and what its finished runs measured.
+"""The plan of a sweep (settings times seeds, a readable name for each run) and the metrics of its finished runs.
 
-No process is started and no statistics are made here: ``experiments/sweep.py`` does that.
+This module starts no process and computes no statistics: ``experiments/sweep.py`` does that.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ Setting = dict[str, str]
 """{gin key: value as gin text}."""
 REMEDY = "run the evaluation again"
 LONGEST_VALUE = 40
-"""Characters of a value in a directory name; a longer one is cut and told apart by its hash."""
+"""Characters of a value in a directory name; a longer one is cut and ends with its hash."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """name: its directory below the sweep's. setting: the part of the name that its seeds share. seed: None = the
-    configuration's own."""
+    """A run of a sweep.
+
+    name: its directory below the sweep's. setting: the part of the name that its seeds share. values: the gin keys that it
+    sets. seed: None = the configuration's own.
+    """
 
     name: str
     setting: str
@@ -39,7 +42,7 @@ class PlannedRun:
     seed: int | None
 
 
-def _split(text: str, separator: str) -> list[str]:
+def _split_outside_quotes(text: str, separator: str) -> list[str]:
     """Cut ``text`` at the separators outside of quotes and brackets: "1,(2,3),'a,b'" -> 1 | (2,3) | 'a,b'."""
     parts, begin, depth, quote = [], 0, 0, ""
     for index, character in enumerate(text):
@@ -57,7 +60,7 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, text[begin:].strip()]
 
 
-def _assignment(text: str, flag: str) -> tuple[str, str]:
+def _parse_assignment(text: str, flag: str) -> tuple[str, str]:
     key, equals, value = (part.strip() for part in text.partition("="))
     if not (key and equals and value):
         raise InputError(f"--{flag}={text!r}: write KEY=VALUE, for instance PPOConfig.kl_coefficient=0.05")
@@ -66,8 +69,8 @@ def _assignment(text: str, flag: str) -> tuple[str, str]:
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
     """Parse 'PPOConfig.kl_coefficient=0.02,0.05' into (the key, its values as gin text). Raises InputError."""
-    key, values = _assignment(text, "grid")
-    parts = _split(values, ",")
+    key, values = _parse_assignment(text, "grid")
+    parts = _split_outside_quotes(values, ",")
     if "" in parts:
         raise InputError(f"--grid={text!r}: a value is empty; write KEY=VALUE,VALUE")
     if len(set(parts)) < len(parts):
@@ -77,7 +80,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
 
 def parse_point(text: str) -> Setting:
     """Parse 'A.b=1; C.d=2' into {'A.b': '1', 'C.d': '2'}. Raises InputError."""
-    pairs = [_assignment(part, "point") for part in _split(text, ";") if part]
+    pairs = [_parse_assignment(part, "point") for part in _split_outside_quotes(text, ";") if part]
     if not pairs or len(dict(pairs)) < len(pairs):
         raise InputError(f"--point={text!r}: write KEY=VALUE; KEY=VALUE with every key once")
     return dict(pairs)
@@ -113,8 +116,10 @@ def plan(settings: Sequence[Setting], seeds: Sequence[int]) -> list[PlannedRun]:
     """
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds={','.join(map(str, seeds))}: a seed is given twice")
-    short = _short_keys(list(dict.fromkeys(key for setting in settings for key in setting)))
-    names = ["__".join(f"{short[key]}={_plain(value)}" for key, value in setting.items()) for setting in settings]
+    short = _shorten_keys(list(dict.fromkeys(key for setting in settings for key in setting)))
+    names = [
+        "__".join(f"{short[key]}={_file_name_part(value)}" for key, value in setting.items()) for setting in settings
+    ]
     occurrences = Counter(names)
     runs = []
     for setting, name in zip(settings, names, strict=True):
@@ -127,7 +132,7 @@ def plan(settings: Sequence[Setting], seeds: Sequence[int]) -> list[PlannedRun]:
     return runs
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+def _shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """Cut keys short: {'policy/O.b1': 'b1'}; two keys that end alike keep one component more, and so on."""
     parts = {key: re.split(r"[./]", key) for key in keys}
     short = {}
@@ -140,7 +145,7 @@ def _short_keys(keys: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def _plain(value: str) -> str:
+def _file_name_part(value: str) -> str:
     """Format a value as part of a file name."""
     text = re.sub(r"[^A-Za-z0-9.+-]+", "_", value).strip("_") or _hash(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 9]}-{_hash(value)}"
@@ -154,14 +159,14 @@ def _hash(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """metrics: what a finished run measured, by name. problems: what is wrong with the files that say so."""
+class Measurements:
+    """The final metrics of a finished run by name, and the problems of the files that they were read from."""
 
     metrics: dict[str, float]
     problems: list[str]
 
 
-def final_metrics(run_dir: Path, average: int = 1) -> Measured:
+def final_metrics(run_dir: Path, average: int = 1) -> Measurements:
     """Return the measurements of a finished run.
 
     metrics.jsonl: each metric's last value, or the mean of its last ``average`` ones. evaluation.json: POLICY/SCORE, and
@@ -169,15 +174,15 @@ def final_metrics(run_dir: Path, average: int = 1) -> Measured:
     a pipeline) have their names in front: ppo/score, evaluation/sft->ppo/gold. Raises InputError for a damaged
     evaluation.json.
     """
-    whole = _of_directory(run_dir, average)
+    whole = _read_directory(run_dir, average)
     for stage in sorted(path for path in run_dir.iterdir() if path.is_dir()):
-        part = _of_directory(stage, average)
+        part = _read_directory(stage, average)
         whole.metrics.update({f"{stage.name}/{name}": value for name, value in part.metrics.items()})
         whole.problems.extend(part.problems)
     return whole
 
 
-def _of_directory(directory: Path, average: int) -> Measured:
+def _read_directory(directory: Path, average: int) -> Measurements:
     lines, _ = read_metrics(directory, latest_step(directory))
     values: dict[str, list[float]] = {}
     for row in lines.rows:
@@ -187,13 +192,13 @@ def _of_directory(directory: Path, average: int) -> Measured:
     metrics = {name: sum(series[-average:]) / len(series[-average:]) for name, series in values.items()}
     file = directory / "evaluation.json"
     if file.is_file():
-        metrics |= _of_evaluation(read_object(file, REMEDY, finite=False), str(file))
-    return Measured(metrics, list(lines.problems))
+        metrics |= _read_evaluation(read_object(file, REMEDY, finite=False), str(file))
+    return Measurements(metrics, list(lines.problems))
 
 
-def _of_evaluation(evaluation: dict[str, Any], place: str) -> dict[str, float]:
+def _read_evaluation(evaluation: dict[str, Any], place: str) -> dict[str, float]:
     try:
-        metrics = {name: value for name, value in _named_means(evaluation) if value is not None}
+        metrics = {name: value for name, value in _list_means(evaluation) if value is not None}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: not what evaluate.py writes ({type(error).__name__}: {error}); {REMEDY}") from error
     for name, value in metrics.items():
@@ -202,7 +207,7 @@ def _of_evaluation(evaluation: dict[str, Any], place: str) -> dict[str, float]:
     return metrics
 
 
-def _named_means(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _list_means(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Return POLICY/SCORE, FROM->TO/SCORE and FROM->TO/gold_at_equal_length of an evaluation.json."""
     for policy in evaluation["policies"]:
         yield from ((f"{policy['name']}/{score}", entry["mean"]) for score, entry in policy["scores"].items())

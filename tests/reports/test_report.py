@@ -154,9 +154,9 @@ def test_an_interval_around_zero_shows_no_difference():
     worse = json.loads(json.dumps(EVALUATION))
     worse["differences"][0]["paired"]["gold"] = interval(-0.2, -0.3, -0.1)
     assert "gold -0.200" in headlines(worse)[0] and "includes zero" not in headlines(worse)[0]
-    for nothing in (None, float("nan")):  # of one prompt; earlier versions wrote NaN
+    for empty in (None, float("nan")):  # of one prompt; earlier versions wrote NaN
         single = json.loads(json.dumps(EVALUATION))
-        single["differences"][0]["paired"]["gold"] = interval(0.2, nothing, nothing)
+        single["differences"][0]["paired"]["gold"] = interval(0.2, empty, empty)
         assert headlines(single)[0].startswith("sft to ppo: gold +0.200 (no interval: no difference shown); at equal")
     assert headlines({}) == [] and headlines({"differences": [{"from": "a", "to": "b", "paired": {}}]}) == []
 
@@ -175,8 +175,8 @@ def test_what_is_known_at_equal_length_is_said():
     assert headlines(changed)[0].endswith("+0.020 [-0.050, +0.090] (the interval includes zero: no difference shown)")
     controlled |= {"gain": interval(0.15, 0.05, 0.25), "extrapolated": True}
     assert headlines(changed)[0].endswith("[+0.050, +0.250], extrapolated: no pair has replies of equal length")
-    for nothing in (None, float("nan")):
-        controlled["gain"] = interval(nothing, nothing, nothing)
+    for empty in (None, float("nan")):
+        controlled["gain"] = interval(empty, empty, empty)
         assert headlines(changed)[0].endswith(
             "; at equal length unknown: too few replies, or all longer or shorter by the same"
         )

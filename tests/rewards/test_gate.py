@@ -147,7 +147,7 @@ def test_failures_are_left_out_and_counted():
     scores = gate({"r": [1.0, Failed("no\nsandbox"), 3.0, Failed("x")], "other": [0.0] * 4}, "r")(FOUR)
     assert scores["r"].failed == 2 and scores["r"].mean == 2.0 and scores["r"].reason == "no sandbox"
     assert scores["r"].scored.tolist() == [True, False, True, False]
-    assert scores["r"].listed() == [1.0, None, 3.0, None] and scores["other"].failed == 0
+    assert scores["r"].to_list() == [1.0, None, 3.0, None] and scores["other"].failed == 0
 
 
 def test_when_all_fail_the_run_stops():

@@ -21,16 +21,16 @@ from rlhf_jax.rewards import RewardPool
 def obedient(responses):
     """What the response says: a number, or how to fail."""
     (response,) = responses
-    said = response.text
-    if said == "hang":
+    printed = response.text
+    if printed == "hang":
         time.sleep(600)
-    if said == "die":
+    if printed == "die":
         os._exit(7)
-    if said == "raise":
+    if printed == "raise":
         raise ValueError("cannot\nread this")
-    score = {"lost": Failed("no\nsandbox"), "nan": math.nan}.get(said)
-    known = {"process": [os.getpid()], "id": [float(response.id) + response.extra["half"]]}
-    return {"score": [float(said) if score is None else score], **known}
+    score = {"lost": Failed("no\nsandbox"), "nan": math.nan}.get(printed)
+    reference_values = {"process": [os.getpid()], "id": [float(response.id) + response.extra["half"]]}
+    return {"score": [float(printed) if score is None else score], **reference_values}
 
 
 def run(pool, texts):
@@ -41,9 +41,9 @@ def test_scores_come_in_order_from_several_processes_and_failures_name_the_promp
     pool = RewardPool(obedient, workers=2, seconds=5)
     try:
         numbers = [float(index % 7) for index in range(40)]
-        found = run(pool, [str(number) for number in numbers])
-        assert found["score"] == numbers and found["id"] == [index + 0.5 for index in range(40)]
-        assert len(set(found["process"])) == 2 and os.getpid() not in found["process"]
+        actual = run(pool, [str(number) for number in numbers])
+        assert actual["score"] == numbers and actual["id"] == [index + 0.5 for index in range(40)]
+        assert len(set(actual["process"])) == 2 and os.getpid() not in actual["process"]
         with pytest.raises(RunStopped, match=r"reward of prompt '2': ValueError: cannot read this"):
             run(pool, ["1", "1", "raise", "1"])
         assert run(pool, ["3"])["score"] == [3.0]  # new processes
@@ -111,9 +111,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 20
-    while (left := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
+    while (remaining := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert left == []
+    assert remaining == []
 
 
 IMPORTING = """
@@ -156,11 +156,11 @@ def test_workers_that_still_import_end_with_the_parent_too(tmp_path):
     parent.kill()
     parent.wait()
     workers, deadline = [int(pid) for pid in pids.read_text().split()], time.monotonic() + 10
-    while (left := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
+    while (remaining := [pid for pid in workers if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
+    for pid in remaining:
         os.kill(pid, signal.SIGKILL)
-    assert len(workers) == 2 and left == []
+    assert len(workers) == 2 and remaining == []
 
 
 def running(pid):

@@ -117,9 +117,9 @@ def test_a_config_builds_everything_before_it_asks_for_the_model(
 ) -> None:
     """Every name and type is right, nothing is bound in vain, the data was read: what is missing is the model."""
     absent, run_dir = tmp_path / "absent", tmp_path / "run"
-    code, said = start(name, MODEL=absent, DATA=locations[name], RUN_DIR=run_dir)
-    assert code == 2 and said.count("\n") == 1 and said.startswith("error: ")
-    assert f"{absent}: no such" in said
+    code, printed = start(name, MODEL=absent, DATA=locations[name], RUN_DIR=run_dir)
+    assert code == 2 and printed.count("\n") == 1 and printed.startswith("error: ")
+    assert f"{absent}: no such" in printed
     assert not run_dir.exists()
 
 
@@ -127,11 +127,11 @@ def test_a_config_builds_everything_before_it_asks_for_the_model(
 def test_what_must_be_set_is_named(
     macro: str, start: Callable[..., tuple[int, str]], locations: dict[str, Path]
 ) -> None:
-    given = {"MODEL": "absent", "DATA": locations["sft/gsm8k_smollm2"]}
-    del given[macro]
-    code, said = start("sft/gsm8k_smollm2", **given)
-    assert code == 2 and said.count("\n") == 1
-    assert f"unknown macro %{macro}: define it" in said
+    settings = {"MODEL": "absent", "DATA": locations["sft/gsm8k_smollm2"]}
+    del settings[macro]
+    code, printed = start("sft/gsm8k_smollm2", **settings)
+    assert code == 2 and printed.count("\n") == 1
+    assert f"unknown macro %{macro}: define it" in printed
 
 
 @pytest.fixture
@@ -151,8 +151,8 @@ def train(
 
     def call(name: str, **bindings: Any) -> list[dict[str, Any]]:
         run_dir = tmp_path / name.replace("/", "-")
-        code, said = start(name, MODEL=model, DATA=locations[name], RUN_DIR=run_dir, **bindings)
-        assert code == 0, said
+        code, printed = start(name, MODEL=model, DATA=locations[name], RUN_DIR=run_dir, **bindings)
+        assert code == 0, printed
         return lines(run_dir)
 
     return call
@@ -160,8 +160,8 @@ def train(
 
 @pytest.mark.slow
 def test_sft_reports_the_held_out_loss_before_training(train: Callable[..., list[dict[str, Any]]]) -> None:
-    found = train("sft/gsm8k_smollm2", **{"run.steps": 3, "OptimizerConfig.learning_rate": 0.01})
-    heldout = {line["step"]: line["heldout/loss"] for line in found if "heldout/loss" in line}
+    actual = train("sft/gsm8k_smollm2", **{"run.steps": 3, "OptimizerConfig.learning_rate": 0.01})
+    heldout = {line["step"]: line["heldout/loss"] for line in actual if "heldout/loss" in line}
     assert list(heldout) == [0, 3]
     assert heldout[3] < heldout[0]
 
@@ -179,17 +179,17 @@ def test_ppo_is_paid_by_sentiment_and_evaluated_on_other_openings(
     tmp_path = reviews.parent
     # A token is a byte here, so an opening needs more than 16 of them.
     wide = {"BatchConfig.length": 512, "BatchConfig.batch_size": 8}
-    found = train("ppo/sentiment_smollm2", **wide, **{"run.steps": 2})
-    assert [line["step"] for line in found] == [1, 2]
-    for line in found:
+    actual = train("ppo/sentiment_smollm2", **wide, **{"run.steps": 2})
+    assert [line["step"] for line in actual] == [1, 2]
+    for line in actual:
         assert line["score"] == pytest.approx(line["monitor/sentiment"], rel=1e-5)
         assert line["identity/identity_gap"] < 1e-4 and line["value"] == pytest.approx(0, abs=0.1)
     ppo = tmp_path / "ppo-sentiment_smollm2"
     inputs = json.loads((ppo / "provenance.json").read_text())["inputs"]
     assert [Path(entry["path"]).name for entry in inputs] == ["model", "rt-polarity.pos", "rt-polarity.neg"]
     places = {"MODEL": model, "DATA": reviews, "PPO": ppo, "RUN_DIR": tmp_path / "evaluation"}
-    code, said = start("ppo/sentiment_evaluate", **wide, **places, **{"sentiment_prompts.limit": 8})
-    assert code == 0, said
+    code, printed = start("ppo/sentiment_evaluate", **wide, **places, **{"sentiment_prompts.limit": 8})
+    assert code == 0, printed
     evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert [policy["name"] for policy in evaluation["policies"]] == ["before", "ppo"]
     assert {"sentiment", "second_opinion", "words", "distinct"} <= evaluation["differences"][0]["paired"].keys()
@@ -213,9 +213,9 @@ def test_sentiment_prompts_are_plain_text_and_name_their_files(reviews: Path) ->
     assert records.template == Template(style="raw") and records.heldout == []
     assert records.train == opening_prompts(corpus)[:5]
     assert records.train[0].prompt[0] == Message("user", " ".join(records.train[0].prompt[0].content.split()[:8]))
-    assert [Path(given.path).name for given in records.as_inputs()] == ["rt-polarity.pos", "rt-polarity.neg"]
-    both = sentiment_prompts(corpus, "heldout", "both").read().train
-    assert both == opening_prompts(corpus, "heldout", "both") and len(both) > len(records.train)
+    assert [Path(settings.path).name for settings in records.as_inputs()] == ["rt-polarity.pos", "rt-polarity.neg"]
+    pair = sentiment_prompts(corpus, "heldout", "both").read().train
+    assert pair == opening_prompts(corpus, "heldout", "both") and len(pair) > len(records.train)
 
 
 def test_sentiment_scores_go_with_the_opinion(reviews: Path) -> None:

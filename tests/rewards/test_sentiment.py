@@ -87,11 +87,11 @@ def test_naive_bayes_refuses_what_it_cannot_fit() -> None:
 def test_parts_are_decided_by_the_opening_and_have_their_shares() -> None:
     assert sum(PARTS.values()) == pytest.approx(1.0)
     openings = [f"opening number {number}" for number in range(4000)]
-    found = [part_of(opening) for opening in openings]
+    actual = [part_of(opening) for opening in openings]
     for part, share in PARTS.items():
-        deviation = math.sqrt(share * (1 - share) / len(found))
-        assert abs(found.count(part) / len(found) - share) < 4 * deviation, part
-    assert [part_of(f"  {opening.upper()} ") for opening in openings[:50]] == found[:50]
+        deviation = math.sqrt(share * (1 - share) / len(actual))
+        assert abs(actual.count(part) / len(actual) - share) < 4 * deviation, part
+    assert [part_of(f"  {opening.upper()} ") for opening in openings[:50]] == actual[:50]
 
 
 def test_no_opening_is_in_two_parts_and_prompts_are_never_fitted_on(corpus: SentimentCorpus) -> None:
@@ -150,13 +150,13 @@ def test_unknown_parts_and_sentiments_are_refused(
 def test_the_scale_is_that_of_held_out_continuations(corpus: SentimentCorpus) -> None:
     sentences = read_sentences(corpus)
     scorer = sentiment_scorer(corpus)
-    rest = [item.rest for item in sentences if item.part == "heldout" and item.rest]
+    remaining = [item.rest for item in sentences if item.part == "heldout" and item.rest]
     for name in ("sentiment", "second_opinion"):
-        scores = scorer([Response((), text) for text in rest])[name]
+        scores = scorer([Response((), text) for text in remaining])[name]
         assert math.fsum(scores) / len(scores) == pytest.approx(0, abs=1e-9)
         assert math.fsum(s * s for s in scores) / len(scores) == pytest.approx(1)
     # Every judgement has a word of its kind, so both classifiers are always right.
-    assert scorer.reward.accuracy == scorer.second.accuracy == (len(rest), len(rest))
+    assert scorer.reward.accuracy == scorer.second.accuracy == (len(remaining), len(remaining))
     assert scorer.reward.classifier != scorer.second.classifier
 
 
@@ -224,8 +224,8 @@ def test_published_accuracy_on_rt_polarity() -> None:
     assert [len(rows) for rows in texts.values()] == [5331, 5331]
     right = 0
     for fold in range(10):
-        kept = [[text for i, text in enumerate(rows) if i % 10 != fold] for rows in texts.values()]
-        model = fit_naive_bayes(*kept)
+        remaining = [[text for i, text in enumerate(rows) if i % 10 != fold] for rows in texts.values()]
+        model = fit_naive_bayes(*remaining)
         right += sum(model.log_odds(text) > 0 for text in texts["pos"][fold::10])
         right += sum(model.log_odds(text) <= 0 for text in texts["neg"][fold::10])
     assert right / 10662 == pytest.approx(0.790, abs=0.01)

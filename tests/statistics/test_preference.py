@@ -26,17 +26,17 @@ def test_a_tie_is_a_mistake():
 
 def test_calibration_by_hand():
     """Bins of width .25: {.1, .2} came true 1 of 2, {.6} never, {.9, 1.} 1.5 of 2."""
-    found = calibration([0.1, 0.2, 0.6, 0.9, 1.0], [1, 0, 0, 1, 0.5], bins=4)
-    assert [(b.low, b.high, b.n) for b in found.bins] == [(0.0, 0.25, 2), (0.5, 0.75, 1), (0.75, 1.0, 2)]
-    assert [b.predicted for b in found.bins] == pytest.approx([0.15, 0.6, 0.95])
-    assert [b.observed.mean for b in found.bins] == pytest.approx([0.5, 0.0, 0.75])
-    assert found.error == pytest.approx((2 * 0.35 + 0.6 + 2 * 0.2) / 5)
-    assert found.bins[0].observed == wilson_interval(1, 2)
+    actual = calibration([0.1, 0.2, 0.6, 0.9, 1.0], [1, 0, 0, 1, 0.5], bins=4)
+    assert [(b.low, b.high, b.n) for b in actual.bins] == [(0.0, 0.25, 2), (0.5, 0.75, 1), (0.75, 1.0, 2)]
+    assert [b.predicted for b in actual.bins] == pytest.approx([0.15, 0.6, 0.95])
+    assert [b.observed.mean for b in actual.bins] == pytest.approx([0.5, 0.0, 0.75])
+    assert actual.error == pytest.approx((2 * 0.35 + 0.6 + 2 * 0.2) / 5)
+    assert actual.bins[0].observed == wilson_interval(1, 2)
 
 
 def test_a_bin_begins_with_its_lower_edge():
-    found = calibration([0.0, 0.5, 1.0], [0, 1, 1], bins=2)
-    assert [(b.low, b.n) for b in found.bins] == [(0.0, 1), (0.5, 2)]
+    actual = calibration([0.0, 0.5, 1.0], [0, 1, 1], bins=2)
+    assert [(b.low, b.n) for b in actual.bins] == [(0.0, 1), (0.5, 2)]
 
 
 def test_the_right_model_is_calibrated_and_an_overconfident_one_is_not():
@@ -51,10 +51,10 @@ def test_the_right_model_is_calibrated_and_an_overconfident_one_is_not():
 
 
 def test_confidence_lies_between_a_half_and_one():
-    found = preference_calibration([0.0, 3.0, 0.0], [0.0, 0.0, 100.0], bins=5)
-    assert found.bins[0].low == 0.5 and found.bins[-1].high == 1.0
-    assert found.bins[0].observed.mean == 0.5  # a tie is half right
-    assert found.bins[-1].n == 2 and found.bins[-1].observed.mean == 0.5
+    actual = preference_calibration([0.0, 3.0, 0.0], [0.0, 0.0, 100.0], bins=5)
+    assert actual.bins[0].low == 0.5 and actual.bins[-1].high == 1.0
+    assert actual.bins[0].observed.mean == 0.5  # a tie is half right
+    assert actual.bins[-1].n == 2 and actual.bins[-1].observed.mean == 0.5
 
 
 def test_best_of_n_equals_the_mean_over_all_subsets():

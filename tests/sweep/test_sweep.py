@@ -73,13 +73,13 @@ def sweep(
 
     def call(*arguments: str) -> tuple[int, str, str]:
         usual = {"experiment": "stub", "gin_file": "x.gin", "out": "out"}
-        given = [
+        settings = [
             f"--{name}={value}"
             for name, value in usual.items()
-            if not any(each.startswith(f"--{name}=") for each in arguments)
+            if not any(item.startswith(f"--{name}=") for item in arguments)
         ]
         with flagsaver.flagsaver():
-            code = module.main(["sweep.py", *given, *arguments])
+            code = module.main(["sweep.py", *settings, *arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -142,7 +142,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(sweep: Sweep, tmp_path: Path
     log = (tmp_path / "out" / "logs" / "lr=-1.0__seed=0.log").read_text()
     assert "warming up" in log
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [(each["done"], each["runs"]) for each in summary["settings"]] == [(0, 2), (2, 2)]
+    assert [(value["done"], value["runs"]) for value in summary["settings"]] == [(0, 2), (2, 2)]
     assert "0 of 2" in out
 
     (tmp_path / "repaired").touch()
@@ -242,8 +242,8 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     flags += ["--metrics=heldout/loss,loss"]
     environment = {**os.environ, "XLA_FLAGS": COMPILER}
     command = [sys.executable, "experiments/sweep.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    completions = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert completions.returncode == 0, completions.stderr
     losses = []
     for seed in (0, 1):
         run_dir = tmp_path / "out" / f"seed={seed}"
@@ -257,8 +257,8 @@ def test_a_real_sweep(tmp_path: Path) -> None:
 def test_a_typo_in_the_grid_is_found_before_the_first_run(server: Server, tmp_path: Path) -> None:
     flags = ["--experiment=train_sft", "--gin_file=configs/smoke/base.gin", f"--out={tmp_path / 'out'}"]
     typo = "--grid=OptimizerConfig.learning_rat=1e-3,1e-4"
-    done = server(tmp_path, [*CHECKED, *flags, typo])
-    assert done.returncode == 2 and "did you mean 'learning_rate'?" in done.stderr, done.stderr
+    result = server(tmp_path, [*CHECKED, *flags, typo])
+    assert result.returncode == 2 and "did you mean 'learning_rate'?" in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
 
 
