@@ -64,7 +64,7 @@ def test_tastes_change_labels_as_designed():
     assert abs(frequency(taste, flattering, modest) - 0.881) < 0.025
 
 
-def test_a_label_does_not_depend_on_presentation_or_on_other_pairs():
+def test_a_label_depends_neither_on_order_nor_on_other_pairs():
     first, second = AnnotatedResponse("alpha", 0.6), AnnotatedResponse("beta", 0.4)
     rows = [(f"p{i}", "?") for i in range(200)]
     labels = label_pairs(PLAIN, rows, [(first, second)] * 200, flatters).comparisons

@@ -96,7 +96,7 @@ def test_the_whole_page(run_dir):
     assert "17|abcdef012345, abcdef012345 with changes|" in page.text.replace("\n", "")
 
 
-def test_nothing_is_loaded_from_elsewhere_and_pictures_are_pictures(run_dir):
+def test_the_page_is_self_contained_and_has_pictures(run_dir):
     page = Page(write_report(run_dir, STAGES))
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
     for source in page.sources:
@@ -118,20 +118,20 @@ def test_a_dialogue_is_shown_by_turns(run_dir):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    page = Page(write_report(empty, STAGES))
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    page = Page(write_report(unknown, STAGES))
     assert page.text.count("(missing)") == 4 and "No evaluation was run." in page.text and "img" not in page.tags
 
-    write_stage(empty / "sft", [])  # begun, nothing logged yet
-    (empty / "reward").mkdir()
-    page = Page(write_report(empty, STAGES))
+    write_stage(unknown / "sft", [])  # begun, nothing logged yet
+    (unknown / "reward").mkdir()
+    page = Page(write_report(unknown, STAGES))
     assert page.text.count("(missing)") == 2
 
-    (empty / "comparison").mkdir()
-    file = empty / "comparison" / "evaluation.json"
+    (unknown / "comparison").mkdir()
+    file = unknown / "comparison" / "evaluation.json"
     file.write_text(json.dumps({"policies": EVALUATION["policies"][:1]}))  # one policy: nothing to compare
-    page = Page(write_report(empty, STAGES))
+    page = Page(write_report(unknown, STAGES))
     assert "0.500 [0.400, 0.600]" in page.text and "Samples" not in page.text
 
 
@@ -154,20 +154,20 @@ def test_an_interval_around_zero_shows_no_difference():
     worse = json.loads(json.dumps(EVALUATION))
     worse["differences"][0]["paired"]["gold"] = interval(-0.2, -0.3, -0.1)
     assert "gold -0.200" in headlines(worse)[0] and "includes zero" not in headlines(worse)[0]
-    for empty in (None, float("nan")):  # of one prompt; earlier versions wrote NaN
+    for unknown in (None, float("nan")):  # of one prompt; earlier versions wrote NaN
         single = json.loads(json.dumps(EVALUATION))
-        single["differences"][0]["paired"]["gold"] = interval(0.2, empty, empty)
+        single["differences"][0]["paired"]["gold"] = interval(0.2, unknown, unknown)
         assert headlines(single)[0].startswith("sft to ppo: gold +0.200 (no interval: no difference shown); at equal")
     assert headlines({}) == [] and headlines({"differences": [{"from": "a", "to": "b", "paired": {}}]}) == []
 
 
-def test_without_gold_the_first_score_is_told():
+def test_without_gold_the_headline_has_the_first_score():
     entry = {"from": "a", "to": "b", "paired": {"praise": interval(0.2, 0.1, 0.3), "length": interval(3.0, 1.0, 5.0)}}
     assert headlines({"differences": [entry]}) == ["a to b: praise +0.200 [+0.100, +0.300]"]
 
 
-def test_what_is_known_at_equal_length_is_said():
-    """A gain that may be length only is doubted too; a line that reaches beyond what was seen, or does not exist, is named."""
+def test_the_headline_has_the_gain_at_equal_length():
+    """The headline marks a gain at equal length that may be zero, is extrapolated, or is unknown."""
     changed = json.loads(json.dumps(EVALUATION))
     controlled = changed["differences"][0]["length_controlled"]
     assert headlines(changed) == ["sft to ppo: gold +0.200 [+0.100, +0.300]; at equal length +0.150 [+0.050, +0.250]"]
@@ -175,8 +175,8 @@ def test_what_is_known_at_equal_length_is_said():
     assert headlines(changed)[0].endswith("+0.020 [-0.050, +0.090] (the interval includes zero: no difference shown)")
     controlled |= {"gain": interval(0.15, 0.05, 0.25), "extrapolated": True}
     assert headlines(changed)[0].endswith("[+0.050, +0.250], extrapolated: no pair has replies of equal length")
-    for empty in (None, float("nan")):
-        controlled["gain"] = interval(empty, empty, empty)
+    for unknown in (None, float("nan")):
+        controlled["gain"] = interval(unknown, unknown, unknown)
         assert headlines(changed)[0].endswith(
             "; at equal length unknown: too few replies, or all longer or shorter by the same"
         )

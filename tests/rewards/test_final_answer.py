@@ -60,8 +60,8 @@ def test_what_a_policy_repeats_without_end_is_no_answer(text):
 
 @pytest.mark.parametrize("reference", ["48 / 2 = 24.\n#### 72", "72", " 72.0 ", 72, 72.0, r"\boxed{72}"])
 def test_a_reference_in_any_form(reference):
-    printed = ["#### 72", "144 / 2 = 72\n#### $72.00", "#### 73", "72", ""]
-    responses = [Response((), text, extra={"gold": reference}, id="q") for text in printed]
+    texts = ["#### 72", "144 / 2 = 72\n#### $72.00", "#### 73", "72", ""]
+    responses = [Response((), text, extra={"gold": reference}, id="q") for text in texts]
     scores = CheckedReward(FinalAnswer("gold"), "run.reward_texts", "correct")(responses)
     assert scores["correct"].values.tolist() == [1, 1, 0, 0, 0]
     assert scores["answered"].values.tolist() == [1, 1, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""One finite number, or Failed, per response under each name: everything else that a reward may give is refused."""
+"""The gate of rewards accepts one finite number, or Failed, per response under each name, and rejects everything else."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.records import Failed, Response
 from rlhf_jax.rewards import CheckedReward
 
-ASKED = (Message("user", "How long?"),)
-FOUR = [Response(ASKED, text, id=f"q{index}") for index, text in enumerate(("a", "bb", "ccc", "dddd"))]
+PROMPT = (Message("user", "How long?"),)
+FOUR = [Response(PROMPT, text, id=f"q{index}") for index, text in enumerate(("a", "bb", "ccc", "dddd"))]
 
 
 def gate(answer, key=None):
@@ -47,7 +47,7 @@ def test_truth_values_are_one_and_zero():
 
 
 class Unreadable:
-    """As a torch tensor that has a gradient: it has the shape of scores and cannot become an array."""
+    """An array like a torch tensor with a gradient: it has the shape of scores and cannot become a numpy array."""
 
     shape = (4,)
 
@@ -198,7 +198,7 @@ def test_a_masked_score_is_no_number():
 def test_what_a_reward_changes_reaches_nobody():
     """Prompts are drawn again in later epochs, and their columns are shared by all responses to one prompt."""
     extra = {"tests": ["a", "b"]}
-    responses = [Response(ASKED, text, extra=extra, id="q") for text in ("a", "b")]
+    responses = [Response(PROMPT, text, extra=extra, id="q") for text in ("a", "b")]
 
     def takes(responses):
         scores = [float(len(response.extra["tests"])) for response in responses]

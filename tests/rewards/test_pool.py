@@ -21,23 +21,23 @@ from rlhf_jax.rewards import RewardPool
 def obedient(responses):
     """What the response says: a number, or how to fail."""
     (response,) = responses
-    printed = response.text
-    if printed == "hang":
+    text = response.text
+    if text == "hang":
         time.sleep(600)
-    if printed == "die":
+    if text == "die":
         os._exit(7)
-    if printed == "raise":
+    if text == "raise":
         raise ValueError("cannot\nread this")
-    score = {"lost": Failed("no\nsandbox"), "nan": math.nan}.get(printed)
-    reference_values = {"process": [os.getpid()], "id": [float(response.id) + response.extra["half"]]}
-    return {"score": [float(printed) if score is None else score], **reference_values}
+    score = {"lost": Failed("no\nsandbox"), "nan": math.nan}.get(text)
+    identity = {"process": [os.getpid()], "id": [float(response.id) + response.extra["half"]]}
+    return {"score": [float(text) if score is None else score], **identity}
 
 
 def run(pool, texts):
     return pool([Response((), text, extra={"half": 0.5}, id=str(index)) for index, text in enumerate(texts)])
 
 
-def test_scores_come_in_order_from_several_processes_and_failures_name_the_prompt():
+def test_scores_keep_their_order_and_failures_name_the_prompt():
     pool = RewardPool(obedient, workers=2, seconds=5)
     try:
         numbers = [float(index % 7) for index in range(40)]

@@ -127,9 +127,9 @@ def test_a_config_builds_everything_before_it_asks_for_the_model(
 def test_what_must_be_set_is_named(
     macro: str, start: Callable[..., tuple[int, str]], locations: dict[str, Path]
 ) -> None:
-    settings = {"MODEL": "absent", "DATA": locations["sft/gsm8k_smollm2"]}
-    del settings[macro]
-    code, printed = start("sft/gsm8k_smollm2", **settings)
+    macros = {"MODEL": "absent", "DATA": locations["sft/gsm8k_smollm2"]}
+    del macros[macro]
+    code, printed = start("sft/gsm8k_smollm2", **macros)
     assert code == 2 and printed.count("\n") == 1
     assert f"unknown macro %{macro}: define it" in printed
 
@@ -160,8 +160,8 @@ def train(
 
 @pytest.mark.slow
 def test_sft_reports_the_held_out_loss_before_training(train: Callable[..., list[dict[str, Any]]]) -> None:
-    actual = train("sft/gsm8k_smollm2", **{"run.steps": 3, "OptimizerConfig.learning_rate": 0.01})
-    heldout = {line["step"]: line["heldout/loss"] for line in actual if "heldout/loss" in line}
+    metrics = train("sft/gsm8k_smollm2", **{"run.steps": 3, "OptimizerConfig.learning_rate": 0.01})
+    heldout = {line["step"]: line["heldout/loss"] for line in metrics if "heldout/loss" in line}
     assert list(heldout) == [0, 3]
     assert heldout[3] < heldout[0]
 
@@ -173,15 +173,15 @@ def test_reward_reports_accuracy_with_its_interval(train: Callable[..., list[dic
 
 
 @pytest.mark.slow
-def test_ppo_is_paid_by_sentiment_and_evaluated_on_other_openings(
+def test_ppo_on_sentiment_is_evaluated_on_other_openings(
     train: Callable[..., list[dict[str, Any]]], start: Callable[..., tuple[int, str]], model: Path, reviews: Path
 ) -> None:
     tmp_path = reviews.parent
     # A token is a byte here, so an opening needs more than 16 of them.
     wide = {"BatchConfig.length": 512, "BatchConfig.batch_size": 8}
-    actual = train("ppo/sentiment_smollm2", **wide, **{"run.steps": 2})
-    assert [line["step"] for line in actual] == [1, 2]
-    for line in actual:
+    metrics = train("ppo/sentiment_smollm2", **wide, **{"run.steps": 2})
+    assert [line["step"] for line in metrics] == [1, 2]
+    for line in metrics:
         assert line["score"] == pytest.approx(line["monitor/sentiment"], rel=1e-5)
         assert line["identity/identity_gap"] < 1e-4 and line["value"] == pytest.approx(0, abs=0.1)
     ppo = tmp_path / "ppo-sentiment_smollm2"
@@ -213,9 +213,9 @@ def test_sentiment_prompts_are_plain_text_and_name_their_files(reviews: Path) ->
     assert records.template == Template(style="raw") and records.heldout == []
     assert records.train == opening_prompts(corpus)[:5]
     assert records.train[0].prompt[0] == Message("user", " ".join(records.train[0].prompt[0].content.split()[:8]))
-    assert [Path(settings.path).name for settings in records.as_inputs()] == ["rt-polarity.pos", "rt-polarity.neg"]
-    pair = sentiment_prompts(corpus, "heldout", "both").read().train
-    assert pair == opening_prompts(corpus, "heldout", "both") and len(pair) > len(records.train)
+    assert [Path(source.path).name for source in records.as_inputs()] == ["rt-polarity.pos", "rt-polarity.neg"]
+    heldout = sentiment_prompts(corpus, "heldout", "both").read().train
+    assert heldout == opening_prompts(corpus, "heldout", "both") and len(heldout) > len(records.train)
 
 
 def test_sentiment_scores_go_with_the_opinion(reviews: Path) -> None:

@@ -87,14 +87,14 @@ def test_naive_bayes_refuses_what_it_cannot_fit() -> None:
 def test_parts_are_decided_by_the_opening_and_have_their_shares() -> None:
     assert sum(PARTS.values()) == pytest.approx(1.0)
     openings = [f"opening number {number}" for number in range(4000)]
-    actual = [part_of(opening) for opening in openings]
+    parts = [part_of(opening) for opening in openings]
     for part, share in PARTS.items():
-        deviation = math.sqrt(share * (1 - share) / len(actual))
-        assert abs(actual.count(part) / len(actual) - share) < 4 * deviation, part
-    assert [part_of(f"  {opening.upper()} ") for opening in openings[:50]] == actual[:50]
+        deviation = math.sqrt(share * (1 - share) / len(parts))
+        assert abs(parts.count(part) / len(parts) - share) < 4 * deviation, part
+    assert [part_of(f"  {opening.upper()} ") for opening in openings[:50]] == parts[:50]
 
 
-def test_no_opening_is_in_two_parts_and_prompts_are_never_fitted_on(corpus: SentimentCorpus) -> None:
+def test_parts_share_no_opening_and_prompts_are_not_fitted_on(corpus: SentimentCorpus) -> None:
     sentences = read_sentences(corpus)
     assert len(sentences) == 401
     where: dict[str, set[str]] = {}
@@ -102,7 +102,7 @@ def test_no_opening_is_in_two_parts_and_prompts_are_never_fitted_on(corpus: Sent
         where.setdefault(item.opening, set()).add(item.part)
     assert all(len(parts) == 1 for parts in where.values())
     prompts = {prompt.prompt[0].content for prompt in opening_prompts(corpus, "prompts", "both")}
-    assert prompts and prompts == {item.opening for item in sentences if item.part == "prompts" and item.rest}
+    assert prompts and prompts == {item.opening for item in sentences if item.part == "prompts" and item.continuation}
     # Whatever is said after the prompts' openings does not move the reward.
     altered = [
         Sentence(s.id, s.opening, "entirely other words", s.sentiment, s.part) if s.part == "prompts" else s
@@ -127,7 +127,7 @@ def test_prompts_are_the_first_words_in_file_order(corpus: SentimentCorpus) -> N
 
 def test_a_sentence_without_more_words_is_no_prompt(corpus: SentimentCorpus) -> None:
     short = next(item for item in read_sentences(corpus) if item.id == "up.txt:201")
-    assert (short.text, short.opening, short.rest) == ("très belle", "très belle", "")
+    assert (short.text, short.opening, short.continuation) == ("très belle", "très belle", "")
     whole = SentimentCorpus(corpus.directory, corpus.positive, corpus.negative, prompt_words=10)
     with pytest.raises(InputError, match=r"no positive sentence of part 'prompts' has more than .*prompt_words = 10"):
         opening_prompts(whole)
@@ -150,13 +150,13 @@ def test_unknown_parts_and_sentiments_are_refused(
 def test_the_scale_is_that_of_held_out_continuations(corpus: SentimentCorpus) -> None:
     sentences = read_sentences(corpus)
     scorer = sentiment_scorer(corpus)
-    remaining = [item.rest for item in sentences if item.part == "heldout" and item.rest]
+    continuations = [item.continuation for item in sentences if item.part == "heldout" and item.continuation]
     for name in ("sentiment", "second_opinion"):
-        scores = scorer([Response((), text) for text in remaining])[name]
+        scores = scorer([Response((), text) for text in continuations])[name]
         assert math.fsum(scores) / len(scores) == pytest.approx(0, abs=1e-9)
         assert math.fsum(s * s for s in scores) / len(scores) == pytest.approx(1)
     # Every judgement has a word of its kind, so both classifiers are always right.
-    assert scorer.reward.accuracy == scorer.second.accuracy == (len(remaining), len(remaining))
+    assert scorer.reward.accuracy == scorer.second.accuracy == (len(continuations), len(continuations))
     assert scorer.reward.classifier != scorer.second.classifier
 
 
@@ -224,8 +224,8 @@ def test_published_accuracy_on_rt_polarity() -> None:
     assert [len(rows) for rows in texts.values()] == [5331, 5331]
     right = 0
     for fold in range(10):
-        remaining = [[text for i, text in enumerate(rows) if i % 10 != fold] for rows in texts.values()]
-        model = fit_naive_bayes(*remaining)
+        training = [[text for i, text in enumerate(rows) if i % 10 != fold] for rows in texts.values()]
+        model = fit_naive_bayes(*training)
         right += sum(model.log_odds(text) > 0 for text in texts["pos"][fold::10])
         right += sum(model.log_odds(text) <= 0 for text in texts["neg"][fold::10])
     assert right / 10662 == pytest.approx(0.790, abs=0.01)

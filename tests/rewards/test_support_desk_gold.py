@@ -178,9 +178,9 @@ def test_any_text_has_a_finite_low_score(text):
 
 
 def test_listing_everything_is_worth_less_than_one_honest_guess():
-    complete = answer(f"Friday Monday Tuesday. We can refund. We cannot refund. 60 25. {' '.join(ITEMS)}")
+    list_of_everything = answer(f"Friday Monday Tuesday. We can refund. We cannot refund. 60 25. {' '.join(ITEMS)}")
     assert (
-        gold_score(ARRIVAL, complete, ended=True).total
+        gold_score(ARRIVAL, list_of_everything, ended=True).total
         < gold_score(ARRIVAL, PERFECT.replace("Fri", "Mon"), ended=True).total
     )
     assert gold_score(ARRIVAL, "", ended=True).total == 0.0
@@ -199,7 +199,9 @@ def test_score_is_aligned_and_reads_only_the_id():
     texts = [reply(case, keyed_generator(case.id)) for case in cases]
 
     def scored(texts, ended=(True,) * 4):
-        return score([Response((), *printed, id=case.id) for case, *printed in zip(cases, texts, ended, strict=True)])
+        return score(
+            [Response((), text, is_ended, id=case.id) for case, text, is_ended in zip(cases, texts, ended, strict=True)]
+        )
 
     assert scored(texts)["gold"] == [1.0] * 4
     assert max(scored(texts[1:] + texts[:1])["gold"]) < 1.0

@@ -39,7 +39,7 @@ def test_a_bin_begins_with_its_lower_edge():
     assert [(b.low, b.n) for b in actual.bins] == [(0.0, 1), (0.5, 2)]
 
 
-def test_the_right_model_is_calibrated_and_an_overconfident_one_is_not():
+def test_only_the_right_model_is_calibrated():
     rng = np.random.default_rng(0)
     gaps = rng.normal(0, 2, 20000)
     first_wins = rng.random(20000) < 1 / (1 + np.exp(-gaps))

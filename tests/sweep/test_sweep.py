@@ -73,13 +73,13 @@ def sweep(
 
     def call(*arguments: str) -> tuple[int, str, str]:
         usual = {"experiment": "stub", "gin_file": "x.gin", "out": "out"}
-        settings = [
+        defaults = [
             f"--{name}={value}"
             for name, value in usual.items()
             if not any(item.startswith(f"--{name}=") for item in arguments)
         ]
         with flagsaver.flagsaver():
-            code = module.main(["sweep.py", *settings, *arguments])
+            code = module.main(["sweep.py", *defaults, *arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -142,7 +142,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(sweep: Sweep, tmp_path: Path
     log = (tmp_path / "out" / "logs" / "lr=-1.0__seed=0.log").read_text()
     assert "warming up" in log
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [(value["done"], value["runs"]) for value in summary["settings"]] == [(0, 2), (2, 2)]
+    assert [(entry["done"], entry["runs"]) for entry in summary["settings"]] == [(0, 2), (2, 2)]
     assert "0 of 2" in out
 
     (tmp_path / "repaired").touch()
@@ -231,8 +231,8 @@ def test_sweeps_in_configs_say_their_command_and_can_be_planned(server: Server, 
     for file in files:
         name = file.relative_to(ROOT)
         assert file.read_text().splitlines()[0] == f"# python experiments/sweep.py --flagfile={name}"
-        done = server(tmp_path, [*CHECKED, f"--flagfile={file}", "--out=/nowhere/out", "--dry_run"])
-        assert done.returncode == 0 and ": to do\n" in done.stdout, done.stderr
+        result = server(tmp_path, [*CHECKED, f"--flagfile={file}", "--out=/nowhere/out", "--dry_run"])
+        assert result.returncode == 0 and ": to do\n" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
@@ -242,8 +242,8 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     flags += ["--metrics=heldout/loss,loss"]
     environment = {**os.environ, "XLA_FLAGS": COMPILER}
     command = [sys.executable, "experiments/sweep.py", *flags]
-    completions = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert completions.returncode == 0, completions.stderr
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     losses = []
     for seed in (0, 1):
         run_dir = tmp_path / "out" / f"seed={seed}"

@@ -67,8 +67,8 @@ def test_readable_names() -> None:
     assert names([]) == ["default"]
     assert names([], seeds=[3]) == ["seed=3"]
     # Keys that end alike keep what tells them apart.
-    pair = names(["policy/OptimizerConfig.learning_rate=1e-4", "value/OptimizerConfig.learning_rate=2e-4"])
-    assert pair == ["policy.OptimizerConfig.learning_rate=1e-4__value.OptimizerConfig.learning_rate=2e-4"]
+    run_names = names(["policy/OptimizerConfig.learning_rate=1e-4", "value/OptimizerConfig.learning_rate=2e-4"])
+    assert run_names == ["policy.OptimizerConfig.learning_rate=1e-4__value.OptimizerConfig.learning_rate=2e-4"]
     assert names(["T.style='plain','chat'"]) == ["style=plain", "style=chat"]
 
 
