@@ -37,7 +37,7 @@ def gate(answer, key=None):
 def test_numbers_of_any_kind_are_taken(column):
     scores = gate({"r": column})(FOUR)["r"]
     assert scores.values.tolist() == [1.0, 2.5, 0.0, -3.0] and scores.values.dtype == np.float64
-    assert scores.failed == 0 and scores.mean == 0.125 and scores.listed() == [1.0, 2.5, 0.0, -3.0]
+    assert scores.failed == 0 and scores.mean == 0.125 and scores.to_list() == [1.0, 2.5, 0.0, -3.0]
 
 
 def test_truth_values_are_one_and_zero():
