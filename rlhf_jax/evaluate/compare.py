@@ -120,7 +120,7 @@ def completion_rows(results: Mapping[str, ScoredResponses]) -> list[dict[str, An
     for name, result in results.items():
         columns = {key: scores.to_list() for key, scores in result.scores.items()}
         for index, response in enumerate(result.responses):
-            row = {"policy": name, "id": response.id, "prompt": prompt_column(response.prompt)}
+            row: dict[str, Any] = {"policy": name, "id": response.id, "prompt": prompt_column(response.prompt)}
             row |= {"response": response.text, "ended": response.ended}
             rows.append(row | {"scores": {key: values[index] for key, values in columns.items()}})
     return rows
