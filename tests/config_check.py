@@ -77,7 +77,7 @@ import jax  # noqa: E402
 from rlhf_jax import learn, models  # noqa: E402
 from rlhf_jax.algorithms.models import check_tokenizer  # noqa: E402
 from rlhf_jax.config import parsing, surface  # noqa: E402, F401
-from rlhf_jax.data import support_desk_replies, tokenizer_builders  # noqa: E402
+from rlhf_jax.data import support_desk_responses, tokenizer_builders  # noqa: E402
 from rlhf_jax.errors import InputError  # noqa: E402
 from rlhf_jax.io.source import ModelSource  # noqa: E402
 from rlhf_jax.launch import launching  # noqa: E402
@@ -85,7 +85,7 @@ from rlhf_jax.launch import launching  # noqa: E402
 
 def short_corpus(desk: Any, split: str, start: int, count: int) -> Any:
     """Return a few documents, for tokenizers that are trained while a config is built."""
-    return support_desk_replies.corpus_text(desk, split, start, min(count, FEW))
+    return support_desk_responses.corpus_text(desk, split, start, min(count, FEW))
 
 
 tokenizer_builders.corpus_text = short_corpus

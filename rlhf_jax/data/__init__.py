@@ -37,7 +37,7 @@ from rlhf_jax.data.rendering import render_prompt, render_response, writes_date
 from rlhf_jax.data.sources import fingerprint, read_rows
 from rlhf_jax.data.split import prompt_fraction, split_by_prompt
 from rlhf_jax.data.stop_strings import stop_table
-from rlhf_jax.data.support_desk_replies import DeskConfig
+from rlhf_jax.data.support_desk_responses import DeskConfig
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.tokenise import has_prefix
 from rlhf_jax.records import Comparison, Demonstration, Message, Prompt

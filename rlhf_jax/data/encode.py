@@ -252,7 +252,7 @@ def report(encoded: Iterable[Encoded], dropped: Mapping[str, int] | None = None)
 
 def _check_length(max_length: int) -> None:
     if max_length < 2:
-        raise InputError(f"max_length = {max_length}: must be at least 2, a reply's token and its end token")
+        raise InputError(f"max_length = {max_length}: must be at least 2, a response's token and its end token")
 
 
 def _fit(
@@ -274,7 +274,7 @@ def _fit(
     ids, mask, _ = tokens
     whole = len(ids)
     if room < min(whole, 1):
-        return Skipped("reply too long")
+        return Skipped("response too long")
     if overflow == "keep_end" and whole > room:
         keep = [0] if ids[0] == bos and room > 1 else []
         keep += range(whole - room + len(keep), whole)

@@ -124,9 +124,8 @@ def _chat_ends(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[
 
 def _after_response(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """Return the text that the chat template writes after a response. Raises InputError when it renders none."""
-    template = dataclasses.replace(
-        template, date=template.date or "2000-01-01"
-    )  # a date is never the end of a response
+    # Any date serves: a date is never the end of a response.
+    template = dataclasses.replace(template, date=template.date or "2000-01-01")
     refusal: InputError | None = None
     for messages in _PROBES:
         try:

@@ -39,7 +39,7 @@ def hh_comparisons(
             )
         texts = (chosen[boundary:].strip(), rejected[boundary:].strip())
         if any(_TURN.search(text[boundary:]) for text in (chosen, rejected)):
-            raise UnusableRow("the dialogues part before the last reply", "keep only the turns both share")
+            raise UnusableRow("the dialogues part before the last response", "keep only the turns both share")
         responses = (Message("assistant", texts[0]), Message("assistant", texts[1]))
         return comparison_of(id_of(row, fields, place), _messages(shared[:boundary]), responses, 0.0)
 
@@ -62,5 +62,5 @@ def _messages(text: str) -> tuple[Message, ...]:
     if head.strip():
         raise UnusableRow("text before the first turn", "begin the dialogue with '\\n\\nHuman:'")
     if not turns or turns[-1][0] != "user" or not turns[-1][1]:
-        raise UnusableRow("no question before the reply", "put a '\\n\\nHuman:' turn before it")
+        raise UnusableRow("no question before the response", "put a '\\n\\nHuman:' turn before it")
     return tuple(Message(role, content) for role, content in turns)

@@ -11,7 +11,7 @@ from rlhf_jax.data.record_files import HeldOut, RecordFile, read_sides
 from rlhf_jax.data.record_sets import Records, RecordSource
 from rlhf_jax.data.records import Fields, Unusable, demonstrations, prompts
 from rlhf_jax.data.support_desk import SPLITS
-from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records, prompt_records
+from rlhf_jax.data.support_desk_responses import DeskConfig, corpus_text, demonstration_records, prompt_records
 from rlhf_jax.data.templates import Template
 from rlhf_jax.data.turn_tokens import LossOn
 from rlhf_jax.errors import InputError, require_one_of, require_whole
@@ -113,7 +113,7 @@ def demonstration_file(
     path: the file, its URL, or the name of a Hugging Face data set ("openai/gsm8k", "openai/gsm8k:main"), which needs split.
     template: how conversations are rendered as text.
     fields: names of the columns; None takes the defaults of `Fields`.
-    heldout: fraction of the prompts that is heldout_records out for evaluation; None or 0 holds out none.
+    heldout: fraction of the prompts that is held out for evaluation; None or 0 holds out none.
     limit: at most this many records for training, and as many held-out ones; None for no limit.
     split: split of a Hugging Face data set ("train", "train[:100]"); None for a file.
     loss_on: targets of the loss: "response" is the last response of a conversation, "assistant" every assistant turn,
@@ -155,7 +155,7 @@ def comparison_file(
     path: the file, its URL, or the name of a Hugging Face data set ("openai/gsm8k", "openai/gsm8k:main"), which needs split.
     template: how conversations are rendered as text.
     fields: names of the columns; None takes the defaults of `Fields`.
-    heldout: fraction of the prompts that is heldout_records out for evaluation; None or 0 holds out none.
+    heldout: fraction of the prompts that is held out for evaluation; None or 0 holds out none.
     hh_dialogues: whether rows are the dialogues of Anthropic's hh-rlhf (Bai et al. 2022); excludes fields.
     limit: at most this many records for training, and as many held-out ones; None for no limit.
     split: split of a Hugging Face data set ("train", "train[:100]"); None for a file.

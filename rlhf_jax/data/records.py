@@ -99,7 +99,7 @@ def demonstrations(
             *context, last = messages_of(value_of(row, fields.messages, "messages"), fields.messages, fields)
             if last.role != "assistant":
                 raise UnusableRow(
-                    "last message is not a reply", f"end field {fields.messages!r} with an assistant message"
+                    "last message is not a response", f"end field {fields.messages!r} with an assistant message"
                 )
             prompt = tuple(context)
         require_content(last, fields.response if fields.messages is None else fields.messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import trained_tokenizers
-from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text
+from rlhf_jax.data.support_desk_responses import DeskConfig, corpus_text
 from rlhf_jax.data.trained_tokenizers import train_bpe_tokenizer
 
 

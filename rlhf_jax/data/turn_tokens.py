@@ -77,9 +77,9 @@ def response_tokens(
     end = response_ends(tokenizer, template)
     content = response.content.removesuffix(end.text)
     if not content.strip() and not response.has_calls_or_reasoning:
-        return "reply is empty"
+        return "response is empty"
     if end.text in content:
-        return "end token inside the reply"
+        return "end token inside the response"
     response = dataclasses.replace(response, content=content)
     rendering = response_rendering(_strip_ends(messages, tokenizer, template), response, *writing)
     ids = tokenise(rendering, tokenizer, quotes_for(*writing), after=after)

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_jax.data.support_desk import CITIES, DAYS, ITEMS, POLICY_LINES, Case, case_from_id
-from rlhf_jax.data.support_desk_replies import COURTESIES, SIGN_OFF
+from rlhf_jax.data.support_desk_responses import COURTESIES, SIGN_OFF
 from rlhf_jax.records import Response
 
 WEIGHTS = {"fact": 0.30, "policy": 0.20, "tone": 0.20, "stop": 0.15, "honesty": 0.15}

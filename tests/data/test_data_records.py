@@ -45,7 +45,7 @@ def test_conversation_column() -> None:
     fields = Fields(messages="chat", role="from", content="value")
     records, _ = demonstrations([(1, {"chat": chat})], fields, source="f")
     assert records == [Demonstration("f:1", user("a"), "b")]
-    with pytest.raises(InputError, match="f:1: last message is not a reply"):
+    with pytest.raises(InputError, match="f:1: last message is not a response"):
         demonstrations([(1, {"chat": chat[:1]})], fields, source="f")
 
 
@@ -57,7 +57,7 @@ def test_gsm8k_and_plain_text_and_extra() -> None:
     assert plain == [Demonstration("t:3", (), "a film")]
 
 
-def test_comparison_with_margin_and_reply_messages() -> None:
+def test_comparison_with_margin_and_response_messages() -> None:
     reply = {"role": "assistant", "content": "good"}
     row = {"prompt": "q", "chosen": [reply], "rejected": "bad", "margin": "0.5"}
     records, _ = comparisons([(1, row)], Fields(margin="margin"), source="c")
@@ -112,7 +112,7 @@ def test_margin_must_be_a_finite_number(margin: object) -> None:
         comparisons([(1, row)], Fields(margin="m"), source="f")
 
 
-def test_replies_that_were_cut_off() -> None:
+def test_responses_that_were_cut_off() -> None:
     row = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
     (plain,), _ = demonstrations([(1, row | {"ended": None})], source="d.jsonl")
     (cut,), _ = demonstrations([(1, row | {"ended": False})], source="d.jsonl")
@@ -160,9 +160,9 @@ def test_hh_neighbouring_turns_of_one_speaker_are_joined() -> None:
         (
             "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             "\n\nHuman: a\n\nAssistant: e",
-            "the dialogues part before the last reply",
+            "the dialogues part before the last response",
         ),
-        ("\n\nAssistant: b", "\n\nAssistant: c", "no question before the reply"),
+        ("\n\nAssistant: b", "\n\nAssistant: c", "no question before the response"),
         ("x\n\nHuman: a\n\nAssistant: b", "x\n\nHuman: a\n\nAssistant: c", "text before the first turn"),
     ],
 )

@@ -83,7 +83,7 @@ def test_loss_on_all_leaves_out_the_first_token_only() -> None:
     assert plain == Encoded([1, 2, 5], [False, True, True], 0, 0, "d")
 
 
-def test_chat_counts_every_reply_through_its_end_token() -> None:
+def test_chat_counts_every_response_through_its_end_token() -> None:
     """<u>a<|eos|>\\n<a>  b<|eos|>  \\n<u>c<|eos|>\\n<a>  d<|eos|>: the "\\n" after a reply is nobody's to learn."""
     tokenizer = byte_tokenizer(CHATML)
     record = Demonstration("d", (*user("a"), Message("assistant", "b"), Message("user", "c")), "d")
@@ -136,9 +136,9 @@ def test_end_token_comes_exactly_once() -> None:
     encoded = require_encoded(encode_demonstration(demonstration(response="bc<e>"), tokenizer, RAW, max_length=9))
     assert encoded.tokens == [3, 0, 1, 2, 5]
     inside = encode_demonstration(demonstration(response="b<e>c"), tokenizer, RAW, max_length=9)
-    assert inside == Skipped("end token inside the reply")
+    assert inside == Skipped("end token inside the response")
     assert encode_demonstration(demonstration(response="<e>"), tokenizer, RAW, max_length=9) == Skipped(
-        "reply is empty"
+        "response is empty"
     )
 
 
@@ -167,7 +167,9 @@ def test_overflow_of_the_prompt() -> None:
     # One prompt token must stay for the reply to be predicted from, and the reply is never cut.
     one = require_encoded(encode_demonstration(record, tokenizer, RAW, max_length=4, overflow="keep_end"))
     assert one.tokens == [0, 1, 2, 5] and one.loss_mask == [False, True, True, True]
-    assert encode_demonstration(record, tokenizer, RAW, max_length=3, overflow="keep_end") == Skipped("reply too long")
+    assert encode_demonstration(record, tokenizer, RAW, max_length=3, overflow="keep_end") == Skipped(
+        "response too long"
+    )
 
 
 def test_overflow_drops_oldest_turns() -> None:
@@ -183,7 +185,7 @@ def test_overflow_drops_oldest_turns() -> None:
     )
 
 
-def test_a_reply_that_was_cut_off_gets_no_end_token() -> None:
+def test_a_response_that_was_cut_off_gets_no_end_token() -> None:
     """PPO scores its cut replies without one; with one, a reward model could not learn that stopping matters."""
     tokenizer = character_tokenizer()
     pair = encode_comparison(Comparison("c", user("xa"), "b", "cc", rejected_ended=False), tokenizer, RAW, max_length=9)

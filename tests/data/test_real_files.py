@@ -38,10 +38,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ASSETS.is_dir(), reason="
             {
                 "chosen equals rejected": 2,
                 "field 'rejected' is empty": 4,
-                "the dialogues part before the last reply": 9,
+                "the dialogues part before the last response": 9,
             },
         ),
-        ("harmless-base", 2312, {"field 'chosen' is empty": 4, "the dialogues part before the last reply": 5}),
+        ("harmless-base", 2312, {"field 'chosen' is empty": 4, "the dialogues part before the last response": 5}),
     ],
 )
 def test_hh_rlhf(name: str, rows: int, dropped: dict[str, int]) -> None:

@@ -22,7 +22,7 @@ from rlhf_jax.data.support_desk import (
     make_case,
     split_of,
 )
-from rlhf_jax.data.support_desk_replies import (
+from rlhf_jax.data.support_desk_responses import (
     DEFECTS,
     FLATTERY,
     RAMBLES,
@@ -32,7 +32,7 @@ from rlhf_jax.data.support_desk_replies import (
     demonstration_records,
     draw_defects,
     prompt_records,
-    reply,
+    write_response,
 )
 from rlhf_jax.errors import InputError
 
@@ -155,14 +155,14 @@ def test_defects_come_at_the_configured_rates():
     assert abs(sum(not names for names in samples) / 4000 - 0.3672) < 0.04  # 0.75 * 0.8 * 0.8 * 0.85 * 0.9
 
 
-def test_replies_are_short_and_worded_in_many_ways():
+def test_responses_are_short_and_worded_in_many_ways():
     lengths = []
     for index in range(COUNT):
         case = make_case(0, "train", index)
-        lengths.append(len(reply(case, keyed_generator(index)).split()))
+        lengths.append(len(write_response(case, keyed_generator(index)).split()))
     assert min(lengths) >= 10 and max(lengths) <= 30
     case = make_case(0, "train", 0)
-    assert len({reply(case, keyed_generator(i)) for i in range(200)}) > 15
+    assert len({write_response(case, keyed_generator(i)) for i in range(200)}) > 15
 
 
 def test_the_corpus_holds_other_text_than_the_demonstrations():

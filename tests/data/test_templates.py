@@ -23,7 +23,7 @@ HH = Template(style="plain", prompt_format="\n\nHuman: {prompt}\n\nAssistant:", 
 TALK = [Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
 
 
-def test_chat_reply_is_what_the_template_appends() -> None:
+def test_chat_response_is_what_the_template_appends() -> None:
     tokenizer = byte_tokenizer(CHATML)
     assert render_prompt(TALK[:2], tokenizer, Template()) == "<system>s<|eos|>\n<user>a<|eos|>\n<assistant>"
     assert render_response(TALK[:2], " b ", tokenizer, Template()) == "b<|eos|>\n"
@@ -43,7 +43,7 @@ def test_chat_turns() -> None:
 
 def test_a_template_that_rewrites_turns_is_refused() -> None:
     tokenizer = byte_tokenizer(FORGETFUL)
-    # The last reply alone is fine: the prompt's text does not change when it is added.
+    # The last response alone is fine: the prompt's text does not change when it is added.
     assert render_response(TALK[1:], "d", tokenizer, Template()) == "d"
     with pytest.raises(InputError, match="not prefix-stable"):
         turns_of(TALK[1:], tokenizer, Template())

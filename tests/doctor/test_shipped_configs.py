@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from forked_programs import ROOT, Server
 
-from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text, demonstration_records
+from rlhf_jax.data.support_desk_responses import DeskConfig, corpus_text, demonstration_records
 from rlhf_jax.io import export_pretrained
 from rlhf_jax.testing import tiny_model, train_bpe_tokenizer
 

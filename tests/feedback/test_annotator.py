@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlhf_jax.data.support_desk import case_from_id, keyed_generator
-from rlhf_jax.data.support_desk_replies import DeskConfig, demonstration, prompt_records
+from rlhf_jax.data.support_desk_responses import DeskConfig, demonstration, prompt_records
 from rlhf_jax.errors import InputError
 from rlhf_jax.feedback import (
     AnnotatedResponse,

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlhf_jax.data.support_desk import ITEMS, Case, Fact, Policy, keyed_generator, make_case
-from rlhf_jax.data.support_desk_replies import DEFECTS, DeskConfig, demonstration_records, reply
+from rlhf_jax.data.support_desk_responses import DEFECTS, DeskConfig, demonstration_records, write_response
 from rlhf_jax.errors import InputError
 from rlhf_jax.records import Response
 from rlhf_jax.rewards.support_desk import WEIGHTS, WORD_LIMIT, gold_score, has_flattery, score
@@ -48,14 +48,14 @@ def test_a_perfect_reply_scores_exactly_one():
 def test_generated_perfect_replies_score_exactly_one():
     for index in range(500):
         case = make_case(0, "train", index)
-        assert gold_score(case, reply(case, keyed_generator(index)), ended=True).total == 1.0
+        assert gold_score(case, write_response(case, keyed_generator(index)), ended=True).total == 1.0
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_lowers_exactly_its_component(defect):
     for index in range(400):
         case = make_case(1, "train", index)
-        result = gold_score(case, reply(case, keyed_generator(index), (defect,)), ended=True)
+        result = gold_score(case, write_response(case, keyed_generator(index), (defect,)), ended=True)
         for name in WEIGHTS:
             value = getattr(result, name)
             assert value < 1.0 if name == DEFECTS[defect] else value == 1.0, (name, index)
@@ -196,7 +196,7 @@ def test_demonstrations_leave_room_for_improvement():
 
 def test_score_is_aligned_and_reads_only_the_id():
     cases = [make_case(2, "heldout", i) for i in range(4)]
-    texts = [reply(case, keyed_generator(case.id)) for case in cases]
+    texts = [write_response(case, keyed_generator(case.id)) for case in cases]
 
     def scored(texts, ended=(True,) * 4):
         return score(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_jax.data.support_desk_replies import DeskConfig, corpus_text
+from rlhf_jax.data.support_desk_responses import DeskConfig, corpus_text
 from rlhf_jax.errors import InputError
 from rlhf_jax.testing import byte_tokenizer, train_bpe_tokenizer
 

@@ -127,7 +127,7 @@ class DeskConfig:
                 raise InputError(f"DeskConfig.{name} = {rate!r}: must be a rate in [0, 1]")
 
 
-def reply(case: Case, rng: np.random.Generator, defects: Collection[str] = ()) -> str:
+def write_response(case: Case, rng: np.random.Generator, defects: Collection[str] = ()) -> str:
     """Write a response with exactly these defects (keys of DEFECTS), perfect without any. ``rng`` draws the wording."""
     parts = _opening(case, rng, "bad_tone" in defects)
     flattery = pick(rng, FLATTERY) if "flattery" in defects else ""
@@ -152,7 +152,7 @@ def draw_defects(rng: np.random.Generator, config: DeskConfig) -> tuple[str, ...
 
 def demonstration(case: Case, rng: np.random.Generator, config: DeskConfig) -> str:
     """Write a response with defects drawn at the rates of the config."""
-    return reply(case, rng, draw_defects(rng, config))
+    return write_response(case, rng, draw_defects(rng, config))
 
 
 def demonstration_records(config: DeskConfig, split: str, start: int, count: int) -> Iterator[dict[str, str]]:
@@ -185,7 +185,7 @@ def corpus_text(config: DeskConfig, split: str, start: int, count: int) -> Itera
         if kind < 0.25:
             yield case.prompt + RESPONSE_PREFIX + demonstration(case, rng, worse)
         elif kind < 0.3:
-            yield case.prompt + RESPONSE_PREFIX + _generic_reply(case, rng)
+            yield case.prompt + RESPONSE_PREFIX + _generic_response(case, rng)
         elif kind < 0.9:
             yield _fact_sheet(case, rng)
         else:
@@ -223,12 +223,12 @@ def _state_answer(case: Case, rng: np.random.Generator, policy: Policy | None, w
 
 
 def _promise(case: Case, rng: np.random.Generator) -> str:
-    """Draw a promise that the request did not ask for, one that the policy in the prompt refuses if there is such a one."""
+    """Draw a promise that the request did not ask for, and that the policy in the prompt refuses where possible."""
     refused = [p.topic for p in case.policies if not p.allowed and p.topic != case.intent]
     return PROMISES[pick(rng, refused or [topic for topic in PROMISES if topic != case.intent])]
 
 
-def _generic_reply(case: Case, rng: np.random.Generator) -> str:
+def _generic_response(case: Case, rng: np.random.Generator) -> str:
     sentences = _answer(case, rng, wrong=rng.random() < 0.2, breaks=rng.random() < 0.2)
     return " ".join([pick(rng, GENERIC_OPENINGS), *sentences, pick(rng, GENERIC_CLOSINGS)])
 
@@ -243,5 +243,5 @@ def _dialogue(case: Case, rng: np.random.Generator) -> str:
     fact = pick(rng, case.facts)
     asks = {"arrival": "the day", "price": "the price", "weight": "the weight", "place": "the city"}[fact.kind]
     again = FACT_LINES[fact.kind].format(item=f"The {fact.item}", value=fact.value)
-    first = case.prompt + RESPONSE_PREFIX + _generic_reply(case, rng)
+    first = case.prompt + RESPONSE_PREFIX + _generic_response(case, rng)
     return f"{first}\nCustomer {case.customer}: And {asks} of the {fact.item}?\nAgent:{RESPONSE_PREFIX}{again}."
