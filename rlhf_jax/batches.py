@@ -66,8 +66,8 @@ class RankedBatch(_Batch):
         Rows of padding alone have mask False and label 0; a pair with such a row has weight 0.
         """
         fields = [field.name for field in dataclasses.fields(TokenBatch)]
-        both: Any = {name: np.stack([getattr(chosen, name), getattr(rejected, name)], axis=1) for name in fields}
-        rows: Any = TokenBatch(**both)
+        sides: Any = {name: np.stack([getattr(chosen, name), getattr(rejected, name)], axis=1) for name in fields}
+        rows: Any = TokenBatch(**sides)
         mask: Any = (rows.segment_ids > 0).any(axis=2)
         label: Any = np.where(mask, np.array([1, 0], np.float32), np.float32(0))
         numbers: Any = np.zeros(len(mask), np.float32) if margin is None else np.asarray(margin, np.float32)

@@ -31,7 +31,7 @@ from benchmark_rows import PEERS, ROWS, SHAPES, Row
 from rlhf_jax.errors import InputError
 from rlhf_jax.launch.command import run_command
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 NAMES = [row.name for row in ROWS]
 HEAD = ["row", "side", "median", "spread", "of peak", "CPU s", "memory", "ours is"]
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
@@ -44,7 +44,7 @@ class Side:
     def __init__(self, python: str, script: str, row: str, shape: str, environment: dict[str, str]) -> None:
         self._name = f"{script} {row}"
         self._process = subprocess.Popen(
-            [python, str(HERE / script), row, shape],
+            [python, str(FOLDER / script), row, shape],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -53,7 +53,7 @@ class Side:
         self.facts = self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        """The next line of JSON; trainers print other things too."""
+        """Return the next line of JSON; trainers print other lines too."""
         assert self._process.stdout is not None
         line = next((line for line in self._process.stdout if line.startswith('{"')), None)
         if line is None:
@@ -62,22 +62,24 @@ class Side:
         return answer
 
     def runs(self, repeats: int) -> list[dict[str, Any]]:
-        """Of every repetition: seconds, cpu_seconds, amount (of the row's unit), flops, peak_bytes. Ends the process."""
+        """Return of every repetition: seconds, cpu_seconds, amount (in units of the row), flops, peak_bytes. Ends the process."""
         assert self._process.stdin is not None
-        found = []
+        actual = []
         for _ in range(repeats):
             print("go", file=self._process.stdin, flush=True)
-            found.append(self._answer())
+            actual.append(self._answer())
         self._process.stdin.close()
         self._process.wait()
-        return found
+        return actual
 
 
 def measure(row: Row, shape: str, pythons: dict[str, str], repeats: int, tuned: bool) -> Iterator[list[str]]:
-    """The table's lines of a row: ours, then those of the peers that there is an interpreter for. One process at a time:
-    memory that lies idle for some seconds is slow when it is used again, and two sides may not fit."""
-    ours = Side(sys.executable, "benchmark_jax.py", row.name, shape, {"GLIBC_TUNABLES": MALLOC} if tuned else {})
-    facts, beside = ours.facts, ours.runs(repeats)
+    """Return the lines of a row in the table: ours, then those of peers with an interpreter.
+
+    Processes run one at a time: memory that is idle for some seconds becomes slow, and two sides may not fit.
+    """
+    actual = Side(sys.executable, "benchmark_jax.py", row.name, shape, {"GLIBC_TUNABLES": MALLOC} if tuned else {})
+    facts, beside = actual.facts, actual.runs(repeats)
     yield line(row, facts["version"], beside, None, facts["peak_flops"])
     for peer in row.peers:
         if peer in pythons:
@@ -85,8 +87,10 @@ def measure(row: Row, shape: str, pythons: dict[str, str], repeats: int, tuned: 
             yield line(row, side.facts["version"], side.runs(repeats), beside, facts["peak_flops"])
 
 
-def line(row: Row, name: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]] | None, peak: float) -> list[str]:
-    """Of one side, under `HEAD`. ours: None when it is ours."""
+def line(
+    row: Row, name: str, runs: list[dict[str, Any]], actual: list[dict[str, Any]] | None, peak: float
+) -> list[str]:
+    """Return the line of one side, under `HEAD`. ours: None for our own line."""
     speed = speeds(runs)
     return [
         row.name,
@@ -96,32 +100,32 @@ def line(row: Row, name: str, runs: list[dict[str, Any]], ours: list[dict[str, A
         f"{statistics.median(run['flops'] / run['seconds'] for run in runs) / peak:.2f}",
         f"{statistics.median(run['cpu_seconds'] for run in runs):.1f}",
         f"{max(run['peak_bytes'] for run in runs) / 1e9:.1f} GB",
-        "" if ours is None else f"{statistics.median(speeds(ours)) / statistics.median(speed):.2f}x",
+        "" if actual is None else f"{statistics.median(speeds(actual)) / statistics.median(speed):.2f}x",
     ]
 
 
 def speeds(runs: list[dict[str, Any]]) -> list[float]:
-    """The row's unit a second, of every repetition."""
+    """Return the units of the row per second, of every repetition."""
     return [run["amount"] / run["seconds"] for run in runs]
 
 
 def benchmark() -> int:
-    """Raises InputError for unknown rows and processes that fail."""
-    given = flags.FLAGS
-    rows = [row for row in ROWS if not given.rows or row.name in given.rows]
-    for name in given.rows:
+    """Run the rows and print the table. Raises InputError for unknown rows and processes that fail."""
+    settings = flags.FLAGS
+    rows = [row for row in ROWS if not settings.rows or row.name in settings.rows]
+    for name in settings.rows:
         if name not in NAMES:
             raise InputError(f"--rows: {name!r} is none of {', '.join(NAMES)}")
-    if given.repeats < 1:
-        raise InputError(f"--repeats = {given.repeats}: give a number >= 1")
-    pythons = {"torch": given.torch_python, "trl": given.trl_python, "trl_ppo": given.trl_ppo_python}
+    if settings.repeats < 1:
+        raise InputError(f"--repeats = {settings.repeats}: give a number >= 1")
+    pythons = {"torch": settings.torch_python, "trl": settings.trl_python, "trl_ppo": settings.trl_ppo_python}
     pythons = {peer: python for peer, python in pythons.items() if python is not None}
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}; {versions}")
-    print(f"malloc (ours): {MALLOC if given.malloc else 'as it is'}")
+    print(f"malloc (ours): {MALLOC if settings.malloc else 'as it is'}")
     print(" | ".join(HEAD))
     for row in rows:
-        for cells in measure(row, given.shape, pythons, given.repeats, given.malloc):
+        for cells in measure(row, settings.shape, pythons, settings.repeats, settings.malloc):
             print(" | ".join(cells), flush=True)
         print(f"    {row.meaning}; load average {os.getloadavg()[0]:.2f}", flush=True)
     return 0

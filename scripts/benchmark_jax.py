@@ -50,7 +50,7 @@ REFILLED = rollout.SlotConfig(slots=16, prefill=8, smallest=4, separate_layers=T
 
 
 def peak_flops() -> float:
-    """A second, in the best of ten float32 products of 2048 x 2048."""
+    """Measure operations a second: the best of ten float32 products of 2048 x 2048."""
     x = jnp.ones((2048, 2048), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     product(x).block_until_ready()
@@ -63,19 +63,19 @@ def peak_flops() -> float:
 
 
 def documents(lengths: Sequence[int], seed: int) -> list[data.Encoded]:
-    """Random tokens, the loss on all but the first."""
+    """Draw random tokens, with the loss on all but the first."""
     rng = np.random.default_rng(seed)
     texts = [rng.integers(3, SIZES.vocab, length).tolist() for length in lengths]
     return [data.Encoded(text, [False, *[True] * (len(text) - 1)], 1) for text in texts]
 
 
 def padded(lengths: Sequence[int], width: int, seed: int) -> TokenBatch:
-    """A document a row."""
+    """Put one document in a row."""
     return data.stack_rows([(document,) for document in documents(lengths, seed)], width, 0)
 
 
-def drawn(model: Model) -> tuple[Params, Any]:
-    """Fresh parameters and their shardings."""
+def draw_params(model: Model) -> tuple[Params, Any]:
+    """Draw new parameters and return them with their shardings."""
     shardings = tree_shardings(model.abstract(), model.logical_axes(), MESH)
     return init_sharded(model.init, shardings, MESH, jax.random.key(0)), shardings
 
@@ -85,35 +85,35 @@ OPTIMIZER = learn.OptimizerConfig(learning_rate=1e-5)
 
 
 def in_memory(model: Model) -> Loaded:
-    """The model with parameters drawn on their shards."""
-    return loaded_model(model, drawn(model)[0])
+    """Return the model with parameters draw_params on their shards."""
+    return loaded_model(model, draw_params(model)[0])
 
 
 def supervised(job: SupervisedJob, batch: Any, amount: float, flops: float, fold: Fold | None = None) -> Once:
-    """A training step."""
-    held, placed = {"state": job.state}, to_global(batch, MESH)
+    """Make a training step."""
+    states, global_arrays = {"state": job.state}, to_global(batch, MESH)
     step, frozen = job.train_step, job.frozen
 
     def once() -> tuple[float, float]:
-        held["state"], metrics = step(held["state"], frozen, placed, fold=fold)
-        jax.block_until_ready((held["state"], metrics))
+        states["state"], metrics = step(states["state"], frozen, global_arrays, fold=fold)
+        jax.block_until_ready((states["state"], metrics))
         return amount, flops
 
     return once
 
 
 def sft() -> Once:
-    """8 x 256."""
+    """Run SFT steps of 8 x 256 tokens."""
     return training(padded([256] * 8, 256, 0), [256] * 8)
 
 
 def sft_ragged() -> Once:
-    """Packed."""
+    """Run SFT steps of packed documents."""
     return training(data.stack_rows(data.pack(documents(GSM8K, 0), 512), 512, 0), GSM8K)
 
 
 def training(batch: TokenBatch, lengths: Sequence[int]) -> Once:
-    """An SFT step."""
+    """Make an SFT step."""
     model, flops = Model(CONFIG), 3 * sum(map(SIZES.causal_flops, lengths))
 
     rows, columns = batch.tokens.shape
@@ -123,17 +123,17 @@ def training(batch: TokenBatch, lengths: Sequence[int]) -> Once:
 
 
 def rm() -> Once:
-    """8 pairs x 256."""
+    """Run reward-model steps of 8 pairs x 256 tokens."""
     return pairs([256] * 16, 256)
 
 
 def rm_ragged() -> Once:
-    """8 pairs in rows of the longest, folded."""
+    """Run reward-model steps of 8 pairs of different lengths, folded."""
     return pairs(GSM8K, max(GSM8K))
 
 
 def pairs(lengths: Sequence[int], width: int) -> Once:
-    """A reward model's step."""
+    """Make a step of a reward model."""
     model = Model(CONFIG.replace(head="scalar"))
     batch = RankedBatch.of_pairs(padded(lengths[:8], width, 0), padded(lengths[8:], width, 1))
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
@@ -144,7 +144,7 @@ def pairs(lengths: Sequence[int], width: int) -> Once:
 
 
 def dpo() -> Once:
-    """8 pairs x 256, of which 64 are the prompt; the reference reads them too."""
+    """Run DPO steps of 8 pairs x 256 tokens with prompts of 64; the reference reads them too."""
     policy = Model(CONFIG)
     sides = (padded([256] * 8, 256, seed) for seed in (0, 1))
     chosen, rejected = (side.replace(loss_mask=side.loss_mask & (np.arange(256) >= 64)) for side in sides)
@@ -157,17 +157,17 @@ def dpo() -> Once:
 
 
 def generate() -> Once:
-    """16 prompts, 128 new tokens each."""
+    """Sample 128 tokens for each of 16 prompts."""
     return sampler(16, SLOTS, (), 0)
 
 
 def generate_ragged() -> Once:
-    """64 prompts on 16 slots, 8 ... 128 new tokens."""
+    """Sample 8 to 128 tokens for each of 64 prompts, with 16 slots."""
     return sampler(64, REFILLED, stops(SIZES, 60), 8)
 
 
 def sampler(prompts: int, slots: rollout.SlotConfig, ends: tuple[int, ...], least: int) -> Once:
-    """Rollouts of 64 + at most 128 tokens."""
+    """Make a sampler of rollouts of 64 + at most 128 tokens."""
     model = Model(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0))
     batch = prompts_of(prompts)
@@ -180,32 +180,32 @@ def sampler(prompts: int, slots: rollout.SlotConfig, ends: tuple[int, ...], leas
     calls = iter(range(1000))
 
     def once() -> tuple[float, float]:
-        done = run(params, batch, jax.random.key(next(calls)))
-        new = int(done.mask.sum())
+        completions = run(params, batch, jax.random.key(next(calls)))
+        new = int(completions.mask.sum())
         return new, SIZES.sampling_flops(prompts, 64, new)
 
     return once
 
 
 def prompts_of(count: int) -> Any:
-    """64 random tokens each."""
+    """Draw prompts of 64 random tokens."""
     return prompt_batch(np.random.default_rng(0).integers(3, SIZES.vocab, (count, 64)).tolist())
 
 
 def ppo() -> Once:
-    """All replies of 64 tokens."""
+    """Run PPO iterations whose responses all have 64 tokens."""
     return iteration((), 0)
 
 
 def ppo_ragged() -> Once:
-    """Replies of 8 ... 64."""
+    """Run PPO iterations with responses of 8 to 64 tokens."""
     return iteration(stops(SIZES, 20), 8)
 
 
 def iteration(ends: tuple[int, ...], least: int) -> Once:
-    """Of PPO: sample, score, prepare, update."""
+    """Make an iteration of PPO: sample, score, prepare, update."""
     policy, value = Model(CONFIG), Model(CONFIG.replace(head="scalar"))
-    params = {"policy": drawn(policy)[0], "value": drawn(value)[0]}
+    params = {"policy": draw_params(policy)[0], "value": draw_params(value)[0]}
     copies = jax.tree.map(jnp.copy, params)
     owners = {"policy": (policy, params["policy"]), "value": (value, params["value"])}
     roles = roles_of(**owners, reference=(policy, copies["policy"]), reward=(value, copies["value"]))
@@ -222,35 +222,35 @@ def iteration(ends: tuple[int, ...], least: int) -> Once:
         slots=HALVED if ends else SLOTS,
     )
     job = algorithm.wire(setting_of(MESH, steps=1000), roles, {"eos_ids": ends, "pad_id": 0})
-    held, frozen = {"state": job.state}, job.frozen
+    states, frozen = {"state": job.state}, job.frozen
     del params, copies, owners, roles
     no_scores: dict[str, np.ndarray] = {}
     unscored = to_global((no_scores, np.ones(16, bool)), MESH)
     prompts = to_global(prompts_of(16), MESH)
 
     def once() -> tuple[float, float]:
-        state = held["state"]
-        done = job.generate(state.train.params, frozen, prompts, jax.random.key(0))
-        replies = np.asarray(done.mask).sum(axis=1)
-        scored = job.score(state.train.params, frozen, done, fold=fold_of(64 + replies, 16, 128, replies, 64))
+        state = states["state"]
+        completions = job.generate(state.train.params, frozen, prompts, jax.random.key(0))
+        replies = np.asarray(completions.mask).sum(axis=1)
+        scored = job.score(state.train.params, frozen, completions, fold=fold_of(64 + replies, 16, 128, replies, 64))
         prepared, measured = job.prepare(scored, *unscored, state.kl_coefficient)
-        new = int(done.mask.sum())
+        new = int(completions.mask.sum())
         fold = fold_of(64 + replies, 8, 128, replies, 64)
         key = jax.random.key(1)
-        held["state"], metrics = job.update(state, frozen, prepared, key, measured, fold=fold)
-        jax.block_until_ready((held["state"], metrics))
+        states["state"], metrics = job.update(state, frozen, prepared, key, measured, fold=fold)
+        jax.block_until_ready((states["state"], metrics))
         return 1, SIZES.ppo_flops(new)
 
     return once
 
 
 def grpo() -> Once:
-    """All replies of 64 tokens."""
+    """Run GRPO iterations whose responses all have 64 tokens."""
     return group_iteration((), 0)
 
 
 def grpo_ragged() -> Once:
-    """Replies of 8 ... 64."""
+    """Run GRPO iterations with responses of 8 to 64 tokens."""
     return group_iteration(stops(SIZES, 20), 8)
 
 
@@ -258,18 +258,21 @@ JUDGE_SECONDS = 4.0
 
 
 def grpo_judged() -> Once:
-    """The processors have nothing to do while the judge, a service elsewhere, reads."""
+    """Run GRPO iterations in which the processors wait for a judge elsewhere."""
     return group_iteration((), 0, judge=JUDGE_SECONDS)
 
 
 def grpo_ahead() -> Once:
-    """Meanwhile they sample the next iteration's replies, by the policy before this one's update."""
+    """Run GRPO iterations that sample the next responses, with the policy before the update, while the judge reads."""
     return group_iteration((), 0, judge=JUDGE_SECONDS, ahead=True)
 
 
 def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ahead: bool = False) -> Once:
-    """Of GRPO: sample, score, prepare, update; 4 prompts x 4. The reward is the length, computed on the host. judge: seconds
-    that something else takes for it. ahead: sample the next replies meanwhile."""
+    """Make an iteration of GRPO with 4 prompts x 4 responses: sample, score, prepare, update.
+
+    The reward is the length, computed on the host. judge: seconds that a service elsewhere takes for it. ahead: sample the next
+    responses meanwhile.
+    """
     policy = Model(CONFIG)
     config = learn.GRPOConfig(old_logprobs="sampler")
     sampling = rollout.SamplingConfig(max_new_tokens=64, min_new_tokens=least)
@@ -283,9 +286,9 @@ def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ah
         optimizer=rate,
         slots=HALVED if ends else SLOTS,
     )
-    roles = roles_of(policy=(policy, drawn(policy)[0]))
+    roles = roles_of(policy=(policy, draw_params(policy)[0]))
     job = algorithm.wire(setting_of(MESH, steps=1000), roles, {"eos_ids": ends, "pad_id": 0})
-    held: dict[str, Any] = {"state": job.state}
+    states: dict[str, Any] = {"state": job.state}
     del roles
     texts = np.random.default_rng(0).integers(3, SIZES.vocab, (4, 64)).tolist()
     repeated = [text for text in texts for _ in range(4)]
@@ -293,18 +296,18 @@ def group_iteration(ends: tuple[int, ...], least: int, *, judge: float = 0.0, ah
     prompts = to_global(prompt_batch(repeated, prompt_ids=numbers, sample_ids=[0, 1, 2, 3] * 4), MESH)
 
     def once() -> tuple[float, float]:
-        state = held["state"]
-        done = held.pop("next", None) or job.generate(state.params, {}, prompts, jax.random.key(0))
-        lengths = np.asarray(done.mask).sum(axis=1)
+        state = states["state"]
+        completions = states.pop("next", None) or job.generate(state.params, {}, prompts, jax.random.key(0))
+        lengths = np.asarray(completions.mask).sum(axis=1)
         if ahead:
-            held["next"] = job.generate(state.params, {}, prompts, jax.random.key(0))
+            states["next"] = job.generate(state.params, {}, prompts, jax.random.key(0))
         time.sleep(judge)
         fold = fold_of(64 + lengths, 16, 128, lengths, 64)
         scores = to_global(({"length": lengths.astype(np.float32)}, np.ones(16, bool)), MESH)
-        scored = job.score(state.params, {}, done, fold=fold)
+        scored = job.score(state.params, {}, completions, fold=fold)
         prepared, _ = job.prepare(scored, *scores)
-        held["state"], metrics = job.update(state, {}, prepared, jax.random.key(1), {}, fold=fold)
-        jax.block_until_ready((held["state"], metrics))
+        states["state"], metrics = job.update(state, {}, prepared, jax.random.key(1), {}, fold=fold)
+        jax.block_until_ready((states["state"], metrics))
         return 1, SIZES.grpo_flops(int(lengths.sum()))
 
     return once

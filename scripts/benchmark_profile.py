@@ -1,4 +1,4 @@
-"""Where a row of benchmark.py spends its time on this CPU, operation by operation of the compiled programs.
+"""A profile of a row of benchmark.py on this CPU, operation by operation of the compiled programs.
 
     python scripts/benchmark_profile.py --row=sft
     python scripts/benchmark_profile.py --row=ppo_ragged --program=jit_update --top=40
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
-from benchmark import HERE, MALLOC, NAMES
+from benchmark import FOLDER, MALLOC, NAMES
 from benchmark_rows import SHAPES
 from jax.profiler import ProfileData
 
@@ -57,7 +57,7 @@ class Line:
 
 
 def shares(spans: Sequence[tuple[float, float]]) -> tuple[list[float], float]:
-    """(what each span has of the time, shared equally with those that run beside it; the time between them when none runs).
+    """Return (the time of each span, shared equally with those that run beside it; the time when none runs).
 
     (0, 2) and (1, 4), then (5, 6): 1.5, 2.5, 1 and 1.
     """
@@ -65,21 +65,21 @@ def shares(spans: Sequence[tuple[float, float]]) -> tuple[list[float], float]:
         [(begin, 1, index) for index, (begin, _) in enumerate(spans)]
         + [(end, 0, index) for index, (_, end) in enumerate(spans)]
     )
-    found, idle, running, before = [0.0] * len(spans), 0.0, set[int](), edges[0][0]
-    for now, begins, index in edges:
-        for each in running:
-            found[each] += (now - before) / len(running)
-        idle += 0.0 if running else now - before
-        before = now
+    actual, idle, running, before = [0.0] * len(spans), 0.0, set[int](), edges[0][0]
+    for current, begins, index in edges:
+        for value in running:
+            actual[value] += (current - before) / len(running)
+        idle += 0.0 if running else current - before
+        before = current
         if begins:
             running.add(index)
         else:
             running.discard(index)
-    return found, idle
+    return actual, idle
 
 
 def events(trace: Path) -> Iterator[Event]:
-    """Of a directory that jax.profiler wrote."""
+    """Read the events of a directory that jax.profiler wrote."""
     for plane in ProfileData.from_file(str(next(trace.rglob("*.xplane.pb")))).planes:
         for line in plane.lines:
             for one in line.events:
@@ -90,31 +90,31 @@ def events(trace: Path) -> Iterator[Event]:
 
 
 def described(module: hlo.Module, body: hlo.Computation, one: hlo.Instruction) -> tuple[str, float]:
-    """(name without its number, result and operands; operations of the matrix products in it)."""
+    """Return (name without its number, result and operands; operations of the matrix products in it)."""
     flops = float(dot_flops(body, one)) if one.opcode == "dot" else 0.0
     if one.opcode == "fusion":
         inner = [module.computations[name] for name in one.called()]
-        flops += sum(dot_flops(body, each) for body in inner for each in body.values() if each.opcode == "dot")
+        flops += sum(dot_flops(body, value) for body in inner for value in body.values() if value.opcode == "dot")
     operands = [array for name in one.operands if name in body for array in body[name].arrays]
-    result, given = (", ".join(str(list(a.dims)) for a in arrays) for arrays in (one.arrays, operands))
-    return f"{re.sub(r'[.0-9]+$', '', one.name)} {result} <- {given}"[:110], flops
+    result, settings = (", ".join(str(list(a.dims)) for a in arrays) for arrays in (one.arrays, operands))
+    return f"{re.sub(r'[.0-9]+$', '', one.name)} {result} <- {settings}"[:110], flops
 
 
-def summary(found: Sequence[Event], text: str, top: int) -> Iterator[str]:
-    """The lines that are printed of one program, whose compiled text is given."""
+def summary(actual: Sequence[Event], text: str, top: int) -> Iterator[str]:
+    """Return the printed lines of one program, given its compiled text."""
     module = hlo.parse_module(text)
     where = {one.name: (body, one) for body in module.computations.values() for one in body.values()}
-    known = [e for e in found if e.operation in where and where[e.operation][1].opcode not in RUNNERS]
-    parts, idle = shares([(e.begin, e.end) for e in known])
+    reference_values = [e for e in actual if e.operation in where and where[e.operation][1].opcode not in RUNNERS]
+    parts, idle = shares([(e.begin, e.end) for e in reference_values])
     table: dict[str, Line] = {}
-    for event, part in zip(known, parts, strict=True):
+    for event, part in zip(reference_values, parts, strict=True):
         name, flops = described(module, *where[event.operation])
         line = table.setdefault(name, Line())
         line.seconds, line.calls, line.flops = line.seconds + part, line.calls + 1, line.flops + flops
     products = sum(line.seconds for line in table.values() if line.flops)
     total, flops = sum(parts) + idle, sum(line.flops for line in table.values())
     yield (
-        f"{found[0].module}: {total:.2f} s, {products:.2f} in matrix products, {sum(parts) - products:.2f} in others, "
+        f"{actual[0].module}: {total:.2f} s, {products:.2f} in matrix products, {sum(parts) - products:.2f} in others, "
         f"{idle:.2f} between; {flops / total / 1e9:.0f} GFLOP/s over all"
     )
     for name, line in sorted(table.items(), key=lambda item: -item[1].seconds)[:top]:
@@ -123,25 +123,27 @@ def summary(found: Sequence[Event], text: str, top: int) -> Iterator[str]:
 
 
 def profile() -> int:
-    """Raises InputError when the row does not run."""
-    given = flags.FLAGS
+    """Run a row under the profiler and print where its time goes. Raises InputError when the row does not run."""
+    settings = flags.FLAGS
     with tempfile.TemporaryDirectory() as directory:
         trace, dump = Path(directory, "trace"), Path(directory, "dump")
-        told = os.environ.get("XLA_FLAGS", "")
-        options = {"XLA_FLAGS": f"{told} --xla_dump_to={dump} --xla_dump_hlo_as_text", "GLIBC_TUNABLES": MALLOC}
-        arguments = [sys.executable, str(HERE / "benchmark_jax.py"), given.row, given.shape, str(trace)]
-        done = subprocess.run(arguments, env=os.environ | options, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise InputError(f"--row={given.row}: ended with code {done.returncode} (its own message is above)")
+        message = os.environ.get("XLA_FLAGS", "")
+        options = {"XLA_FLAGS": f"{message} --xla_dump_to={dump} --xla_dump_hlo_as_text", "GLIBC_TUNABLES": MALLOC}
+        arguments = [sys.executable, str(FOLDER / "benchmark_jax.py"), settings.row, settings.shape, str(trace)]
+        completions = subprocess.run(arguments, env=os.environ | options, stdout=subprocess.DEVNULL, check=False)
+        if completions.returncode:
+            raise InputError(
+                f"--row={settings.row}: ended with code {completions.returncode} (its own message is above)"
+            )
         programs: dict[int, list[Event]] = {}
         for event in events(trace):
             programs.setdefault(event.program, []).append(event)
         spent = {number: sum(e.end - e.begin for e in ran) for number, ran in programs.items()}
         for number, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-            if seconds < 0.01 * sum(spent.values()) or given.program not in ("", programs[number][0].module):
+            if seconds < 0.01 * sum(spent.values()) or settings.program not in ("", programs[number][0].module):
                 continue
             text = next(dump.glob(f"module_{number:04d}.*cpu_after_optimizations.txt")).read_text()
-            print("\n".join(summary(programs[number], text, given.top)), flush=True)
+            print("\n".join(summary(programs[number], text, settings.top)), flush=True)
     return 0
 
 

@@ -1,5 +1,7 @@
-"""What every side of benchmark.py shares: the rows, the model's shape, the work in FLOPs and the protocol. Only the standard
-library, because each side runs in an interpreter of its own."""
+"""The rows of benchmark.py, the shape of the model, the work in FLOPs and the protocol, shared by all sides.
+
+Only the standard library is imported, because each side runs in an interpreter of its own.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ PEERS = {"torch": "benchmark_torch.py", "trl": "benchmark_trl.py", "trl_ppo": "b
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a Llama with tied embeddings."""
+    """The sizes of a Llama with tied embeddings."""
 
     vocab: int
     hidden: int
@@ -73,38 +75,43 @@ class Sizes:
     ffn: int
 
     def forward_flops(self, context: float, *, head: bool = True) -> float:
-        """A token's: two for every weight of a matrix product, and attention over ``context`` keys."""
+        """Count the operations of a token: two for every weight of a matrix product, and attention over ``context`` keys."""
         layer = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads) + 3 * self.hidden * self.ffn
         weights = self.layers * layer + head * self.vocab * self.hidden
         return 2.0 * weights + 4.0 * self.layers * self.heads * self.head_dim * context
 
     def causal_flops(self, length: int, *, head: bool = True) -> float:
-        """A sequence's."""
+        """Count the operations of a sequence."""
         return length * self.forward_flops(length / 2, head=head)
 
     def sampling_flops(self, prompts: int, prompt: int, new: float) -> float:
-        """Of reading ``prompts`` prompts and sampling ``new`` tokens in all."""
+        """Count the operations of reading ``prompts`` prompts and sampling ``new`` tokens in all."""
         read = prompts * self.causal_flops(prompt, head=False)
         return read + new * self.forward_flops(prompt + new / prompts / 2)
 
     def dpo_flops(self) -> float:
-        """Of the row "dpo": 16 rows of 256 tokens, logits of the 192 behind the prompt; the reference reads them too."""
+        """Count the operations of the row "dpo":
+
+        16 rows of 256 tokens with logits of the 192 behind the prompt, also for the reference.
+        """
         with_head = 192 * 2.0 * self.vocab * self.hidden
         return 4 * 16 * (self.causal_flops(256, head=False) + with_head)
 
     def _replies_flops(self, new: float) -> float:
-        """Of reading 16 prompts of 64 and ``new`` tokens of replies, which have logits."""
+        """Count the operations of reading 16 prompts of 64 tokens and ``new`` tokens of responses, which have logits."""
         return 16 * self.causal_flops(64, head=False) + new * self.forward_flops(64 + new / 32)
 
     def ppo_flops(self, new: float) -> float:
-        """Of the rows "ppo" with ``new`` sampled tokens: sampler and reference, value and reward model, and four updates of
-        policy and value model."""
+        """Count the operations of the rows "ppo" with ``new`` sampled tokens.
+
+        These are sampler and reference, value and reward model, and four updates of policy and value model.
+        """
         forward = self._replies_flops(new)
         trunk = forward - new * (self.forward_flops(0) - self.forward_flops(0, head=False))
         return 2 * forward + 2 * trunk + 4 * 3 * (forward + trunk)
 
     def grpo_flops(self, new: float) -> float:
-        """Of the rows "grpo" with ``new`` sampled tokens: the sampler, which reads each of the 4 prompts once, and one update."""
+        """Count the operations of the rows "grpo" with ``new`` sampled tokens: sampling after 4 prompts, and one update."""
         sampler = self.sampling_flops(4, 64, 0) + new * self.forward_flops(64 + new / 32)
         return sampler + 3 * self._replies_flops(new)
 
@@ -120,7 +127,7 @@ GSM8K = (109, 153, 140, 107, 371, 411, 145, 268, 112, 166, 196, 144, 286, 207, 3
 
 
 def stops(sizes: Sizes, one_in: int) -> tuple[int, ...]:
-    """Ids that end a reply: of a model with random weights one token in ``one_in``."""
+    """Return the ids that end a response: of a model with random weights one token in ``one_in``."""
     return tuple(range(20, sizes.vocab, one_in))
 
 
@@ -129,7 +136,7 @@ Once = Callable[[], tuple[float, float]]
 
 
 def serve(once: Once, **facts: Any) -> None:
-    """Say on a line of JSON that the row is ready, and run it once for every line on stdin. Called when it is warm."""
+    """Report on a line of JSON that the row is ready, and run it once for every line on stdin. Called when it is warm."""
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         began, cpu = time.perf_counter(), time.process_time()
@@ -138,7 +145,7 @@ def serve(once: Once, **facts: Any) -> None:
 
 
 def report(seconds: float, cpu_seconds: float, amount: float, flops: float) -> None:
-    """One repetition on a line of JSON."""
+    """Print one repetition as a line of JSON."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     line = {"seconds": seconds, "cpu_seconds": cpu_seconds, "amount": amount, "flops": flops, "peak_bytes": memory}
     print(json.dumps(line), flush=True)

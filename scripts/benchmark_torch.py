@@ -31,7 +31,7 @@ SCORER = CONFIG | {"num_labels": 1}
 
 
 def padded(lengths: Sequence[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens and which of them are real, [rows, longest]."""
+    """Draw random tokens and the mask of real ones, [rows, longest]."""
     width = max(lengths)
     tokens = np.random.default_rng(seed).integers(3, SIZES.vocab, (len(lengths), width))
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
@@ -121,7 +121,7 @@ def sampler(batches: int, ends: dict[str, Any]) -> Once:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    known = {row.name: globals()[row.name] for row in ROWS if "torch" in row.peers}
-    ready = known[sys.argv[1]]()
+    rows = {row.name: globals()[row.name] for row in ROWS if "torch" in row.peers}
+    ready = rows[sys.argv[1]]()
     ready()  # warm
     serve(ready, version=f"torch {torch.__version__}")

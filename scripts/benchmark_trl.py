@@ -47,20 +47,20 @@ SETTINGS: dict[str, Any] = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words t0, t1 ...: the data come as token ids, the trainers only want one to ask for the padding."""
+    """Make a tokenizer of words t0, t1, ...: the data are token ids, and the trainers only ask it for the padding."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SIZES.vocab)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2", unk_token="t0")
 
 
 def documents(lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Random tokens."""
+    """Draw random tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, SIZES.vocab, length).tolist() for length in lengths]
 
 
 def words(texts: Sequence[Sequence[int]]) -> list[str]:
-    """Token ids as the tokenizer's words."""
+    """Write token ids as words of the tokenizer."""
     return [" ".join(f"t{token}" for token in text) for text in texts]
 
 
@@ -72,7 +72,9 @@ class Paced(TrainerCallback):
         self._began: float | None = None
         self._cpu = 0.0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **remaining: Any
+    ) -> None:
         if self._began is None:
             print(json.dumps({"version": f"TRL {trl.__version__}"}), flush=True)
         else:
@@ -110,8 +112,8 @@ def rm_ragged(out: str) -> trl.RewardTrainer:
 
 
 def pairs(out: str, lengths: Sequence[int]) -> trl.RewardTrainer:
-    both = documents(lengths, 0)
-    rows = Dataset.from_dict({"chosen_ids": both[:8] * STEPS, "rejected_ids": both[8:] * STEPS})
+    pair = documents(lengths, 0)
+    rows = Dataset.from_dict({"chosen_ids": pair[:8] * STEPS, "rejected_ids": pair[8:] * STEPS})
     flops = 3 * sum(SIZES.causal_flops(length, head=False) for length in lengths)
     return trl.RewardTrainer(
         model=LlamaForSequenceClassification(LlamaConfig(**SCORER)),
@@ -123,12 +125,12 @@ def pairs(out: str, lengths: Sequence[int]) -> trl.RewardTrainer:
 
 
 def dpo(out: str) -> trl.DPOTrainer:
-    """8 pairs x 256, of which 64 are the prompt."""
-    both, prompts = words(documents([191] * 16, 0)), words(documents([64] * 8, 1))  # the end is appended
+    """Run 8 pairs x 256 tokens with prompts of 64."""
+    pair, prompts = words(documents([191] * 16, 0)), words(documents([64] * 8, 1))  # the end is appended
     columns = {
         "prompt": prompts,
-        "chosen": [f" {text}" for text in both[:8]],
-        "rejected": [f" {text}" for text in both[8:]],
+        "chosen": [f" {text}" for text in pair[:8]],
+        "rejected": [f" {text}" for text in pair[8:]],
     }
     rows = Dataset.from_dict({name: texts * STEPS for name, texts in columns.items()})
     return trl.DPOTrainer(
@@ -150,7 +152,10 @@ def grpo_ragged(out: str) -> trl.GRPOTrainer:
 
 
 def groups(out: str, options: dict[str, Any]) -> trl.GRPOTrainer:
-    """4 prompts x 4 replies; the reward is their length. options: of generate; with any, the ids of `stops` end a reply."""
+    """Run 4 prompts x 4 responses with their length as the reward.
+
+    options: of generate; with any, the ids of `stops` end a response.
+    """
     prompts = words(documents([64] * 4, 0))
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     if options:
@@ -158,7 +163,7 @@ def groups(out: str, options: dict[str, Any]) -> trl.GRPOTrainer:
     settings = {name: value for name, value in SETTINGS.items() if name != "max_length"}
     return trl.GRPOTrainer(
         model=model,
-        reward_funcs=lambda completion_ids, **rest: [float(len(ids)) for ids in completion_ids],
+        reward_funcs=lambda completion_ids, **remaining: [float(len(ids)) for ids in completion_ids],
         args=trl.GRPOConfig(
             output_dir=out,
             per_device_train_batch_size=16,
@@ -174,7 +179,7 @@ def groups(out: str, options: dict[str, Any]) -> trl.GRPOTrainer:
 
 
 def ppo(out: str) -> trl.PPOTrainer:
-    """16 x (64 + 64): policy, reference, value and reward model."""
+    """Run 16 x (64 + 64) tokens: policy, reference, value and reward model."""
     rows = Dataset.from_dict({"input_ids": documents([64] * 16, 0) * STEPS})
     policy, reference = (LlamaForCausalLM(LlamaConfig(**CONFIG)) for _ in range(2))
     value, reward = (LlamaForSequenceClassification(LlamaConfig(**SCORER)) for _ in range(2))
@@ -200,12 +205,12 @@ def ppo(out: str) -> trl.PPOTrainer:
 
 
 def ppo_ragged(out: str) -> trl.PPOTrainer:
-    """TRL's PPO samples all 64 tokens, cuts replies afterwards and reads the padding: the same work."""
+    """Run PPO as TRL does: it samples all 64 tokens, cuts responses afterwards and reads the padding."""
     return ppo(out)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    known = {row.name: globals()[row.name] for row in ROWS if {"trl", "trl_ppo"} & set(row.peers)}
+    trainers = {row.name: globals()[row.name] for row in ROWS if {"trl", "trl_ppo"} & set(row.peers)}
     with tempfile.TemporaryDirectory() as directory:
-        known[sys.argv[1]](directory).train()
+        trainers[sys.argv[1]](directory).train()

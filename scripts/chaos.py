@@ -75,7 +75,7 @@ class Chaos:
         return ("start", *STAGES[self.stage].phases)
 
     def leave_alone(self) -> None:
-        """Two unbroken results: the first compiles and counts calls, the second is what the others are compared with."""
+        """Make two unbroken results: the first compiles and counts calls, the second is the reference of the comparison."""
         for name, hook in (("compiling", {"CHAOS_COUNT": str(self.out / "calls")}), ("unbroken", {})):
             arguments, log = command(self.stage, self.inputs, self.out / name), self.out / f"{name}.log"
             began = time.monotonic()
@@ -112,7 +112,7 @@ class Chaos:
         return trial
 
     def kill(self, moment: Moment, run_dir: Path, log: Path) -> Kill | None:
-        """One kill; None when the program ended well before. Raises RuntimeError when it ended otherwise."""
+        """Kill the program once. Returns None when it ended well before; raises RuntimeError when it ended otherwise."""
         fault, hook = [], {}
         if " " in moment.point:
             hook = {"CHAOS_KILL_AT": moment.point}
@@ -132,19 +132,19 @@ class Chaos:
         return "@bad/Fault(), " if self.stage == "rollback" else ""
 
     def at_moments(self, rng: random.Random, early: bool) -> Iterator[Moment]:
-        """One to three moments, each uniform over the wall time of the unbroken run. early: the first in the first second."""
+        """Draw one to three moments, uniform over the wall time of the unbroken run. early: the first is in the first second."""
         for index in range(rng.choice((1, 2, 2, 3))):
             yield Moment("", rng.uniform(0.0, 1.0 if early and not index else self.seconds))
 
     def at_a_call(self, rng: random.Random) -> Iterator[Moment]:
-        """One or two of the calls that the unbroken run makes."""
+        """Draw one or two of the calls that the unbroken run makes."""
         counted = calls(self.out / "calls")
         for _ in range(rng.choice((1, 2))):
             kind = rng.choice([kind for kind in sorted(counted) if counted[kind]])
             yield Moment(f"{kind} {rng.randint(1, counted[kind])} {rng.choice(('before', 'after'))}")
 
     def aimed(self, phase: str, rng: random.Random) -> Iterator[Moment]:
-        """One kill at the beginning of ``phase``, at a step that has it."""
+        """Kill once at the beginning of ``phase``, at a step that has it."""
         every = {"evaluate": EVALUATE_EVERY, "save": SAVE_EVERY} | dict.fromkeys(IN_A_SAVE, SAVE_EVERY)
         total = STAGES[self.stage].steps
         if phase == "start":
@@ -162,12 +162,12 @@ def make_inputs(stage: str, out: Path) -> Path:
     directory = out / "inputs"
     for name in inputs_of(stage):
         directory.mkdir(parents=True, exist_ok=True)
-        done, log = directory / f"{name}.done", directory / f"{name}.log"
-        if not done.is_file():
+        completions, log = directory / f"{name}.done", directory / f"{name}.log"
+        if not completions.is_file():
             say(f"making {directory / name}")
             arguments = command(name, directory, directory / name, whole=False)
             finish(start(arguments, log, out / "compilation_cache"), log)
-            done.touch()
+            completions.touch()
     return directory
 
 
@@ -176,16 +176,16 @@ def say(words: str) -> None:
 
 
 def kill_stage(stage: str, moments: int, at_calls: int, out: Path) -> list[Trial]:
-    """All trials of a stage; its table is written and printed."""
+    """Run all trials of a stage; write and print its table."""
     chaos, rng = Chaos(stage, out, make_inputs(stage, out)), random.Random(f"{stage} {FLAGS.seed}")
     chaos.leave_alone()
     say(f"{stage} unbroken: {chaos.seconds:.1f} s")
     trials: list[Trial] = []
 
-    def add(what: Iterator[Moment]) -> None:
-        trials.append(chaos.trial(len(trials) + 1, what))
-        said = ", ".join(kill.phase for kill in trials[-1].kills)
-        say(f"{stage} trial {trials[-1].number}: {said}: {trials[-1].verdict}")
+    def add(subject: Iterator[Moment]) -> None:
+        trials.append(chaos.trial(len(trials) + 1, subject))
+        printed = ", ".join(kill.phase for kill in trials[-1].kills)
+        say(f"{stage} trial {trials[-1].number}: {printed}: {trials[-1].verdict}")
 
     tries = 0
     while len(trials) < moments and tries < 3 * moments:
@@ -205,7 +205,7 @@ def kill_stage(stage: str, moments: int, at_calls: int, out: Path) -> list[Trial
 
 
 def kill_or_give_up(stage: str, moments: int, at_calls: int, out: Path) -> list[Trial]:
-    """`kill_stage`; a stage that fails when it is left alone counts as one lost trial, and the others go on."""
+    """Run `kill_stage`; a stage that fails without kills counts as one lost trial, and the other stages run."""
     try:
         return kill_stage(stage, moments, at_calls, out)
     except (RuntimeError, InputError, OSError) as error:
@@ -218,7 +218,7 @@ def main() -> int:
     out = Path(FLAGS.out).absolute()
     plan = SIZES[FLAGS.size] if FLAGS.size else {FLAGS.stage: (FLAGS.trials, FLAGS.calls)}
     trials = {stage: kill_or_give_up(stage, moments, at_calls, out) for stage, (moments, at_calls) in plan.items()}
-    every = [trial for made in trials.values() for trial in made]
+    every = [trial for created in trials.values() for trial in created]
     print(sums(trials), end="")
     return int(any(trial.verdict != "same" for trial in every))
 

@@ -22,7 +22,7 @@ LEAVE_WITHIN = 60.0
 
 
 def start(arguments: list[str], log: Path, cache: Path, **hook: str) -> subprocess.Popen[bytes]:
-    """The process, with its output in ``log`` and one compilation cache for all. hook: variables of chaos_hook."""
+    """Start the process with its output in ``log`` and one compilation cache for all. hook: variables of chaos_hook."""
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -40,12 +40,12 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def last_logged(run_dir: Path) -> int:
-    """The last whole line of metrics.jsonl, 0 without one."""
+    """Return the step of the last whole line of metrics.jsonl, 0 without one."""
     return max((row["step"] for row in read_lines(run_dir / METRICS).rows), default=0)
 
 
 def where(run_dir: Path, pid: int) -> tuple[str, int]:
-    """(phase, step) of a stopped process: 'start' until it has opened its run directory; 'train + hash' in a save."""
+    """Return (phase, step) of a stopped process: 'start' until it has opened its run directory; 'train + hash' in a save."""
     try:
         status = json.loads((run_dir / "status.json").read_text())
     except (OSError, ValueError):
@@ -78,12 +78,12 @@ def killed_by_itself(process: subprocess.Popen[bytes], point: str, step: int, ru
 
 
 def calls(file: Path) -> Counter[str]:
-    """How often each call of chaos_hook happened."""
+    """Count each call of chaos_hook."""
     return Counter(file.read_text().split()) if file.is_file() else Counter()
 
 
 def left_running(run_dir: Path) -> list[int]:
-    """Processes that still work on ``run_dir`` once those that save have had the time to leave; they are killed."""
+    """Return the processes that still work on ``run_dir`` after the time to save and leave; they are killed."""
     deadline = time.monotonic() + LEAVE_WITHIN
     while (running := _working_on(run_dir)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -93,13 +93,13 @@ def left_running(run_dir: Path) -> list[int]:
 
 
 def _working_on(run_dir: Path) -> list[int]:
-    """Of this user's processes those whose command line has the path."""
-    found = []
+    """List this user's processes whose command line has the path."""
+    actual = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes()
         except OSError:
             continue
         if str(run_dir).encode() in words and int(entry.name) != os.getpid():
-            found.append(int(entry.name))
-    return found
+            actual.append(int(entry.name))
+    return actual

@@ -1,4 +1,4 @@
-"""What scripts/chaos.py kills: the command of each stage, its phases, and how two of its results are compared."""
+"""The stages that scripts/chaos.py kills: their commands, their phases, and the comparison of two results."""
 
 from __future__ import annotations
 
@@ -96,17 +96,17 @@ ORDER = ("base", "sft", "completions", "reward", "ppo")
 
 
 def inputs_of(name: str) -> list[str]:
-    """The stages that must have run before ``name``, in order."""
+    """List the stages that must have run before ``name``, in order."""
     stage = STAGES[name]
-    wanted = {path.split("/")[0] for _, path in stage.needs} | ({"sft"} if name == "export" else set())
-    for made in reversed(ORDER):
-        if made in wanted:
-            wanted |= set(inputs_of(made))
-    return [made for made in ORDER if made in wanted]
+    expected = {path.split("/")[0] for _, path in stage.needs} | ({"sft"} if name == "export" else set())
+    for created in reversed(ORDER):
+        if created in expected:
+            expected |= set(inputs_of(created))
+    return [created for created in ORDER if created in expected]
 
 
 def command(name: str, inputs: Path, run_dir: Path, *, whole: bool = True, more: tuple[str, ...] = ()) -> list[str]:
-    """What starts (and resumes) ``name``. whole: with the steps and saves of a trial; False: as its configuration says."""
+    """Return the command that starts (and resumes) ``name``. whole: with the steps and saves of a trial, else as configured."""
     stage = STAGES[name]
     bound = [f"{macro} = {str(inputs / path)!r}" for macro, path in stage.needs]
     if stage.config and not any("{run}" in flag for flag in stage.flags if flag.startswith("--out")):
@@ -123,9 +123,9 @@ def command(name: str, inputs: Path, run_dir: Path, *, whole: bool = True, more:
 
 
 def compare(unbroken: Path, broken: Path) -> str:
-    """'' when two results are the same bit for bit, else 'different: ...' or 'lost: ...'.
+    """Return '' when two results are equal bit for bit, else 'different: ...' or 'lost: ...'.
 
-    Every run with checkpoints in the two trees is compared as `difference` does; of the others the files in `FILES`, and
+    Every run with checkpoints in the two trees is compared as `difference` does; of other runs the files in `FILES`, and
     evaluation.json without its commit. Names that differ (temporary files left behind) are lost or left.
     """
     for place in sorted(path.parent for path in unbroken.rglob("checkpoints") if any(path.glob("[0-9]*"))):
@@ -138,5 +138,5 @@ def compare(unbroken: Path, broken: Path) -> str:
             return f"lost: {inner}"
         if (broken / inner).read_bytes() != file.read_bytes():
             return f"different: {inner}"
-    left = [path.name for path in broken.rglob("*") if path.name.endswith((".tmp", ".saving", ".deleting"))]
-    return f"different: {min(left)} is left behind" if left else ""
+    remaining = [path.name for path in broken.rglob("*") if path.name.endswith((".tmp", ".saving", ".deleting"))]
+    return f"different: {min(remaining)} is left behind" if remaining else ""

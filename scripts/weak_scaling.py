@@ -58,7 +58,7 @@ class Scaled(NamedTuple):
 
 
 def training_step(name: str, fsdp: int = FSDP) -> tuple[Model, Mesh, plan.PlannedPhase]:
-    """On the slice ``name``: the model there, its mesh, and the step as a phase. fsdp: chips that share the parameters."""
+    """Return the model on the slice ``name``, its mesh, and the step as a phase. fsdp: chips that share the parameters."""
     where = plan.parse_slice(name)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp), where.devices())
     model = Model(CONFIG, ActivationConstraint(mesh))
@@ -71,12 +71,12 @@ def training_step(name: str, fsdp: int = FSDP) -> tuple[Model, Mesh, plan.Planne
 
 
 def scaled(name: str) -> Scaled:
-    """Of one slice."""
+    """Return the row of one slice."""
     model, mesh, step = training_step(name)
-    found = plan.compile_phase(step, mesh, plan.parse_slice(name).chip)
-    assert found.cost is not None and found.memory is not None
+    actual = plan.compile_phase(step, mesh, plan.parse_slice(name).chip)
+    assert actual.cost is not None and actual.memory is not None
     predicted = plan.sent_bytes(model, mesh.shape["fsdp"], mesh.shape["data"], LENGTH)
-    return Scaled(mesh.size, predicted, found.cost.moved_bytes, found.memory.peak, found.compile_seconds)
+    return Scaled(mesh.size, predicted, actual.cost.moved_bytes, actual.memory.peak, actual.compile_seconds)
 
 
 def main(names: list[str]) -> None:

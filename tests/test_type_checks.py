@@ -1,4 +1,4 @@
-"""What mypy checks when it is called without arguments, as before every change."""
+"""The files that mypy checks when it is called without arguments, as before every change."""
 
 from __future__ import annotations
 

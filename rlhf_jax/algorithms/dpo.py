@@ -36,8 +36,10 @@ from rlhf_jax.types import LossFn, Params
 
 @dataclasses.dataclass(frozen=True)
 class DPO:
-    """What DPO is made of: the parameters of `train_dpo`. model: the policy to begin with, and its own frozen reference; with
-    adapters the reference is their base, without a copy. records: None in a plan of sizes alone."""
+    """A description of DPO: the parameters of `train_dpo`.
+
+    model: the policy to start from; a frozen copy is the reference, with adapters their base. records: None in a plan.
+    """
 
     model: ModelSource
     batch: BatchConfig

@@ -45,8 +45,10 @@ PairEvaluation = tuple[dict[str, Term], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """What a pairwise reward model is made of: the parameters of `train_reward`. centring: weight of (chosen + rejected)^2.
-    records: None in a plan of sizes alone."""
+    """A description of a pairwise reward model: the parameters of `train_reward`.
+
+    centring: weight of (chosen + rejected)^2. records: None in a plan.
+    """
 
     model: ModelSource
     batch: BatchConfig
@@ -128,8 +130,10 @@ def pair_batch_shape(job: SupervisedJob, batch: BatchConfig) -> RankedBatch:
 
 
 def scaling_scores(job: SupervisedJob, params: Params) -> tuple[np.ndarray, dict[str, Term]]:
-    """(rewards [2, N] of the pairs that scale the reward, the terms of the loss on them): the held-out pairs, the training pairs
-    where nothing is held out."""
+    """Return (rewards [2, N] of the pairs that scale the reward, the terms of the loss on them).
+
+    The pairs are the held-out ones, or the training pairs without a held-out split.
+    """
     assert job.data is not None
     return heldout_scores(job.evaluate, params, job.frozen, _scaling_pairs(job), job.mesh, **job.data.shape)
 

@@ -35,7 +35,7 @@ from rlhf_jax.types import LossFn, Params, Term
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """What supervised fine-tuning is made of: the parameters of `train_sft`. records: None in a plan of sizes alone."""
+    """A description of supervised fine-tuning: the parameters of `train_sft`. records: None in a plan."""
 
     model: ModelSource
     batch: BatchConfig

@@ -1,4 +1,4 @@
-"""What SFT, reward models and DPO share: a training step over batches of records, and its evaluation on held-out records."""
+"""The parts that SFT, reward models and DPO share: a training step over batches of records, and its held-out evaluation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SupervisedData:
 
 
 def no_heldout(params: Params) -> Metrics:
-    """Stand in for the metrics of held-out records. Raises NotImplementedError."""
+    """Raise NotImplementedError: the default of an algorithm without held-out metrics."""
     raise NotImplementedError("this algorithm measures nothing on held-out records: give its job a function `heldout`")
 
 
@@ -107,7 +107,7 @@ class SupervisedJob:
     subtree: str = "params"
     """Where a checkpoint keeps the parameters of the model."""
     note_without_heldout: str = ""
-    """What it means when nothing is held out."""
+    """The consequence of a run without a held-out split, for the doctor."""
 
     templates_compared: ClassVar[Mapping[str, bool]] = {"policy": True}
     """Roles whose learned template must be the data's; True: that of responses as well."""
@@ -126,12 +126,12 @@ class SupervisedJob:
         return self.data.batches
 
     def check(self, evaluate_every: int) -> None:
-        """Raises InputError for a loop that evaluates where nothing is held out."""
+        """Check that a loop that evaluates has held-out records. Raises InputError otherwise."""
         if evaluate_every and self.data is not None and not self.data.heldout.items:
             raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
 
     def begin(self, directory: Path) -> None:
-        """Say what was left out of the data, and write what makes the run directory a model."""
+        """Report skipped records, and write the files that make the run directory a model."""
         assert self.data is not None
         model = next(iter(self.loaded.values()))
         records = self.data.records
@@ -178,7 +178,7 @@ class SupervisedJob:
 
     def rehearse(self, seed: int) -> Rehearsal:
         """Try one step on the first batch."""
-        example, held = self.place(next(self.batches)), [self.state]
+        example, states = self.place(next(self.batches)), [self.state]
         trained = next(iter(self.models.values()))
         gradient = None
         if trained.lora is None:
@@ -186,10 +186,10 @@ class SupervisedJob:
             gradient = (self.loss, self.state.params, prepared, self.frozen, self.microbatches)
 
         def step() -> dict[str, Mean]:
-            held[0], metrics = self.train_step(held[0], self.frozen, example)
+            states[0], metrics = self.train_step(states[0], self.frozen, example)
             return metrics
 
-        return Rehearsal(step, lambda: held[0], gradient)
+        return Rehearsal(step, lambda: states[0], gradient)
 
     def _prepared(self, batch: Any, rng: Rng) -> Any:
         """Return a batch as the loss gets it."""
@@ -211,7 +211,7 @@ def read_records(
     loaded: Loaded,
     encode: Callable[[Any, Records], Any],
 ) -> tuple[Records, data.EncodedSet[Any, Any], data.EncodedSet[Any, Any]]:
-    """(records with the date that their template writes, encoded training side, encoded held-out side)."""
+    """Return (records with the date that their template writes, encoded training split, encoded held-out split)."""
     assert setting.run_dir is not None and source is not None
     records = with_date(open_records(source), loaded, setting.run_dir)
     train, heldout = encode_records(records, kind, lambda record: encode(record, records))
@@ -244,7 +244,7 @@ def policy_logprobs(model: Model) -> Callable[[Params, TokenBatch], tuple[jax.Ar
 def first_state(
     setting: Setting, loaded: Loaded, optimizer: learn.OptimizerConfig
 ) -> tuple[TrainState, optax.GradientTransformation]:
-    """(the state at step 0, its optimizer)."""
+    """Return (the state at step 0, its optimizer)."""
     model = loaded.model
     adam = learn.make_optimizer(optimizer, setting.steps, matrices=model.matrices())
     shardings = tree_shardings(model.abstract(), model.logical_axes(), setting.mesh)
@@ -291,11 +291,11 @@ def supervised_phases(job: SupervisedJob, example: Any, sequences: int, batch: B
     }
     if job.frozen:
         resident["frozen models"] = job.frozen
-    trained, *others = job.models
+    trained, *frozen_roles = job.models
     length, tokens = batch.length, sequences * batch.length
     ahead = () if job.preparation is None else job.preparation.work
-    named = {work.role for work in ahead}
-    beside = [Work(role, "forward", sequences, length, length) for role in others if role not in named]
+    prepared_roles = {work.role for work in ahead}
+    beside = [Work(role, "forward", sequences, length, length) for role in frozen_roles if role not in prepared_roles]
     cut = [dataclasses.replace(work, parts=batch.microbatches) for work in beside]
     parts: dict[str, Any] = {"parts": batch.microbatches, "summed": batch.microbatches > 1}
     train = Work(trained, "train", sequences, length, length, **parts)

@@ -28,14 +28,14 @@ def script_arguments(words: list[str]) -> list[str]:
 
     Raises InputError for an unknown configuration and for a flag without its value.
     """
-    arguments, rest = [], iter(words)
-    for word in rest:
+    arguments, remaining = [], iter(words)
+    for word in remaining:
         flag, equals, value = word.partition("=")
         if flag not in ("--config", "--set"):
             arguments.append(word)
             continue
         if not equals:
-            value = next(rest, "")
+            value = next(remaining, "")
         if not value:
             raise InputError(f"{flag}: give it a value")
         arguments.append(
@@ -64,7 +64,7 @@ def binding(text: str) -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rlhf_jax.__version__, prog_name="rlhf-jax")
 def cli() -> None:
-    """Fine-tune language models from human feedback in JAX.
+    """Train language models from human feedback in JAX.
 
     `rlhf-jax list` shows experiments and configurations. A verb such as train-ppo starts the experiment of that name:
 

@@ -50,5 +50,5 @@ def config_text(path: Path, base: Path, experiment: str) -> str:
 
 def _key_lines(key: Key, value: object) -> list[str]:
     meaning = [f"# {line}" for line in textwrap.wrap(key.meaning or key.type, 116)]
-    shown = key.default if value is None else value
-    return [*meaning, f"#{key.name} = {'...' if shown == REQUIRED else shown}"]
+    current = key.default if value is None else value
+    return [*meaning, f"#{key.name} = {'...' if current == REQUIRED else current}"]

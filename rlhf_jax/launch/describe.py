@@ -112,8 +112,8 @@ def keys_of(selector: str, configurable: Any) -> list[Key]:
     """List the keys of one configurable (a frozen dataclass or a function) with the meanings that its docstring gives."""
     target = inspect.unwrap(configurable)
     parameters = inspect.signature(target).parameters.values()
-    shown = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    meanings = field_meanings(inspect.getdoc(target) or "", [parameter.name for parameter in shown])
+    named_parameters = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    meanings = field_meanings(inspect.getdoc(target) or "", [parameter.name for parameter in named_parameters])
     place = _place(target)
     return [
         Key(
@@ -124,7 +124,7 @@ def keys_of(selector: str, configurable: Any) -> list[Key]:
             meaning=meanings.get(parameter.name) or (OF_EVERY_RUN.get(parameter.name, "") if selector == "run" else ""),
             place=place,
         )
-        for parameter in shown
+        for parameter in named_parameters
     ]
 
 

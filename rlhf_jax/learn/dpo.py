@@ -55,28 +55,36 @@ class DPOConfig:
 
 
 def implicit_rewards(logprobs: Array, reference: Array, batch: TokenBatch, config: DPOConfig) -> Array:
-    """``beta (log pi - log reference)`` of the reply of each row, float32 [B]: the reward that the policy would be optimal
-    for, up to a constant of the prompt (Rafailov et al. 2023, eq. 5). logprobs, reference: [B, S]."""
+    """Return ``beta (log pi - log reference)`` of the response of each row, float32 [B].
+
+    Up to a constant of the prompt, this is the reward for which the policy is optimal (Rafailov et al. 2023, eq. 5). logprobs,
+    reference: [B, S].
+    """
     ops.require_same_shape("implicit_rewards", logprobs=logprobs, reference=reference, tokens=batch.tokens)
-    return config.beta * _reply(ops.zero_outside(logprobs - reference, batch.loss_mask), batch.loss_mask, config)
+    return config.beta * _sum_over_response(
+        ops.zero_outside(logprobs - reference, batch.loss_mask), batch.loss_mask, config
+    )
 
 
-def _reply(values: Array, mask: Array, config: DPOConfig) -> Array:
-    """Over the columns of the reply, [B, S] -> [B]."""
+def _sum_over_response(values: Array, mask: Array, config: DPOConfig) -> Array:
+    """Sum over the columns of the response, [B, S] -> [B]."""
     return ops.masked_mean(values, mask, axis=1) if config.average else ops.masked_sum(values, mask, axis=1)
 
 
 def make_dpo_terms(
     logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig
 ) -> Callable[[Params, Params, RankedBatch], tuple[dict[str, Term], Array, Array]]:
-    """(params, frozen, batch) -> (the terms of `make_dpo_loss`, implicit rewards [2 B], log-probabilities [2 B, S]); rows are
-    the chosen replies and then the rejected ones."""
+    """Make the function (params, frozen, batch) -> (terms of `make_dpo_loss`, implicit rewards [2 B], log-probabilities [2 B,
+    S]).
+
+    Rows are the chosen responses, then the rejected ones.
+    """
 
     def terms_of(params: Params, frozen: Params, batch: RankedBatch) -> tuple[dict[str, Term], Array, Array]:
-        both = pair_rows(batch)
-        logprobs, _, *router = logprobs_fn(params, both)
-        reference = jax.lax.stop_gradient(reference_fn(frozen, both))
-        rewards = implicit_rewards(logprobs, reference, both, config)
+        rows = pair_rows(batch)
+        logprobs, _, *router = logprobs_fn(params, rows)
+        reference = jax.lax.stop_gradient(reference_fn(frozen, rows))
+        rewards = implicit_rewards(logprobs, reference, rows, config)
         chosen, rejected = pair_halves(rewards)
         losses = ops.preference_loss(
             (chosen - rejected) / config.beta,
@@ -91,7 +99,7 @@ def make_dpo_terms(
             nll = Mean.weighted(-pair_halves(logprobs)[0], targets, batch.weight[:, None])
             terms["nll"] = Term(nll.total, nll.weight, config.sft_coefficient)
         if router:
-            tokens = (both.segment_ids > 0).sum().astype(jnp.float32)
+            tokens = (rows.segment_ids > 0).sum().astype(jnp.float32)
             terms["router"] = Term(router[0] * tokens, tokens)
         return terms, rewards, logprobs
 
@@ -99,11 +107,13 @@ def make_dpo_terms(
 
 
 def make_dpo_loss(logprobs_fn: LogprobsFn, reference_fn: ReferenceFn, config: DPOConfig) -> LossFn:
-    """Mean over pairs of `ops.preference_loss`, plus ``sft_coefficient`` times the chosen replies' mean negative
-    log-likelihood per token, both by the weights of the pairs. Both sides go through one forward pass.
+    """Make the loss: the mean of `ops.preference_loss` over pairs, and a language-model term.
 
-    Metrics, every pair alike: accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected of the implicit
-    rewards, and logprob_chosen, logprob_rejected: nats a reply, those of the chosen one fall too when beta is small.
+    The second term is ``sft_coefficient`` times the mean negative log-likelihood per token of the chosen responses. Both are
+    weighted by pair. Both sides go through one forward pass.
+
+    Metrics, every pair alike: accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected of the implicit rewards,
+    and logprob_chosen, logprob_rejected in nats per response; those of the chosen response fall too when beta is small.
     """
     terms_of = make_dpo_terms(logprobs_fn, reference_fn, config)
 

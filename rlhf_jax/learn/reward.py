@@ -32,9 +32,11 @@ def reward_terms(chosen: Array, rejected: Array, batch: RankedBatch, centring: f
 
 
 def make_reward_loss(score_fn: ScoreFn, *, centring: float = 0.0) -> LossFn:
-    """Mean over pairs of ``-log sigmoid(chosen - rejected - margin)``, plus ``centring`` times the mean of (chosen +
-    rejected)^2, both by the weights of the pairs. Metrics, every pair alike: accuracy (ties count as wrong), reward_gap,
-    reward_chosen, reward_rejected."""
+    """Make the loss: the mean over pairs of ``-log sigmoid(chosen - rejected - margin)``, plus a centring penalty.
+
+    The penalty is ``centring`` times the mean of (chosen + rejected)^2. Both are weighted by pair. Metrics, every pair alike:
+    accuracy (ties count as wrong), reward_gap, reward_chosen, reward_rejected.
+    """
 
     require_number("make_reward_loss: centring", centring, 0.0)
 

@@ -16,9 +16,12 @@ Column 0 has none and is 0. A model with experts may add the loss of its routers
 
 
 def make_sft_loss(logprobs_fn: LogprobsFn) -> LossFn:
-    """``-sum(mask * logprob) / sum(mask)`` over the whole optimiser step. Metrics: entropy; tokens_per_row, target tokens
-    of a row (a mean: a count would depend on how the step is cut into microbatches). The loss of the routers, when there is
-    one, is a mean over microbatches, weighted by their tokens: loads are balanced within each."""
+    """Make the loss ``-sum(mask * logprob) / sum(mask)`` over the whole optimizer step.
+
+    Metrics: entropy; tokens_per_row, target tokens of a row (a mean, because a count would depend on the number of microbatches).
+    The loss of routers, where there are some, is a mean over microbatches weighted by their tokens: loads are balanced within
+    each.
+    """
 
     def loss(params: Params, frozen: Params, batch: TokenBatch, rng: Rng) -> tuple[dict[str, Term], dict[str, Mean]]:
         del frozen, rng

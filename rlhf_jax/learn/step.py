@@ -21,7 +21,7 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, rng: 
 
 
 def _split(batch: Any, microbatches: int) -> Any:
-    """[B, ...] -> [M, B / M, ...]; microbatch m takes rows m, m + M, ...: every device keeps rows of each."""
+    """Split [B, ...] into [M, B / M, ...]: microbatch m takes rows m, m + M, ..., so that every device keeps rows of each."""
 
     def split(x: Array) -> Array:
         if not x.ndim:
@@ -34,8 +34,10 @@ def _split(batch: Any, microbatches: int) -> Any:
 
 
 def _whole_step_weights(loss_fn: LossFn, params: Params, frozen: Params, batches: Any, keys: Array) -> dict[str, Array]:
-    """The weight of each term summed over all microbatches. Weights are counts of the batch, so the compiler drops the
-    forward pass that nothing reads here."""
+    """Sum the weight of each term over all microbatches.
+
+    Weights are counts of the batch, so that the compiler drops the forward pass, whose outputs nothing reads here.
+    """
 
     def one(_: None, inputs: tuple[Any, Array]) -> tuple[None, dict[str, Array]]:
         terms, _metrics = loss_fn(params, frozen, *inputs)
@@ -48,10 +50,10 @@ def _whole_step_weights(loss_fn: LossFn, params: Params, frozen: Params, batches
 def gradients(
     loss_fn: LossFn, params: Params, frozen: Params, batch: Any, rng: Rng, microbatches: int
 ) -> tuple[Params, dict[str, Mean]]:
-    """Gradients (float32, a tree like params) of ``sum of coefficient * total / weight`` and the metrics.
+    """Return the gradients of ``sum of coefficient * total / weight`` (float32, a tree like params) and the metrics.
 
-    Each weight is taken over the whole batch before any gradient is divided by it: losses per token [1, 1] and [2, 2,
-    2, 2] in two microbatches give 10 / 6 = 1.667, not the mean of means 1.5.
+    Each weight is taken over the whole batch before any gradient is divided by it: losses per token [1, 1] and [2, 2, 2, 2] in
+    two microbatches give 10 / 6 = 1.667, not the mean of means 1.5.
     """
     require_whole("microbatches", microbatches, 1)
     batches = _split(batch, microbatches)
@@ -126,7 +128,7 @@ def make_train_step(
 
 
 def _joined(metrics: dict[str, Mean], prepared: dict[str, Mean]) -> dict[str, Mean]:
-    """Raises InputError for a name on both sides."""
+    """Join two mappings. Raises InputError for a name in both."""
     if twice := sorted(metrics.keys() & prepared.keys()):
         raise InputError(f"make_train_step: prepare gives the metric {twice[0]!r}, which the step has; rename it")
     return metrics | prepared

@@ -15,7 +15,7 @@ _calls = {"rename": 0, "fsync": 0}
 
 
 def _watched(kind: str, call: Any) -> Any:
-    def watch(*arguments: Any, **named: Any) -> Any:
+    def watch(*arguments: Any, **names: Any) -> Any:
         _calls[kind] += 1
         due = _kill_at[:2] == [kind, str(_calls[kind])]
         if _count:
@@ -23,7 +23,7 @@ def _watched(kind: str, call: Any) -> Any:
                 file.write(f"{kind}\n")
         if due and _kill_at[2] == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        answer = call(*arguments, **named)
+        answer = call(*arguments, **names)
         if due:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer

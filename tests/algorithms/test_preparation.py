@@ -99,11 +99,11 @@ def test_the_cut_changes_nothing(changes):
 @pytest.mark.parametrize("adapters", [None, LoraConfig(rank=2, dropout=0.5)])
 def test_the_stage_sees_whole_parameters_and_the_fold(adapters):
     """With adapters too, and without the keys of their dropout."""
-    seen = []
+    observed = []
 
     def prepare(model):
         def look(params, frozen, batch, rng):
-            seen.append((model.fold, jax.tree.map(jnp.shape, params)))
+            observed.append((model.fold, jax.tree.map(jnp.shape, params)))
             return baseline(model)(params, frozen, batch, rng)
 
         return look
@@ -111,7 +111,7 @@ def test_the_stage_sees_whole_parameters_and_the_fold(adapters):
     fold = Fold(columns=12)
     stepped(1, adapters, fold, prepare)
     whole = dataclasses.replace(MODEL, lora=adapters).init(jax.random.key(0))
-    assert seen == [(fold, jax.tree.map(jnp.shape, whole))]
+    assert observed == [(fold, jax.tree.map(jnp.shape, whole))]
 
 
 def job_of(**changes):

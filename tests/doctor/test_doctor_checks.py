@@ -34,7 +34,7 @@ def document(tokens: list[int], targets: int) -> Encoded:
 
 
 def wrong(findings) -> dict[str, str]:
-    return {found.check: found.words for found in findings if found.verdict == "WRONG"}
+    return {actual.check: actual.words for actual in findings if actual.verdict == "WRONG"}
 
 
 def text(documents, left_out=0):

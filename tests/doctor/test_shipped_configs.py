@@ -63,34 +63,39 @@ def desk_models(directory: Path, desk: DeskConfig) -> None:
 @pytest.fixture(scope="module")
 def macros(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """{folder of configs: values of its macros}."""
-    home = tmp_path_factory.mktemp("shipped")
+    home_directory = tmp_path_factory.mktemp("shipped")
     desk = DeskConfig()
-    desk_models(home, desk)
-    (home / "gsm8k.jsonl").write_text(
+    desk_models(home_directory, desk)
+    (home_directory / "gsm8k.jsonl").write_text(
         "".join(json.dumps({"question": f"{n} + {n}?", "answer": f"It is #### {2 * n}"}) + "\n" for n in range(300))
     )
-    with gzip.open(home / "hh.jsonl.gz", "wt") as file:
+    with gzip.open(home_directory / "hh.jsonl.gz", "wt") as file:
         for n in range(100):
             shared = f"\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: {n}?\n\nAssistant:"
             file.write(json.dumps({"chosen": f"{shared} Gladly: {n}.", "rejected": f"{shared} No."}) + "\n")
     for name, words in (("pos", ("moving", "funny")), ("neg", ("dull", "stale"))):
         lines = [f"in {name} number {n} of this old list a film that is {words[n % 2]} and short\n" for n in range(900)]
-        (home / f"rt-polarity.{name}").write_text("".join(lines), encoding="latin-1")
-    chat_model(home / "chat", lines)
+        (home_directory / f"rt-polarity.{name}").write_text("".join(lines), encoding="latin-1")
+    chat_model(home_directory / "chat", lines)
     rows = demonstration_records(desk, "train", 0, 200)
     pairs = [
         {"prompt": row["prompt"], "chosen": row["response"], "rejected": other["response"] + " Bye."}
         for row, other in itertools.pairwise(rows)
     ]
-    (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    lm, chat = str(home / "lm"), str(home / "chat")
-    shared = {"BASE": lm, "POLICY": lm, "REWARD": str(home / "reward"), "COMPARISONS": str(home / "pairs.jsonl")}
+    (home_directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    lm, chat = str(home_directory / "lm"), str(home_directory / "chat")
+    shared = {
+        "BASE": lm,
+        "POLICY": lm,
+        "REWARD": str(home_directory / "reward"),
+        "COMPARISONS": str(home_directory / "pairs.jsonl"),
+    }
     return {
         "support_desk": shared,
-        "sft": {"MODEL": chat, "DATA": str(home / "gsm8k.jsonl")},
-        "grpo": {"MODEL": chat, "DATA": str(home / "gsm8k.jsonl")},
-        "reward": {"MODEL": chat, "DATA": str(home / "hh.jsonl.gz")},
-        "ppo": {"MODEL": chat, "DATA": str(home)},
+        "sft": {"MODEL": chat, "DATA": str(home_directory / "gsm8k.jsonl")},
+        "grpo": {"MODEL": chat, "DATA": str(home_directory / "gsm8k.jsonl")},
+        "reward": {"MODEL": chat, "DATA": str(home_directory / "hh.jsonl.gz")},
+        "ppo": {"MODEL": chat, "DATA": str(home_directory)},
     }
 
 
@@ -108,8 +113,8 @@ def test_nothing_wrong(config: str, macros: dict[str, dict[str, str]], tmp_path:
         argv[-1] = f"--gin_bindings=RUN_DIR = {str(tmp_path / 'run')!r}"
     argv += [f"--gin_bindings={name} = {value!r}" for name, value in values.items()]
     argv += [f"--gin_bindings={key} = 300" for key in FEW if key.split(".")[0] in text]
-    done = server(tmp_path, argv)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "WRONG" not in done.stdout and {"ok     BOS", "ok     batches"} <= {
-        line.split(":")[0] for line in done.stdout.splitlines()
-    }, done.stdout
+    completions = server(tmp_path, argv)
+    assert completions.returncode == 0, completions.stdout + completions.stderr
+    assert "WRONG" not in completions.stdout and {"ok     BOS", "ok     batches"} <= {
+        line.split(":")[0] for line in completions.stdout.splitlines()
+    }, completions.stdout

@@ -60,10 +60,10 @@ def test_what_is_prepared_has_no_gradient():
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 def test_its_key_is_no_microbatchs_key(microbatches):
     """Equal keys would make the noise of a statistic the noise of a loss. Neither equals the key of the step."""
-    drawn = []
+    samples = []
 
     def keep(rng):
-        jax.debug.callback(lambda key: drawn.append(tuple(key.tolist())), jax.random.key_data(rng))
+        jax.debug.callback(lambda key: samples.append(tuple(key.tolist())), jax.random.key_data(rng))
 
     def prepare(params, frozen, batch, rng):
         keep(rng)
@@ -76,10 +76,10 @@ def test_its_key_is_no_microbatchs_key(microbatches):
     stepped(microbatches, prepare, loss)
     jax.effects_barrier()
     step = jax.random.fold_in(jax.random.key(0), 0)
-    assert len(set(drawn)) == 1 + microbatches
-    assert tuple(jax.random.key_data(step).tolist()) not in drawn
+    assert len(set(samples)) == 1 + microbatches
+    assert tuple(jax.random.key_data(step).tolist()) not in samples
     ahead = jax.random.split(step)[1]
-    assert tuple(jax.random.key_data(ahead).tolist()) in drawn
+    assert tuple(jax.random.key_data(ahead).tolist()) in samples
 
 
 def test_without_the_stage_the_program_is_the_same():

@@ -23,24 +23,24 @@ from rlhf_jax.plan.memory import leaf_bytes, tree_bytes
 def step(name: str, out: Path) -> None:
     _, mesh, phase = training_step(name, fsdp=8)
     compiled = phase.function.lower(*phase.arguments).compile()
-    told = compiled.memory_analysis()
-    sizes = {key: getattr(told, f"{key}_size_in_bytes") for key in ("argument", "output", "alias", "temp")}
+    message = compiled.memory_analysis()
+    sizes = {key: getattr(message, f"{key}_size_in_bytes") for key in ("argument", "output", "alias", "temp")}
     state, _, batch = phase.arguments
     predicted = {"state": tree_bytes(state), "batch": sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(batch))}
     leaves = len(jax.tree.leaves(state))
-    found = {"sizes": sizes, "predicted": predicted, "leaves": leaves, "mesh": dict(mesh.shape)}
-    out.write_text(json.dumps(found | {"text": compiled.as_text()}))
+    actual = {"sizes": sizes, "predicted": predicted, "leaves": leaves, "mesh": dict(mesh.shape)}
+    out.write_text(json.dumps(actual | {"text": compiled.as_text()}))
 
 
 def complaint() -> None:
     """Rows over eight chips, then columns over pairs of them: GSPMD finds no way, see `parallel.mesh_between`."""
-    here = make_mesh(MeshConfig(fsdp=8), plan.parse_slice("v5e:2x4").devices())
-    there = remake_mesh(MeshConfig(data=4, fsdp=1, tensor=2), here)
+    local = make_mesh(MeshConfig(fsdp=8), plan.parse_slice("v5e:2x4").devices())
+    place = remake_mesh(MeshConfig(data=4, fsdp=1, tensor=2), local)
 
     def move(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(there, PartitionSpec(None, None, "tensor")))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(place, PartitionSpec(None, None, "tensor")))
 
-    struct = jax.ShapeDtypeStruct((4, 64, 64), jnp.float32, sharding=NamedSharding(here, PartitionSpec(None, "fsdp")))
+    struct = jax.ShapeDtypeStruct((4, 64, 64), jnp.float32, sharding=NamedSharding(local, PartitionSpec(None, "fsdp")))
     jax.jit(move).lower(struct).compile()
 
 

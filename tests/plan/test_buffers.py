@@ -40,13 +40,13 @@ PROGRAM = """ENTRY %main {
 
 
 def write(folder: Path, **files: str) -> Path:
-    for what, text in files.items():
-        ending = "" if what == "program" else f"-{what.replace('_', '-')}"
+    for subject, text in files.items():
+        ending = "" if subject == "program" else f"-{subject.replace('_', '-')}"
         (folder / f"{NAME}{ending}.txt").write_text(text)
     return folder
 
 
-def test_the_total_is_that_of_hbm_and_temporaries_have_the_names_of_their_operations(tmp_path: Path) -> None:
+def test_the_total_is_of_hbm_and_temporaries_are_named(tmp_path: Path) -> None:
     """3.26 GiB, not the 112 MiB of vmem. Two values in one place are one buffer; arguments and vmem are no temporaries."""
     write(tmp_path, memory_usage_report=REPORT, buffer_assignment=BUFFERS, program=PROGRAM)
     assert read_assigned(tmp_path) == Assigned(

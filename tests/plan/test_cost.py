@@ -73,7 +73,7 @@ def test_a_loop_that_may_stop_early_counts_at_its_bound() -> None:
     assert cost.flops == 7 * 512 and dict(cost.bounded) == {7: 1} and cost.unknown == 0
 
 
-def test_a_loop_that_nothing_bounds_counts_as_often_as_it_is_told() -> None:
+def test_an_unbounded_loop_counts_as_its_caller_says() -> None:
     def until(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: jnp.tanh(x @ w), x)
 
@@ -89,8 +89,8 @@ def test_sampling_counts_at_its_bound(slots: int) -> None:
     sample = functools.partial(rollout.generate, model, **settings, slots=rollout.SlotConfig(slots=slots))
     arguments = (random_params(model, 0), random_prompts(0, 16, 5, 64), jax.random.key(0))
     module = parse_module(jax.jit(sample).lower(*arguments).compile().as_text())
-    found, expected = count(module, {"x": 1}, decoding=7).flops, generate_flops(model.config, 16, 5, 7)
-    assert expected <= found <= 1.05 * expected
+    actual, expected = count(module, {"x": 1}, decoding=7).flops, generate_flops(model.config, 16, 5, 7)
+    assert expected <= actual <= 1.05 * expected
 
 
 def test_trips_count_from_the_start_by_the_step() -> None:
@@ -170,7 +170,7 @@ def test_replica_groups(text: str, groups: list[list[int]]) -> None:
 )
 def test_mesh_axes_of_a_collective(attributes: str, size: int, axes: str) -> None:
     _, one = only(f"  ROOT %a = f32[2]{{0}} all-reduce(%p), {attributes}")
-    assert (found := group_of(one, {"data": 2, "fsdp": 2, "tensor": 2})).size == size and found.axes == axes
+    assert (actual := group_of(one, {"data": 2, "fsdp": 2, "tensor": 2})).size == size and actual.axes == axes
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_memory_traffic() -> None:
     assert count(parse_module(near), {"x": 1}).hbm_bytes == 400
 
 
-def test_a_fusion_reads_the_layer_it_slices_out_and_writes_the_row_it_updates() -> None:
+def test_a_fusion_counts_its_slice_and_its_updated_row() -> None:
     text = """HloModule m
 
 %fused (a: f32[8,100], i: s32[], u: f32[1,100]) -> f32[8,100] {
@@ -311,10 +311,11 @@ ENTRY %main (p: f32[8,100], j: s32[], v: f32[1,100]) -> f32[8,100] {
 
 def test_kernels_give_their_own_cost() -> None:
     """A Pallas kernel is a black box to XLA: its own estimate counts, and one without is named."""
-    told = '"custom_call_config":{"cost_estimate":{"flops":"1000","transcendentals":"5","bytes_accessed":"70"}}'
+    message = '"custom_call_config":{"cost_estimate":{"flops":"1000","transcendentals":"5","bytes_accessed":"70"}}'
     call = 'f32[100]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={TOLD}'
     cost = count(
-        parse_module(module_of("  %p = f32[100]{0} parameter(0)\n  ROOT %k = " + call.replace("TOLD", told))), {"x": 1}
+        parse_module(module_of("  %p = f32[100]{0} parameter(0)\n  ROOT %k = " + call.replace("TOLD", message))),
+        {"x": 1},
     )
     assert (cost.flops, cost.hbm_bytes, dict(cost.kernels), dict(cost.silent)) == (1000, 70, {"k": 1}, {})
     cost = count(
@@ -367,6 +368,6 @@ ENTRY %main (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   ROOT %w = (s32[], f32[8,128]) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
 }
 """
-    found = count(parse_module(text), {"data": 2, "fsdp": 8})
-    assert found.moved == {("all-reduce", BETWEEN): 3 * 8 * 128 * 4} and found.counts == {("all-reduce", BETWEEN): 3}
-    assert found.moved_bytes == 0
+    actual = count(parse_module(text), {"data": 2, "fsdp": 8})
+    assert actual.moved == {("all-reduce", BETWEEN): 3 * 8 * 128 * 4} and actual.counts == {("all-reduce", BETWEEN): 3}
+    assert actual.moved_bytes == 0

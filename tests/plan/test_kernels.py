@@ -1,4 +1,4 @@
-"""What splash attention's kernels cost, against masks counted block by block and numbers worked by hand."""
+"""The cost of splash attention's kernels, against masks counted block by block and numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_jax.testing import tiny_config
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 100, 128, 129, 130, 257, 400, 5000])
-def test_visited_pairs_are_those_of_blocks_that_the_mask_does_not_empty(window: int | None) -> None:
+def test_visited_pairs_are_those_of_blocks_with_a_mask(window: int | None) -> None:
     length, block = 1024, 128
     query, key = np.arange(length)[:, None], np.arange(length)[None]
     mask = (key <= query) & (key > query - (length if window is None else window))
@@ -54,8 +54,8 @@ def test_traffic_of_a_kernel() -> None:
 
 
 def test_a_kernels_estimate_is_found_behind_a_line_break() -> None:
-    told = '"custom_call_config":{"cost_estimate":{"flops":"7","bytes_accessed":"5"},"body":"x"}'
-    text = KERNEL.replace("NAME", "mine").replace('"custom_call_config":{"body":"x"}', told)
+    message = '"custom_call_config":{"cost_estimate":{"flops":"7","bytes_accessed":"5"},"body":"x"}'
+    text = KERNEL.replace("NAME", "mine").replace('"custom_call_config":{"body":"x"}', message)
     cost = count(parse_module(text), {"x": 1})
     assert (cost.flops, cost.hbm_bytes, dict(cost.kernels), dict(cost.silent)) == (7, 5, {"mine": 1}, {})
 

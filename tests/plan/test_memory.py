@@ -54,8 +54,8 @@ def test_a_head() -> None:
     copy, as with copies of the parameters; backward its gradient."""
     model = Model(tiny_config(logits_chunk=8))
     logits = 4 * 3 * 8 * 64
-    found = [head_bytes(model, 3, 10, over(fsdp), backward=False) - logits for fsdp in (1, 4, 16)]
-    assert found == [0, 0, 8 * HEAD]
+    actual = [head_bytes(model, 3, 10, over(fsdp), backward=False) - logits for fsdp in (1, 4, 16)]
+    assert actual == [0, 0, 8 * HEAD]
     assert head_bytes(model, 3, 10, over(4, data=2), backward=False) == 8 * HEAD + logits
     assert head_bytes(model, 3, 10, over(4), backward=True) == 4 * HEAD + logits
     assert head_bytes(Model(tiny_config(head="scalar")), 3, 10, over(4), backward=True) == 0
@@ -76,9 +76,9 @@ def test_scoring() -> None:
     """Two models: the head of the first with its logits, and the second's table on its way."""
     model = Model(tiny_config(logits_chunk=8))
     one = head_bytes(model, 8, 64, over(4), backward=False)
-    alone, both = (scoring_bytes([(model, 64)] * count, 8, 64, over(4)) for count in (1, 2))
+    alone, pair = (scoring_bytes([(model, 64)] * count, 8, 64, over(4)) for count in (1, 2))
     block = block_bytes(model, 8, 64, over(4), backward=False)
-    assert alone == max(block, one) and both == max(block, one + 4 * HEAD)
+    assert alone == max(block, one) and pair == max(block, one + 4 * HEAD)
 
 
 def test_one_model_goes_backward_after_another() -> None:
@@ -86,20 +86,20 @@ def test_one_model_goes_backward_after_another() -> None:
     in several their sum has a place of its own."""
     models = [Model(tiny_config(remat=True, head="scalar"))] * 2
     params = {name: jax.ShapeDtypeStruct((100,), jnp.float32) for name in ("policy", "value")}
-    found = {parts: learning(models, params, over(1), parts, 3, 10, 5) for parts in (1, 2)}
-    block, kept = block_bytes(models[0], 3, 10, over(1), backward=True), saved_bytes(models[0].config, 3, 10)
-    assert [found[parts].gradients for parts in (1, 2)] == [800, 1200]
-    assert all((one.activations, one.casts, one.passing) == (kept, 0, block) for one in found.values())
-    assert found[2].total == 1200 + kept + block
+    actual = {parts: learning(models, params, over(1), parts, 3, 10, 5) for parts in (1, 2)}
+    block, remaining = block_bytes(models[0], 3, 10, over(1), backward=True), saved_bytes(models[0].config, 3, 10)
+    assert [actual[parts].gradients for parts in (1, 2)] == [800, 1200]
+    assert all((one.activations, one.casts, one.passing) == (remaining, 0, block) for one in actual.values())
+    assert actual[2].total == 1200 + remaining + block
 
 
 def test_sums_of_tables_that_are_not_scattered_wait() -> None:
     """A ring of 256: the first model's whole float32 sum beside the second's gradient and sum; what its block needs is less."""
     models = [Model(tiny_config(remat=True, head="scalar", vocab_size=4096))] * 2
     params = {name: jax.ShapeDtypeStruct((100,), jnp.float32) for name in ("policy", "value")}
-    found = learning(models, params, over(256), 1, 2, 10, 5)
+    actual = learning(models, params, over(256), 1, 2, 10, 5)
     table = 4096 * 16 * 4
-    assert (found.gradients, found.activations, found.passing) == (800 + table, 0, 2 * table)
+    assert (actual.gradients, actual.activations, actual.passing) == (800 + table, 0, 2 * table)
 
 
 def test_short_rows_are_copied_in_whole_tiles() -> None:

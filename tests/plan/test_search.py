@@ -1,4 +1,4 @@
-"""What the planner tries, and what it makes of it: programs compiled for eight CPU devices as if they were a chip's."""
+"""The variations that the planner tries: programs compiled for eight CPU devices as if they were a chip's."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def compiled(candidate: Candidate, usable: float):
 def peaks() -> dict[str, int]:
     """Bytes a device of a step with all rows at once, with recomputation, with 2 microbatches as well."""
     changes = {"start": {}, "remat": {"remat": True}, "both": {"remat": True, "microbatches": 2}}
-    found = {name: compiled(dataclasses.replace(START, **change), 1e12) for name, change in changes.items()}
-    return {name: reports[0].memory.peak for name, reports in found.items()}
+    actual = {name: compiled(dataclasses.replace(START, **change), 1e12) for name, change in changes.items()}
+    return {name: reports[0].memory.peak for name, reports in actual.items()}
 
 
 def test_recomputation_and_microbatches_need_less(peaks: dict[str, int]) -> None:
@@ -81,15 +81,15 @@ def test_recomputation_and_microbatches_need_less(peaks: dict[str, int]) -> None
 
 
 @pytest.mark.parametrize(
-    ("kept", "binding"), [("remat", "ModelConfig.remat = True"), ("both", "BatchConfig.microbatches = 2")]
+    ("remaining", "binding"), [("remat", "ModelConfig.remat = True"), ("both", "BatchConfig.microbatches = 2")]
 )
-def test_the_nearest_change_that_fits(peaks: dict[str, int], kept: str, binding: str) -> None:
-    chip = dataclasses.replace(CHIP, hbm_usable=peaks[kept])
-    wrong = compiled(START, peaks[kept])
+def test_the_nearest_change_that_fits(peaks: dict[str, int], remaining: str, binding: str) -> None:
+    chip = dataclasses.replace(CHIP, hbm_usable=peaks[remaining])
+    wrong = compiled(START, peaks[remaining])
     assert [report.fits for report in wrong] == [False] and verdict(wrong) == "does not fit: sft step"
     assert "largest: temporaries of the program" in why(wrong[0])
-    told = repair(build, START, wrong, chip, remat=False, minibatches=1, most=3)
-    assert told.startswith("it fits with ") and binding in told
+    message = repair(build, START, wrong, chip, remat=False, minibatches=1, most=3)
+    assert message.startswith("it fits with ") and binding in message
 
 
 def test_changes_are_said_as_the_file_says_them() -> None:
@@ -108,17 +108,17 @@ def test_the_page_says_it_all(peaks: dict[str, int]) -> None:
     """Verdict, a bar a phase with the limit, and what the search tried, what fits first."""
     wrong, fitting = compiled(START, peaks["remat"]), compiled(dataclasses.replace(START, remat=True), peaks["remat"])
     slice_ = parse_slice("v5e:2x4")
-    tried = [Attempt("as configured", wrong), Attempt("ModelConfig.remat = True", fitting)]
-    found = tables(fitting, slice_, tried)
-    assert [row[:2] for row in found[-1].rows] == [
+    attempts = [Attempt("as configured", wrong), Attempt("ModelConfig.remat = True", fitting)]
+    actual = tables(fitting, slice_, attempts)
+    assert [row[:2] for row in actual[-1].rows] == [
         ("ModelConfig.remat = True", "yes"),
         ("as configured", "NO: sft step"),
     ]
-    page = as_html(found, "a < b", fitting, slice_, summary(fitting), True)
+    page = as_html(actual, "a < b", fitting, slice_, summary(fitting), True)
     assert "<h1>a &lt; b</h1>" in page and "It fits. Largest phase: sft step" in page
     assert page.count('<b style="left:100.00%"') == 1 and 'class="number">yes' not in page
-    told = json.loads(as_json(fitting, slice_, {}, tried, "a change"))
-    assert told["tried"][1]["fits"] == "NO: sft step" and told["nearest_change"] == "a change"
+    message = json.loads(as_json(fitting, slice_, {}, attempts, "a change"))
+    assert message["tried"][1]["fits"] == "NO: sft step" and message["nearest_change"] == "a change"
     assert summary(wrong).startswith("sft step does not fit: needs ")
 
 
@@ -132,10 +132,10 @@ def test_what_no_change_helps_wants_a_larger_slice(peaks: dict[str, int]) -> Non
 
 
 def test_nearest_changes_from_small_to_large() -> None:
-    told = [one.bindings(START) for one in nearest(dataclasses.replace(START, rows=8), False, 2, sampling=True)]
+    message = [one.bindings(START) for one in nearest(dataclasses.replace(START, rows=8), False, 2, sampling=True)]
     rows, deep = "BatchConfig.batch_size = ", "ModelConfig.remat = True"
     unslotted = "run.slots = @SlotConfig(), SlotConfig.slots = "
-    assert told == [
+    assert message == [
         f"{rows}8, ModelConfig.remat = 'cheap'",
         f"{rows}8, {deep}",
         f"{rows}8, BatchConfig.microbatches = 2, {deep}",
@@ -150,10 +150,10 @@ def test_nearest_changes_from_small_to_large() -> None:
 def test_variations_divide() -> None:
     """8 chips, 2 key/value heads: tensor 1 (as configured) or 2; 64 or 128 rows; 1 to 8 microbatches; nothing, what is cheap
     or all recomputed; all rows, a half or a quarter of them in slots; without the start."""
-    found = variations(START, 8, 2, 1, remat=False, sampling=True)
-    assert len(found) == len(set(found)) == 2 * 2 * 4 * 3 * 3 - 1 and START not in found
-    assert {(one.mesh.fsdp, one.mesh.tensor) for one in found} == {(-1, 1), (4, 2)}
-    assert {one.remat for one in found} == {None, "cheap", True} and {one.slots for one in found} == {0, 32, 16}
+    actual = variations(START, 8, 2, 1, remat=False, sampling=True)
+    assert len(actual) == len(set(actual)) == 2 * 2 * 4 * 3 * 3 - 1 and START not in actual
+    assert {(one.mesh.fsdp, one.mesh.tensor) for one in actual} == {(-1, 1), (4, 2)}
+    assert {one.remat for one in actual} == {None, "cheap", True} and {one.slots for one in actual} == {0, 32, 16}
     assert {one.remat for one in variations(START, 8, 2, 1, remat="cheap")} == {None, False, True}
     few = variations(dataclasses.replace(START, rows=8), 8, 2, 1, remat=False)
     assert {(one.mesh.fsdp, one.rows, one.microbatches) for one in few} == {
@@ -169,13 +169,13 @@ def test_variations_divide() -> None:
 
 
 def test_promising_ones_are_of_every_kind_and_may_fit() -> None:
-    found = variations(START, 8, 2, 1, remat=False)
-    chosen = promising(build, found, CHIP, 6)
+    actual = variations(START, 8, 2, 1, remat=False)
+    chosen = promising(build, actual, CHIP, 6)
     remats = (None, "cheap", True)
     assert {(one.mesh.tensor, one.remat) for one in chosen} == {(n, deep) for n in (1, 2) for deep in remats}
     assert all(one.microbatches == 1 and one.rows == 128 for one in chosen)
-    least = min(analytic_bytes(build(one)[1]) for one in found)
-    assert promising(build, found, dataclasses.replace(CHIP, hbm_usable=least / SLACK - 1), 4) == []
+    least = min(analytic_bytes(build(one)[1]) for one in actual)
+    assert promising(build, actual, dataclasses.replace(CHIP, hbm_usable=least / SLACK - 1), 4) == []
 
 
 def test_the_better_plan_fits_and_then_is_faster(peaks: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""What --show_sharding prints: the rules on every strategy's mesh, and where parameters lie."""
+"""The tables of --show_sharding: the rules on every strategy's mesh, and the sharding of parameters."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from rlhf_jax.plan import PlannedPhase, sharding_tables, strategies
 from rlhf_jax.testing import mesh_of, tiny_config
 
 
-def placed(table) -> dict[str, tuple[str, str]]:
+def on_mesh(table) -> dict[str, tuple[str, str]]:
     """{logical axis: (mesh axes, parts)}; the last row holds all that are whole."""
-    *split, (whole, *rest) = table.rows
-    assert rest == ["whole", "1"]
+    *split, (whole, *remaining) = table.rows
+    assert remaining == ["whole", "1"]
     return {name: (axes, parts) for name, axes, parts in split} | dict.fromkeys(whole.split(", "), ("whole", "1"))
 
 
 def test_every_strategy_has_a_table_of_all_rules() -> None:
     """16 chips; 2 key/value heads and 4 experts: tensor 2, expert 4."""
     model = Model(tiny_config(num_experts=4, experts_per_token=2, expert_ffn_size=32))
-    found = sharding_tables(PlannedPhase("none", None, (), {}, 0, 0, {}), model, strategies(16, model.config))
-    tables = [placed(table) for table in found[:-1]]
+    actual = sharding_tables(PlannedPhase("none", None, (), {}, 0, 0, {}), model, strategies(16, model.config))
+    tables = [on_mesh(table) for table in actual[:-1]]
     assert all(table.keys() == RULES.keys() for table in tables)
     data, fsdp, tensor, sequence, expert, slices = tables
     assert data["act_batch"] == ("data 16", "16") and data["embed"] == ("whole", "1")

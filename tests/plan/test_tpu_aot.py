@@ -60,11 +60,11 @@ def run(*arguments: str, code: int = 0, log: Path | None = None) -> subprocess.C
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     settings |= {} if log is None else {"TPU_LOG_DIR": str(log)}
     settings.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run(
+    completions = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=3600
     )
-    assert done.returncode == code, done.stderr
-    return done
+    assert completions.returncode == code, completions.stderr
+    return completions
 
 
 def logged(log: Path) -> str:
@@ -80,8 +80,8 @@ def plan(
     file, out = tmp_path / "x.gin", tmp_path / "plan.json"
     file.write_text(config)
     arguments = [f"--gin_file={file}", "--compilation_cache=off", f"--plan_json={out}", *flags]
-    done = run(f"experiments/train_{experiment}.py", *arguments, code=code, log=log)
-    return json.loads(out.read_text()), done.stderr
+    completions = run(f"experiments/train_{experiment}.py", *arguments, code=code, log=log)
+    return json.loads(out.read_text()), completions.stderr
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +89,18 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The step of scripts/weak_scaling.py on v5e 2x4: a parsed program, its sizes, the compiler's log."""
     out, log = tmp_path_factory.mktemp("step") / "step.json", tmp_path_factory.mktemp("log")
     run("tests/plan/compiled_step.py", "v5e:2x4", str(out), log=log)
-    told = json.loads(out.read_text())
-    return told | {"log": logged(log), "module": parse_module(told["text"])}
+    message = json.loads(out.read_text())
+    return message | {"log": logged(log), "module": parse_module(message["text"])}
 
 
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The plan of a small PPO on v5e 2x4 that samples with tensor 2, and the compiler's log."""
     directory, log = tmp_path_factory.mktemp("ppo"), tmp_path_factory.mktemp("log")
-    told, _ = plan(
+    message, _ = plan(
         directory, "--plan=v5e:2x4", "--gin_bindings=ROLLOUT_TENSOR=2", experiment="ppo", config=PPO, log=log
     )
-    return told | {"log": logged(log)}
+    return message | {"log": logged(log)}
 
 
 def test_nothing_is_rematerialised_against_our_will(step: dict, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_gradients_are_scattered_not_reduced_to_every_chip(step: dict) -> None:
     assert 0.9 * predicted < cost.moved_bytes < 1.25 * predicted
 
 
-def test_a_chip_holds_what_the_rules_say_and_the_state_is_donated(step: dict) -> None:
+def test_a_chip_holds_its_shards_and_the_state_is_donated(step: dict) -> None:
     """XLA pads small arrays; every array of the state comes back where it was."""
     sizes, predicted = step["sizes"], step["predicted"]
     assert predicted["state"] == pytest.approx(12 * 75.5e6 / 8, rel=0.01)  # float32 with two moments
@@ -161,8 +161,8 @@ def test_the_cache_is_as_large_as_predicted(ppo: dict) -> None:
 def test_memory_is_within_15_percent_of_the_analytic_sum(tmp_path: Path) -> None:
     """A step of Llama 3 8B, one sequence of 4096 a chip: 12 bytes of state a weight over 16 chips, and what
     `plan.analytic` knows of the rest."""
-    told, _ = plan(tmp_path, "--plan=v5p:2x2x4", config="include 'configs/plan/llama3_8b_sft.gin'")
-    step = told["phases"][0]
+    message, _ = plan(tmp_path, "--plan=v5p:2x2x4", config="include 'configs/plan/llama3_8b_sft.gin'")
+    step = message["phases"][0]
     analytic = sum(step["memory"]["resident"].values()) + sum(step["analytic"].values())
     assert step["memory"]["resident"]["parameters"] == pytest.approx(4 * 8.03e9 / 16, rel=0.01)
     assert analytic == pytest.approx(step["memory"]["peak"], rel=0.15)
@@ -179,17 +179,17 @@ def test_weak_scaling() -> None:
     assert few[3] == pytest.approx(1, abs=0.03) and many[3] == pytest.approx(1, abs=0.03)
 
 
-def test_what_does_not_fit_ends_with_3_and_names_the_nearest_change(tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_names_the_nearest_change(tmp_path: Path) -> None:
     big = ["--gin_bindings=BatchConfig.batch_size = 512", "--gin_bindings=ModelConfig.remat = False"]
-    told, stderr = plan(tmp_path, "--plan=v5e:2x4", "--plan_repairs=3", *big, code=3)
-    step = told["phases"][0]
+    message, stderr = plan(tmp_path, "--plan=v5e:2x4", "--plan_repairs=3", *big, code=3)
+    step = message["phases"][0]
     assert not step["fits"] and step["largest"]
     last = stderr.splitlines()[-1]
     assert last.startswith("stopped: ") and "sft step does not fit" in last and "largest: temporary " in last
     assert "Nearest change: it fits with ModelConfig.remat = 'cheap'" in last
 
 
-def test_temporaries_are_what_the_compiler_holds_against_its_limit() -> None:
+def test_temporaries_are_those_of_the_compilers_limit() -> None:
     """tanh(a b) c of matrices of 1/2 GiB: beside three arguments and the output there is one product. With matrices of 8 GiB, 24 +
     8 + 8 GiB are too much for a v5e, and the compiler says that it needs 40."""
     program = """

@@ -51,8 +51,8 @@ def test_one_token_in_so_many_ends_a_reply() -> None:
 
 
 def test_time_is_shared_by_what_runs_together() -> None:
-    found, idle = shares([(0.0, 2.0), (1.0, 4.0), (5.0, 6.0)])
-    assert found == [1.5, 2.5, 1.0] and idle == 1.0
+    actual, idle = shares([(0.0, 2.0), (1.0, 4.0), (5.0, 6.0)])
+    assert actual == [1.5, 2.5, 1.0] and idle == 1.0
 
 
 def test_every_side_has_its_rows() -> None:
@@ -64,9 +64,9 @@ def test_every_side_has_its_rows() -> None:
 
 
 def test_an_unknown_row_is_one_line() -> None:
-    done = run("--rows=sfd")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip().splitlines() == [
+    completions = run("--rows=sfd")
+    assert (completions.returncode, completions.stdout) == (2, "")
+    assert completions.stderr.strip().splitlines() == [
         f"error: --rows: 'sfd' is none of {', '.join(row.name for row in ROWS)}"
     ]
 
@@ -74,9 +74,9 @@ def test_an_unknown_row_is_one_line() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["sft_ragged", "rm", "generate_ragged", "ppo_ragged"])
 def test_a_row_prints_its_line(row: str) -> None:
-    done = run("--shape=tiny", "--repeats=1", f"--rows={row}")
-    assert done.returncode == 0, done.stderr
-    cells = done.stdout.splitlines()[3].split(" | ")
+    completions = run("--shape=tiny", "--repeats=1", f"--rows={row}")
+    assert completions.returncode == 0, completions.stderr
+    cells = completions.stdout.splitlines()[3].split(" | ")
     assert cells[0] == row and cells[1].startswith("ours, jax")
     assert float(cells[2].split()[0]) > 0 and 0 < float(cells[4]) < 1
 
@@ -84,8 +84,8 @@ def test_a_row_prints_its_line(row: str) -> None:
 @pytest.mark.slow
 def test_a_profile_names_programs_and_products() -> None:
     command = [sys.executable, str(SCRIPTS / "benchmark_profile.py"), "--row=sft", "--shape=tiny", "--top=90"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    head, *lines = done.stdout.splitlines()
+    completions = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert completions.returncode == 0, completions.stderr
+    head, *lines = completions.stdout.splitlines()
     assert head.startswith("jit_train_step: ") and "GFLOP/s over all" in head
     assert any("GFLOP/s  " in line for line in lines)

@@ -102,7 +102,7 @@ def test_table_counts_both_phases_of_a_kill_and_every_verdict(chaos: Any, tmp_pa
 
 
 def test_every_stage_has_its_command_and_what_it_needs(chaos: Any) -> None:
-    """All programs, and every way of training; what a stage needs is made before it."""
+    """All programs, and every way of training; what a stage needs is artifacts before it."""
     scripts = {stage.script for stage in chaos.STAGES.values()}
     assert {
         f"experiments/{name}.py" for name in ("train_sft", "train_reward", "train_dpo", "train_ppo", "train_grpo")
@@ -131,8 +131,8 @@ for number in range(3):
 """
 
 
-@pytest.mark.parametrize(("when", "made"), [("before", ["b0"]), ("after", ["b0", "b1"])])
-def test_the_hook_kills_at_the_second_rename(kills: Any, when: str, made: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("when", "artifacts"), [("before", ["b0"]), ("after", ["b0", "b1"])])
+def test_the_hook_kills_at_the_second_rename(kills: Any, when: str, artifacts: list[str], tmp_path: Path) -> None:
     count = tmp_path / "count"
     environment = {
         **os.environ,
@@ -140,9 +140,9 @@ def test_the_hook_kills_at_the_second_rename(kills: Any, when: str, made: list[s
         "CHAOS_COUNT": str(count),
         "CHAOS_KILL_AT": f"rename 2 {when}",
     }
-    done = subprocess.run([sys.executable, "-c", HOOKED], cwd=tmp_path, env=environment)
-    assert done.returncode == -9 and kills.calls(count) == {"rename": 2}
-    assert sorted(path.name for path in tmp_path.glob("b*")) == made
+    completions = subprocess.run([sys.executable, "-c", HOOKED], cwd=tmp_path, env=environment)
+    assert completions.returncode == -9 and kills.calls(count) == {"rename": 2}
+    assert sorted(path.name for path in tmp_path.glob("b*")) == artifacts
 
 
 def test_what_runs_on_is_an_orphan_and_is_ended(kills: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,5 +159,5 @@ def test_what_runs_on_is_an_orphan_and_is_ended(kills: Any, tmp_path: Path, monk
 def test_killed_programs_end_as_the_unbroken_ones(tmp_path: Path) -> None:
     """SFT, generate and a sweep: moments, the first second, renames and fsyncs. Other stages: --size=nightly."""
     command = [sys.executable, str(SCRIPT), "--size=ci", f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    completions = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert completions.returncode == 0, completions.stdout + completions.stderr

@@ -40,17 +40,17 @@ def launch(tmp_path: Path, code: int, seconds: float, *flags: str) -> subprocess
 
 
 def test_all_end_well(tmp_path: Path) -> None:
-    done = launch(tmp_path, 0, 0.0, "--processes=3")
-    assert done.returncode == 0 and done.stdout == "process 0 of 3 is done\n"
+    completions = launch(tmp_path, 0, 0.0, "--processes=3")
+    assert completions.returncode == 0 and completions.stdout == "process 0 of 3 is done\n"
     assert (tmp_path / "logs" / "process_2.log").read_text() == "process 2 of 3 is done\n"
 
 
 def test_one_that_fails_stops_the_others(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = launch(tmp_path, 3, 600.0, "--processes=3", "--grace=5")
-    assert done.returncode == 3 and time.monotonic() - began < 60
-    assert "launch: process 1 ended with exit code 3; stopping the others" in done.stderr
-    assert str(tmp_path / "logs") in done.stderr and "is done" not in done.stdout
+    completions = launch(tmp_path, 3, 600.0, "--processes=3", "--grace=5")
+    assert completions.returncode == 3 and time.monotonic() - began < 60
+    assert "launch: process 1 ended with exit code 3; stopping the others" in completions.stderr
+    assert str(tmp_path / "logs") in completions.stderr and "is done" not in completions.stdout
 
 
 SLOW_TO_LEAVE = """
@@ -67,13 +67,13 @@ time.sleep(600.0)
 
 
 @pytest.mark.parametrize(
-    ("to_all", "said"),
+    ("to_all", "message"),
     [
         (True, "stopped by a signal, all with exit code 143"),
         (False, "process 1 ended with exit code 143 and the others"),
     ],
 )
-def test_one_that_left_after_a_signal_does_not_cut_the_others_short(tmp_path: Path, to_all: bool, said: str) -> None:
+def test_a_process_that_left_does_not_cut_others_short(tmp_path: Path, to_all: bool, message: str) -> None:
     """Process 0 needs two seconds to save, within the grace of five: a second signal would come in the middle of that.
     When only process 1 leaves, for it alone got the signal, the others are stopped once the grace is over."""
     script = tmp_path / "program.py"
@@ -96,7 +96,7 @@ def test_one_that_left_after_a_signal_does_not_cut_the_others_short(tmp_path: Pa
     else:
         os.kill(child_of(parent.pid, ",2,1"), signal.SIGTERM)
     out, errors = parent.communicate(timeout=60)
-    assert parent.returncode == 143 and f"launch: {said}" in errors and out == "process 0 saved\n"
+    assert parent.returncode == 143 and f"launch: {message}" in errors and out == "process 0 saved\n"
 
 
 def child_of(parent: int, words: str) -> int:
@@ -107,8 +107,10 @@ def child_of(parent: int, words: str) -> int:
 
 @pytest.mark.parametrize("flags", [("--processes=0",), ("--proceses=2",)])
 def test_mistakes_are_one_line(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    done = launch(tmp_path, 0, 0.0, *flags)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    completions = launch(tmp_path, 0, 0.0, *flags)
+    assert (
+        completions.returncode == 2 and completions.stderr.startswith("error: ") and completions.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("how", ["", "yes", "host,2,0", "host:1,2", "host:1,2,2", "host:1,a,0"])

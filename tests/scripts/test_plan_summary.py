@@ -12,17 +12,17 @@ GIB = 2**30
 
 
 def summary(tmp_path: Path, *phases: dict) -> str:
-    told = {"settings": {"mesh": {"data": 2, "fsdp": 8}}, "chip": {"hbm_usable": 16 * GIB}, "phases": phases}
-    (tmp_path / "small.json").write_text(json.dumps(told))
-    done = subprocess.run(
+    message = {"settings": {"mesh": {"data": 2, "fsdp": 8}}, "chip": {"hbm_usable": 16 * GIB}, "phases": phases}
+    (tmp_path / "small.json").write_text(json.dumps(message))
+    completions = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path / "small.json")], capture_output=True, text=True, check=True
     )
-    return done.stdout.splitlines()[-1]
+    return completions.stdout.splitlines()[-1]
 
 
 def phase(name: str, fits: bool, peak: float, compute: float, hbm: float) -> dict:
-    told = {"phase": name, "fits": fits, "compile_seconds": 2.4, "tokens": 64000, "memory": {"peak": peak * GIB}}
-    return told | {"roofline_seconds": {"compute": compute, "hbm": hbm, "ici": 0.0}}
+    message = {"phase": name, "fits": fits, "compile_seconds": 2.4, "tokens": 64000, "memory": {"peak": peak * GIB}}
+    return message | {"roofline_seconds": {"compute": compute, "hbm": hbm, "ici": 0.0}}
 
 
 def test_a_row(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def script(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]
 
 
 def test_create_asks_for_the_slice() -> None:
-    done = script("create", **SETTINGS, SPOT="1")
-    assert done.returncode == 0 and done.stdout.split() == [
+    completions = script("create", **SETTINGS, SPOT="1")
+    assert completions.returncode == 0 and completions.stdout.split() == [
         "gcloud",
         "compute",
         "tpus",
@@ -50,9 +50,9 @@ def test_create_asks_for_the_slice() -> None:
 
 
 def test_the_loop_is_create_setup_run_wait() -> None:
-    done = script("loop", "experiments/train_ppo.py", "--gin_file=a.gin", **SETTINGS)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    completions = script("loop", "experiments/train_ppo.py", "--gin_file=a.gin", **SETTINGS)
+    assert completions.returncode == 0, completions.stderr
+    lines = completions.stdout.splitlines()
     assert ["queued-resources create" in lines[0], "git" in lines[1], "cat" in lines[-1]] == [True] * 3
     assert all("--worker=all" in line for line in lines[1:])
     assert script("sync", **SETTINGS).stdout.splitlines()[1].split() == [
@@ -92,14 +92,14 @@ def test_the_command_reaches_the_host_as_it_was_given(tmp_path: Path) -> None:
         file.write_text(f"#!/usr/bin/env bash\n{text}\n")
         file.chmod(0o755)
     settings = {**SETTINGS, "DRY_RUN": "0", "HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    given = ["experiments/train_ppo.py", "--gin_bindings=X = 'a b'", '--gin_bindings=Y = "$HOME"']
-    done = script("run", *given, **settings)
-    assert done.returncode == 0, done.stderr
+    inputs = ["experiments/train_ppo.py", "--gin_bindings=X = 'a b'", '--gin_bindings=Y = "$HOME"']
+    completions = script("run", *inputs, **settings)
+    assert completions.returncode == 0, completions.stderr
     waited = script("wait", **settings)
     assert waited.returncode == 0, waited.stderr
     log = (tmp_path / "rlhf_jax" / "run.log").read_text()
     assert log == "".join(
-        f"<{argument}>" for argument in [*given, "--distributed=auto", "--sync=gs://mine/runs/runs/x"]
+        f"<{argument}>" for argument in [*inputs, "--distributed=auto", "--sync=gs://mine/runs/runs/x"]
     )
 
 
@@ -116,13 +116,13 @@ def test_the_command_reaches_the_host_as_it_was_given(tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], without: str, message: str) -> None:
     shared = {"SHARED": "10.0.0.2:/share"} if "SHARED" in arguments else {}
-    done = script(*arguments, **{key: value for key, value in SETTINGS.items() if key != without}, **shared)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    completions = script(*arguments, **{key: value for key, value in SETTINGS.items() if key != without}, **shared)
+    assert completions.returncode == 2 and message in completions.stderr and completions.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
-    done = subprocess.run(
+    completions = subprocess.run(
         ["shellcheck", str(ROOT / "scripts" / "tpu_vm.sh")], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0, done.stdout
+    assert completions.returncode == 0, completions.stdout

@@ -24,7 +24,7 @@ from rlhf_jax.testing import (
 )
 
 
-def test_parameters_leave_nothing_at_a_special_value_and_are_shared_by_name():
+def test_parameters_avoid_special_values_and_share_names():
     model, params = tiny_model("lm+scalar")
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), model.abstract()
@@ -45,17 +45,17 @@ def test_batches_by_hand():
     prompts = prompt_batch([[3, 4], [5]], width=3)
     assert prompts.tokens.tolist() == [[0, 3, 4], [0, 0, 5]]
     assert prompts.mask.tolist() == [[False, True, True], [False, False, True]]
-    done = completions(prompts, [[7, 2], [7, 7, 7]], length=3)
-    assert done.ended.tolist() == [True, False]
-    assert done.mask.tolist() == [[True, True, False], [True, True, True]]
+    outcome = completions(prompts, [[7, 2], [7, 7, 7]], length=3)
+    assert outcome.ended.tolist() == [True, False]
+    assert outcome.mask.tolist() == [[True, True, False], [True, True, True]]
     assert random_prompts(0, 9, 5, 64).mask.sum(axis=1).max() == 5
 
 
 def test_toy_rewards_ignore_padding():
-    done = completions(prompt_batch([[3], [4]]), [[7, 2], [9, 7, 7]], length=4, pad_id=7)
-    assert count_reward(done, 7).tolist() == [1.0, 2.0]
+    outcome = completions(prompt_batch([[3], [4]]), [[7, 2], [9, 7, 7]], length=4, pad_id=7)
+    assert count_reward(outcome, 7).tolist() == [1.0, 2.0]
     table = jnp.zeros(10).at[7].set(0.5).at[9].set(-1.5)
-    assert table_reward(done, table).tolist() == [0.5, -1.5]
+    assert table_reward(outcome, table).tolist() == [0.5, -1.5]
 
 
 def test_what_does_not_fit_is_refused():
@@ -83,8 +83,8 @@ def test_pretended_devices_in_a_fresh_process():
         "except ValueError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run(
+    completions = subprocess.run(
         [sys.executable, "-c", program], env={"PATH": "", "HOME": "/"}, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    assert "call it before anything else" in done.stdout
+    assert completions.returncode == 0, completions.stderr
+    assert "call it before anything else" in completions.stdout

@@ -31,7 +31,7 @@ from rlhf_jax.types import LossFn, Mean, Params, Term
 
 @dataclasses.dataclass(frozen=True)
 class Anchored:
-    """What anchored fine-tuning is made of: the parameters of `train_anchored`."""
+    """A description of anchored fine-tuning: the parameters of `train_anchored`."""
 
     model: ModelSource
     batch: BatchConfig
