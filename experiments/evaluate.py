@@ -98,7 +98,7 @@ def run(
         mesh=devices,
         output="evaluation.json",
     )
-    with opened as here:
+    with opened as run_:
         results = {}
         for name, path in policies:
             source = ModelSource(path=path, other_template=name in other_template)
@@ -112,13 +112,13 @@ def run(
                 judge_texts,
                 devices,
                 rng,
-                here.directory,
+                run_.directory,
             )
-        commit = launches(here.directory)[-1]["git"]["commit"]
+        commit = launches(run_.directory)[-1]["git"]["commit"]
         evaluation = {"seed": seed, "commit": commit} | compare(results, samples_shown)
         rows = [json_text(row, sort_keys=True) for row in completion_rows(results)]
-        write_atomically(here.directory / "completions.jsonl", "".join(rows))
-        write_atomically(here.directory / "evaluation.json", json_text(evaluation, indent=1, sort_keys=True))
+        write_atomically(run_.directory / "completions.jsonl", "".join(rows))
+        write_atomically(run_.directory / "evaluation.json", json_text(evaluation, indent=1, sort_keys=True))
     _print(evaluation)
 
 
@@ -142,15 +142,15 @@ def _sample(
         raise InputError(
             f"{judge.input}: its tokenizer is not that of {source.path}; ids of one mean nothing to the other"
         )
-    for each in filter(None, (loaded, judge)):
-        each.check_max_length(
+    for model in filter(None, (loaded, judge)):
+        model.check_max_length(
             batch.length + sampling.max_new_tokens, "BatchConfig.length + SamplingConfig.max_new_tokens"
         )
     prompts = with_date(prompts, loaded, directory)
-    used, allowed = data.Form(prompts.template, tokenizer), "name the policy in run.other_template"
-    loaded.check_template(used, responses=False, remedy=allowed)
+    form, remedy = data.Form(prompts.template, tokenizer), "name the policy in run.other_template"
+    loaded.check_template(form, responses=False, remedy=remedy)
     if judge is not None:
-        judge.check_template(used, responses=True)
+        judge.check_template(form, responses=True)
     keep_date(directory, prompts.template)
     encoded, none = encode_prompts(prompts, tokenizer, batch.length)
     rollout.check_shared_prompts(encoded.items, slots)
@@ -159,11 +159,11 @@ def _sample(
     ends = data.sampler_ends(tokenizer, prompts.template, sampling.stop_strings, vocabulary, loaded.generation)
 
     @jax.jit
-    def reply(params: Params, frozen: Params, part: PromptBatch, rng: Rng) -> tuple[Completions, jax.Array | None]:
-        done = rollout.generate(loaded.model, params, part, rng, sampling=sampling, slots=slots, **ends)
+    def respond(params: Params, frozen: Params, part: PromptBatch, rng: Rng) -> tuple[Completions, jax.Array | None]:
+        completions = rollout.generate(loaded.model, params, part, rng, sampling=sampling, slots=slots, **ends)
         if judge is None:
-            return done, None
-        return done, sequence_scores(judge.model, frozen, as_token_batch(done))
+            return completions, None
+        return completions, sequence_scores(judge.model, frozen, as_token_batch(completions))
 
     responses: list[Response] = []
     rewards: list[float] = []
@@ -171,15 +171,15 @@ def _sample(
     for part in data.evaluation_prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad
     ):
-        done, reward = jax.device_get(
-            reply(loaded.params, {} if judge is None else judge.params, to_global(part, devices), rng)
+        completions, reward = jax.device_get(
+            respond(loaded.params, {} if judge is None else judge.params, to_global(part, devices), rng)
         )
-        rollout.stop_if_not_finite(done, source.path)
+        rollout.stop_if_not_finite(completions, source.path)
         if reward is not None:
             rollout.stop_if_scores_not_finite(reward, "run.reward")
         real = part.prompt_id >= 0
-        responses += data.responses(done, encoded.records, tokenizer)
-        lengths += done.mask[real].sum(axis=1).tolist()
+        responses += data.responses(completions, encoded.records, tokenizer)
+        lengths += completions.mask[real].sum(axis=1).tolist()
         rewards += [] if reward is None else reward[real].tolist()
     return ScoredResponses(responses, _scores(responses, rewards, lengths, judge_texts))
 
@@ -187,14 +187,16 @@ def _sample(
 def _scores(
     responses: list[Response], rewards: list[float], lengths: list[int], judge_texts: CheckedReward | None
 ) -> dict[str, Scores]:
-    """Return what is measured of the responses, by name."""
+    """Return the scores of the responses by name: of score_texts, of the reward model, and their length and ending."""
     own: dict[str, Sequence[float]] = {"length": lengths, "ended": [response.ended for response in responses]}
     if rewards:
         own["reward"] = rewards
-    named = {} if judge_texts is None else judge_texts(responses)
-    if taken := [name for name in named if name in own]:
-        raise InputError(f"run.score_texts: {taken[0]!r} is the name of a score that evaluate adds; give another one")
-    return named | {name: Scores.from_values(values) for name, values in own.items()}
+    scores = {} if judge_texts is None else judge_texts(responses)
+    if duplicates := [name for name in scores if name in own]:
+        raise InputError(
+            f"run.score_texts: {duplicates[0]!r} is the name of a score that evaluate adds; give another one"
+        )
+    return scores | {name: Scores.from_values(values) for name, values in own.items()}
 
 
 def _print(evaluation: dict[str, Any]) -> None:

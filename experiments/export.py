@@ -4,16 +4,16 @@
     python experiments/export.py --run_dir=runs/mine/sft_lora --out=exports/adapter --adapter_only
 
 Writes config.json, generation_config.json (everything that ends a response, and the sampling defaults of the model that the
-run began with), safetensors, the tokenizer and its chat template; a plain format that the run was trained with becomes the
+run started from), safetensors, the tokenizer and its chat template; a plain format that the run was trained with becomes the
 chat template, so that a served model formats conversations as it was trained. A reward run becomes
 LlamaForSequenceClassification with one label, its reward normalisation folded into the head. A PPO run with a shared trunk
-is exported with its language-model head unless --head says otherwise. The run's provenance.json
-goes along, so that the lineage of what is trained from the export goes back to the run, and template.json says how its
-conversations were written down. A run of adapters is exported with
-them merged in, or with --adapter_only as they are, for ``peft`` to load onto the base. --run_dir also takes whatever
-else a model can be loaded from: a Hugging Face directory, a .gguf file, a hub id.
+is exported with its language-model head unless --head says otherwise. The export
+includes the run's provenance.json, so that the lineage of models trained from the export goes back to the run, and
+template.json, the template of its conversations. The adapters of a run are merged into the weights, or exported unchanged
+with --adapter_only, for ``peft`` to load onto the base. --run_dir also takes every other source of a model: a Hugging Face
+directory, a .gguf file, a hub id.
 
-The directory is complete or absent: what a killed export leaves is removed by the next one.
+The directory is complete or absent: the next export removes the remains of a killed one.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ from rlhf_jax.storage.names import PROVENANCE
 
 def export() -> int:
     """Export the run of the flags. Raises InputError for files that cannot be read or written."""
-    given = flags.FLAGS
-    out = Path(given.out)
+    settings = flags.FLAGS
+    out = Path(settings.out)
     if out.exists():
         raise InputError(f"--out: {out} already exists; give another directory or remove it")
-    if given.adapter_only:
-        return adapter(out)
-    if given.base is not None:
+    if settings.adapter_only:
+        return export_adapters(out)
+    if settings.base is not None:
         raise InputError("--base: goes with --adapter_only")
-    head = given.head
-    if head is None and describe_pretrained(given.run_dir)[0].head == "lm+scalar":
+    head = settings.head
+    if head is None and describe_pretrained(settings.run_dir)[0].head == "lm+scalar":
         head = "lm"
         print("note: the run has a value head on the same trunk, which is left out; --head=scalar exports that instead")
-    model, params, tokenizer = load_pretrained(given.run_dir, head=head, param_dtype=given.dtype)
-    if given.pad_token is not None:
-        if given.pad_token not in tokenizer.get_vocab():
-            raise InputError(f"--pad_token: {given.pad_token!r} is not in the vocabulary")
-        tokenizer.pad_token = given.pad_token
-    origin = what_goes_along()
+    model, params, tokenizer = load_pretrained(settings.run_dir, head=head, param_dtype=settings.dtype)
+    if settings.pad_token is not None:
+        if settings.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"--pad_token: {settings.pad_token!r} is not in the vocabulary")
+        tokenizer.pad_token = settings.pad_token
+    origin = read_companions()
     export_pretrained(out, model, params, tokenizer, **origin)
     print(f"{out}: head {model.config.head}, {model.config.param_dtype}")
     if origin["template"] is not None and chat_template_of(origin["template"], tokenizer) is not None:
@@ -76,23 +76,23 @@ def export() -> int:
     return 0
 
 
-def adapter(out: Path) -> int:
+def export_adapters(out: Path) -> int:
     """Export only the adapters. Raises InputError when ``peft`` cannot load the base."""
-    given = flags.FLAGS
+    settings = flags.FLAGS
     for name in ("head", "dtype", "pad_token"):
-        if getattr(given, name) is not None:
+        if getattr(settings, name) is not None:
             raise InputError(f"--{name}: does not go with --adapter_only: adapters are exported as they are")
-    model, trained, tokenizer, base = load_adapter(given.run_dir)
-    base = given.base or base
-    if given.base is None and locate(base).kind != "huggingface":
+    model, trained, tokenizer, base = load_adapter(settings.run_dir)
+    base = settings.base or base
+    if settings.base is None and locate(base).kind != "huggingface":
         raise InputError(f"--base: {base} is nothing that peft can load; export it too and give that directory")
-    origin = what_goes_along()
+    origin = read_companions()
     export_adapter(out, model, trained, tokenizer, base, **origin)
     print(f"{out}: adapters of {base}")
     return 0
 
 
-def what_goes_along() -> dict[str, Any]:
+def read_companions() -> dict[str, Any]:
     """Return the files of the run beside its weights: generation config, template of its conversations, provenance."""
     source = locate(flags.FLAGS.run_dir)
     template, provenance = read_template(source.path), source.path / PROVENANCE

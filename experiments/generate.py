@@ -64,7 +64,7 @@ def run(
     prompts = open_records(prompts)
     check_unused(batch, "packed", "folded", "microbatches")
     require_whole("run.samples", samples, 1)
-    own = None if seeds is None else {record.id: _seed(record, seeds) for record in prompts.train}
+    own = None if seeds is None else {record.id: _read_seed(record, seeds) for record in prompts.train}
     if annotator is not None and (samples < 2 or score_texts is None):
         raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
     judge = None if score_texts is None else CheckedReward(open_reward(score_texts), "run.score_texts")
@@ -88,9 +88,9 @@ def run(
         mesh=devices,
         output="completions.jsonl",
     )
-    with opened as here:
+    with opened as run_:
         rows, responses, use = _sample(
-            here.directory, loaded, prompts, batch, sampling, slots, samples, own, devices, rng
+            run_.directory, loaded, prompts, batch, sampling, slots, samples, own, devices, rng
         )
         if judge is not None:
             scores = {name: column.to_list() for name, column in judge(responses).items()}
@@ -100,9 +100,9 @@ def run(
                 )
             for index, row in enumerate(rows):
                 row["scores"] = {name: values[index] for name, values in scores.items()}
-        _write(here.directory / "completions.jsonl", rows)
+        _write_rows(run_.directory / "completions.jsonl", rows)
         if annotator is not None:
-            _annotate(here.directory, rows, annotator)
+            _annotate(run_.directory, rows, annotator)
     print(f"{len(rows)} completions, {use:.0%} of the slot-steps of use: {run_dir}/completions.jsonl")
 
 
@@ -140,24 +140,24 @@ def _sample(
     for part in data.evaluation_prompt_batches(
         encoded.items, batch_size=batch.batch_size, length=batch.length, pad_id=pad, seeds=own
     ):
-        done = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
-        rollout.stop_if_not_finite(done, "run.model")
-        numbers = done.prompts.sample_id[done.prompts.prompt_id >= 0].tolist()
-        numbered += zip(numbers, data.responses(done, encoded.records, tokenizer), strict=True)
-        useful, steps = useful + done.mask.sum(), steps + done.slot_steps.sum()
+        completions = jax.device_get(generate(loaded.params, to_global(part, devices), rng))
+        rollout.stop_if_not_finite(completions, "run.model")
+        numbers = completions.prompts.sample_id[completions.prompts.prompt_id >= 0].tolist()
+        numbered += zip(numbers, data.responses(completions, encoded.records, tokenizer), strict=True)
+        useful, steps = useful + completions.mask.sum(), steps + completions.slot_steps.sum()
     numbered.sort(key=lambda pair: pair[0])
     tools = {record.id: {"tools": record.tools} for record in encoded.records if record.tools}
-    rows = [_row(*pair) | tools.get(pair[1].id, {}) for pair in numbered]
+    rows = [_completion_row(*pair) | tools.get(pair[1].id, {}) for pair in numbered]
     return rows, [response for _, response in numbered], useful / steps
 
 
-def _row(sample: int, response: Response) -> dict[str, Any]:
+def _completion_row(sample: int, response: Response) -> dict[str, Any]:
     """Return a row of completions.jsonl."""
-    asked = {"id": response.id, "prompt": data.prompt_column(response.prompt)}
-    return asked | {"sample": sample, "response": response.text, "ended": response.ended}
+    prompt = {"id": response.id, "prompt": data.prompt_column(response.prompt)}
+    return prompt | {"sample": sample, "response": response.text, "ended": response.ended}
 
 
-def _seed(record: data.Prompt, column: str) -> int:
+def _read_seed(record: data.Prompt, column: str) -> int:
     """Return the seed of a prompt. Raises InputError for a prompt that has none."""
     seed = record.extra.get(column)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < PromptBatch.SEEDS:
@@ -169,29 +169,29 @@ def _seed(record: data.Prompt, column: str) -> int:
 def _annotate(directory: Path, rows: list[dict[str, Any]], annotator: AnnotatorConfig) -> None:
     """Write comparisons.jsonl of the first two responses of each prompt, and annotation.json about them."""
     by_sample = [[row for row in rows if row["sample"] == sample] for sample in (0, 1)]
-    said = [pair for pair in zip(*by_sample, strict=True) if all(row["response"].strip() for row in pair)]
-    scored = [pair for pair in said if all(row["scores"]["gold"] is not None for row in pair)]
-    pairs = [(_reply(first), _reply(second)) for first, second in scored]
+    nonempty = [pair for pair in zip(*by_sample, strict=True) if all(row["response"].strip() for row in pair)]
+    scored = [pair for pair in nonempty if all(row["scores"]["gold"] is not None for row in pair)]
+    pairs = [(_annotated_response(first), _annotated_response(second)) for first, second in scored]
     labels = label_pairs(annotator, [(first["id"], first["prompt"]) for first, _ in scored], pairs, has_flattery)
     tools = {row["id"]: {"tools": row["tools"]} for row in rows if "tools" in row}
-    _write(directory / "comparisons.jsonl", [row | tools.get(row["id"], {}) for row in labels.comparisons])
+    _write_rows(directory / "comparisons.jsonl", [row | tools.get(row["id"], {}) for row in labels.comparisons])
     summary = {
         "comparisons": len(labels.comparisons),
         "left_out_identical": labels.dropped,
-        "left_out_empty": len(by_sample[0]) - len(said),
-        "left_out_failed": len(said) - len(scored),
+        "left_out_empty": len(by_sample[0]) - len(nonempty),
+        "left_out_failed": len(nonempty) - len(scored),
         "agreement_with_gold": labels.agreement,
     }
     write_atomically(directory / "annotation.json", json_text(summary))
     print(json_text(summary), end="")
 
 
-def _reply(row: dict[str, Any]) -> AnnotatedResponse:
-    """Return the scored response of a row, to compare."""
+def _annotated_response(row: dict[str, Any]) -> AnnotatedResponse:
+    """Return the response of a row, with its gold score, for the annotator."""
     return AnnotatedResponse(row["response"], row["scores"]["gold"], row["ended"])
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json_text(row, sort_keys=True) for row in rows))
 
 

@@ -75,17 +75,19 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
     directory = Path(run_dir).expanduser().absolute()
     check(stages, seed)
     check_run_place(directory)
-    _refuse_foreign(directory, [stage.name for stage in stages])
+    _check_not_foreign(directory, [stage.name for stage in stages])
     make_directory(directory)
     with lock(directory):
         record = _read_record(directory) | {"config": bound.config}
-        _write_record(directory, record)  # before the first stage: a directory that a kill leaves is then known as ours
-        # What compiles once compiles for every stage and every later start; a cache of the user's own comes first.
+        _write_record(
+            directory, record
+        )  # before the first stage, so that a directory that a kill leaves is known as a pipeline's
+        # All stages and later starts share compiled programs; a cache of the user's own takes precedence.
         environment = cache_environment(directory)
         for number, stage in enumerate(stages, 1):
             print(f"[{number}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
-            asked = fingerprint_bindings(scan([stage.gin_file], bindings(stage, Path(), seed)))
-            if _is_finished(directory / stage.name, record["stages"].get(stage.name), asked):
+            fingerprint = fingerprint_bindings(scan([stage.gin_file], bindings(stage, Path(), seed)))
+            if _is_finished(directory / stage.name, record["stages"].get(stage.name), fingerprint):
                 print("    finished before", file=sys.stderr, flush=True)
                 continue
             began = time.monotonic()
@@ -94,8 +96,8 @@ def run(run_dir: str, stages: Sequence[Stage], seed: int = 0) -> None:
                 _fail(stage, code)
             seconds = time.monotonic() - began
             print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
-            entry = {"experiment": stage.experiment, "gin_file": stage.gin_file, "asked": asked}
-            record["stages"][stage.name] = entry | {"seconds": round(seconds, 1), "finished": _now()}
+            entry = {"experiment": stage.experiment, "gin_file": stage.gin_file, "asked": fingerprint}
+            record["stages"][stage.name] = entry | {"seconds": round(seconds, 1), "finished": _utc_time()}
             _write_record(directory, record)
         report = write_report(directory, [stage.name for stage in stages])
     print(f"report: {report}")
@@ -133,8 +135,10 @@ def check(stages: Sequence[Stage], seed: int) -> None:
         defined = {binding.selector for binding in scanned if not binding.argument}
         for name, path in stage.macros:
             if name not in defined:
-                known = ", ".join(sorted(defined)) or "none"
-                raise InputError(f"{stage.name}/Stage.macros: {stage.gin_file} has no macro {name}; it defines {known}")
+                macros = ", ".join(sorted(defined)) or "none"
+                raise InputError(
+                    f"{stage.name}/Stage.macros: {stage.gin_file} has no macro {name}; it defines {macros}"
+                )
             if path.split("/")[0] not in before:
                 raise InputError(
                     f"{stage.name}/Stage.macros: {name} = {path!r} is not below a stage before it "
@@ -149,10 +153,10 @@ def check(stages: Sequence[Stage], seed: int) -> None:
     )
 
 
-def _refuse_foreign(directory: Path, names: Sequence[str]) -> None:
-    found = names_in(directory) - {".lock", f"{RECORD}.tmp"}
-    if found and not found & {RECORD, *names}:
-        raise InputError(f"{directory}: not empty and not a pipeline's ({min(found)} is there); give another run_dir")
+def _check_not_foreign(directory: Path, names: Sequence[str]) -> None:
+    files = names_in(directory) - {".lock", f"{RECORD}.tmp"}
+    if files and not files & {RECORD, *names}:
+        raise InputError(f"{directory}: not empty and not a pipeline's ({min(files)} is there); give another run_dir")
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
@@ -170,12 +174,12 @@ def _read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _is_finished(run_dir: Path, entry: dict[str, Any] | None, asked: str) -> bool:
+def _is_finished(run_dir: Path, entry: dict[str, Any] | None, fingerprint: str) -> bool:
     """Return whether a stage finished with this configuration and its inputs have not changed.
 
     Raises InputError when its outputs have changed.
     """
-    if entry is None or entry["asked"] != asked or not (run_dir / PROVENANCE).is_file():
+    if entry is None or entry["asked"] != fingerprint or not (run_dir / PROVENANCE).is_file():
         return False
     if changed := changed_outputs(run_dir):
         raise InputError(
@@ -200,7 +204,7 @@ def _fail(stage: Stage, code: int) -> None:
     raise SystemExit(code)
 
 
-def _now() -> str:
+def _utc_time() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

@@ -3,11 +3,11 @@
     python experiments/sweep.py --experiment=train_ppo --gin_file=configs/support_desk/ppo.gin \\
         --grid="PPOConfig.kl_coefficient=0.02,0.05" --seeds=0,1,2 --metrics=score,kl --out=runs/sweeps/kl
 
-Several --grid flags: every combination. --point="A.b=1; C.d=2" (again for each point): a list instead of a grid.
-A sweep kept in a file: one flag a line, # begins a comment, then --flagfile=configs/sweeps/NAME.flags.
+Several --grid flags: every combination. --point="A.b=1; C.d=2" (once for each point): a list instead of a grid.
+A sweep in a file has one flag per line (# begins a comment): --flagfile=configs/sweeps/NAME.flags.
 
-The same command goes on after a stop: finished runs are skipped, a half-done one is resumed, a failed one is tried
-again; more values or seeds may be added. A failure is recorded and the rest goes on. OUT holds a directory for each run
+The same command continues after a stop: finished runs are skipped, a half-done run is resumed, a failed run is tried
+again; more values or seeds may be added. A failure is recorded, and the other runs go on. OUT holds a directory for each run
 (kl_coefficient=0.02__seed=1), logs/, sweep.json (state), summary.json and summary.csv: for each setting the mean of
 every metric over the seeds with its 95 % interval.
 
@@ -65,7 +65,7 @@ FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "sweep.json"
 USUAL = ("heldout/loss", "loss", "heldout/accuracy", "score", "kl", "monitor/gold", "ppo/gold", "sft->ppo/gold")
-"""The table without --metrics: those of these names that there are."""
+"""The metrics of the table without --metrics, as far as they exist."""
 Record = dict[str, Any]
 
 
@@ -85,9 +85,9 @@ def bindings_of(run: PlannedRun, run_dir: Path | None) -> list[str]:
 
 def command_of(run: PlannedRun, out: Path) -> list[str]:
     """Return the command line of a run."""
-    given = [f"--gin_file={file}" for file in FLAGS.gin_file]
-    given += [f"--gin_bindings={text}" for text in bindings_of(run, out / run.name)]
-    return [sys.executable, str(ROOT / "experiments" / f"{FLAGS.experiment}.py"), *given]
+    arguments = [f"--gin_file={file}" for file in FLAGS.gin_file]
+    arguments += [f"--gin_bindings={text}" for text in bindings_of(run, out / run.name)]
+    return [sys.executable, str(ROOT / "experiments" / f"{FLAGS.experiment}.py"), *arguments]
 
 
 def state_of(run: PlannedRun, out: Path, record: Record) -> str:
@@ -102,12 +102,12 @@ def state_of(run: PlannedRun, out: Path, record: Record) -> str:
             f"{out / run.name / changed[0]}: not what the run wrote: put it back, or remove {out / run.name} to run it again"
         )
     if entry["state"] == "done" and changed_inputs(out / run.name):
-        return "half done"  # asked for the same of other data or models: its own resume says what to do
+        return "half done"  # its data or models have changed: its own resume says what to do
     return str(entry["state"])
 
 
 def execute(run: PlannedRun, out: Path) -> Record:
-    """Run it to its end; returns its entry of sweep.json. Its output goes to logs/NAME.log."""
+    """Run it to its end and return its entry of sweep.json. Its output goes to logs/NAME.log."""
     log = out / "logs" / f"{run.name}.log"
     log.parent.mkdir(exist_ok=True)
     began = time.monotonic()
@@ -133,14 +133,14 @@ def last_lines(log: Path) -> list[str]:
 # ---- the sweep
 
 
-def planned() -> list[PlannedRun]:
+def planned_runs() -> list[PlannedRun]:
     """Return the runs that the flags describe. Raises InputError for flags that are wrong."""
     for name in ("experiment", "out"):
         if not getattr(FLAGS, name):
             raise InputError(f"--{name}: give it (--help explains)")
     if not (ROOT / "experiments" / f"{FLAGS.experiment}.py").is_file():
-        known = ", ".join(sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
-        raise InputError(f"--experiment={FLAGS.experiment}: no such script; there are {known}")
+        names = ", ".join(sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+        raise InputError(f"--experiment={FLAGS.experiment}: no such script; there are {names}")
     try:
         seeds = [int(seed) for seed in FLAGS.seeds]
     except ValueError as error:
@@ -154,10 +154,10 @@ def planned() -> list[PlannedRun]:
 def read_record(out: Path) -> Record:
     """Read sweep.json. Raises InputError when OUT belongs to something else."""
     check_run_place(out)
-    file, found = out / RECORD, names_in(out) - {".lock", f"{RECORD}.tmp"}
-    if RECORD not in found:
-        if found:
-            raise InputError(f"{out}: not empty and not a sweep ({min(found)} is there); give another --out")
+    file, files = out / RECORD, names_in(out) - {".lock", f"{RECORD}.tmp"}
+    if RECORD not in files:
+        if files:
+            raise InputError(f"{out}: not empty and not a sweep ({min(files)} is there); give another --out")
         return {"experiment": FLAGS.experiment, "runs": {}}
     remedy = "delete it: finished runs are then looked at again"
     record: Record = read_object(file, remedy)
@@ -185,12 +185,12 @@ def write_record(out: Path, record: Record) -> None:
 
 
 def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
-    """Start what is not done; returns the names of the failed. Raises SystemExit after a signal."""
+    """Start the runs that are not done and return the names of the failed ones. Raises SystemExit after a signal."""
     make_directory(out)
     with lock(out):
         record = read_record(out)
         failed: list[str] = []
-        write_record(out, record)  # before the first run: a directory that a kill leaves is then known as a sweep
+        write_record(out, record)  # before the first run, so that a directory that a kill leaves is known as a sweep
         for number, run in enumerate(runs, 1):
             before = state_of(run, out, record)
             print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
@@ -199,8 +199,8 @@ def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
                 continue
             entry = record["runs"][run.name] = execute(run, out)
             write_record(out, record)
-            told = f": {entry['message']}" if entry["state"] == "failed" else ""
-            print(f"    {entry['state']}, {entry['seconds']:.0f} s{told}", file=sys.stderr, flush=True)
+            message = f": {entry['message']}" if entry["state"] == "failed" else ""
+            print(f"    {entry['state']}, {entry['seconds']:.0f} s{message}", file=sys.stderr, flush=True)
             if entry["state"] == "failed":
                 failed.append(run.name)
             elif entry["state"] != "done":
@@ -214,21 +214,21 @@ def sweep(runs: Sequence[PlannedRun], out: Path) -> list[str]:
 
 
 def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
-    """Write summary.json and summary.csv, print the table. Raises InputError for a metric that there is not."""
+    """Write summary.json and summary.csv, and print the table. Raises InputError for an unknown metric."""
     finished = {
         run.name: final_metrics(out / run.name, FLAGS.average) for run in runs if state_of(run, out, record) == "done"
     }
     for problem in [problem for measured in finished.values() for problem in measured.problems]:
         print(f"warning: {problem}", file=sys.stderr)
-    done = {name: measured.metrics for name, measured in finished.items()}
+    metrics_of = {name: measured.metrics for name, measured in finished.items()}
     settings: list[Record] = []
     for name in dict.fromkeys(run.setting for run in runs):
         own = [run for run in runs if run.setting == name]
-        measured = [done[run.name] for run in own if run.name in done]
-        named: list[set[str]] = [set(metrics) for metrics in measured]
-        everywhere = set.intersection(*named) if named else set()
-        values = across_seeds([{key: each[key] for key in everywhere} for each in measured]) if measured else {}
-        partly = sorted(set[str]().union(*named) - everywhere)
+        measured = [metrics_of[run.name] for run in own if run.name in metrics_of]
+        key_sets: list[set[str]] = [set(metrics) for metrics in measured]
+        everywhere = set.intersection(*key_sets) if key_sets else set()
+        values = across_seeds([{key: metrics[key] for key in everywhere} for metrics in measured]) if measured else {}
+        partly = sorted(set[str]().union(*key_sets) - everywhere)
         settings.append({"name": name, "values": own[0].values, "runs": len(own), "done": len(measured)})
         settings[-1] |= {"metrics": values, "not_in_every_run": partly}
     names = sorted({metric for setting in settings for metric in setting["metrics"]})
@@ -236,43 +236,44 @@ def summarise(runs: Sequence[PlannedRun], out: Path, record: Record) -> None:
         writer = csv.writer(file)
         writer.writerow(["setting", "metric", "mean", "low", "high", "n"])
         for setting in settings:
-            for metric, found in setting["metrics"].items():
-                writer.writerow([setting["name"], metric, found.mean, *_bounds(found, ""), found.n])
-    written = [s | {"metrics": {m: _as_json(found) for m, found in s["metrics"].items()}} for s in settings]
-    each: list[Record] = [{"name": r.name, "seed": r.seed, "state": state_of(r, out, record)} for r in runs]
-    each = [entry | {"metrics": done.get(entry["name"])} for entry in each]
-    for entry in each:
+            for metric, interval in setting["metrics"].items():
+                writer.writerow([setting["name"], metric, interval.mean, *_bounds(interval, ""), interval.n])
+    rows = [s | {"metrics": {m: _as_json(interval) for m, interval in s["metrics"].items()}} for s in settings]
+    entries: list[Record] = [{"name": r.name, "seed": r.seed, "state": state_of(r, out, record)} for r in runs]
+    entries = [entry | {"metrics": metrics_of.get(entry["name"])} for entry in entries]
+    for entry in entries:
         if entry["name"] in finished and finished[entry["name"]].problems:
             entry["problems"] = finished[entry["name"]].problems
-    summary = {"experiment": FLAGS.experiment, "average": FLAGS.average, "settings": written, "runs": each}
+    summary = {"experiment": FLAGS.experiment, "average": FLAGS.average, "settings": rows, "runs": entries}
     write_atomically(out / "summary.json", json_text(summary, indent=1))
     unknown = [metric for metric in FLAGS.metrics if names and metric not in names]
-    shown = [m for m in FLAGS.metrics if m in names] or [m for m in names if m.split("evaluation/")[-1] in USUAL][:6]
-    print_table(settings, shown)
+    columns = [m for m in FLAGS.metrics if m in names] or [m for m in names if m.split("evaluation/")[-1] in USUAL][:6]
+    print_table(settings, columns)
     if unknown:
         listed = ", ".join(f"{metric}{renamed_metric(metric)}" for metric in unknown)
         raise InputError(f"--metrics: there is no {listed}; there are {', '.join(names)}")
 
 
-def _bounds(found: Interval, missing: Any) -> list[Any]:
-    return [missing if math.isnan(bound) else bound for bound in (found.low, found.high)]
+def _bounds(interval: Interval, missing: Any) -> list[Any]:
+    return [missing if math.isnan(bound) else bound for bound in (interval.low, interval.high)]
 
 
-def _as_json(found: Interval) -> dict[str, Any]:
-    low, high = _bounds(found, None)
-    return asdict(found) | {"low": low, "high": high}
+def _as_json(interval: Interval) -> dict[str, Any]:
+    low, high = _bounds(interval, None)
+    return asdict(interval) | {"low": low, "high": high}
 
 
 def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
-    """Print settings down, metrics across: mean [95 % interval over seeds]."""
+    """Print the table, settings down and metrics across: mean [95 % interval over seeds]."""
     table = Table(title=f"{FLAGS.experiment}: mean [95 % interval over seeds]")
     for column in ("setting", "runs", *metrics):
         table.add_column(printable(column))
     for setting in settings:
         cells = []
         for metric in metrics:
-            found = setting["metrics"].get(metric)
-            cells.append("" if found is None else f"{found.mean:.4g} [{found.low:.4g}, {found.high:.4g}]")
+            interval = setting["metrics"].get(metric)
+            text = "" if interval is None else f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+            cells.append(text)
         count = (
             f"{setting['done']}" if setting["done"] == setting["runs"] else f"{setting['done']} of {setting['runs']}"
         )
@@ -284,17 +285,17 @@ def print_table(settings: Sequence[dict[str, Any]], metrics: Sequence[str]) -> N
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return the exit code; see the top of this file."""
+    """Run the program and return its exit code, as the docstring of the module describes."""
     names = ("experiment", "gin_file", "gin_bindings", "grid", "point", "seeds", "out", "metrics", "average", "dry_run")
     return run_command(command, argv, __doc__ or "", names)
 
 
 def command() -> int:
     """Run the sweep of the flags. Raises InputError."""
-    runs, out = planned(), Path(FLAGS.out).expanduser().absolute()
+    runs, out = planned_runs(), Path(FLAGS.out).expanduser().absolute()
     record = read_record(out)
-    given = tuple(FLAGS.gin_file)
-    check([Command(FLAGS.experiment, given, tuple(bindings_of(run, out)), run.name) for run in runs])
+    gin_files = tuple(FLAGS.gin_file)
+    check([Command(FLAGS.experiment, gin_files, tuple(bindings_of(run, out)), run.name) for run in runs])
     if FLAGS.dry_run:
         for run in runs:
             print(f"{run.name}: {state_of(run, out, record)}\n    {shlex.join(command_of(run, out))}")

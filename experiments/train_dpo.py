@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO) and its relatives: a policy from comparisons, without a reward model.
+"""Train a policy on comparisons without a reward model: direct preference optimization (DPO) and its variants.
 
 python experiments/train_dpo.py --gin_file=configs/support_desk/dpo.gin
 """

@@ -1,4 +1,4 @@
-"""GRPO and its relatives (DAPO, Dr. GRPO, GSPO, RLOO) against a reward model, or against a function of texts.
+"""Train a policy with GRPO or a variant (DAPO, Dr. GRPO, GSPO, RLOO) against a reward model, or against a function of texts.
 
     python experiments/train_grpo.py --gin_file=configs/support_desk/grpo.gin
 

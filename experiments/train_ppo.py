@@ -1,4 +1,4 @@
-"""PPO of a policy against a reward model, or against a function of texts.
+"""Train a policy with PPO against a reward model, or against a function of texts.
 
     python experiments/train_ppo.py --gin_file=configs/support_desk/ppo.gin
 

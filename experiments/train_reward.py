@@ -1,4 +1,4 @@
-"""A pairwise reward model (Bradley-Terry) from comparisons.
+"""Train a pairwise reward model (Bradley-Terry) on comparisons.
 
 python experiments/train_reward.py --gin_file=configs/support_desk/reward.gin
 """

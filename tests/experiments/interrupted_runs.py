@@ -33,13 +33,13 @@ def same_as(unbroken: Path, broken: Path, *parts: str) -> None:
     """Assert that two runs ended alike. parts: texts that some path of the state must contain."""
     assert (broken / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
     assert saved_steps(broken)[-1] == saved_steps(unbroken)[-1]
-    ours, theirs = saved_state(broken), saved_state(unbroken)
-    assert ours.keys() == theirs.keys()
+    actual, reference = saved_state(broken), saved_state(unbroken)
+    assert actual.keys() == reference.keys()
     for part in parts:
-        assert any(part in path for path in ours), (part, list(ours))
-    for path, array in ours.items():
-        assert array.dtype == theirs[path].dtype
-        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+        assert any(part in path for path in actual), (part, list(actual))
+    for path, array in actual.items():
+        assert array.dtype == reference[path].dtype
+        np.testing.assert_array_equal(array, reference[path], err_msg=path)
     assert [line["step"] for line in read_lines(broken / "timing.jsonl")] == [
         line["step"] for line in read_lines(unbroken / "timing.jsonl")
     ]

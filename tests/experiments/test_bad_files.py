@@ -105,18 +105,18 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 def remove(name: str) -> Callable[[Path], None]:
-    def gone(directory: Path) -> None:
+    def remove_path(directory: Path) -> None:
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    return gone
+    return remove_path
 
 
 def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
     def resave(directory: Path) -> None:
-        held = load_file(directory / "model.safetensors")
-        change(held)
-        save_file(held, directory / "model.safetensors")
+        weights = load_file(directory / "model.safetensors")
+        change(weights)
+        save_file(weights, directory / "model.safetensors")
 
     return resave
 
@@ -203,12 +203,12 @@ def refused(server: Server, tmp_path: Path, stage: str, model: Path, data: Path,
     config = tmp_path / "config.gin"
     config.write_text(CONFIG + STAGES[stage])
     before = sorted(os.listdir(tmp_path))
-    given = {"RUN_DIR": tmp_path / "run", "MODEL": model, "DATA": data}
+    paths = {"RUN_DIR": tmp_path / "run", "MODEL": model, "DATA": data}
     argv = [str(ROOT / "experiments" / f"{stage}.py"), f"--gin_file={config}"]
-    done = server(tmp_path, [*argv, *(f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items())])
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
-    assert re.search(words, done.stderr), done.stderr
+    result = server(tmp_path, [*argv, *(f"--gin_bindings={name} = {str(path)!r}" for name, path in paths.items())])
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert re.search(words, result.stderr), result.stderr
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "stderr", "stdout"])
 
 
@@ -240,10 +240,10 @@ def test_the_good_ones_are_good(models: Path, tmp_path: Path, server: Server) ->
     config = tmp_path / "config.gin"
     config.write_text(CONFIG + STAGES[SFT])
     for kind in ("hf", "run"):
-        given = {"RUN_DIR": tmp_path / f"from_{kind}", "MODEL": models / kind, "DATA": tmp_path / "data.jsonl"}
+        paths = {"RUN_DIR": tmp_path / f"from_{kind}", "MODEL": models / kind, "DATA": tmp_path / "data.jsonl"}
         argv = [str(ROOT / "experiments" / "train_sft.py"), f"--gin_file={config}"]
-        done = server(tmp_path, [*argv, *(f"--gin_bindings={name} = {str(path)!r}" for name, path in given.items())])
-        assert done.returncode == 0, done.stderr
+        result = server(tmp_path, [*argv, *(f"--gin_bindings={name} = {str(path)!r}" for name, path in paths.items())])
+        assert result.returncode == 0, result.stderr
 
 
 def test_prompts_with_seeds(models: Path, tmp_path: Path, server: Server) -> None:
@@ -253,16 +253,16 @@ def test_prompts_with_seeds(models: Path, tmp_path: Path, server: Server) -> Non
     config.write_text(CONFIG + STAGES[GEN] + settings + "SamplingConfig.temperature = 5.0\n")
     rows = [{"id": n, "prompt": "say so", "number": 100 + n} for n in range(5)]
     argv = [str(ROOT / "experiments" / "generate.py"), f"--gin_file={config}"]
-    said = []
-    for name, given in (("a", rows), ("b", rows[::-1]), ("c", [*rows[:2], rows[2] | {"number": -1}])):
-        (tmp_path / f"{name}.jsonl").write_text(lines(given))
+    responses = []
+    for name, prompts in (("a", rows), ("b", rows[::-1]), ("c", [*rows[:2], rows[2] | {"number": -1}])):
+        (tmp_path / f"{name}.jsonl").write_text(lines(prompts))
         paths = {"RUN_DIR": tmp_path / name, "MODEL": models / "run", "DATA": tmp_path / f"{name}.jsonl"}
-        done = server(tmp_path, [*argv, *(f"--gin_bindings={key} = {str(path)!r}" for key, path in paths.items())])
+        result = server(tmp_path, [*argv, *(f"--gin_bindings={key} = {str(path)!r}" for key, path in paths.items())])
         if name == "c":
-            assert done.returncode == 2 and not (tmp_path / "c").exists()
-            assert re.fullmatch(r"error: run.seeds = 'number': prompt 2 has -1 there; give a whole .*\n", done.stderr)
+            assert result.returncode == 2 and not (tmp_path / "c").exists()
+            assert re.fullmatch(r"error: run.seeds = 'number': prompt 2 has -1 there; give a whole .*\n", result.stderr)
             continue
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
         replies = map(json.loads, (tmp_path / name / "completions.jsonl").read_text().splitlines())
-        said.append({reply["id"]: reply["response"] for reply in replies})
-    assert said[0] == said[1] and len(set(said[0].values())) == 5
+        responses.append({reply["id"]: reply["response"] for reply in replies})
+    assert responses[0] == responses[1] and len(set(responses[0].values())) == 5

@@ -183,8 +183,8 @@ def value_cases() -> Iterator[Case]:
     for line in KEYS:
         config, key = line.split()
         own = () if key == "run.run_dir" else ("--gin_bindings=RUN_DIR = '{here}/run'",)
-        gone = {"sft": "BASE", "ppo": "POLICY"}.get(config)
-        own += (f"--gin_bindings={gone} = '{{here}}/gone'",) if gone else ()
+        missing = {"sft": "BASE", "ppo": "POLICY"}.get(config)
+        own += (f"--gin_bindings={missing} = '{{here}}/gone'",) if missing else ()
         for value in VALUES:
             if config == "base" and value == "None":
                 continue  # a default of some
@@ -257,10 +257,10 @@ def flag_cases() -> Iterator[Case]:
 
 
 PLACES: dict[str, tuple[str, Damage | None]] = {
-    "a file": ("{here}/place", lambda here: (here / "place").write_text("")),  # type: ignore[dict-item,return-value]
-    "below a file": ("{here}/place/run", lambda here: (here / "place").write_text("")),  # type: ignore[dict-item,return-value]
-    "a pipe": ("{here}/place", lambda here: os.mkfifo(here / "place")),
-    "a link to itself": ("{here}/place", lambda here: (here / "place").symlink_to("place")),
+    "a file": ("{here}/place", lambda directory: (directory / "place").write_text("")),  # type: ignore[dict-item,return-value]
+    "below a file": ("{here}/place/run", lambda directory: (directory / "place").write_text("")),  # type: ignore[dict-item,return-value]
+    "a pipe": ("{here}/place", lambda directory: os.mkfifo(directory / "place")),
+    "a link to itself": ("{here}/place", lambda directory: (directory / "place").symlink_to("place")),
     "a device": ("/dev/null", None),
     "below /proc": ("/proc/run", None),
     "a long name": ("{here}/" + "x" * 300, None),
@@ -275,60 +275,60 @@ PLACES: dict[str, tuple[str, Damage | None]] = {
 def place_cases() -> Iterator[Case]:
     for name, (place, prepare) in PLACES.items():
         for program, config in (("train_sft", "base"), ("generate", "completions"), ("pipeline", "pipeline")):
-            gone = ("--gin_bindings=POLICY = '{here}/gone'",) if program == "generate" else ()
+            missing = ("--gin_bindings=POLICY = '{here}/gone'",) if program == "generate" else ()
             if name == "empty" and program != "train_sft":
                 continue  # the working directory, which is the repository's here
             if program == "pipeline" and name not in ("a file", "a long name", "a nul"):
                 continue  # its stages are checked first, which takes a process of its own
-            flags = (f"--gin_file=configs/smoke/{config}.gin", f"--gin_bindings=RUN_DIR = '{place}'", *gone)
+            flags = (f"--gin_file=configs/smoke/{config}.gin", f"--gin_bindings=RUN_DIR = '{place}'", *missing)
             yield Case(f"run_dir {name} {program}", f"experiments/{program}.py", flags, prepare=prepare)
 
 
 CASES = [*file_cases(), *value_cases(), *gin_cases(), *flag_cases(), *place_cases()]
 
 
-def problem(case: Case, here: Path, good: Path, server: Server) -> str:
+def problem(case: Case, directory: Path, good: Path, server: Server) -> str:
     """What is wrong with how a program met the case; '' for nothing."""
-    here.mkdir()
+    directory.mkdir()
     if case.source:
         shutil.copytree(
-            good / ("hf" if case.source == "hf" else "run"), here / ("hf" if case.source == "hf" else "model")
+            good / ("hf" if case.source == "hf" else "run"), directory / ("hf" if case.source == "hf" else "model")
         )
     rows = GOOD["train_sft"]
-    (here / "data.jsonl").write_text(lines(rows))
-    (here / "data.json").write_text(json.dumps(rows))
-    (here / "data.csv").write_text(
+    (directory / "data.jsonl").write_text(lines(rows))
+    (directory / "data.json").write_text(json.dumps(rows))
+    (directory / "data.csv").write_text(
         "prompt,response\n" + "".join(f"{row['prompt']},{row['response']}\n" for row in rows)
     )
-    (here / "config.gin").write_text(case.config.replace("{here}", str(here)) or CONFIG + STAGES["train_sft"])
+    (directory / "config.gin").write_text(case.config.replace("{here}", str(directory)) or CONFIG + STAGES["train_sft"])
     if case.damage is not None:
-        folder = {"hf": here / "hf", "run": here / "model"}.get(case.source, here)
+        folder = {"hf": directory / "hf", "run": directory / "model"}.get(case.source, directory)
         case.damage(folder / case.file)
     if case.prepare is not None:
-        case.prepare(here)
-    before = sorted(os.listdir(here))
-    flags = [flag.replace("{here}", str(here)) for flag in case.flags]
-    done = server(here, [str(ROOT / case.script), *flags])
-    said = done.stderr.strip()
-    after = sorted(set(os.listdir(here)) - {"stdout", "stderr"})
-    if done.returncode == 0 and case.name in HARMLESS:
+        case.prepare(directory)
+    before = sorted(os.listdir(directory))
+    flags = [flag.replace("{here}", str(directory)) for flag in case.flags]
+    result = server(directory, [str(ROOT / case.script), *flags])
+    stderr = result.stderr.strip()
+    after = sorted(set(os.listdir(directory)) - {"stdout", "stderr"})
+    if result.returncode == 0 and case.name in HARMLESS:
         return ""
-    if done.returncode not in (2, 3):
-        return f"exit code {done.returncode}: {said[-300:]}"
-    if "Traceback" in said or said.count("\n") or not said:
-        return f"not one line: {said[-300:]}"
-    if re.search("[\x00-\x1f\x7f-\x9f\u202e]|secret", said):
-        return f"not printable, or a password: {said!r}"
+    if result.returncode not in (2, 3):
+        return f"exit code {result.returncode}: {stderr[-300:]}"
+    if "Traceback" in stderr or stderr.count("\n") or not stderr:
+        return f"not one line: {stderr[-300:]}"
+    if re.search("[\x00-\x1f\x7f-\x9f\u202e]|secret", stderr):
+        return f"not printable, or a password: {stderr!r}"
     return "" if after == before else f"left behind: {sorted(set(after) ^ set(before))}"
 
 
 def problems(cases: list[Case], tmp_path: Path, good: Path, server: Server) -> str:
-    found = []
+    failures = []
     root = os.geteuid() == 0  # may read everything
     for number, case in enumerate(case for case in cases if not (root and case.damage is without_permission)):
         if words := problem(case, tmp_path / str(number), good, server):
-            found.append(f"{case.name}: {words}")
-    return "\n".join(found)
+            failures.append(f"{case.name}: {words}")
+    return "\n".join(failures)
 
 
 def test_the_table_is_large_and_names_differ() -> None:

@@ -165,12 +165,12 @@ def test_refused_by_name(case: str, tmp_path: Path, server: Server) -> None:
     config, binding = case.split(" ", 1)
     argv = [str(ROOT / "experiments" / f"{EXPERIMENTS[config]}.py"), f"--gin_file=configs/smoke/{config}.gin"]
     argv += [f"--gin_bindings=RUN_DIR = {str(tmp_path / 'run')!r}"] if "run_dir" not in binding else []
-    done = server(tmp_path, [*argv, f"--gin_bindings={binding}"])
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    result = server(tmp_path, [*argv, f"--gin_bindings={binding}"])
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
     key, _ = binding.split(" = ", 1)
-    assert key.split("/")[-1].split(".")[-1] in done.stderr.split(f"--gin_bindings={binding!r}")[-1], done.stderr
+    assert key.split("/")[-1].split(".")[-1] in result.stderr.split(f"--gin_bindings={binding!r}")[-1], result.stderr
     assert re.search(
-        r"give|must|use|one of|at least|hold some out|whole number|has no|needs|leaves|need|divide", done.stderr
-    ), done.stderr
+        r"give|must|use|one of|at least|hold some out|whole number|has no|needs|leaves|need|divide", result.stderr
+    ), result.stderr
     assert sorted(os.listdir(tmp_path)) == ["stderr", "stdout"]

@@ -20,22 +20,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_the_second_start_takes_every_program_from_the_cache(tmp_path: Path) -> None:
-    told = []
+    reports = []
     for _ in range(2):
         run = command("train_sft", "configs/smoke/base.gin", RUN_DIR=tmp_path / "run")
         more = [f"--compilation_cache={tmp_path / 'cache'}", "--gin_bindings=run.steps = 2"]
         _, stderr = finish(start([*run, *more]))
-        told.append(
+        reports.append(
             re.search(r"first step done [\d.]+ s after the start \((\d+) programs compiled, (\d+) from", stderr)
         )
         shutil.rmtree(tmp_path / "run")  # the same run again, from its beginning
-    first, second = told
+    first, second = reports
     assert first and second
     assert int(first[1]) > 5 and int(first[2]) < int(first[1])
     assert int(second[1]) == 0 and int(second[2]) >= int(first[1])
 
 
-KEPT = """
+PROGRAM = """
 PRELUDE
 import jax, jax.numpy as jnp, os, sys
 from rlhf_jax.loop import cold_start
@@ -64,26 +64,26 @@ for name in ("gs", "gcs"):
 """
 
 
-def start_with(flag: str, home: Path, prelude: str = "", **more: str) -> tuple[str, str]:
+def start_with(flag: str, cache_home: Path, prelude: str = "", **more: str) -> tuple[str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)} | more
-    done = subprocess.run(
-        [sys.executable, "-c", KEPT.replace("PRELUDE", prelude), flag],
+    environment |= {"XDG_CACHE_HOME": str(cache_home), "PYTHONPATH": str(ROOT)} | more
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("PRELUDE", prelude), flag],
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip(), result.stderr
 
 
 def test_programs_are_kept_by_default_and_found_again(tmp_path: Path) -> None:
-    home = tmp_path / "cache"
-    directory, first = start_with("", home)
-    assert directory == str(home / "rlhf_jax" / "compiled")
+    cache_home = tmp_path / "cache"
+    directory, first = start_with("", cache_home)
+    assert directory == str(cache_home / "rlhf_jax" / "compiled")
     assert re.search(r"\([1-9]\d* programs compiled, 0 from the cache\)", first)
-    _, second = start_with("", home)
+    _, second = start_with("", cache_home)
     assert re.search(r"\(0 programs compiled, [1-9]\d* from the cache\)", second)
 
 
@@ -102,15 +102,15 @@ def test_a_bucket_needs_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watch("gs://mine/cache")
 
 
-def test_the_environment_comes_before_the_default_and_off_before_both(tmp_path: Path) -> None:
-    mine = str(tmp_path / "mine")
-    assert start_with("", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=mine)[0] == mine
-    directory, told = start_with("off", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=mine)
-    assert directory == "None" and "(no compilation cache)" in told
+def test_environment_overrides_default_and_off_overrides_both(tmp_path: Path) -> None:
+    own_cache = str(tmp_path / "mine")
+    assert start_with("", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=own_cache)[0] == own_cache
+    directory, message = start_with("off", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=own_cache)
+    assert directory == "None" and "(no compilation cache)" in message
     assert not (tmp_path / "cache").exists()
 
 
 def test_without_a_place_to_keep_them_programs_are_compiled(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    directory, told = start_with("", tmp_path / "cache")
-    assert directory == "None" and "(no compilation cache)" in told
+    directory, message = start_with("", tmp_path / "cache")
+    assert directory == "None" and "(no compilation cache)" in message

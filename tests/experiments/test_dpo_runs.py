@@ -18,17 +18,17 @@ def places(chain: Path) -> dict[str, Path]:
 
 @pytest.mark.slow
 def test_dpo_learns_and_resumes_exactly(chain: Path, train, tmp_path: Path) -> None:
-    given = places(chain) | {"BatchConfig.folded": True}
-    train("train_dpo", "dpo", "unbroken", **given)
+    settings = places(chain) | {"BatchConfig.folded": True}
+    train("train_dpo", "dpo", "unbroken", **settings)
     lines = read_lines(tmp_path / "unbroken" / "metrics.jsonl")
     losses = [line["loss/preference"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
-    held = [line for line in lines if "heldout/loss" in line]
-    assert [line["step"] for line in held] == [4, 8, 12] and 0 <= held[-1]["heldout/accuracy"] <= 1
+    heldout_lines = [line for line in lines if "heldout/loss" in line]
+    assert [line["step"] for line in heldout_lines] == [4, 8, 12] and 0 <= heldout_lines[-1]["heldout/accuracy"] <= 1
     assert load_pretrained(tmp_path / "unbroken").model.config.head == "lm"  # it is a policy like any other
 
-    terminate(train, tmp_path / "broken", 3, "train_dpo", "dpo", **given)
-    train("train_dpo", "dpo", "broken", **given)
+    terminate(train, tmp_path / "broken", 3, "train_dpo", "dpo", **settings)
+    train("train_dpo", "dpo", "broken", **settings)
     same_as(tmp_path / "unbroken", tmp_path / "broken", "params", "opt_state", "rng", "step")
 
 

@@ -34,8 +34,10 @@ def test_terminated(chain: Path, train, tmp_path: Path, arguments: tuple[str, st
     assert resumed_steps(broken) == [0, saved]
     same_as(chain / arguments[1], broken, "params", "opt_state", "rng", "step")
     if arguments[1] == "reward":
-        ours, theirs = ((run_dir / "reward_normalisation.json").read_text() for run_dir in (broken, chain / "reward"))
-        assert ours == theirs
+        actual, reference = (
+            (run_dir / "reward_normalisation.json").read_text() for run_dir in (broken, chain / "reward")
+        )
+        assert actual == reference
 
 
 def test_ppo_terminated(chain: Path, train, tmp_path: Path) -> None:

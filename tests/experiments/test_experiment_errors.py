@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line on stderr with the place and the remedy, exit code 2, nothing written.
+"""Mistakes of users: one line on stderr with the place and the remedy, exit code 2, nothing written.
 
 One process imports the package and forks itself for each case (importing takes seconds); what runs in the fork is the
 real script with a real command line.
@@ -110,7 +110,9 @@ CASES = {
         "{root}/configs/smoke/dpo.gin:N: unknown parameter 'dpo' of run",
         ("--plan=local",),
     ),
-    "a plan and a check at once": Case(*SFT, [], "--plan, --doctor: give one of them", ("--plan=local", "--doctor")),
+    "a plan and a check at once": Case(
+        *SFT, [], "--plan, --doctor, --preview: give one of them", ("--plan=local", "--doctor")
+    ),
     "rollouts of an older policy, uncorrected": Case(
         *PPO,
         ["run.one_step_off = True"],
@@ -225,10 +227,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def launch(server: Server, argv: list[str], cwd: Path) -> str:
     """Runs a command that must fail as a user's mistake does; returns its one line."""
-    done = server(cwd, argv)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
-    return done.stderr.removeprefix("error: ")
+    result = server(cwd, argv)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    return result.stderr.removeprefix("error: ")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -260,9 +262,9 @@ def test_one_line_exit_code_2_nothing_written(name: str, chain: Path, tmp_path: 
 def test_a_score_that_the_reward_does_not_give(chain: Path, tmp_path: Path, server) -> None:
     """Known only once something was scored; nothing of the run is left even so."""
     text = (ROOT / "configs" / "smoke" / "ppo.gin").read_text()
-    kept = [line for line in text.splitlines() if "REWARD" not in line and "reward" not in line]
+    remaining = [line for line in text.splitlines() if "REWARD" not in line and "reward" not in line]
     config = tmp_path / "gold.gin"
-    config.write_text("\n".join([*kept, "run.reward_texts = @desk_gold()", "run.reward_key = 'golf'"]))
+    config.write_text("\n".join([*remaining, "run.reward_texts = @desk_gold()", "run.reward_key = 'golf'"]))
     bindings = [f"--gin_bindings=RUN_DIR = '{tmp_path / 'run'}'", f"--gin_bindings=POLICY = '{chain / 'sft'}'"]
     line = launch(server, [str(ROOT / "experiments" / "train_ppo.py"), f"--gin_file={config}", *bindings], tmp_path)
     assert line.startswith("run.reward_key = 'golf': reward_texts gives gold, gold/fact, gold/honesty")
@@ -272,9 +274,9 @@ def test_a_score_that_the_reward_does_not_give(chain: Path, tmp_path: Path, serv
 def test_an_evaluation_with_nothing_to_score(chain: Path, tmp_path: Path, server) -> None:
     """Bound to None, reward's own keys would be dead bindings: the file leaves both out."""
     text = (ROOT / "configs" / "smoke" / "evaluate.gin").read_text()
-    left = ("REWARD", "run.reward", "ModelSource", "run.score_texts")
+    removed = ("REWARD", "run.reward", "ModelSource", "run.score_texts")
     config = tmp_path / "unscored.gin"
-    config.write_text("\n".join(line for line in text.splitlines() if not line.startswith(left)))
+    config.write_text("\n".join(line for line in text.splitlines() if not line.startswith(removed)))
     places = {"RUN_DIR": tmp_path / "run"} | {key: chain / key.lower() for key in ("BASE", "SFT", "PPO")}
     bindings = [f"--gin_bindings={key} = '{place}'" for key, place in places.items()]
     line = launch(server, [str(ROOT / "experiments" / "evaluate.py"), f"--gin_file={config}", *bindings], tmp_path)

@@ -86,8 +86,8 @@ def test_stopped_in_a_stage_it_goes_on_from_there(server: Server, tmp_path: Path
     stop.unlink()
     err = pipeline("broken", 0)
     assert "[1/2] base\n    finished before\n[2/2] sft\n" in err and finished() == ["base", "sft"]
-    made = read_provenance(broken / "sft")
-    assert made is not None and [launch["resumed_step"] for launch in made["launches"]] == [0, 2]
+    provenance = read_provenance(broken / "sft")
+    assert provenance is not None and [launch["resumed_step"] for launch in provenance["launches"]] == [0, 2]
     lines, expected = ((run / "sft" / "metrics.jsonl").read_bytes() for run in (broken, unbroken))
     assert lines == expected and (broken / "report.html").is_file()
 
@@ -118,9 +118,9 @@ def test_stopped_resumed_and_no_longer_true(chain: Path, tmp_path: Path) -> None
 
     # The same command: from that step to the very end that an unbroken pipeline has.
     finish(start(pipeline))
-    made = read_provenance(directory / "sft")
-    assert made is not None and [launch["resumed_step"] for launch in made["launches"]] == [0, saved]
-    assert made["inputs"][0]["path"] == str(directory / "base")
+    provenance = read_provenance(directory / "sft")
+    assert provenance is not None and [launch["resumed_step"] for launch in provenance["launches"]] == [0, saved]
+    assert provenance["inputs"][0]["path"] == str(directory / "base")
     assert (directory / "sft" / "metrics.jsonl").read_bytes() == (chain / "sft" / "metrics.jsonl").read_bytes()
     assert (directory / "report.html").is_file()
 
@@ -152,13 +152,13 @@ def test_killed_in_its_first_stage_it_is_a_pipeline(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     pipeline = importlib.import_module("pipeline")
     (tmp_path / "pipeline.json.tmp").write_text("{")
-    pipeline._refuse_foreign(tmp_path, ["base"])
+    pipeline._check_not_foreign(tmp_path, ["base"])
     pipeline._write_record(tmp_path, {"stages": {}})
     (tmp_path / "compilation_cache").mkdir()
-    pipeline._refuse_foreign(tmp_path, ["base"])
+    pipeline._check_not_foreign(tmp_path, ["base"])
     (tmp_path / "pipeline.json").unlink()
     with pytest.raises(InputError, match=r"not a pipeline's \(compilation_cache is there\)"):
-        pipeline._refuse_foreign(tmp_path, ["base"])
+        pipeline._check_not_foreign(tmp_path, ["base"])
 
 
 @pytest.mark.parametrize("text", ["", '{"mean": NaN}', None])

@@ -19,15 +19,15 @@ SAVED = {"base": [20, 30], "sft": [5, 10, 12], "reward": [5, 10, 12], "ppo": [4,
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_every_stage_writes(chain: Path, stage: str) -> None:
     run_dir = chain / stage
-    made = read_provenance(run_dir)
-    assert made is not None and len(made["launches"]) == 1
+    provenance = read_provenance(run_dir)
+    assert provenance is not None and len(provenance["launches"]) == 1
     experiments = {"base": "sft", "completions": "generate", "evaluation": "evaluate"}
-    assert made["stage"] == experiments.get(stage, stage)
+    assert provenance["stage"] == experiments.get(stage, stage)
     config = (run_dir / "config.gin").read_text()
     operative = (run_dir / "operative_config.gin").read_text()
     assert "run.seed = %SEED" in config and f"RUN_DIR = '{run_dir}'" in "".join(config.split("\\\n    "))
     assert len(operative) > len(config)  # with the defaults
-    (launch,) = made["launches"]
+    (launch,) = provenance["launches"]
     assert launch["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
     assert launch["git"].keys() == {"commit", "dirty"} and launch["versions"]["jax"]
 
@@ -73,8 +73,10 @@ def test_lineage_from_the_evaluation_to_the_data(chain: Path) -> None:
 
 def test_supervised_runs_learn(chain: Path) -> None:
     for stage, least in (("base", 1.0), ("sft", 0.3)):
-        held = [line["heldout/loss"] for line in read_lines(chain / stage / "metrics.jsonl") if "heldout/loss" in line]
-        assert held[0] - held[-1] > least, (stage, held)  # held[0]: before training
+        heldout_losses = [
+            line["heldout/loss"] for line in read_lines(chain / stage / "metrics.jsonl") if "heldout/loss" in line
+        ]
+        assert heldout_losses[0] - heldout_losses[-1] > least, (stage, heldout_losses)  # the first is before training
     base = read_lines(chain / "base" / "metrics.jsonl")[0]["heldout/loss"]
     assert abs(base - 6.24) < 0.3  # log 512: a fresh model knows nothing
 
@@ -119,7 +121,7 @@ def test_ppo_starts_at_identity_and_samples_what_it_scores(chain: Path) -> None:
     # max(kl / 0.5 - 1, -0.2) * 16 episodes / horizon 100: 0.05 * (1 - 0.032).
     assert lines[0]["kl_coefficient"] == pytest.approx(0.05)
     assert lines[1]["kl_coefficient"] == pytest.approx(0.05 * (1 - 0.2 * 16 / 100))
-    # And so on with the k1 SUM over a response: a mean per token or an approximate KL would stay below the target (B11).
+    # And so on with the k1 SUM over a response: a mean per token or an approximate KL would stay below the target.
     for line, following in itertools.pairwise(lines):
         nudge = min(max(line["kl"] / 0.5 - 1.0, -0.2), 0.2) * 16 / 100
         assert following["kl_coefficient"] == pytest.approx(line["kl_coefficient"] * (1 + nudge), rel=1e-5)

@@ -43,9 +43,9 @@ def test_a_run_ends_with_one_line_and_goes_on(limit: int, models: Path, tmp_path
     places = {"RUN_DIR": tmp_path / "run", "MODEL": models / "run", "DATA": tmp_path / "data.jsonl"}
     command = [str(ROOT / "experiments" / "train_sft.py"), f"--gin_file={tmp_path / 'config.gin'}"]
     command += [f"--gin_bindings={name} = {str(path)!r}" for name, path in places.items()]
-    done = server(tmp_path, [str(tmp_path / "limited.py"), str(limit), *command])
-    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("stopped: "), done.stderr
+    result = server(tmp_path, [str(tmp_path / "limited.py"), str(limit), *command])
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("stopped: "), result.stderr
     assert not (
         ROOT / ".git" / "index.lock"
     ).exists()  # what asks git for the state of the repository never writes there

@@ -36,8 +36,8 @@ def test_sft_of_adapters_resumes_exactly_and_loads_merged(chain: Path, train, tm
     assert model.lora is None and model.config == base.config
     trained = adapters_of(tmp_path / "unbroken", model)
     expected = lora.merge(lora.combine(base_params, trained), LoraConfig(rank=8, alpha=16))
-    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for actual, reference in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, reference, atol=1e-6)
     query = (tree["layers"]["attention"]["query"]["kernel"] for tree in (params, base_params))
     assert np.abs(np.subtract(*query)).max() > 1e-3
 
@@ -70,9 +70,7 @@ def test_ppo_of_adapters_begins_at_its_base(base_dtype: str | None, chain: Path,
 
 
 @pytest.mark.slow
-def test_adapters_over_int8_are_merged_into_the_numbers_they_were_trained_over(
-    chain: Path, train, tmp_path: Path
-) -> None:
+def test_adapters_over_int8_are_merged_into_the_int8_numbers(chain: Path, train, tmp_path: Path) -> None:
     bindings = {"LoraConfig.base_dtype": "int8", "run.steps": 3}
     train("train_sft", "sft_lora", "int8", BASE=chain / "base", **bindings)
     assert not any("kernel" in path for path in saved_state(tmp_path / "int8"))
@@ -80,8 +78,8 @@ def test_adapters_over_int8_are_merged_into_the_numbers_they_were_trained_over(
     model, params, _ = load_pretrained(tmp_path / "int8")
     rounded = int8.rounded_tree(base_params, Model(base.config, int8=True).abstract())
     expected = lora.merge(lora.combine(rounded, adapters_of(tmp_path / "int8", model)), LoraConfig(rank=8, alpha=16))
-    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for actual, reference in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, reference, atol=1e-6)
     exact = lora.merge(lora.combine(base_params, adapters_of(tmp_path / "int8", model)), LoraConfig(rank=8, alpha=16))
     query = (tree["layers"]["attention"]["query"]["kernel"] for tree in (params, exact))
     assert np.abs(np.subtract(*query)).max() > 1e-4

@@ -39,17 +39,17 @@ def lowered(server: Server, arguments: list[str], dump: Path) -> dict[str, str]:
     program.write_text(DUMPED)
     result = server(dump.parent, [str(program), str(dump), *arguments], {"XLA_FLAGS": EIGHT_DEVICES})
     assert result.returncode == 0, result.stderr
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for file in sorted(dump.iterdir()):
         name = re.sub(r"^jax_ir\d+_|_compile\.mlir$", "", file.name)
-        found.setdefault(name, hashlib.sha256(without_places(file.read_text()).encode()).hexdigest())
-    return found
+        digests.setdefault(name, hashlib.sha256(without_places(file.read_text()).encode()).hexdigest())
+    return digests
 
 
 def without_places(text: str) -> str:
     """Strip the source locations: the planner is another program."""
-    kept = "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
-    return re.sub(r" ?loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", kept)
+    remaining = "\n".join(line for line in text.splitlines() if not line.startswith("#loc"))
+    return re.sub(r" ?loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", remaining)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,6 @@ def test_the_plan_lowers_what_the_run_lowers(
     planned = lowered(server, [*arguments, *flags], tmp_path / "planned")
     assert set(programs) <= ran.keys()
     assert {name: planned.get(name) for name in programs} == {name: ran[name] for name in programs}
-    told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["settings"]["mesh"] == {"data": 2, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 1}
-    assert len({phase["program_sha256"] for phase in told["phases"]}) == len(programs)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["settings"]["mesh"] == {"data": 2, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 1}
+    assert len({phase["program_sha256"] for phase in plan["phases"]}) == len(programs)

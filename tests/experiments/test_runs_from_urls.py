@@ -30,21 +30,21 @@ def begin(run_dir: Path, machine: Path, steps: int, chain: str, *flags: str) -> 
 
 
 def test_another_machine_goes_on_bit_for_bit(chain: Path, tmp_path: Path) -> None:
-    unbroken, lost, found = (tmp_path / name for name in ("unbroken", "lost", "found"))
+    unbroken, lost, fetched = (tmp_path / name for name in ("unbroken", "lost", "found"))
     finish(begin(unbroken, tmp_path / "0", 4, str(chain)))
     sync, bucket = f"--sync=file://{tmp_path}/bucket/run", tmp_path / "bucket" / "models"
     shutil.copytree(chain, bucket)
     finish(begin(lost, tmp_path / "1", 2, f"file://{bucket}", sync))
     shutil.rmtree(lost)
     bucket.rename(tmp_path / "moved")  # the same content under another URL
-    _, told = finish(begin(found, tmp_path / "2", 4, f"file://{tmp_path}/moved", sync))
-    assert f"fetched from file://{tmp_path}/bucket/run (steps [2])" in told
-    same_as(unbroken, found, "params", "opt_state", "rng", "step")
+    _, message = finish(begin(fetched, tmp_path / "2", 4, f"file://{tmp_path}/moved", sync))
+    assert f"fetched from file://{tmp_path}/bucket/run (steps [2])" in message
+    same_as(unbroken, fetched, "params", "opt_state", "rng", "step")
     assert read_lines(tmp_path / "bucket" / "run" / "metrics.jsonl") == read_lines(unbroken / "metrics.jsonl")
-    local, remote = ((read_provenance(place) or {})["inputs"] for place in (unbroken, found))
+    local, remote = ((read_provenance(place) or {})["inputs"] for place in (unbroken, fetched))
     assert remote[0]["path"] == f"file://{tmp_path}/moved/sft"
     assert [entry["fingerprint"] for entry in remote] == [entry["fingerprint"] for entry in local]
-    assert [entry["state"] for entry in lineage(found)["inputs"]] == ["recorded", "recorded"]
+    assert [entry["state"] for entry in lineage(fetched)["inputs"]] == ["recorded", "recorded"]
 
 
 def test_stages_of_a_pipeline_are_found_complete(chain: Path, tmp_path: Path) -> None:
@@ -57,6 +57,6 @@ def test_stages_of_a_pipeline_are_found_complete(chain: Path, tmp_path: Path) ->
     sync = f"--sync=file://{tmp_path}/bucket/"
     finish(start([*command("pipeline", config), sync]))
     shutil.rmtree(tmp_path / "one")
-    _, told = finish(start([*command("pipeline", config), sync]))
-    assert f"fetched from file://{tmp_path}/bucket/base" in told and "already complete (2 steps)" in told
+    _, message = finish(start([*command("pipeline", config), sync]))
+    assert f"fetched from file://{tmp_path}/bucket/base" in message and "already complete (2 steps)" in message
     assert os.listdir(tmp_path / "bucket") == ["base"]

@@ -41,7 +41,7 @@ params = load_pretrained(checkpoint, mesh=mesh).params
 end, peak = tracemalloc.get_traced_memory()
 leaves = jax.tree.leaves(params)
 own = [{str(shard.index): shard.data for shard in leaf.addressable_shards} for leaf in leaves]
-told = {
+report = {
     "read": read,
     "sums": [[float(np.asarray(part, np.float64).sum()) for _, part in sorted(parts.items())] for parts in own],
     "own": sum(part.size for parts in own for part in parts.values()),
@@ -49,4 +49,4 @@ told = {
     "above_the_model": peak - end,
     "processes": jax.process_count(),
 }
-(checkpoint.parent / f"read_{index}.json").write_text(json.dumps(told))
+(checkpoint.parent / f"read_{index}.json").write_text(json.dumps(report))

@@ -57,14 +57,22 @@ def launch(
 ) -> subprocess.Popen[str]:
     """A stage as ``processes`` processes that share four pretended devices. base: where the SFT run is, a directory or a URL."""
     experiment, config, own = PROGRAMS[stage]
-    given = {"RUN_DIR": repr(str(root / stage)), "run.steps": str(STEPS[stage]), "LoopConfig.save_every": "1", **own}
-    given |= {"LoopConfig.tensorboard": "False", **{name.replace("__", "."): value for name, value in bindings.items()}}
+    gin_values = {
+        "RUN_DIR": repr(str(root / stage)),
+        "run.steps": str(STEPS[stage]),
+        "LoopConfig.save_every": "1",
+        **own,
+    }
+    gin_values |= {
+        "LoopConfig.tensorboard": "False",
+        **{name.replace("__", "."): value for name, value in bindings.items()},
+    }
     if stage != "sft":
-        given["POLICY"] = repr(f"{base}/sft")
+        gin_values["POLICY"] = repr(f"{base}/sft")
     if stage in ("grpo", "ahead"):
-        given["REWARD"] = repr(f"{base}/reward")
+        gin_values["REWARD"] = repr(f"{base}/reward")
     if stage in ("reward", "dpo"):
-        given["COMPARISONS"] = repr(str(write_comparisons(root / "comparisons.jsonl")))
+        gin_values["COMPARISONS"] = repr(str(write_comparisons(root / "comparisons.jsonl")))
     command = [sys.executable, "scripts/launch.py", f"--processes={processes}", f"--devices={DEVICES // processes}"]
     command += [
         f"--logs={root / 'logs'}",
@@ -76,7 +84,7 @@ def launch(
     ]
     settings = {**os.environ, "XLA_FLAGS": COMPILER}
     return subprocess.Popen(
-        [*command, *(f"--gin_bindings={key} = {value}" for key, value in given.items())],
+        [*command, *(f"--gin_bindings={key} = {value}" for key, value in gin_values.items())],
         cwd=ROOT,
         env=settings,
         stdout=subprocess.PIPE,
@@ -115,9 +123,9 @@ def same(stage: str, root: Path, one: Path) -> None:
     metrics = (root / stage / "metrics.jsonl").read_text()
     assert metrics == (one / stage / "metrics.jsonl").read_text()
     assert json.loads(metrics.splitlines()[-1])["step"] == STEPS[stage] == saved_steps(root / stage)[-1]
-    found, expected = (read_arrays(find_step(where / stage)) for where in (root, one))
-    assert found.keys() == expected.keys() and len(found) > 20
-    for name, array in found.items():
+    arrays, expected = (read_arrays(find_step(where / stage)) for where in (root, one))
+    assert arrays.keys() == expected.keys() and len(arrays) > 20
+    for name, array in arrays.items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
     if stage == "reward":
         scale = "reward_normalisation.json"
@@ -139,11 +147,11 @@ def test_two_processes_are_one(one: Path, tmp_path: Path, stage: str, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     finish(launch(2, stage, tmp_path, f"file://{one}", f"--sync=file://{tmp_path}/bucket"))
     same(stage, tmp_path, one)
-    here, there = (
+    local, remote = (
         {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
         for place in (tmp_path / stage, tmp_path / "bucket")
     )
-    assert there == here - {".lock"} and f"checkpoints/{STEPS[stage]}/manifest.json" in there
+    assert remote == local - {".lock"} and f"checkpoints/{STEPS[stage]}/manifest.json" in remote
 
 
 def slow(phase: str) -> dict[str, str]:
@@ -159,8 +167,8 @@ def until_in(phase: str, run_dir: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         status = run_dir / "status.json"
         text = status.read_text() if status.is_file() else ""
-        now = json.loads(text) if text else {"step": 0, "phase": ""}
-        if (now["step"], now["phase"]) == (2, phase) and saved_steps(run_dir) == [1]:
+        current = json.loads(text) if text else {"step": 0, "phase": ""}
+        if (current["step"], current["phase"]) == (2, phase) and saved_steps(run_dir) == [1]:
             return
         time.sleep(0.02)
 

@@ -70,14 +70,14 @@ def test_each_process_reads_what_its_shards_need(tmp_path: Path) -> None:
     for process in started:
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
-    told = [json.loads((tmp_path / f"read_{index}.json").read_text()) for index in range(2)]
-    for one in told:
-        assert one["processes"] == 2
-        assert sum(one["read"].values()) == one["own"]  # no number that no device here holds, none twice
-        assert one["own"] < 0.55 * sum(sizes.values())
+    reports = [json.loads((tmp_path / f"read_{index}.json").read_text()) for index in range(2)]
+    for report in reports:
+        assert report["processes"] == 2
+        assert sum(report["read"].values()) == report["own"]  # no number that no device here holds, none twice
+        assert report["own"] < 0.55 * sum(sizes.values())
         # one local shard of one stacked parameter (256 KiB), a read of 1024 numbers and Python's own objects
-        assert one["above_the_model"] <= one["largest_shard_bytes"] + 64 * 1024
+        assert report["above_the_model"] <= report["largest_shard_bytes"] + 64 * 1024
     for name, size in sizes.items():
         split = "norm" not in name
-        assert [one["read"][name] for one in told] == [size // 2 if split else size] * 2, name
-    assert told[0]["sums"] != told[1]["sums"]  # other numbers
+        assert [report["read"][name] for report in reports] == [size // 2 if split else size] * 2, name
+    assert reports[0]["sums"] != reports[1]["sums"]  # other numbers

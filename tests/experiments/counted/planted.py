@@ -21,11 +21,11 @@ def as_text(x):
     return f"{x[2]}"
 
 
-def said(x):
+def explicit_read(x):
     return jax.device_get(x + 2)
 
 
 if __name__ == "__main__":
     numbers = jnp.arange(3) + 1
-    for read in (as_a_number, as_an_array, as_a_condition, as_text, said):
+    for read in (as_a_number, as_an_array, as_a_condition, as_text, explicit_read):
         read(numbers)

@@ -36,13 +36,13 @@ def counted(kind, read):
     """Return ``read`` with a record of every call; the calls that it makes are part of the same read."""
 
     @functools.wraps(read)
-    def reading(x, *arguments, **named):
+    def reading(x, *arguments, **keywords):
         if getattr(_inside, "reading", False) or (kind == "implicit" and not isinstance(x, Array)):
-            return read(x, *arguments, **named)
+            return read(x, *arguments, **keywords)
         tell(kind)
         _inside.reading = True
         try:
-            return read(x, *arguments, **named)
+            return read(x, *arguments, **keywords)
         finally:
             _inside.reading = False
 

@@ -11,10 +11,10 @@ from rlhf_jax.loop import run as loop
 _log = loop.Run.log
 
 
-def log(self, *arguments, **named):
-    kept = _log(self, *arguments, **named)
+def log(self, *arguments, **keywords):
+    is_good = _log(self, *arguments, **keywords)
     time.sleep(float(os.environ["SECONDS_A_STEP"]))
-    return kept
+    return is_good
 
 
 loop.Run.log = log
