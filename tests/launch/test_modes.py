@@ -63,7 +63,7 @@ def test_flags_without_effect_are_refused() -> None:
     with pytest.raises(InputError, match="--plan_json: has no effect without --plan"):
         run_mode(Described(), mesh=MeshConfig(), **SETTINGS)
     flags.FLAGS.plan, flags.FLAGS.doctor = "local", True
-    with pytest.raises(InputError, match="--plan, --doctor: give one of them"):
+    with pytest.raises(InputError, match="--plan, --doctor, --preview: give one of them"):
         run_mode(Described(), mesh=MeshConfig(), **SETTINGS)
 
 
