@@ -52,7 +52,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+COMBINED = ("chunks in slots that are refilled", "a ring that grows")
+"""Slow: other options have the same, with a prefix and with a move."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMBINED)) for name in OPTIONS]
+)
 def test_options_change_no_token(name, plain):
     assert 0 < plain.ended.sum() < 10
     sampled = run(MODEL, PARAMS, OPTIONS[name])
@@ -75,7 +81,8 @@ REFILLED = {
 
 SLOW_CASES = [
     *(("one in two slides", name) for name in (OPTIONS | REFILLED) if name not in IN_SLOTS),
-    ("all slide", "a prefix, then chunks, in slots"),
+    ("one in two slides", "a prefix, then chunks, in slots"),
+    ("all slide", "slots that are refilled often"),
     ("all slide", "int8 in slots"),
     *(("a window longer than most prompts", name) for name in IN_SLOTS),
 ]
@@ -104,8 +111,7 @@ def all_columns(model, params, slots):
     ("layers", "name"),
     [
         ("one in two slides", "slots that are refilled often"),
-        ("one in two slides", "a prefix, then chunks, in slots"),
-        ("all slide", "slots that are refilled often"),
+        ("all slide", "a prefix, then chunks, in slots"),
         ("a window longer than most prompts", "int8 in slots"),
         # The other options and windows use the same cache code, with one compiled sampler each.
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
@@ -139,13 +145,28 @@ def test_growing_rings_have_the_same_slot_steps():
     )
 
 
-@pytest.mark.parametrize(("storage", "limit"), [("bfloat16", 5e-2), ("int8", 5e-2)])
-@pytest.mark.parametrize("slots", [SlotConfig(), SlotConfig(slots=3, prefill=2, separate_layers=True)])
+@compiled
+def logits_of(batch):
+    return MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+
+
+IN_THREE_SLOTS = SlotConfig(slots=3, prefill=2, separate_layers=True)
+
+
+@pytest.mark.parametrize(
+    ("storage", "limit", "slots"),
+    [
+        ("bfloat16", 5e-2, SlotConfig()),
+        ("int8", 5e-2, IN_THREE_SLOTS),
+        # Storage and slots are independent.
+        pytest.param("bfloat16", 5e-2, IN_THREE_SLOTS, marks=pytest.mark.slow),
+        pytest.param("int8", 5e-2, SlotConfig(), marks=pytest.mark.slow),
+    ],
+)
 def test_narrow_storage_changes_log_probabilities_a_little(storage, limit, slots):
     """Against the scorer, which has no cache: the difference is not zero, so the storage is used, and it is small."""
     sampled = run(MODEL, PARAMS, replace(slots, cache=storage))
-    batch = as_token_batch(sampled)
-    logits = MODEL.apply(PARAMS, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    logits = logits_of(as_token_batch(sampled))
     width = PROMPTS.tokens.shape[1]
     scored = ops.token_logprobs(logits[:, width - 1 : -1], sampled.tokens, SAMPLING.temperature)
     gap = np.abs(np.where(sampled.mask, scored - sampled.logprobs, 0.0))

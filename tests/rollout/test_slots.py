@@ -66,7 +66,7 @@ LAYOUTS = {
     "refilled in groups": SlotConfig(slots=4, prefill=3, refill_at=2),
     "all free before a refill": SlotConfig(slots=5, refill_at=5),
     "one slot": SlotConfig(slots=1),
-    "moved together": SlotConfig(slots=8, prefill=2, smallest=1),
+    "moved together": SlotConfig(slots=4, prefill=2, smallest=1),
 }
 
 
@@ -84,17 +84,17 @@ def test_slots_change_no_token(name, one_slot_per_row):
 
 def test_order_changes_no_token(one_slot_per_row):
     order = np.random.default_rng(3).permutation(13)
-    shuffled = sample(rows_of(PROMPTS, order), LAYOUTS["refilled one by one"])
+    shuffled = sample(rows_of(PROMPTS, order), LAYOUTS["refilled in groups"])
     assert_same(shuffled, rows_of(one_slot_per_row, order))
 
 
 def test_samples_of_a_prompt_equal_those_of_repeated_prompts():
-    """Three samples of each prompt against rows of their own; 7 slots and groups of 2 cut a prompt's samples in two."""
+    """Three samples of each prompt against rows of their own; 4 slots and groups of 2 cut a prompt's samples in two."""
     few = rows_of(PROMPTS, np.arange(5))
     apart = rows_of(few, np.repeat(np.arange(5), 3)).replace(sample_id=np.tile(np.arange(3), 5).astype(np.int32))
     expected = sample(apart)
     assert len({tuple(row) for row in np.asarray(expected.tokens).tolist()}) == 15
-    assert_same(sample(few, SlotConfig(slots=7, prefill=2, smallest=2), 3), expected)
+    assert_same(sample(few, SlotConfig(slots=4, prefill=2, smallest=2), 3), expected)
 
 
 def test_a_response_ends_with_the_token_of_a_stop_string(one_slot_per_row):
