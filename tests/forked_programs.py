@@ -158,7 +158,7 @@ def _become(request: dict[str, Any]) -> None:
     sys.stdin = open(request.get("stdin") or os.devnull)  # noqa: SIM115
     os.dup2(sys.stdin.fileno(), 0)
     sys.argv = request["argv"]
-    code = 99
+    code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:

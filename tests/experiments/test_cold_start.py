@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from experiment_processes import command, finish, start
+from forked_programs import Server
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.loop.cold_start import watch
@@ -38,6 +38,7 @@ def test_the_second_start_takes_every_program_from_the_cache(tmp_path: Path) -> 
 PROGRAM = """
 PRELUDE
 import jax, jax.numpy as jnp, os, sys
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"] or None)  # as when it is imported
 from rlhf_jax.loop import cold_start
 cold_start.watch(sys.argv[1] or None)
 print(jax.config.jax_compilation_cache_dir)
@@ -64,21 +65,25 @@ for name in ("gs", "gcs"):
 """
 
 
-def start_with(flag: str, cache_home: Path, prelude: str = "", **more: str) -> tuple[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"XDG_CACHE_HOME": str(cache_home), "PYTHONPATH": str(ROOT)} | more
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("PRELUDE", prelude), flag],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip(), result.stderr
+Start = Callable[..., tuple[str, str]]
 
 
-def test_programs_are_kept_by_default_and_found_again(tmp_path: Path) -> None:
+@pytest.fixture
+def start_with(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Return a function that runs the program with a flag, a home for caches and more of its environment."""
+
+    def call(flag: str, cache_home: Path, prelude: str = "", **more: str) -> tuple[str, str]:
+        here = tmp_path_factory.mktemp("start")
+        (here / "program.py").write_text(PROGRAM.replace("PRELUDE", prelude))
+        environment = {"XDG_CACHE_HOME": str(cache_home), "JAX_COMPILATION_CACHE_DIR": ""} | more
+        result = server(here, ["program.py", flag], environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip(), result.stderr
+
+    return call
+
+
+def test_programs_are_kept_by_default_and_found_again(start_with: Start, tmp_path: Path) -> None:
     cache_home = tmp_path / "cache"
     directory, first = start_with("", cache_home)
     assert directory == str(cache_home / "rlhf_jax" / "compiled")
@@ -87,7 +92,7 @@ def test_programs_are_kept_by_default_and_found_again(tmp_path: Path) -> None:
     assert re.search(r"\(0 programs compiled, [1-9]\d* from the cache\)", second)
 
 
-def test_a_cache_in_a_bucket(tmp_path: Path) -> None:
+def test_a_cache_in_a_bucket(start_with: Start, tmp_path: Path) -> None:
     """What one machine compiled another finds there."""
     directory, first = start_with("gs://mine/cache", tmp_path, BUCKET)
     assert directory == "gs://mine/cache" and re.search(r"\([1-9]\d* programs compiled, 0 from the cache\)", first)
@@ -102,7 +107,7 @@ def test_a_bucket_needs_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         watch("gs://mine/cache")
 
 
-def test_environment_overrides_default_and_off_overrides_both(tmp_path: Path) -> None:
+def test_environment_overrides_default_and_off_overrides_both(start_with: Start, tmp_path: Path) -> None:
     own_cache = str(tmp_path / "mine")
     assert start_with("", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=own_cache)[0] == own_cache
     directory, message = start_with("off", tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=own_cache)
@@ -110,7 +115,7 @@ def test_environment_overrides_default_and_off_overrides_both(tmp_path: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
-def test_without_a_place_to_keep_them_programs_are_compiled(tmp_path: Path) -> None:
+def test_without_a_place_to_keep_them_programs_are_compiled(start_with: Start, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     directory, message = start_with("", tmp_path / "cache")
     assert directory == "None" and "(no compilation cache)" in message

@@ -22,7 +22,7 @@ from rlhf_jax.models import Model, as_token_batch, sequence_logprobs
 from rlhf_jax.testing import completions, count_reward, prompt_batch, random_params, table_reward, tiny_config
 from rlhf_jax.types import Completions, Rollout
 
-VOCAB, ROWS, LENGTH, ITERATIONS = 8, 128, 4, 100
+VOCAB, ROWS, LENGTH, ITERATIONS = 8, 128, 4, 60
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def draw(rng: np.random.Generator, rows: int) -> TokenBatch:
 def test_sft_reaches_the_entropy_floor():
     model = Model(tiny_config(vocab_size=16, hidden_size=32, ffn_size=64, max_length=LENGTH))
     loss = learn.make_sft_loss(functools.partial(sequence_logprobs, model))
-    steps = 400
+    steps = 200
     config = learn.OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=20)
     optimizer = learn.make_optimizer(config, steps)
     step = jax.jit(learn.make_train_step(loss, optimizer, microbatches=2), donate_argnums=0)
