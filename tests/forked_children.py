@@ -28,9 +28,9 @@ children = fork_of_this_process()
 def check(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
     """In place of `subprocess.run`."""
     with tempfile.TemporaryDirectory() as place:
-        asked, answer = Path(place) / "asked", Path(place) / "answer"
-        asked.write_text(input)
-        code = children.inherit([check_bindings.__file__], str(asked), str(answer))
+        request, answer = Path(place) / "asked", Path(place) / "answer"
+        request.write_text(input)
+        code = children.inherit([check_bindings.__file__], str(request), str(answer))
         return subprocess.CompletedProcess(command, code, answer.read_text(), "see above")
 
 

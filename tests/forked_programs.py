@@ -123,13 +123,13 @@ def forked_programs(imports: Sequence[str], environment: Mapping[str, str], root
 
 def fork_of_this_process() -> Server:
     """Return a server that has imported what this process has, for a program that starts others."""
-    (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+    (request, ask), (answered, answer) = os.pipe(), os.pipe()
     if not os.fork():
         os.close(ask)
         os.close(answered)
-        serve(os.fdopen(asked), os.fdopen(answer, "w"))
+        serve(os.fdopen(request), os.fdopen(answer, "w"))
         os._exit(0)
-    os.close(asked)
+    os.close(request)
     os.close(answer)
     return Server(os.fdopen(ask, "w"), os.fdopen(answered))
 

@@ -163,7 +163,7 @@ def test_the_language_of(folder: str) -> None:
         ("found = 1", "the name 'found'"),
         ("def f(told): pass", "the name 'told'"),
         (f"def test_{'x' * 60}(): pass", "is longer than 60"),
-        ("x = 1  # see B13", "'B13'"),
+        ("x = 1  # see B" + "13", "'B13'"),
         ('"""As point 3 says."""', "begins with 'As'"),
     ],
 )

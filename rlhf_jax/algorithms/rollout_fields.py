@@ -28,7 +28,7 @@ class Limits(Protocol):
 
 
 class RolloutAlgorithm(Protocol):
-    """The fields that the descriptions `PPO` and `GRPO` have in common."""
+    """A protocol: the fields that `PPO` and `GRPO`, the classes that describe a run, have in common."""
 
     @property
     def name(self) -> str: ...

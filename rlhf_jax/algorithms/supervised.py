@@ -236,7 +236,10 @@ def pair_data(
 
 
 def policy_logprobs(model: Model) -> Callable[[Params, TokenBatch], tuple[jax.Array, ...]]:
-    """Return what a supervised loss reads of the model that is trained; with experts also the loss of their routers."""
+    """Return the function (parameters, tokens) -> (log-probabilities, entropy) that a supervised loss calls on the trained model.
+
+    When the router_coefficient of the model is above 0, the function also returns the loss of the routers.
+    """
     read = sequence_logprobs_and_router_loss if model.config.router_coefficient > 0 else sequence_logprobs
     return lambda params, tokens: read(model, params, tokens)
 

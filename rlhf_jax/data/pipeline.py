@@ -194,11 +194,10 @@ def evaluation_prompt_batches(
     pad_id: int,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[PromptBatch]:
-    """Yield every prompt once, in order, left-padded. Raises InputError.
+    """Yield every prompt once, in order, left-padded. Raises InputError for a prompt that is empty or longer than ``length``.
 
-    Rows that fill up the last batch repeat its last prompt (a sampler needs at least one real token) with prompt_id -1:
-    their responses are ignored.
-    seeds: `PromptBatch.seed` of each prompt.
+    Rows that fill up the last batch repeat its last prompt (a sampler needs at least one real token) with prompt_id -1: their
+    responses are ignored. seeds: `PromptBatch.seed` of each prompt.
     """
     token_ids = [[int(token) for token in prompt] for prompt in prompts]
     _check_lengths(map(len, token_ids), length)

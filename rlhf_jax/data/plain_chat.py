@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def chat_template_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Write the chat template for a served model; return None when it needs no other than the tokenizer's own.
+    """Return the chat template (Jinja text) to ship with a served model, or None when the tokenizer's own is right.
 
-    Style "plain": a Jinja chat template that renders what `data.render_prompt` renders, begins with BOS where the encoder
-    writes one, and refuses the conversations that the format refuses. Style "chat" with arguments: the tokenizer's own
-    template with these as defaults. Style "raw" has no conversations.
+    Style "plain": a Jinja chat template that renders the text of `data.render_prompt`, begins with BOS where the encoder writes
+    one, and refuses the conversations that the format refuses. Style "chat" with arguments: the tokenizer's own template with the
+    arguments as defaults. Style "raw": None, for it has no conversations.
     """
     own = tokenizer.chat_template
     if template.style == "chat" and template.arguments and isinstance(own, str):

@@ -15,11 +15,11 @@ from rlhf_jax.errors import InputError, require_whole
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A file, its URL or a Hugging Face data set.
+    """A source of records: the path or URL of a file, or the name of a Hugging Face data set.
 
-    make: (rows, source, unusable) -> (records, dropped rows).
-    split: split of the data set; None for a file.
-    reading: format, encoding, delimiter and quotes of `data.read_rows`.
+    make: called as make(rows, source=, unusable=), returns (records, number of dropped rows by reason). unusable: "error" or
+    "drop", the treatment of a row that gives no record. split: the split of the data set; None for a file. reading: arguments of
+    `data.read_rows` (format, encoding, delimiter, quotes).
     """
 
     path: str

@@ -70,10 +70,10 @@ def tokenise_with_ends(
 
 
 def tokens_within(ends: Sequence[int], begin: int, end: int) -> list[int]:
-    """Return the indices of the tokens that lie completely in characters ``begin`` to ``end``.
+    """Return the indices of the tokens that lie entirely between the characters ``begin`` and ``end``.
 
-    ends: end of each token in characters. Characters outside of all offsets (a space before a word) belong to the token
-    after them.
+    ends: where each token ends, in characters. A token starts where the one before it ends, so that characters that the tokenizer
+    assigns to no token (a space before a word) count to the next token.
     """
     starts = [0, *ends[:-1]]
     return [

@@ -23,7 +23,10 @@ from rlhf_jax.types import Params
 
 
 def read_model_card(path: str | Path) -> tuple[ModelConfig, str]:
-    """Read (configuration, path of the parameters in the saved state) of a run directory. Raises InputError when it is none."""
+    """Read from the model.json of a run directory the model's configuration and the path of its parameters in the saved state.
+
+    Raises InputError when ``path`` is not a run directory or its model.json is damaged.
+    """
     card = Path(path) / CARD
     if not card.is_file():
         raise InputError(f"{card}: no such file; give a run directory of a training program")

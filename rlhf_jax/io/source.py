@@ -11,16 +11,19 @@ from rlhf_jax.models import DTYPES, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """The source of a model: ``path``, or ``config`` with ``tokenizer`` (a new model, initialized from the seed).
+    """The source of a model: ``path``, or ``config`` with ``tokenizer``.
 
-    path: a run directory, a Hugging Face directory, a .gguf file, the URL of one (gs://...), or a hub id (name/model,
+    path: a run directory, a Hugging Face directory, a .gguf file, the URL of one of them (gs://...), or a hub id (name/model,
     name/model@revision).
-    The other fields need path; None = as saved (param_dtype of Hugging Face and GGUF checkpoints: float32).
-    param_dtype, compute_dtype, remat, logits_chunk, attention: as in ModelConfig.
-    max_length: at most the checkpoint's.
+    config: the architecture of a new model, initialized from the seed.
+    tokenizer: of a new model.
+    param_dtype: as in ModelConfig; None = as saved, float32 for Hugging Face and GGUF checkpoints.
+    compute_dtype, remat, logits_chunk, attention: as in ModelConfig; None = as saved.
+    max_length: longest sequence in tokens, at most that of the checkpoint; None = as saved.
     pad_token: a token of the vocabulary to pad with, saved with the tokenizer; needed only for exports of reward models.
-    other_template: use a model that was trained with another conversation template than the data's.
+    other_template: use a model that was trained with another conversation template than that of the data.
 
+    The fields after ``tokenizer`` need path.
     """
 
     path: str | None = None

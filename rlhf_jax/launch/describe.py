@@ -50,7 +50,11 @@ OF_EVERY_RUN = {
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A gin key. default: as Python writes it, or `REQUIRED`. place: 'rlhf_jax/learn/ppo.py:31'."""
+    """A gin key.
+
+    default: as text (its repr, the name of a function, `@Name()` for a dataclass), or `REQUIRED`. place: file and line of the
+    configurable that has the key, such as 'rlhf_jax/learn/ppo.py:31'.
+    """
 
     selector: str
     parameter: str

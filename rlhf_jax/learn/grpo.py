@@ -28,27 +28,33 @@ Divisor = Literal["trained", "all"]
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig:
-    """GRPO's own numbers; defaults as in TRL 1.16.0 (the loss of DAPO, no KL). The papers' settings:
+    """The settings of GRPO; defaults as in TRL 1.16.0 (the loss of DAPO, no KL).
 
-    GRPO (Shao et al. 2024): reduction "sequences", kl_coefficient .04, kl_kind "k3". DAPO (Yu et al. 2025): clip_high .28,
-    "tokens",
-    drop_zero_variance_groups. Dr. GRPO (Liu et al. 2025): advantages "centred", "columns". GSPO (Zheng et al. 2025): ratio
-    "sequence", "sequences", clip_low 3e-4, clip_high 4e-4. RLOO (Ahmadian et al. 2024): advantages "leave_one_out", kl_in
-    "reward", kl_coefficient .05.
+    GRPO (Shao et al. 2024) has reduction "sequences", kl_coefficient .04, kl_kind "k3". DAPO (Yu et al. 2025) has clip_high
+    .28, reduction "tokens" and drop_zero_variance_groups. Dr. GRPO (Liu et al. 2025) has advantages "centred" and reduction
+    "columns". GSPO (Zheng et al. 2025) has ratio "sequence", reduction "sequences", clip_low 3e-4 and clip_high 4e-4. RLOO
+    (Ahmadian et al. 2024) has advantages "leave_one_out", kl_in "reward" and kl_coefficient .05.
 
-    epochs, minibatches: passes over a rollout and updates per pass. clip_low, clip_high, dual_clip: of the ratio. ratio: of
-    each "token" or one for the "sequence", exp of the mean log ratio. advantages: see `ops.group_advantages`; scale_epsilon:
-    beside the deviation. reduction: mean over all "tokens", mean over "sequences" of their token means, or sum over all
-    ``max_new_tokens`` "columns" of every response divided by their number. kl_coefficient: of the KL to the reference, in the
-    "loss" of every token or summed over the response in the "reward" (kl_in); 0: no reference is loaded, no KL measured.
-    kl_kind: its estimator; None: "k1" in the reward, "weighted_k3" in the loss, whose expected gradients are that of the KL
-    (see `ops.kl`; the loss also takes "k3", GRPO's, and "k2"). The weight of "weighted_k3" is the token's own ratio, also with
-    ratio "sequence" (TRL then takes the sequence's, which is biased). biased_kl: permits the others, to replicate a run.
-    divisor: how many responses "sequences" and "columns" divide by: those that are trained on, or "all", as TRL does with
-    mask_truncated. mask_truncated: responses cut at the limit are not trained on.
-    drop_zero_variance_groups: neither are groups whose scores are all the same; without it they count with advantage 0.
-    missing_eos_penalty, missing_eos, score_clip,
-    max_sampler_gap, max_identity_gap, max_kl, old_logprobs, importance: as in PPOConfig.
+    epochs: passes over a rollout.
+    minibatches: updates per pass.
+    clip_low, clip_high, dual_clip: bounds of the ratio, as in `ops.policy_loss`.
+    ratio: of each "token", or one for the "sequence", exp of the mean log ratio.
+    advantages: the baseline within a group, see `ops.group_advantages`.
+    scale_epsilon: added to the deviation of a group.
+    reduction: the mean over all "tokens", the mean over "sequences" of their token means, or the sum over all
+    ``max_new_tokens`` "columns" of every response divided by their number.
+    divisor: the responses that "sequences" and "columns" divide by: those that are trained on ("trained"), or "all", as TRL
+    does with mask_truncated.
+    kl_coefficient: weight of the KL to the reference; with 0 no reference is loaded and no KL measured.
+    kl_kind: estimator of the KL; None = "k1" in the reward and "weighted_k3" in the loss, whose expected gradients are those of
+    the KL (see `ops.kl`). The loss also takes "k3" (that of GRPO) and "k2". The weight of "weighted_k3" is the ratio of the
+    token, also with ratio "sequence" (there TRL takes the ratio of the sequence, which is biased).
+    kl_in: put the KL in the "loss" of every token, or summed over the response in the "reward".
+    biased_kl: permit the other estimators, to replicate a run.
+    mask_truncated: do not train on responses that were cut at the limit.
+    drop_zero_variance_groups: do not train on groups whose scores are all equal; otherwise they count with advantage 0.
+    missing_eos_penalty, missing_eos, score_clip, max_sampler_gap, max_identity_gap, max_kl, old_logprobs, importance: as in
+    PPOConfig.
     """
 
     epochs: int = 1

@@ -20,14 +20,24 @@ Warmup = Literal["from_above_zero", "from_zero"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """learning_rate: peak. schedule: after the warm-up, over the rest of the run down to ``final_fraction`` of the peak.
-    warmup_steps: of a linear warm-up. warmup: "from_above_zero" has (k + 1) / (w + 1) of the peak at step k of w, so that
-    no step is lost on a rate of 0; "from_zero" k / w, as transformers' schedules. adam: "optax" adds epsilon after bias
-    correction (PyTorch, optax), "tf" before it (TensorFlow, as in Ziegler et al. 2019; with epsilon 1e-5 the early steps
-    differ up to 16-fold). weight_decay: decoupled, on matrices only (embeddings, experts, routers and adapters among
-    them). max_grad_norm: clip by global norm, None for none. spike: refuse an update whose loss or gradient norm lies
-    more than that many standard deviations above its running mean over spike_memory updates (6 is usual), None for none.
-    Moments are float32 whatever the parameters' dtype.
+    """The settings of the optimizer. Moments are float32 in any dtype of the parameters.
+
+    learning_rate: peak.
+    schedule: shape of the learning rate after the warm-up, over the rest of the run.
+    warmup_steps: steps of a linear warm-up.
+    warmup: "from_above_zero" has (k + 1) / (w + 1) of the peak at step k of w, so that no step has a rate of 0; "from_zero" has
+    k / w, as the schedules of transformers.
+    final_fraction: the share of the peak at which "linear" and "cosine" end.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    epsilon: added to the root of the second moment.
+    adam: "optax" adds epsilon after the bias correction (PyTorch, optax), "tf" before it (TensorFlow, as in Ziegler et al.
+    2019; with epsilon 1e-5 the early steps differ up to 16-fold).
+    weight_decay: decoupled, on matrices only (embeddings, experts, routers and adapters among them).
+    max_grad_norm: clip by global norm; None = no clipping.
+    spike: refuse an update whose loss or gradient norm is more than that many standard deviations above its running mean (6 is
+    usual); None = accept all.
+    spike_memory: updates of the running mean of ``spike``.
     """
 
     learning_rate: float = 1e-5

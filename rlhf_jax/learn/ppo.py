@@ -24,20 +24,34 @@ PolicyFn = Callable[[Params, Completions], tuple[Array, Array, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """PPO's own numbers. Defaults: TL;DR of Huang et al. 2024 (N+), with the score paid at EOS.
+    """The settings of PPO. Defaults: TL;DR of Huang et al. 2024 (N+), with the score paid at EOS.
 
-    epochs, minibatches: passes over a rollout, each with a fresh permutation, and updates per pass. clip_low,
-    clip_high, dual_clip: of the ratio. value_clip: None = off. value_coefficient, entropy_coefficient: weights in the
-    loss. discount, lam: GAE. kl_coefficient: initial; kl_kind: estimator in the reward, "k1" (see `ops.kl`; "k2" and
-    "k3" only with biased_kl = True, to replicate a run); kl_target: None = fixed coefficient, else nats per response
-    for the adaptive controller with kl_horizon (episodes). terminal: where the score is paid. missing_eos_penalty (None
-    = off) and missing_eos: "replace" or "subtract". whiten_rewards: scale the shaped rewards (mean kept).
-    whiten_advantages: over the whole "rollout", per "minibatch" or "none"; whiten_ddof: 0 or 1. score_clip: bound on
-    |score|, None = off. max_sampler_gap: mean |sampler - scorer| log-probability, nats, beyond which the run stops.
-    max_identity_gap: largest |log ratio| allowed before the first update. max_kl: nats per response, mean over a
-    rollout, beyond which the rollout is not learned from; None = no limit. old_logprobs: the policy's at the rollout,
-    recomputed by the "scorer", or the "sampler"'s own, which saves a forward pass; the identity gap then is that
-    between sampler and update. importance: weights for samples that are not the scored policy's own; None = they are.
+    epochs: passes over a rollout, each with a new permutation.
+    minibatches: updates per pass.
+    clip_low, clip_high, dual_clip: bounds of the ratio, as in `ops.policy_loss`.
+    value_clip: bound of the change of a value, as in `ops.value_loss`; None = off.
+    value_coefficient: weight of the value loss.
+    entropy_coefficient: weight of the entropy.
+    discount: of GAE, a token.
+    lam: lambda of GAE.
+    kl_coefficient: initial weight of the KL in the reward.
+    kl_kind: estimator in the reward, "k1" (see `ops.kl`; "k2" and "k3" need biased_kl = True).
+    biased_kl: permit estimators with a biased gradient, to replicate a run.
+    kl_target: None = fixed coefficient, else nats per response for the adaptive controller.
+    kl_horizon: episodes of the adaptive controller.
+    terminal: the column that receives the score.
+    missing_eos_penalty: for responses that did not end, in units of the score; None = off.
+    missing_eos: "replace" the score by the penalty, or "subtract" it.
+    whiten_rewards: scale the shaped rewards to deviation 1, with their mean kept.
+    whiten_advantages: over the whole "rollout", per "minibatch" or "none".
+    whiten_ddof: 0, or 1 for Bessel's correction.
+    score_clip: bound on |score|; None = off.
+    max_sampler_gap: mean |sampler - scorer| log-probability in nats beyond which the run stops.
+    max_identity_gap: largest |log ratio| before the first update beyond which the run stops.
+    max_kl: nats per response, mean over a rollout, beyond which the rollout is refused; None = no limit.
+    old_logprobs: those of the "scorer", recomputed for the policy at the rollout, or of the "sampler", which saves a forward
+    pass; the identity gap is then between sampler and update.
+    importance: weights for samples of an older policy; None = the scored policy sampled.
     """
 
     epochs: int = 4

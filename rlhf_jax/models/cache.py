@@ -91,7 +91,7 @@ class KVCache:
         return cache if capacity is None else cache.pad_columns(capacity)
 
     def pad_columns(self, capacity: int) -> KVCache:
-        """Return the cache with empty columns appended, ``capacity`` in all; ``recent`` keeps its own capacity."""
+        """Return the cache with empty columns appended until it has ``capacity`` columns; ``recent`` is not padded."""
         more = capacity - self.positions.shape[1]
 
         def padded(stack: Array) -> Array:

@@ -60,33 +60,53 @@ class ModelConfig:
 
     The defaults are the Llama layout: RMSNorm before each part, rotary positions, SwiGLU.
 
-    Sizes: vocab_size, hidden_size, num_layers, num_heads (a multiple of num_kv_heads), num_kv_heads, head_dim,
-    ffn_size; max_length: longest sequence in tokens.
-    head: "lm" (logits), "scalar" (reward or value) or "lm+scalar" (policy and value sharing a trunk).
-    param_dtype: dtype of the stored parameters; compute_dtype: of activations and matmuls. Logits and scalars are
-    always float32.
-    remat: what the backward pass recomputes of a block: nothing (False), everything from its input (True), or "cheap":
+    vocab_size: rows of the token table.
+    hidden_size: width of the residual stream.
+    num_layers: number of layers.
+    num_heads: query heads, a multiple of num_kv_heads.
+    num_kv_heads: key and value heads.
+    head_dim: width of a head.
+    ffn_size: width of the feed-forward part.
+    max_length: longest sequence in tokens.
+    head: "lm" (logits), "scalar" (reward or value) or "lm+scalar" (policy and value share a trunk).
+    param_dtype: dtype of the stored parameters.
+    compute_dtype: dtype of activations and matrix products. Logits and scalars are always float32.
+    remat: what the backward pass recomputes of a block: nothing (False), everything from its input (True), or "cheap",
     everything but the products with weights, which are stored (docs/memory.md).
     logits_chunk: columns of a batch whose logits exist at a time when tokens are scored; changes memory, not numbers
     (docs/memory.md).
-    attention: the implementation (`models.attention` has the table). family: the checkpoint format of exports.
-
-    Embeddings: tie_embeddings: the output projection is the transposed table; scale_embeddings: rows times
-    sqrt(hidden_size); logit_soft_cap c: logits become c tanh(logits / c).
-    Norms: norm: "rms" or "layer" (with mean and bias); norm_placement: "pre" (before each part), "post" (on what the
-    part adds to the residual stream) or "both"; norm_epsilon; norm_offset: added to the stored scales.
-    Positions: "rotary" with base rope_theta on the first rope_fraction of a head, scaled by rope_scaling;
-    sliding-window layers use base rope_theta_sliding without scaling when it is set; or "learned", a table.
-    Layers: layer_pattern is repeated over the layers: "full" attention, "sliding" (the last sliding_window tokens),
-    "full_nope" and "sliding_nope" (no rotary positions); () = all full.
-    Attention: qkv_bias, output_bias; qk_norm: queries and keys normed per "head", or over the "width" of all heads;
-    attention_scale (None: head_dim^-1/2); attention_soft_cap, as that of the logits; parallel_residual: attention and
-    feed-forward both read the block's input.
-    Feed-forward: activation ("gelu" is exact, "gelu_tanh" approximate); gated_mlp: act(x gate) * (x up), else act(x
-    up); mlp_bias.
-    Experts: num_experts > 0: a router selects experts_per_token experts of width expert_ffn_size, weighted by their
-    softmax; normalize_expert_weights: over the selected ones; dense_layers: layers without experts; router_coefficient:
-    weight of the load-balancing loss.
+    attention: the implementation (`models.attention` has the table).
+    family: the checkpoint format of exports.
+    tie_embeddings: use the transposed token table as the output projection.
+    scale_embeddings: multiply embeddings by sqrt(hidden_size).
+    logit_soft_cap: c in c tanh(logits / c); None = no cap.
+    norm: "rms", or "layer" with mean and bias.
+    norm_placement: "pre" (before each part), "post" (on what the part adds to the residual stream) or "both".
+    norm_epsilon: added to the variance.
+    norm_offset: added to the stored scales.
+    positions: "rotary", or "learned", a table.
+    rope_theta: base of the rotary frequencies.
+    rope_fraction: the leading fraction of a head that rotates.
+    rope_scaling: scaling of the rotary frequencies for longer contexts.
+    rope_theta_sliding: base of the sliding-window layers, which are then not scaled; None = as the others.
+    layer_pattern: repeated over the layers: "full" attention, "sliding" (the last sliding_window tokens), "full_nope" and
+    "sliding_nope" (no rotary positions); () = all full.
+    sliding_window: tokens that a sliding-window layer sees.
+    qkv_bias: add a bias to queries, keys and values.
+    output_bias: add a bias to the output of attention.
+    qk_norm: normalize queries and keys per "head", or over the "width" of all heads.
+    attention_scale: factor of the scores; None = head_dim^-1/2.
+    attention_soft_cap: c in c tanh(scores / c); None = no cap.
+    parallel_residual: attention and feed-forward both read the input of the block.
+    activation: of the feed-forward part; "gelu" is exact, "gelu_tanh" approximate.
+    gated_mlp: act(x gate) * (x up), otherwise act(x up).
+    mlp_bias: add biases to the feed-forward part.
+    num_experts: experts of a layer; 0 = a dense feed-forward part.
+    experts_per_token: experts that the router selects for a token, weighted by their softmax.
+    expert_ffn_size: width of an expert.
+    normalize_expert_weights: normalize the weights over the selected experts.
+    dense_layers: layers without experts.
+    router_coefficient: weight of the load-balancing loss.
     """
 
     vocab_size: int

@@ -34,12 +34,14 @@ HEAD = "scalar_head"
 class LoraConfig:
     """The settings of adapters.
 
-    rank: columns of A. alpha: the scaling is alpha / rank, with rslora alpha / sqrt(rank) (Kalajdzievski 2023).
-    dropout: of the inputs of A, in training.
-    targets: a regular expression that the whole name of a matrix inside its layer must match, such as
-    ``attention/query`` or ``mlp/down``. Default: every matrix of attention and feed-forward.
-    base_dtype: "int8" stores the frozen matrices of the layers in int8 (`models.int8`); None: in the dtype in which
-    they were loaded.
+    rank: columns of A.
+    alpha: the scaling is alpha / rank.
+    rslora: the scaling is alpha / sqrt(rank) (Kalajdzievski 2023).
+    dropout: on the inputs of A, in training.
+    targets: a regular expression that the whole name of a matrix inside its layer must match, such as ``attention/query`` or
+    ``mlp/down``. The default is every matrix of attention and feed-forward.
+    base_dtype: "int8" stores the frozen matrices of the layers in int8 (`models.int8`); None keeps the dtype in which they were
+    loaded.
     """
 
     rank: int = 16

@@ -20,15 +20,19 @@ _KINDS = ("linear", "llama3", "yarn", "longrope")
 class RopeScaling:
     """The change of the rotary frequencies f of the original context for a longer one.
 
-    kind "linear": f / factor (Chen et al. 2023, position interpolation).
-    "llama3": frequencies with a wavelength above original_max_length / low_frequency_factor are divided by ``factor``,
-    those below original_max_length / high_frequency_factor are unchanged, those between are blended (Llama 3.1's
-    reference code).
-    "yarn": blended between the dimensions that rotate beta_fast and beta_slow times in the original context (Peng et
-    al. 2023, section 3.2); truncate: the two dimensions are rounded outwards.
-    "longrope": each frequency is divided by its own number of ``short_factors``, or of ``long_factors`` in a model
-    whose max_length exceeds original_max_length (Ding et al. 2024).
+    kind: "linear", f / factor (Chen et al. 2023, position interpolation); "llama3", long wavelengths divided by factor, short
+    ones unchanged, those between blended (reference code of Llama 3.1); "yarn", blended between two dimensions (Peng et al.
+    2023, section 3.2); "longrope", each frequency divided by a number of its own (Ding et al. 2024).
+    factor: of "linear", "llama3" and "yarn".
+    original_max_length: tokens of the original context.
+    low_frequency_factor: "llama3" divides wavelengths above original_max_length / low_frequency_factor.
+    high_frequency_factor: "llama3" keeps wavelengths below original_max_length / high_frequency_factor.
+    beta_fast: "yarn" keeps dimensions that rotate more often in the original context.
+    beta_slow: "yarn" divides dimensions that rotate less often in the original context.
+    truncate: round the two dimensions of "yarn" outwards.
     attention_factor: multiplies sine and cosine ("yarn" and "longrope").
+    short_factors: divisors of "longrope".
+    long_factors: divisors of "longrope" in a model whose max_length exceeds original_max_length.
     """
 
     kind: ScalingKind

@@ -19,16 +19,22 @@ def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of sampling.
+    """The settings of sampling.
 
-    temperature: 0 = greedy. top_k (0 = off), top_p (1 = off), min_p (0 = off), repetition_penalty (1 = off, applies to
-    tokens of prompt and response): these change the distribution that is sampled, which biases PPO's ratio; leave them
-    off there.
-    max_new_tokens: columns of the response. min_new_tokens: number of tokens before which a stop token is barred,
-    counted as in transformers: a response that ends with a stop token has at least one token more. A stop string
-    completed earlier does not end the response (in transformers it does).
-    stop_strings: a completion ends at a stop token (of the tokenizer and template), and with the token that completes
-    one of these.
+    temperature: 0 = greedy.
+    top_k: keep the k most likely tokens; 0 = off.
+    top_p: keep the most likely tokens whose probability reaches top_p; 1 = off.
+    max_new_tokens: largest response length.
+    min_p: keep tokens at least min_p times as likely as the most likely one; 0 = off.
+    repetition_penalty: make tokens of prompt and response less likely; 1 = off.
+    min_new_tokens: number of tokens before which a stop token is barred, counted as in transformers: a response that ends with
+    a stop token has at least one token more. A stop string completed earlier does not end the response (in transformers it
+    does).
+    stop_strings: texts that end a response, with the token that completes one of them. A response also ends at a stop token of
+    tokenizer and template.
+
+    top_k, top_p, min_p and repetition_penalty change the distribution that is sampled, which biases the ratio of PPO; leave
+    them off there.
     """
 
     temperature: float = 1.0

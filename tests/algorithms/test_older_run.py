@@ -35,8 +35,8 @@ def test_it_loads_as_a_model(older: Path) -> None:
 def test_it_goes_on(server: Server, older: Path) -> None:
     """Two steps are done; the same command with two more goes on from there."""
     script = ROOT / "experiments" / "train_sft.py"
-    done = server(older, [str(script), "--gin_file=run.gin", "--gin_bindings=run.steps = 4"])
-    assert done.returncode == 0, done.stderr
+    completions = server(older, [str(script), "--gin_file=run.gin", "--gin_bindings=run.steps = 4"])
+    assert completions.returncode == 0, completions.stderr
     rows = read_metrics(older / "run")[0].rows
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] < rows[0]["loss"]

@@ -85,5 +85,7 @@ def test_phases_are_checked_before_anything_is_loaded() -> None:
 )
 def test_scripts_name_the_missing_flag(arguments: list[str], message: str, server: Server, tmp_path: Path) -> None:
     script, *options = arguments
-    done = server(tmp_path, [str(ROOT / "experiments" / f"{script}.py"), *options])
-    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+    completions = server(tmp_path, [str(ROOT / "experiments" / f"{script}.py"), *options])
+    assert (
+        completions.returncode == 2 and completions.stderr.startswith(message) and completions.stderr.count("\n") == 1
+    ), completions.stderr

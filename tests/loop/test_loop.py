@@ -93,9 +93,9 @@ def wait_for_lines(path: Path, count: int, process: Forked) -> None:
 
 
 def finish(process: Forked, code: int) -> tuple[str, str]:
-    done = process.finish()
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+    completions = process.finish()
+    assert completions.returncode == code, completions.stderr
+    return completions.stdout, completions.stderr
 
 
 def test_interrupted_run_equals_the_uninterrupted_one(start, tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ class AnchorConfig:
 
 
 def distance(params: Params, anchor: Params) -> Mean:
-    """Return the mean squared distance of the parameters to the anchor, float32. Two parameters off by 1 and 3: (1 + 9) / 2 = 5."""
+    """Return the mean squared distance of the parameters to the anchor, float32.
+
+    Example: if two parameters differ by 1 and 3, it is (1 + 9) / 2 = 5.
+    """
     squares = jax.tree.map(lambda x, y: jnp.square(x.astype(jnp.float32) - y).sum(), params, anchor)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Mean(jnp.stack(jax.tree.leaves(squares)).sum(), jnp.asarray(count, jnp.float32))
