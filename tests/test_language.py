@@ -60,6 +60,8 @@ CODES = re.compile(r"\b(?:[Pp]oint|[Cc]ase|[Ll]esson) \d+\b|\bSPEC\b|\bRELIABILI
 """Codes whose meaning stands outside the repository."""
 QUOTED = re.compile(r"``[^`]*``|`[^`]*`|'[^']*'|\"[^\"]*\"")
 LONGEST_TEST_NAME = 60
+INSIDER = f"B{13}"
+"""A code of the kind that `CODES` finds."""
 
 
 def files() -> list[Path]:
@@ -163,7 +165,7 @@ def test_the_language_of(folder: str) -> None:
         ("found = 1", "the name 'found'"),
         ("def f(told): pass", "the name 'told'"),
         (f"def test_{'x' * 60}(): pass", "is longer than 60"),
-        ("x = 1  # see B" + "13", "'B13'"),
+        (f"x = 1  # see {INSIDER}", repr(INSIDER)),
         ('"""As point 3 says."""', "begins with 'As'"),
     ],
 )
