@@ -1,5 +1,29 @@
 """Means, shares and differences with confidence intervals; calibration and best-of-n estimates."""
 
+from rlhf_jax.statistics.clusters import (
+    ClusteredMean,
+    cluster_bootstrap,
+    cluster_mean_interval,
+    cluster_share_interval,
+    clustered_mean,
+    effective_size,
+)
+from rlhf_jax.statistics.correction import (
+    CorrectedValue,
+    correct_benjamini_hochberg,
+    correct_holm,
+)
+from rlhf_jax.statistics.estimate import (
+    Estimate,
+    describe,
+    describe_difference,
+)
+from rlhf_jax.statistics.groups import (
+    GroupGap,
+    GroupMean,
+    GroupTable,
+    group_table,
+)
 from rlhf_jax.statistics.intervals import (
     Interval,
     LengthControlled,
@@ -12,6 +36,22 @@ from rlhf_jax.statistics.intervals import (
     wilson_interval,
     win_rate,
 )
+from rlhf_jax.statistics.paired import (
+    PairedComparison,
+    Pairs,
+    compare_means,
+    compare_wins,
+    join_on_ids,
+    paired_bootstrap,
+)
+from rlhf_jax.statistics.power import (
+    Detectable,
+    describe_detectable,
+    detectable_difference,
+    detectable_in_pairs,
+    paired_power,
+    prompts_needed,
+)
 from rlhf_jax.statistics.preference import (
     Calibration,
     CalibrationBin,
@@ -21,23 +61,63 @@ from rlhf_jax.statistics.preference import (
     pairwise_accuracy,
     preference_calibration,
 )
+from rlhf_jax.statistics.seeds import (
+    SeedSummary,
+    compare_seeds,
+    probability_of_improvement,
+    seed_interval,
+    summarize_seeds,
+)
 
 __all__ = [
     "Calibration",
     "CalibrationBin",
+    "ClusteredMean",
+    "CorrectedValue",
+    "Detectable",
+    "Estimate",
+    "GroupGap",
+    "GroupMean",
+    "GroupTable",
     "Interval",
     "LengthControlled",
+    "PairedComparison",
+    "Pairs",
+    "SeedSummary",
     "across_seeds",
     "best_of_n_kl_bound",
     "bootstrap_interval",
     "calibration",
+    "cluster_bootstrap",
+    "cluster_mean_interval",
+    "cluster_share_interval",
+    "clustered_mean",
+    "compare_means",
+    "compare_seeds",
+    "compare_wins",
+    "correct_benjamini_hochberg",
+    "correct_holm",
+    "describe",
+    "describe_detectable",
+    "describe_difference",
+    "detectable_difference",
+    "detectable_in_pairs",
+    "effective_size",
     "expected_max",
+    "group_table",
+    "join_on_ids",
     "length_controlled_difference",
     "mean_interval",
+    "paired_bootstrap",
     "paired_difference",
+    "paired_power",
     "paired_share_difference",
     "pairwise_accuracy",
     "preference_calibration",
+    "probability_of_improvement",
+    "prompts_needed",
+    "seed_interval",
+    "summarize_seeds",
     "wilson_interval",
     "win_rate",
 ]
