@@ -148,7 +148,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
 
 
 def _become(request: dict[str, Any]) -> None:
-    signal.alarm(600)  # what waits for ever ends with SIGALRM
+    signal.alarm(1200)  # a program that waits for ever ends with SIGALRM
     if request["cwd"] is not None:
         os.chdir(request["cwd"])
     os.environ.update(request["environment"])

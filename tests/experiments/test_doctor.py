@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,9 +115,7 @@ def test_every_reply_cut_off(chain: Path, tmp_path: Path, server: Server) -> Non
     assert "raise SamplingConfig.max_new_tokens" in problems["replies"]
 
 
-def test_a_configuration_of_something_else(tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "experiments" / "doctor.py"), "--experiment=train_ppo"]
-    result = subprocess.run(
-        [*script, "--gin_file=configs/smoke/evaluate.gin"], capture_output=True, text=True, cwd=tmp_path
-    )
+def test_a_configuration_of_something_else(server: Server, tmp_path: Path) -> None:
+    script = [str(ROOT / "experiments" / "doctor.py"), "--experiment=train_ppo"]
+    result = server(tmp_path, [*script, "--gin_file=configs/smoke/evaluate.gin"])
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
