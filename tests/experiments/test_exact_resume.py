@@ -15,12 +15,14 @@ from interrupted_runs import kill, resumed_steps, same_as, terminate
 @pytest.mark.parametrize(
     ("arguments", "macros"),
     [
-        pytest.param(("train_sft", "sft"), {"BASE": "base"}, id="sft", marks=pytest.mark.slow),  # as PPO below
+        pytest.param(
+            ("train_sft", "sft"), {"BASE": "base"}, id="sft", marks=pytest.mark.slow
+        ),  # the same loop as PPO below
         pytest.param(
             ("train_reward", "reward"),
             {"POLICY": "sft", "COMPARISONS": "completions/comparisons.jsonl"},
             id="reward",
-            marks=pytest.mark.slow,  # the loop and the state are those of SFT
+            marks=pytest.mark.slow,  # the loop and its files are those of PPO below
         ),
     ],
 )
