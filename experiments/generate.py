@@ -66,7 +66,7 @@ def run(
     require_whole("run.samples", samples, 1)
     own = None if seeds is None else {record.id: _read_seed(record, seeds) for record in prompts.train}
     if annotator is not None and (samples < 2 or score_texts is None):
-        raise InputError("run.annotator: compares two scored replies; set run.samples to 2 and run.score_texts")
+        raise InputError("run.annotator: compares two scored responses; set run.samples to 2 and run.score_texts")
     judge = None if score_texts is None else CheckedReward(open_reward(score_texts), "run.score_texts")
     devices = make_mesh(mesh)
     rng = jax.random.key(seed, impl="threefry2x32")

@@ -27,7 +27,10 @@ def rollout_checks(
         yield judge("reference", abs(kl) < 1e-2, words, "policy and reference must begin as one model")
     spread = float(metrics["score_std"].value())
     yield judge(
-        "reward spread", spread > 0, f"{spread:.3g} over the rollout", "every reply scores alike: nothing to learn from"
+        "reward spread",
+        spread > 0,
+        f"{spread:.3g} over the rollout",
+        "every response scores alike: nothing to learn from",
     )
     if "zero_variance_groups" in metrics:
         even = float(metrics["zero_variance_groups"].value())
@@ -37,4 +40,4 @@ def rollout_checks(
         )
     ended, length = (float(metrics[name].value()) for name in ("ended", "response_length"))
     words = f"{ended:.0%} end by themselves, mean length {length:.0f} of {max_new_tokens}"
-    yield judge("replies", ended > 0, words, "raise SamplingConfig.max_new_tokens, or SFT did not learn to stop")
+    yield judge("responses", ended > 0, words, "raise SamplingConfig.max_new_tokens, or SFT did not learn to stop")

@@ -43,11 +43,11 @@ def text_checks(
     stop_ids = response_ends(tokenizer, template).ids
     stops = np.mean([token in stop_ids for token in ends]) if ends else 0.0
     words = f"{stops:.0%} of the documents end in a stop token that is a target"
-    if pairs:  # a reply that was cut off has none, and the reward model must learn that
-        yield Finding("ok" if stops else "note", "end of reply", words)
+    if pairs:  # a response that was cut off has none, and the reward model must learn that
+        yield Finding("ok" if stops else "note", "end of response", words)
     else:
         yield judge(
-            "end of reply",
+            "end of response",
             bool(stops > 0.5),
             words,
             "a model that never learns to stop runs to the limit: see Template",

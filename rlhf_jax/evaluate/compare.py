@@ -47,7 +47,7 @@ def compare(results: Mapping[str, ScoredResponses], sample_count: int) -> dict[s
     ids = [[response.id for response in result.responses] for result in results.values()]
     if any(other != ids[0] for other in ids[1:]):
         raise InputError(
-            "run.policies: their tokenizers leave out different prompts, so that replies cannot be paired; raise "
+            "run.policies: their tokenizers leave out different prompts, so that responses cannot be paired; raise "
             "BatchConfig.length until no prompt is left out"
         )
     shares = _shares(results)

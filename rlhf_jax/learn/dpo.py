@@ -26,8 +26,8 @@ class DPOConfig:
 
     beta: how strongly the policy is held to its reference. loss: "sigmoid", "robust", "hinge" or "ipo", see
     `ops.preference_loss`. label_smoothing: the share of labels taken to be flipped, in [0, 0.5) ("sigmoid" and "robust").
-    average: log-probabilities per token instead of summed over the reply (the form of IPO that TRL ships; the original
-    losses sum). sft_coefficient: weight of the chosen replies' cross-entropy beside it (RPO, Pang et al. 2024), 0 = off.
+    average: log-probabilities per token instead of summed over the response (the form of IPO that TRL ships; the original
+    losses sum). sft_coefficient: weight of the chosen responses' cross-entropy beside it (RPO, Pang et al. 2024), 0 = off.
     """
 
     beta: float = 0.1

@@ -155,9 +155,9 @@ def headlines(evaluation: dict[str, Any]) -> list[str]:
         controlled = entry["length_controlled"]
         gain_at_equal_length = controlled["gain"]
         if not _is_known(gain_at_equal_length["mean"]):
-            at_equal = "at equal length unknown: too few replies, or all longer or shorter by the same"
+            at_equal = "at equal length unknown: too few responses, or all longer or shorter by the same"
         else:
-            remark = ", extrapolated: no pair has replies of equal length" if controlled["extrapolated"] else ""
+            remark = ", extrapolated: no pair has responses of equal length" if controlled["extrapolated"] else ""
             numbers = f"{_numbers(gain_at_equal_length)}{_caveat(gain_at_equal_length)}"
             at_equal = f"at equal length {numbers}{remark}"
         sentences.append(f"{gained}; {at_equal}")

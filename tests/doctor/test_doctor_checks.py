@@ -45,7 +45,7 @@ def test_label_masks_ends_and_lengths() -> None:
     good = document([5, 6, 7, END], 2)
     assert text([good, good]) == {}
     assert set(text([good, document([5, 6, 7, END], 0)])) == {"label masks"}
-    assert set(text([document([5, 6, 7], 2)])) == {"end of reply"}
+    assert set(text([document([5, 6, 7], 2)])) == {"end of response"}
     assert "3 of 5 left out" in text([good, good], left_out=3)["lengths"]
     assert text([good, good], left_out=2) == {}
 
@@ -129,7 +129,7 @@ def test_the_loss_that_is_checked_is_the_one_that_trains() -> None:
         ("sampler_gap", 2e-3, "sampler and scorer"),
         ("kl", 0.02, "reference"),
         ("score_std", 0.0, "reward spread"),
-        ("ended", 0.0, "replies"),
+        ("ended", 0.0, "responses"),
     ],
 )
 def test_one_number_of_a_rollout_is_wrong(name: str, value: float, check: str) -> None:

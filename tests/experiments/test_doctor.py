@@ -64,7 +64,7 @@ def test_nothing_wrong(config: str, chain: Path, tmp_path: Path, server: Server)
             "template of the policy",
         } <= checks
     else:
-        assert {"label masks", "lengths", "end of reply", "first steps"} <= checks
+        assert {"label masks", "lengths", "end of response", "first steps"} <= checks
 
 
 def test_most_of_the_data_too_long(chain: Path, tmp_path: Path, server: Server) -> None:
@@ -112,7 +112,7 @@ def test_samples_of_a_prompt_that_all_score_alike(chain: Path, tmp_path: Path, s
 @pytest.mark.slow
 def test_every_reply_cut_off(chain: Path, tmp_path: Path, server: Server) -> None:
     problems = wrong(examine(server, tmp_path, chain, "ppo", "SamplingConfig.max_new_tokens = 1"))
-    assert "raise SamplingConfig.max_new_tokens" in problems["replies"]
+    assert "raise SamplingConfig.max_new_tokens" in problems["responses"]
 
 
 def test_a_configuration_of_something_else(server: Server, tmp_path: Path) -> None:

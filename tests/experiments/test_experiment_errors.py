@@ -147,7 +147,7 @@ CASES = {
         ["SamplingConfig.max_new_tokens = 100"],
         "BatchConfig.length + SamplingConfig.max_new_tokens: sequences of 196 tokens; the model's max_length is 160",
     ),
-    "annotator with one sample": Case(*GENERATE, ["run.samples = 1"], "run.annotator: compares two scored replies"),
+    "annotator with one sample": Case(*GENERATE, ["run.samples = 1"], "run.annotator: compares two scored responses"),
     "nothing held out": Case(
         *REWARD,
         ["comparison_file.heldout = 1e-9"],

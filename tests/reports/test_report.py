@@ -174,11 +174,11 @@ def test_the_headline_has_the_gain_at_equal_length():
     controlled["gain"] = interval(0.02, -0.05, 0.09)
     assert headlines(changed)[0].endswith("+0.020 [-0.050, +0.090] (the interval includes zero: no difference shown)")
     controlled |= {"gain": interval(0.15, 0.05, 0.25), "extrapolated": True}
-    assert headlines(changed)[0].endswith("[+0.050, +0.250], extrapolated: no pair has replies of equal length")
+    assert headlines(changed)[0].endswith("[+0.050, +0.250], extrapolated: no pair has responses of equal length")
     for unknown in (None, float("nan")):
         controlled["gain"] = interval(unknown, unknown, unknown)
         assert headlines(changed)[0].endswith(
-            "; at equal length unknown: too few replies, or all longer or shorter by the same"
+            "; at equal length unknown: too few responses, or all longer or shorter by the same"
         )
 
 
