@@ -73,10 +73,10 @@ def start_with(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Star
     """Return a function that runs the program with a flag, a home for caches and more of its environment."""
 
     def call(flag: str, cache_home: Path, prelude: str = "", **more: str) -> tuple[str, str]:
-        here = tmp_path_factory.mktemp("start")
-        (here / "program.py").write_text(PROGRAM.replace("PRELUDE", prelude))
+        local = tmp_path_factory.mktemp("start")
+        (local / "program.py").write_text(PROGRAM.replace("PRELUDE", prelude))
         environment = {"XDG_CACHE_HOME": str(cache_home), "JAX_COMPILATION_CACHE_DIR": ""} | more
-        result = server(here, ["program.py", flag], environment)
+        result = server(local, ["program.py", flag], environment)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip(), result.stderr
 
