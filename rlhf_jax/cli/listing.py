@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 from rlhf_jax.storage.shipped import config_path, configs, experiments, script_path
 
@@ -35,8 +36,6 @@ def first_comment(text: str) -> str:
 
 def config_experiment(text: str) -> str | None:
     """Return the experiment that the command in a gin file's comments starts: 'train_ppo'; None when there is no command."""
-    import re
-
     match = re.search(r"^#.*\bexperiments/(\w+)\.py", text, re.MULTILINE)
     return match[1] if match else None
 

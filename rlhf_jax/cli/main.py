@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 
@@ -45,18 +46,20 @@ def script_arguments(words: list[str]) -> list[str]:
 
 
 def binding(text: str) -> str:
-    """Return KEY=VALUE as a gin binding; a value that is no Python literal is taken as text ('run.run_dir=runs/x')."""
-    import ast
+    """Return KEY=VALUE as a gin binding.
 
+    A value that is neither a Python literal nor a reference (@X(), %X, also inside brackets) is a text: 'run.run_dir=runs/x'.
+    Raises InputError for anything that is not KEY=VALUE.
+    """
     key, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not key.strip():
         raise InputError(f"--set {text}: give KEY=VALUE, for instance PPOConfig.kl_coefficient=0.05")
     value = value.strip()
-    if value[:1] in "@%":
+    if value and value[0] in "@%([{":
         return f"{key.strip()} = {value}"
     try:
         ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         value = repr(value)
     return f"{key.strip()} = {value}"
 

@@ -73,6 +73,7 @@ def test_modes_and_flags_are_passed_on(command, words, last) -> None:
         (("train-ppo", "--config", "nowhere/x"), "nowhere/x: neither a gin file nor a shipped configuration"),
         (("train-ppo", "--set", "PPOConfig.kl_coefficient"), "give KEY=VALUE"),
         (("train-ppo", "--config"), "--config: give it a value"),
+        (("train-ppo", "--set", "=3"), "give KEY=VALUE"),
         (("doctor", "evaluate"), "name a training experiment: train_dpo"),
         (("plan", "train-ppo"), "give --slice"),
         (("describe", "train-ppo", "frobnicate"), "no key contains 'frobnicate'"),
@@ -97,6 +98,9 @@ def test_what_cannot_be_used_is_one_line(command, words, message) -> None:
         ("run.seed=%SEED", "run.seed = %SEED"),
         ("x.names=('a', 'b')", "x.names = ('a', 'b')"),
         ("Fields.prompt=a=b", "Fields.prompt = 'a=b'"),
+        ("Fields.prompt=", "Fields.prompt = ''"),
+        ("run.stages=(@a/Stage(), @b/Stage())", "run.stages = (@a/Stage(), @b/Stage())"),
+        ("run.x=it's", 'run.x = "it\'s"'),
     ],
 )
 def test_set_takes_literals_references_and_texts(text: str, bound: str) -> None:
