@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -307,10 +306,10 @@ def plan_reward(source: ModelSource, mesh: Mesh) -> Loaded:
     return plan_model(source, "scalar", mesh)
 
 
-def write_overview(run_dir: Path, trained: Params, frozen: Params) -> None:
-    """Write parameters.txt, a summary and a line for each array; print the summary on stderr."""
+def write_overview(run_dir: Path, trained: Params, frozen: Params) -> str:
+    """Write parameters.txt, a summary and a line for each array, and return the summary."""
     trees = {"trained": trained} | ({"frozen": frozen} if jax.tree.leaves(frozen) else {})
+    summary = parameter_summary(trees)
     if jax.process_index() == 0:
-        summary = parameter_summary(trees)
-        print(summary, file=sys.stderr)
         write_atomically(run_dir / PARAMETERS, f"{summary}\n\n{parameter_table(trees)}")
+    return summary

@@ -145,15 +145,15 @@ class RolloutJob:
         if evaluate_every:
             raise InputError(f"LoopConfig.evaluate_every = {evaluate_every!r}: has no effect here; remove it")
 
-    def begin(self, directory: Path) -> None:
-        """Report skipped prompts, and write the files that make the run directory a model."""
+    def begin(self, directory: Path) -> str:
+        """Report skipped prompts, write the files that make the run directory a model, and return a line about its parameters."""
         assert self.data is not None
         policy, records = self.roles.policy, self.data.records
         report_skipped(records, self.data.encoded, self.data.dropped, policy.tokenizer)
         place = self.rollouts.within(self.view.subtree)
         source: dict[str, Any] = {"base": policy.input, "generation": policy.generation}
         write_model_card(directory, self.models["policy"], policy.tokenizer, records.template, subtree=place, **source)
-        write_overview(directory, self.params(self.state), self.frozen)
+        return write_overview(directory, self.params(self.state), self.frozen)
 
     # ---- the steps of an iteration
 

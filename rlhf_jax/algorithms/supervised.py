@@ -130,15 +130,15 @@ class SupervisedJob:
         if evaluate_every and self.data is not None and not self.data.heldout.items:
             raise InputError("LoopConfig.evaluate_every: there are no held-out records; set it to 0, or hold some out")
 
-    def begin(self, directory: Path) -> None:
-        """Report skipped records, and write the files that make the run directory a model."""
+    def begin(self, directory: Path) -> str:
+        """Report skipped records, write the files that make the run directory a model, and return a line about its parameters."""
         assert self.data is not None
         model = next(iter(self.loaded.values()))
         records = self.data.records
         report_skipped(records, self.data.train, self.data.heldout, model.tokenizer)
         source: dict[str, Any] = {"base": model.input, "generation": model.generation}
         write_model_card(directory, model.model, model.tokenizer, records.template, self.subtree, **source)
-        write_overview(directory, self.state.params, self.frozen)
+        return write_overview(directory, self.state.params, self.frozen)
 
     def place(self, batch: Any) -> Any:
         """Return a host batch on the devices."""

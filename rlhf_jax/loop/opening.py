@@ -65,7 +65,7 @@ class Job(Protocol):
     @property
     def phase_names(self) -> Sequence[str]: ...
     def check(self, evaluate_every: int) -> None: ...
-    def begin(self, directory: Path) -> None: ...
+    def begin(self, directory: Path) -> str: ...
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def open_job(run_dir: str | Path, *, bound: BoundConfig, job: Job, seed: int, lo
     job.check(loop.evaluate_every)
     settings: dict[str, Any] = {"bound": bound, "seed": seed, "loop": loop, "mesh": job.mesh, "inputs": job.inputs}
     with open_run(run_dir, stage=job.name, phases=job.phase_names, **settings) as run:
-        job.begin(run.directory)
+        run.overview = job.begin(run.directory)
         yield run
 
 

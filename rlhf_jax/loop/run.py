@@ -54,7 +54,7 @@ class Run:
     """An open run directory.
 
     resumed_step: the step of the checkpoint that the run resumes, 0 for a fresh start.
-    phases: the phases of a step that the algorithm names.
+    phases: the phases of a step that the algorithm names. overview: a line to print after the first step.
     """
 
     directory: Path
@@ -69,6 +69,7 @@ class Run:
     status: Status
     profile: Profile
     phases: tuple[str, ...] = ("train",)
+    overview: str = ""
     total: int = 0
     bad: list[int] = field(default_factory=list)
     _step: int = 0
@@ -130,6 +131,7 @@ class Run:
                 if self._going_back:
                     raise ValueError("log() gave False: take run.rolled_back(state), then go on with the next step")
                 if self._step == start + 1:
+                    self._print_overview()
                     report_first_step()
                 self._stopping = self._stopping or self.signals.agreed()
                 # After a signal between save() and this line the step is unsaved: the run ends after the next step.
@@ -141,6 +143,11 @@ class Run:
             self.signals.in_loop = False
             self.watchdog.enter("", 0)
             self.close_display()
+
+    def _print_overview(self) -> None:
+        """Print the numbers of parameters after the first step: until then an error of the user's stays one line."""
+        if self.overview and jax.process_index() == 0:
+            print(self.overview, file=sys.stderr)
 
     def close_display(self) -> None:
         """Restore the terminal, also when an exception ended the loop."""
