@@ -12,8 +12,8 @@ COPY rlhf_jax rlhf_jax
 COPY experiments experiments
 COPY configs configs
 RUN pip install --no-cache-dir ".[${EXTRAS}]" -c constraints.txt && rm -rf /src/*
-RUN useradd --create-home --uid 1000 runner
+RUN useradd --create-home --home-dir /rlhf --uid 1000 rlhf
 USER 1000
-WORKDIR /home/runner
+WORKDIR /rlhf
 ENTRYPOINT ["rlhf-jax"]
 CMD ["list"]

@@ -17,4 +17,4 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from rlhf_jax.launch.handing_over import hand_over
 
 if __name__ == "__main__":
-    hand_over(__doc__, Path(__file__).parent, sys.argv, {}, add=("--doctor",))
+    hand_over(__doc__, sys.argv, {}, add=("--doctor",))

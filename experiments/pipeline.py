@@ -37,8 +37,8 @@ from rlhf_jax.rundir.resume import RESERVED_DIRECTORIES, check_run_place, names_
 from rlhf_jax.storage.files import field, json_text, read_object, write_atomically
 from rlhf_jax.storage.names import PROVENANCE
 from rlhf_jax.storage.remote import sync_url
+from rlhf_jax.storage.shipped import experiments, script_path
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORD = "pipeline.json"
 
 
@@ -55,7 +55,7 @@ class Stage:
     bindings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (ROOT / "experiments" / f"{self.experiment}.py").is_file():
+        if self.experiment not in experiments():
             raise InputError(f"Stage.experiment = {self.experiment!r}: no experiments/{self.experiment}.py")
         if self.name in RESERVED_DIRECTORIES[RECORD]:
             raise InputError(
@@ -119,7 +119,7 @@ def command(stage: Stage, directory: Path, seed: int) -> list[str]:
     flags = [f"--gin_file={stage.gin_file}", *(f"--gin_bindings={text}" for text in bindings(stage, directory, seed))]
     if (url := sync_url()) is not None:
         flags.append(f"--sync={url.rstrip('/')}/{stage.name}")
-    return [sys.executable, str(ROOT / "experiments" / f"{stage.experiment}.py"), *flags]
+    return [sys.executable, str(script_path(stage.experiment)), *flags]
 
 
 def check(stages: Sequence[Stage], seed: int) -> None:

@@ -24,4 +24,4 @@ RENAMED = {"topology": "plan"} | {
 }
 
 if __name__ == "__main__":
-    hand_over(__doc__, Path(__file__).parent, sys.argv, RENAMED, needed="topology")
+    hand_over(__doc__, sys.argv, RENAMED, needed="topology")

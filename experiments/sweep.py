@@ -50,6 +50,7 @@ from rlhf_jax.rundir.provenance import changed_inputs
 from rlhf_jax.rundir.resume import check_run_place, names_in
 from rlhf_jax.statistics.intervals import Interval, across_seeds
 from rlhf_jax.storage.files import field, json_text, read_object, write_atomically
+from rlhf_jax.storage.shipped import experiments, script_path
 from rlhf_jax.sweep.settings import PlannedRun, expand, final_metrics, plan
 
 flags.DEFINE_string("experiment", None, "train_ppo, pipeline, ...: a script below experiments/.")
@@ -62,7 +63,6 @@ flags.DEFINE_integer("average", 1, "Last logged values of a metric to average ov
 flags.DEFINE_bool("dry_run", False, "Show the runs and their commands; start and write nothing.")
 
 FLAGS = flags.FLAGS
-ROOT = Path(__file__).resolve().parents[1]
 RECORD = "sweep.json"
 USUAL = ("heldout/loss", "loss", "heldout/accuracy", "score", "kl", "monitor/gold", "ppo/gold", "sft->ppo/gold")
 """The metrics of the table without --metrics, as far as they exist."""
@@ -87,7 +87,7 @@ def command_of(run: PlannedRun, out: Path) -> list[str]:
     """Return the command line of a run."""
     arguments = [f"--gin_file={file}" for file in FLAGS.gin_file]
     arguments += [f"--gin_bindings={text}" for text in bindings_of(run, out / run.name)]
-    return [sys.executable, str(ROOT / "experiments" / f"{FLAGS.experiment}.py"), *arguments]
+    return [sys.executable, str(script_path(FLAGS.experiment)), *arguments]
 
 
 def state_of(run: PlannedRun, out: Path, record: Record) -> str:
@@ -138,8 +138,8 @@ def planned_runs() -> list[PlannedRun]:
     for name in ("experiment", "out"):
         if not getattr(FLAGS, name):
             raise InputError(f"--{name}: give it (--help explains)")
-    if not (ROOT / "experiments" / f"{FLAGS.experiment}.py").is_file():
-        names = ", ".join(sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+    if FLAGS.experiment not in experiments():
+        names = ", ".join(experiments())
         raise InputError(f"--experiment={FLAGS.experiment}: no such script; there are {names}")
     try:
         seeds = [int(seed) for seed in FLAGS.seeds]

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource
+from rlhf_jax.learn import ImportanceConfig
+from rlhf_jax.learn.epochs import EpochsConfig
+from rlhf_jax.learn.guards import GapLimits
 from rlhf_jax.parallel import MeshConfig
 from rlhf_jax.rollout import SamplingConfig, SlotConfig
 
 
-class Limits(Protocol):
+class Limits(GapLimits, EpochsConfig, Protocol):
     """The fields that PPOConfig and GRPOConfig have in common."""
 
     @property
-    def epochs(self) -> int: ...
-    @property
-    def minibatches(self) -> int: ...
-    @property
-    def max_sampler_gap(self) -> float: ...
-    @property
-    def max_identity_gap(self) -> float: ...
-    @property
-    def old_logprobs(self) -> str: ...
-    @property
-    def importance(self) -> Any: ...
+    def importance(self) -> ImportanceConfig | None: ...
 
 
 class RolloutAlgorithm(Protocol):

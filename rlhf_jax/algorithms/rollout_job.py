@@ -23,6 +23,7 @@ from rlhf_jax.algorithms.sampling import Score, make_generate, make_score
 from rlhf_jax.algorithms.saving import SavingRun
 from rlhf_jax.algorithms.text_rewards import TextRewards, TextScores
 from rlhf_jax.batches import PromptBatch
+from rlhf_jax.data import EncodedSet
 from rlhf_jax.data.record_sets import report_skipped
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import Fold, Model
@@ -128,6 +129,12 @@ class RolloutJob:
     def frozen(self) -> Params:
         """The parameters that are not trained."""
         return self.roles.frozen
+
+    @property
+    def encoded(self) -> EncodedSet[Any, Any]:
+        """The encoded prompts."""
+        assert self.data is not None
+        return self.data.encoded
 
     @property
     def inputs(self) -> list[Input]:

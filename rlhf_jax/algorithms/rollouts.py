@@ -7,13 +7,14 @@ texts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
+from rlhf_jax.algorithms.rollout_fields import Limits
 from rlhf_jax.algorithms.text_rewards import TextRewards
 from rlhf_jax.data import Batches
 from rlhf_jax.errors import InputError
@@ -26,21 +27,11 @@ class Ahead:
     """The content of a checkpoint of a run with one_step_off.
 
     state: as without. completions: the rollout of the next iteration. A resumed run could not sample it again, because the policy
-    that
-    sampled it no longer exists.
+    that sampled it no longer exists.
     """
 
     state: Any
     completions: Completions
-
-
-class Correction(Protocol):
-    """The fields of PPOConfig and GRPOConfig that correct for samples of an older policy."""
-
-    @property
-    def importance(self) -> Any: ...
-    @property
-    def old_logprobs(self) -> str: ...
 
 
 def step_keys(rng: Rng, step: int) -> Rng:
@@ -135,7 +126,7 @@ class Rollouts:
         return f"state/{subtree}" if self.one_step_off else subtree
 
 
-def check_one_step_off(one_step_off: bool, algorithm: Correction, texts: TextRewards) -> None:
+def check_one_step_off(one_step_off: bool, algorithm: Limits, texts: TextRewards) -> None:
     """Check that one_step_off corrects for samples of an older policy and has something to overlap. Raises InputError otherwise."""
     if not isinstance(one_step_off, bool):
         raise InputError(f"run.one_step_off = {one_step_off!r}: give True or False")

@@ -20,7 +20,7 @@ from rlhf_jax.algorithms.rehearsal import DataFacts, Rehearsal
 from rlhf_jax.algorithms.saving import SavingRun
 from rlhf_jax.algorithms.template_date import with_date
 from rlhf_jax.batches import TokenBatch
-from rlhf_jax.data import Batches
+from rlhf_jax.data import Batches, EncodedSet
 from rlhf_jax.data.batch_config import BatchConfig
 from rlhf_jax.data.record_sets import Records, RecordSource, encode_records, open_records, report_skipped
 from rlhf_jax.errors import InputError
@@ -115,9 +115,15 @@ class SupervisedJob:
 
     @property
     def inputs(self) -> list[Input]:
-        """What the run reads, for its provenance."""
+        """The inputs of the run, for its provenance."""
         model = next(iter(self.loaded.values()))
         return [*model.as_inputs("model"), *([] if self.data is None else self.data.records.as_inputs())]
+
+    @property
+    def encoded(self) -> EncodedSet[Any, Any]:
+        """The encoded training records."""
+        assert self.data is not None
+        return self.data.train
 
     @property
     def batches(self) -> Batches[Any]:

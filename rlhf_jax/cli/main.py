@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -90,7 +91,7 @@ for _name, _words in experiment_rows():
         _add_experiment(_name, _words)
 
 
-def _mode(verb: str, flag: str, words: str) -> None:
+def _add_mode(verb: str, translate: Callable[[list[str]], list[str]], words: str) -> None:
     @cli.command(verb, help=words, short_help=words, context_settings=PASS_ON)
     @click.argument("experiment")
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -98,19 +99,27 @@ def _mode(verb: str, flag: str, words: str) -> None:
         name = experiment.replace("-", "_")
         if name not in TRAINING:
             raise InputError(f"{verb} {experiment}: name a training experiment: {', '.join(TRAINING)}")
-        start(name, [flag, *script_arguments(list(arguments))] if flag else _plan_arguments(list(arguments)))
+        start(name, script_arguments(translate(list(arguments))))
 
 
-def _plan_arguments(words: list[str]) -> list[str]:
-    arguments = [word.replace("--slice", "--plan", 1) if word.startswith("--slice") else word for word in words]
-    if not any(word.startswith("--plan=") or word == "--plan" for word in arguments):
+def plan_flags(words: list[str]) -> list[str]:
+    """Translate --slice to the --plan of the scripts. Raises InputError without it."""
+    flags = [word.partition("=")[0] for word in words]
+    if "--slice" not in flags:
         raise InputError("plan: give --slice, for instance --slice=v5p:2x2x4, or --slice=local")
-    return script_arguments(arguments)
+    return [
+        word.replace("--slice", "--plan", 1) if flag == "--slice" else word
+        for word, flag in zip(words, flags, strict=True)
+    ]
 
 
-_mode("doctor", "--doctor", "Check the configuration, the data and one step of a training experiment; train nothing.")
-_mode("preview", "--preview=3", "Show the first examples as the model sees them; train nothing.")
-_mode("plan", "", "Compile a training experiment for a TPU slice (--slice=v5p:2x2x4) and say whether it fits.")
+_add_mode(
+    "doctor",
+    lambda words: ["--doctor", *words],
+    "Check configuration, data and one step of a training experiment.",
+)
+_add_mode("preview", lambda words: ["--preview=3", *words], "Show the first examples as the model sees them.")
+_add_mode("plan", plan_flags, "Compile a training experiment for a TPU slice, and say whether it fits.")
 
 
 @cli.command("list")
@@ -175,3 +184,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        from rlhf_jax.launch.command import error_line, exit_code_for  # late: it imports jax
+
+        print(error_line(error), file=sys.stderr)
+        sys.exit(exit_code_for(error))

@@ -9,7 +9,7 @@ from rlhf_jax.cli.listing import config_experiment
 from rlhf_jax.config.parsing import scan
 from rlhf_jax.errors import InputError
 from rlhf_jax.launch.describe import REQUIRED, Key, experiment_keys
-from rlhf_jax.storage.files import write_atomically
+from rlhf_jax.storage.files import read_text, write_atomically
 from rlhf_jax.storage.shipped import ROOT, config_path
 
 
@@ -18,10 +18,10 @@ def write_config(name: str, source: str) -> str:
 
     Raises InputError when it exists, or when ``source`` names no experiment.
     """
-    path, base = Path(name).with_suffix(".gin"), config_path(source)
+    path, base = Path(f"{name.removesuffix('.gin')}.gin"), config_path(source)
     if path.exists():
         raise InputError(f"{path}: exists already; give another name, or remove it")
-    experiment = config_experiment(base.read_text())
+    experiment = config_experiment(read_text(base))
     if experiment is None:
         raise InputError(
             f"{base}: its comments name no experiment (python experiments/train_ppo.py ...); add that line"
@@ -31,7 +31,7 @@ def write_config(name: str, source: str) -> str:
 
 
 def config_text(path: Path, base: Path, experiment: str) -> str:
-    """Return the text of a configuration that includes ``base``; what ``base`` binds, and other defaults, stand as comments."""
+    """Return the text of a configuration that includes ``base``; what ``base`` binds and all defaults are comments."""
     include = base.relative_to(ROOT).as_posix() if base.is_relative_to(ROOT) else str(base.absolute())
     bound = {f"{b.selector.rpartition('.')[2]}.{b.argument}": b for b in scan([str(base)], []) if not b.scope}
     lines = [

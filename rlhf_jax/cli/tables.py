@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -29,9 +30,7 @@ def print_keys(keys: Iterable[Key]) -> None:
         if key.selector != selector:
             selector = key.selector
             console.print(Text(f"\n{selector}", style="bold"), Text(key.place, style="dim"))
-        line = Text("  ")
-        line.append(key.name, style="cyan")
-        line.append(f": {key.type} = {key.default}")
-        console.print(line)
+        line = Text(key.name, style="cyan").append(f": {key.type} = {key.default}", style="default")
+        console.print(Padding(line, (0, 0, 0, 2)))
         if key.meaning:
-            console.print(Text(f"      {key.meaning}"), soft_wrap=False)
+            console.print(Padding(Text(key.meaning), (0, 0, 0, 6)))

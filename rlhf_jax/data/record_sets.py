@@ -111,6 +111,16 @@ def encode_prompts(
     return encode_records(prompts, Prompt, encode)
 
 
+def used_records(encoded: data.EncodedSet[Any, Any], unusable: Mapping[str, int]) -> str:
+    """Return '740 of 800 used; left out: response too long 60', with the first unusable row where it is known."""
+    reasons = Counter(encoded.dropped) + Counter(unusable)
+    total = len(encoded.items) + sum(reasons.values())
+    listing = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    first = getattr(unusable, "first", "")
+    words = f"; left out: {listing}" if listing else ""
+    return f"{len(encoded.items)} of {total} used{words}{f'; the first: {first}' if first else ''}"
+
+
 def report_skipped(
     records: Records,
     train: data.EncodedSet[Any, Any],
@@ -125,16 +135,11 @@ def report_skipped(
         ("training", train, records.unusable),
         ("held-out", heldout, records.heldout_unusable),
     ):
-        reasons = Counter(encoded.dropped) + Counter(unusable)
-        if reasons:
-            listing = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-            first = getattr(unusable, "first", "")
-            listing += f"; the first: {first}" if first else ""
-            total = len(encoded.items) + sum(reasons.values())
-            warning = "warning: " if sum(reasons.values()) > MANY_LEFT_OUT * total else ""
-            print(
-                f"{warning}{side} records: {len(encoded.items)} of {total} used; left out: {listing}", file=sys.stderr
-            )
+        skipped = sum(encoded.dropped.values()) + sum(unusable.values())
+        if skipped:
+            many = skipped > MANY_LEFT_OUT * (len(encoded.items) + skipped)
+            warning = "warning: " if many else ""
+            print(f"{warning}{side} records: {used_records(encoded, unusable)}", file=sys.stderr)
     messages = (message for record in (*records.train, *records.heldout) for message in record.messages)
     if unread := data.unread_keys(messages, tokenizer, records.template):
         listing = ", ".join(f"{key!r} ({count})" for key, count in sorted(unread.items()))

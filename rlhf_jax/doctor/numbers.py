@@ -98,8 +98,8 @@ def probe_check(run_dir: Path, model: Model, params: Params) -> Finding:
         return Finding("note", "reward model", f"{run_dir} keeps no probe (trained by an older version): not compared")
     probe = numbers["probe"]
     tokens = jnp.asarray(probe["tokens"], jnp.int32)[None]
-    one = TokenBatch(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
-    score = float(sequence_scores(model, params, one)[0])
+    batch = TokenBatch(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+    score = float(sequence_scores(model, params, batch)[0])
     words = f"stored probe {probe['score']:.6f}, now {score:.6f}"
     remedy = "the model loaded is not the one trained: its files were changed"
     return judge("reward model", abs(score - probe["score"]) <= PROBE_GAP, words, remedy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 from rlhf_jax.algorithms import Algorithm, assemble
 from rlhf_jax.algorithms.build import PREVIEW
 from rlhf_jax.data import Encoded, EncodedPair
+from rlhf_jax.data.record_sets import used_records
 from rlhf_jax.parallel import MeshConfig, make_mesh
 
 TARGET = "bold green"
@@ -25,7 +25,7 @@ def preview(algorithm: Algorithm[Any], *, mesh: MeshConfig, seed: int, run_dir: 
     Weights are not read. Raises InputError as a run does for data that cannot be used.
     """
     job = assemble(algorithm, mesh=make_mesh(mesh), steps=1, seed=seed, run_dir=run_dir, build=PREVIEW)
-    encoded = job.data.train if hasattr(job.data, "train") else job.data.encoded
+    encoded = job.encoded
     tokenizer = next(iter(job.loaded.values())).tokenizer
     console = Console(file=sys.stdout, highlight=False)
     for number, (item, record) in enumerate(
@@ -36,7 +36,7 @@ def preview(algorithm: Algorithm[Any], *, mesh: MeshConfig, seed: int, run_dir: 
             words = f"{title}{len(tokens)} tokens, {sum(targets)} trained on"
             console.print(Text(words, style="dim"))
             console.print(shown_text(tokenizer, tokens, targets, marks=console.color_system is None))
-    console.print(left_out(encoded, job.data.records))
+    console.print(Text(f"records: {used_records(encoded, job.data.records.unusable)}"))
 
 
 def sides(item: Any) -> Iterator[tuple[str, Sequence[int], Sequence[bool]]]:
@@ -58,11 +58,3 @@ def shown_text(tokenizer: Any, tokens: Sequence[int], targets: Sequence[bool], *
         words = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
         text.append(f"⟦{words}⟧" if is_target and marks else words, style=TARGET if is_target else "")
     return text
-
-
-def left_out(encoded: Any, records: Any) -> str:
-    """Return a line that says how many records are used, and how many were left out for which reason."""
-    reasons = Counter(encoded.dropped) + Counter(records.unusable)
-    total = len(encoded.items) + sum(reasons.values())
-    words = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-    return f"{len(encoded.items)} of {total} records are used" + (f"; left out: {words}" if words else "")

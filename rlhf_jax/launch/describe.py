@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
 import re
 import runpy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,17 @@ def configurable_keys() -> dict[str, list[Key]]:
 
 def run_function(experiment: str) -> Callable[..., Any]:
     """Load the script of an experiment and return its run(). Raises InputError for an unknown one and for one without."""
-    return _load_run(script_path(experiment).stem)
+    script = script_path(experiment)
+    functions = {node.name for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)}
+    if "run" not in functions:  # running such a script would define its flags in this process
+        raise InputError(f"{experiment}: has no keys of gin; its --help lists its flags")
+    return _load_run(script)
 
 
 @functools.cache
-def _load_run(experiment: str) -> Callable[..., Any]:
+def _load_run(script: Path) -> Callable[..., Any]:
     """Load a run() once: gin registers it."""
-    namespace = runpy.run_path(str(script_path(experiment)), run_name=f"described_{experiment}")
-    if "run" not in namespace:
-        raise InputError(f"{experiment}: has no keys of gin; its --help lists its flags")
+    namespace = runpy.run_path(str(script), run_name=f"described_{script.stem}")
     run: Callable[..., Any] = inspect.unwrap(namespace["run"])
     return run
 
@@ -174,9 +177,3 @@ def _place(target: Any) -> str:
     line = inspect.getsourcelines(target)[1]
     base = next((base for base in (ROOT, ROOT.parent.parent) if file.is_relative_to(base)), file.parent)
     return f"{file.relative_to(base).as_posix()}:{line}"
-
-
-def as_rows(keys: Iterable[Key]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield (key, type, default, meaning, place) of each key, for tables."""
-    for key in keys:
-        yield key.name, key.type, key.default, key.meaning, key.place

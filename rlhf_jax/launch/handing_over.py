@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from rlhf_jax.storage.shipped import experiments, script_path
 
 
 def hand_over(
     words: str | None,
-    scripts: Path,
     argv: Sequence[str],
     renamed: Mapping[str, str],
     *,
     needed: str = "",
     add: Sequence[str] = (),
 ) -> None:
-    """Replace this process with the script that --experiment names in ``scripts``.
+    """Replace this process with the training script that --experiment names.
 
     words: printed for --help.
     renamed: {flag of this script: flag of the training script}.
@@ -25,7 +25,7 @@ def hand_over(
     add: more flags for the training script.
     A missing or unknown experiment ends the process with one line and exit code 2.
     """
-    experiments = sorted(path.stem for path in scripts.glob("train_*.py"))
+    training = [name for name in experiments() if name.startswith("train_")]
     experiment, arguments, names = "", list(add), set()
     remaining = iter(argv[1:])
     for word in remaining:
@@ -41,12 +41,12 @@ def hand_over(
     if names & {"help", "h"}:
         print(words)
         sys.exit(0)
-    if experiment not in experiments:
-        _exit_with_error(f"--experiment={experiment}: name the training script: {', '.join(experiments)}")
+    if experiment not in training:
+        _exit_with_error(f"--experiment={experiment}: name the training script: {', '.join(training)}")
     if needed and needed not in names:
         _exit_with_error(f"--{needed}: give it, for instance --{needed}=v5p:2x2x4, or --{needed}=local")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(scripts / f"{experiment}.py"), *arguments])
+    os.execv(sys.executable, [sys.executable, str(script_path(experiment)), *arguments])
 
 
 def _exit_with_error(message: str) -> None:

@@ -128,7 +128,7 @@ class GRPOConfig:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Of the terms of the loss."""
+        """The coefficients of the terms of the loss."""
         kl = {"kl": self.kl_coefficient} if self.kl_coefficient and self.kl_in == "loss" else {}
         return {"policy": 1.0, **kl}
 

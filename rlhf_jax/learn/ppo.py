@@ -113,7 +113,7 @@ class PPOConfig:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Of the terms of the loss; an entropy that does not count is no term."""
+        """The coefficients of the terms of the loss, without an entropy of weight 0."""
         entropy = {"entropy": -self.entropy_coefficient} if self.entropy_coefficient else {}
         return {"policy": 1.0, "value": self.value_coefficient, **entropy}
 

@@ -18,6 +18,7 @@ import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.statistics.estimate import finite_vector
 
 FloatArray = NDArray[np.float64]
 
@@ -60,19 +61,8 @@ class LengthControlled:
     extrapolated: bool
 
 
-def _numbers(values: ArrayLike, place: str) -> FloatArray:
-    """Convert to a finite float64 vector with at least one entry. Raises InputError that names ``place``."""
-    array = np.asarray(values, np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise InputError(f"{place}: expected a non-empty one-dimensional list of numbers, got shape {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array))
-    if bad.size:
-        raise InputError(f"{place}: entry {bad[0]} is {array[bad[0]]}; drop or repair it before averaging")
-    return array
-
-
 def _pair(a: ArrayLike, b: ArrayLike, place: str) -> tuple[FloatArray, FloatArray]:
-    first, second = _numbers(a, f"{place} (first)"), _numbers(b, f"{place} (second)")
+    first, second = finite_vector(a, f"{place} (first)"), finite_vector(b, f"{place} (second)")
     if first.size != second.size:
         raise InputError(f"{place}: {first.size} and {second.size} entries; give the same prompts in the same order")
     return first, second
@@ -90,7 +80,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     [1, 2, 3, 4]: s = 1.290994, t(3) = 3.182446, 2.5 +- 2.054260.
     """
     _check_confidence(confidence)
-    array = _numbers(values, "mean_interval")
+    array = finite_vector(values, "mean_interval")
     mean, n = float(array.mean()), array.size
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
@@ -123,7 +113,7 @@ def bootstrap_interval(
     percentile interval.
     """
     _check_confidence(confidence)
-    array = _numbers(values, "bootstrap_interval")
+    array = finite_vector(values, "bootstrap_interval")
     point = float(statistic(array, axis=0))
     if array.size == 1:
         return Interval(point, math.nan, math.nan, 1)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from types import SimpleNamespace
-
 from rlhf_jax.data import Encoded, EncodedPair
 from rlhf_jax.data.trained_tokenizers import byte_tokenizer
-from rlhf_jax.doctor.preview import left_out, shown_text, sides
+from rlhf_jax.doctor.preview import shown_text, sides
 
 
 def test_targets_stand_in_marks_and_in_colour() -> None:
@@ -24,9 +21,3 @@ def test_both_sides_of_a_comparison_are_shown() -> None:
         ("rejected: ", [1, 4], [False, True]),
     ]
     assert list(sides([5, 6])) == [("prompt: ", [5, 6], [False, False])]
-
-
-def test_records_that_are_left_out_are_counted_by_reason() -> None:
-    encoded = SimpleNamespace(items=[1, 2], dropped=Counter({"too long": 1}))
-    line = left_out(encoded, SimpleNamespace(unusable=Counter({"empty": 2})))
-    assert line == "2 of 5 records are used; left out: empty 2, too long 1"

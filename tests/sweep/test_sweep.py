@@ -20,6 +20,8 @@ from absl.testing import flagsaver
 from compiler_flags import COMPILER
 from forked_programs import Server
 
+from rlhf_jax.storage import shipped
+
 ROOT = Path(__file__).resolve().parents[2]
 STUB = """
 import json, pathlib, re, signal, sys, time
@@ -68,7 +70,7 @@ def sweep(
     (tmp_path / "experiments" / "stub.py").write_text(STUB)
     (tmp_path / "x.gin").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped, "ROOT", tmp_path)
     monkeypatch.setattr(module, "check", lambda commands: None)  # the stub is no gin program
 
     def call(*arguments: str) -> tuple[int, str, str]:
