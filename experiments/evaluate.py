@@ -35,6 +35,7 @@ from rlhf_jax.io import locate
 from rlhf_jax.io.source import ModelSource
 from rlhf_jax.launch import launch
 from rlhf_jax.loop import LoopConfig, open_run
+from rlhf_jax.messages import behind, message
 from rlhf_jax.models import as_token_batch, sequence_scores
 from rlhf_jax.parallel import MeshConfig, make_mesh, to_global
 from rlhf_jax.records import Response
@@ -204,24 +205,25 @@ def _print(evaluation: dict[str, Any]) -> None:
     policies, differences = evaluation["policies"], evaluation["differences"]
     scored = [(policy["name"], policy["scores"]) for policy in policies]
     paired = [(f"{pair['from']} to {pair['to']}", pair["paired"]) for pair in differences]
-    console = Console()
+    console = Console(file=behind(sys.stdout))
     console.print(_table(f"{evaluation['prompts']} prompts: mean [95 % interval]", scored, ".3f"))
     if paired:
         console.print(_table("differences on the same prompts: mean [95 % interval]", paired, "+.3f"))
     for policy in policies:
         for key, count in policy.get("failed", {}).items():
-            console.print(f"{policy['name']}: {count} responses without {key}, left out", markup=False, soft_wrap=True)
+            words = f"{policy['name']}: {count} responses without {key}, left out"
+            console.print(message(words), markup=False, soft_wrap=True)
     for sentence in headlines(evaluation):
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(message(sentence), markup=False, soft_wrap=True)
 
 
 def _table(title: str, columns: list[tuple[str, dict[str, Any]]], form: str) -> Table:
     table = Table(title=title)
     table.add_column("score")
     for name, _ in columns:
-        table.add_column(escape(name))
+        table.add_column(escape(message(name)))
     for key in dict.fromkeys(key for _, cells in columns for key in cells):
-        table.add_row(escape(key), *(escape(number_cell(cells.get(key), form)) for _, cells in columns))
+        table.add_row(escape(message(key)), *(escape(number_cell(cells.get(key), form)) for _, cells in columns))
     return table
 
 

@@ -104,9 +104,23 @@ class Messages(Steady):
         return super().write("\r" * bar + message(text[bar:]))
 
 
+class _Drawing(Steady):
+    """A steady stream that passes control characters; its errors are those of the stream of messages that it stands for."""
+
+    def __init__(self, messages: Messages) -> None:
+        super().__init__(messages.stream)
+        self._messages = messages
+
+    def _lose(self, error: OSError) -> None:
+        self._messages._lose(error)
+
+
 def behind(stream: TextIO) -> TextIO:
-    """Return a steady stream that passes control characters, for libraries that draw with them (rich)."""
-    return cast(TextIO, Steady(stream.stream) if isinstance(stream, Messages) else stream)
+    """Return a stream that passes control characters, for libraries that draw with them (rich).
+
+    Texts from data, models and configurations must be cleaned by `message` before they are drawn.
+    """
+    return cast(TextIO, _Drawing(stream) if isinstance(stream, Messages) else stream)
 
 
 def steady_output() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from rlhf_jax.errors import InputError, RunStopped
 from rlhf_jax.launch.command import error_line, exit_code_for, explain_os_error
-from rlhf_jax.messages import message, printable, without_secrets
+from rlhf_jax.messages import Messages, behind, message, printable, without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -161,3 +162,19 @@ def test_gin_wraps_an_error_and_its_path_stays(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     error = catch(lambda: wrap(catch(path.read_text), "\n  In call to configurable 'x' (<function>)"))
     assert isinstance(error, OSError) and explain_os_error(error) == f"{path}: No such file or directory"
+
+
+def test_what_is_drawn_behind_messages_is_lost_aloud() -> None:
+    """A full disk behind a table is found by `lost_output`, as behind any other text."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def fileno(self) -> int:
+            raise ValueError
+
+    stream = Messages(Full())
+    drawing = behind(stream)
+    drawing.write("\x1b[1mtable\x1b[0m")
+    assert stream.lost is not None and stream.lost.errno == errno.ENOSPC

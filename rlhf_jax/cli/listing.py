@@ -21,17 +21,19 @@ def config_rows() -> list[tuple[str, str]]:
 
 
 def first_comment(text: str) -> str:
-    """Return the first comment of a gin file that is not a command line; '' without one."""
-    continued = False
+    """Return the first sentence of a gin file's comments, after the command lines; '' without one."""
+    sentence, continued = "", False
     for line in text.splitlines():
         if not line.startswith("#"):
-            return ""
+            break
         words = line.lstrip("# ").strip()
         command = continued or words.startswith(("python ", "rlhf-jax ", "EXTRAS=", "scripts/", "bash "))
         continued = command and words.endswith("\\")
-        if words and not command:
-            return words
-    return ""
+        if not command:
+            sentence = f"{sentence} {words}".strip()
+            if match := re.search(r"[.!:](?= |$)", sentence):
+                return sentence[: match.end()].rstrip(":")
+    return sentence
 
 
 def config_experiment(text: str) -> str | None:

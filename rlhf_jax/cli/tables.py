@@ -19,7 +19,7 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, words in rows:
         table.add_row(Text(name), Text(words))
-    Console().print(table)
+    Console().print(table, "")
 
 
 def print_keys(keys: Iterable[Key]) -> None:

@@ -14,6 +14,7 @@ from rlhf_jax.algorithms import Algorithm, assemble
 from rlhf_jax.algorithms.build import PREVIEW
 from rlhf_jax.data import Encoded, EncodedPair
 from rlhf_jax.data.record_sets import used_records
+from rlhf_jax.messages import behind, printable
 from rlhf_jax.parallel import MeshConfig, make_mesh
 
 TARGET = "bold green"
@@ -27,16 +28,16 @@ def preview(algorithm: Algorithm[Any], *, mesh: MeshConfig, seed: int, run_dir: 
     job = assemble(algorithm, mesh=make_mesh(mesh), steps=1, seed=seed, run_dir=run_dir, build=PREVIEW)
     encoded = job.encoded
     tokenizer = next(iter(job.loaded.values())).tokenizer
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=behind(sys.stdout), highlight=False)
     for number, (item, record) in enumerate(
         itertools.islice(zip(encoded.items, encoded.records, strict=True), examples), 1
     ):
-        console.rule(f"example {number}: {record.id}", align="left")
+        console.rule(Text(f"example {number}: {printable(record.id)}"), align="left")
         for title, tokens, targets in sides(item):
             words = f"{title}{len(tokens)} tokens, {sum(targets)} trained on"
             console.print(Text(words, style="dim"))
             console.print(shown_text(tokenizer, tokens, targets, marks=console.color_system is None))
-    console.print(Text(f"records: {used_records(encoded, job.data.records.unusable)}"))
+    console.print(Text(printable(f"records: {used_records(encoded, job.data.records.unusable)}")))
 
 
 def sides(item: Any) -> Iterator[tuple[str, Sequence[int], Sequence[bool]]]:
@@ -55,6 +56,6 @@ def shown_text(tokenizer: Any, tokens: Sequence[int], targets: Sequence[bool], *
     """Return the decoded tokens with the targets in colour. marks: put them in ⟦ ⟧ too."""
     text = Text()
     for is_target, group in itertools.groupby(zip(tokens, targets, strict=True), key=lambda pair: pair[1]):
-        words = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        words = printable(tokenizer.decode([token for token, _ in group], skip_special_tokens=False))
         text.append(f"⟦{words}⟧" if is_target and marks else words, style=TARGET if is_target else "")
     return text

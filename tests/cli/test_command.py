@@ -120,6 +120,7 @@ def test_list_has_every_experiment_and_configuration(command) -> None:
 def test_the_first_comment_is_not_a_command() -> None:
     text = "# python experiments/train_ppo.py --gin_file=x.gin \\\n#     --gin_bindings=y\n# PPO against gold.\nrun.x = 1\n"
     assert first_comment(text) == "PPO against gold." and config_experiment(text) == "train_ppo"
+    assert first_comment("# A sentence over\n# two lines. Another.\n") == "A sentence over two lines."
     assert first_comment("run.x = 1\n# later\n") == "" and config_experiment("run.x = 1") is None
 
 

@@ -21,3 +21,10 @@ def test_both_sides_of_a_comparison_are_shown() -> None:
         ("rejected: ", [1, 4], [False, True]),
     ]
     assert list(sides([5, 6])) == [("prompt: ", [5, 6], [False, False])]
+
+
+def test_control_characters_of_the_data_are_escaped() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer.encode("a\x1b[31mb")
+    text = shown_text(tokenizer, tokens, [True] * len(tokens), marks=False)
+    assert "\x1b" not in text.plain and "a\\x1b[31mb" in text.plain
