@@ -205,7 +205,7 @@ def _print(evaluation: dict[str, Any]) -> None:
     policies, differences = evaluation["policies"], evaluation["differences"]
     scored = [(policy["name"], policy["scores"]) for policy in policies]
     paired = [(f"{pair['from']} to {pair['to']}", pair["paired"]) for pair in differences]
-    console = Console(file=behind(sys.stdout))
+    console = Console(file=behind(sys.stdout), highlight=False)
     console.print(_table(f"{evaluation['prompts']} prompts: mean [95 % interval]", scored, ".3f"))
     if paired:
         console.print(_table("differences on the same prompts: mean [95 % interval]", paired, "+.3f"))

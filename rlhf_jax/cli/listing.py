@@ -31,8 +31,8 @@ def first_comment(text: str) -> str:
         continued = command and words.endswith("\\")
         if not command:
             sentence = f"{sentence} {words}".strip()
-            if match := re.search(r"[.!:](?= |$)", sentence):
-                return sentence[: match.end()].rstrip(":")
+            if match := re.search(r"[.!](?= |$)", sentence):
+                return sentence[: match.end()]
     return sentence
 
 
